@@ -1,0 +1,798 @@
+// moleblend.h - what moleblend.c and data_prep.c share
+//
+//   1 errors           DIE, CHECK: one line on stderr, exit 1, unfinished outputs removed
+//   2 memory           xmalloc, xrealloc: sizes are checked before they are multiplied
+//   3 output files     OutFile: written beside the target, renamed when complete
+//   4 random numbers   Philox4x32-10: a draw depends on nothing but its name
+//   5 options          one table drives parsing, range checks and --help
+//   6 progress         done, rate and time left, on stderr
+//   7 molecules        the record both programs exchange, and its vocabularies
+//   8 dataset files    format (documented there), writer, reader
+//
+// All functions are static inline: a program is one .c file and this header, nothing to link.
+#ifndef MOLEBLEND_H
+#define MOLEBLEND_H
+
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L  // fsync, mmap, isatty; harmless where they do not exist
+#endif
+#include <ctype.h>
+#include <errno.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#define MB_POSIX 1
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#else
+#define MB_POSIX 0
+#include <io.h>
+#endif
+
+#ifndef MB_PROGRAM
+#define MB_PROGRAM "moleblend"  // the name in front of every error message
+#endif
+
+#define MB_VERSION "1.0"
+
+// =================================================================================================
+// 1 Errors. A message states the file (and line or record), what was expected and what was found:
+//   DIE("%s:%d: expected a bond count, found \"%s\"", path, line, text)
+// There is no other way out of a program that failed.
+// =================================================================================================
+
+#if defined(__GNUC__) || defined(__clang__)
+#define MB_PRINTF(fmt, first) __attribute__((format(printf, fmt, first)))
+#define MB_NORETURN __attribute__((noreturn))
+#else
+#define MB_PRINTF(fmt, first)
+#define MB_NORETURN
+#endif
+
+// A file being written: `tmp` until out_commit() renames it to `path`.
+typedef struct OutFile {
+    FILE *file;
+    char *path, *tmp;
+    struct OutFile *next;  // list of unfinished outputs, see mb_unfinished
+} OutFile;
+
+static OutFile *mb_unfinished;  // outputs to remove when the program dies
+
+// Prints "PROGRAM: message", removes unfinished outputs, exits 1.
+MB_NORETURN MB_PRINTF(1, 2) static inline void mb_die(const char *fmt, ...) {
+    va_list args;
+    fflush(stdout);
+    fputs(MB_PROGRAM ": ", stderr);
+    va_start(args, fmt);
+    vfprintf(stderr, fmt, args);
+    va_end(args);
+    fputc('\n', stderr);
+    for (OutFile *out = mb_unfinished; out; out = out->next) {
+        if (out->file) fclose(out->file);
+        remove(out->tmp);
+    }
+    exit(EXIT_FAILURE);
+}
+#define DIE(...) mb_die(__VA_ARGS__)
+#define CHECK(cond, ...) do { if (!(cond)) DIE(__VA_ARGS__); } while (0)
+
+// =================================================================================================
+// 2 Memory
+// =================================================================================================
+
+// a * b, or the end of the program if that does not fit.
+static inline size_t mul_size(size_t a, size_t b) {
+    CHECK(b == 0 || a <= SIZE_MAX / b, "out of memory: %zu x %zu bytes cannot be addressed", a, b);
+    return a * b;
+}
+
+// `count` zeroed elements of `size` bytes; never NULL. The caller frees.
+static inline void *xmalloc(size_t count, size_t size) {
+    size_t bytes = mul_size(count, size);
+    void *p = calloc(bytes ? bytes : 1, 1);
+    CHECK(p, "out of memory: %.1f MiB were refused", (double)bytes / (1 << 20));
+    return p;
+}
+
+// Resizes p (which may be NULL) to `count` elements of `size` bytes; new elements are not zeroed.
+static inline void *xrealloc(void *p, size_t count, size_t size) {
+    size_t bytes = mul_size(count, size);
+    p = realloc(p, bytes ? bytes : 1);
+    CHECK(p, "out of memory: %.1f MiB were refused", (double)bytes / (1 << 20));
+    return p;
+}
+
+// printf into fresh memory. The caller frees.
+MB_PRINTF(1, 2) static inline char *xprintf(const char *fmt, ...) {
+    va_list args, again;
+    va_start(args, fmt);
+    va_copy(again, args);
+    int n = vsnprintf(NULL, 0, fmt, args);
+    va_end(args);
+    CHECK(n >= 0, "cannot format \"%s\"", fmt);
+    char *text = xmalloc((size_t)n + 1, 1);
+    vsnprintf(text, (size_t)n + 1, fmt, again);
+    va_end(again);
+    return text;
+}
+
+// =================================================================================================
+// 3 Output files. Whole or not at all: data goes to PATH.tmp, which out_commit() flushes to the
+//   disk and renames. Every write is checked; a full disk shows at the latest in out_commit().
+// =================================================================================================
+
+// Opens PATH.tmp for writing. `out` must stay where it is until out_commit().
+static inline void out_open(OutFile *out, const char *path) {
+    out->path = xprintf("%s", path);
+    out->tmp = xprintf("%s.tmp", path);
+    out->file = fopen(out->tmp, "wb");
+    CHECK(out->file, "%s: cannot write: %s", out->tmp, strerror(errno));
+    out->next = mb_unfinished;
+    mb_unfinished = out;
+}
+
+static inline void out_write(OutFile *out, const void *data, size_t size) {
+    CHECK(fwrite(data, 1, size, out->file) == size, "%s: write failed: %s", out->tmp, strerror(errno));
+}
+
+// Makes the file durable and gives it its name.
+static inline void out_commit(OutFile *out) {
+    int bad = fflush(out->file) != 0 || ferror(out->file);
+#if MB_POSIX
+    bad = bad || (fsync(fileno(out->file)) != 0 && errno != EINVAL);  // EINVAL: not a disk file
+#endif
+    CHECK(!bad, "%s: write failed: %s", out->tmp, strerror(errno));
+    int closed = fclose(out->file);
+    out->file = NULL;
+    CHECK(closed == 0, "%s: write failed: %s", out->tmp, strerror(errno));
+#if !MB_POSIX
+    remove(out->path);  // rename() does not replace an existing file there
+#endif
+    CHECK(rename(out->tmp, out->path) == 0, "%s: cannot rename to %s: %s", out->tmp, out->path,
+          strerror(errno));
+    OutFile **link = &mb_unfinished;
+    while (*link != out) link = &(*link)->next;
+    *link = out->next;
+    free(out->path);
+    free(out->tmp);
+}
+
+// =================================================================================================
+// 4 Random numbers. Philox4x32-10 (Salmon et al., SC 2011; constants from there): a keyed mixing of
+//   a 128-bit counter, no state. The counter is the draw's name (purpose, step, place, index), so a
+//   draw does not depend on thread count, evaluation order, or on whether a run was resumed.
+// =================================================================================================
+
+enum RngPurpose {  // part of every draw's name; changing a number changes every run
+    RNG_INIT, RNG_SHUFFLE, RNG_SPLIT, RNG_BLEND, RNG_FEATURE, RNG_NOISE,
+    RNG_DENOISE_DROP, RNG_EMBED_DROP,
+    RNG_ATTENTION_DROP = 1 << 8,   // + layer
+    RNG_ACTIVATION_DROP = 2 << 8,  // + layer
+    RNG_PATH_DROP = 3 << 8,        // + layer, two draws each
+};
+
+typedef struct { uint32_t word[4]; } Philox;
+
+static inline Philox philox(Philox counter, uint64_t key) {
+    uint32_t a = counter.word[0], b = counter.word[1], c = counter.word[2], d = counter.word[3];
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint64_t p = (uint64_t)0xD2511F53u * a, q = (uint64_t)0xCD9E8D57u * c;
+        uint32_t next_a = (uint32_t)(q >> 32) ^ b ^ k0, next_c = (uint32_t)(p >> 32) ^ d ^ k1;
+        b = (uint32_t)q;
+        d = (uint32_t)p;
+        a = next_a;
+        c = next_c;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return (Philox){{a, b, c, d}};
+}
+
+// 32 random bits named (purpose, step, place, index) under this seed.
+static inline uint32_t rng_bits(uint64_t seed, uint32_t purpose, uint32_t step, uint32_t place,
+                                uint32_t index) {
+    return philox((Philox){{index >> 2, place, step, purpose}}, seed).word[index & 3];
+}
+
+// Uniform in [0, 1): 24 bits, exactly representable in float32.
+static inline float rng_uniform(uint64_t seed, uint32_t purpose, uint32_t step, uint32_t place,
+                                uint32_t index) {
+    return (float)(rng_bits(seed, purpose, step, place, index) >> 8) * 0x1p-24f;
+}
+
+// Standard normal (Box-Muller; uses the uniforms 2*index and 2*index + 1 of the same name).
+static inline float rng_normal(uint64_t seed, uint32_t purpose, uint32_t step, uint32_t place,
+                               uint32_t index) {
+    double u = 1.0 - (double)rng_uniform(seed, purpose, step, place, 2 * index);  // (0, 1]
+    double v = (double)rng_uniform(seed, purpose, step, place, 2 * index + 1);
+    return (float)(sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v));
+}
+
+// Fills order[0..n) with a random permutation of 0..n-1 (Fisher-Yates), named (purpose, step).
+static inline void rng_permutation(uint32_t *order, size_t n, uint64_t seed, uint32_t purpose,
+                                   uint32_t step) {
+    for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
+    for (size_t i = n; i > 1; i--) {
+        uint64_t bits = rng_bits(seed, purpose, step, 0, (uint32_t)i);
+        size_t j = (size_t)((bits * i) >> 32);
+        uint32_t swap = order[i - 1];
+        order[i - 1] = order[j];
+        order[j] = swap;
+    }
+}
+
+// =================================================================================================
+// 5 Options. `--name value`, or `--name` alone for a flag. A table row holds the name, where the
+//   value goes (its content at the start is the default), its bounds and its line of help.
+// =================================================================================================
+
+typedef enum { OPT_FLAG, OPT_INT, OPT_NUMBER, OPT_TEXT } OptionKind;
+
+typedef struct {
+    const char *name;      // with its dashes; NULL marks a heading, printed from `help`
+    OptionKind kind;
+    void *value;           // int *, int64_t *, double * or const char **
+    double min, max;       // bounds of OPT_INT and OPT_NUMBER, both allowed
+    const char *argument;  // what help calls the value, e.g. "N" or "FILE"
+    const char *help;
+    unsigned commands;     // bit set of the commands that take it (0: all)
+} Option;
+
+// Edit distance of two short strings (Levenshtein), at most 99.
+static inline int edit_distance(const char *a, const char *b) {
+    int row[64], n = (int)strlen(b);
+    if (n > 63) return 99;
+    for (int j = 0; j <= n; j++) row[j] = j;
+    for (int i = 1; a[i - 1]; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= n; j++) {
+            int above = row[j], best = diagonal + (a[i - 1] != b[j - 1]);
+            if (above + 1 < best) best = above + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            diagonal = above;
+            row[j] = best;
+        }
+    }
+    return row[n] < 99 ? row[n] : 99;
+}
+
+// Stores the value of one option, or dies with what was expected and what was found.
+static inline void option_store(const Option *o, const char *text) {
+    char *end = NULL;
+    errno = 0;
+    if (o->kind == OPT_TEXT) {
+        *(const char **)o->value = text;
+    } else if (o->kind == OPT_INT) {
+        long long v = strtoll(text, &end, 10);
+        CHECK(end != text && *end == 0 && !errno && (double)v >= o->min && (double)v <= o->max,
+              "%s: expected a whole number from %.0f to %.0f, found \"%s\"", o->name, o->min, o->max,
+              text);
+        *(int64_t *)o->value = v;
+    } else {
+        double v = strtod(text, &end);
+        CHECK(end != text && *end == 0 && v >= o->min && v <= o->max,
+              "%s: expected a number from %g to %g, found \"%s\"", o->name, o->min, o->max, text);
+        *(double *)o->value = v;
+    }
+}
+
+// Parses argv[1..argc) against table[0..n) for one command (a bit, or 0). Other words go to
+// words[0..max_words); returns how many there are. Dies on anything it does not know.
+static inline int options_parse(const Option *table, int n, unsigned command, int argc, char **argv,
+                                const char **words, int max_words) {
+    int n_words = 0;
+    for (int i = 1; i < argc; i++) {
+        const char *arg = argv[i];
+        if (arg[0] != '-' || arg[1] == 0) {
+            CHECK(n_words < max_words, "unexpected argument \"%s\"; see --help", arg);
+            words[n_words++] = arg;
+            continue;
+        }
+        const Option *found = NULL, *nearest = NULL;
+        int nearest_distance = 99;
+        for (const Option *o = table; o < table + n; o++) {
+            if (!o->name || (o->commands && command && !(o->commands & command))) continue;
+            int distance = edit_distance(arg, o->name);
+            if (distance == 0) found = o;
+            if (distance < nearest_distance) {
+                nearest_distance = distance;
+                nearest = o;
+            }
+        }
+        CHECK(found || !nearest || nearest_distance > 4, "unknown option %s; did you mean %s?", arg,
+              nearest->name);
+        CHECK(found, "unknown option %s; see --help", arg);
+        if (found->kind == OPT_FLAG) {
+            *(int *)found->value = 1;
+        } else {
+            CHECK(i + 1 < argc, "%s: expected a value (%s) after it", arg, found->argument);
+            option_store(found, argv[++i]);
+        }
+    }
+    return n_words;
+}
+
+// Prints the rows of the table that belong to a command (0: all), with their defaults.
+static inline void options_print(const Option *table, int n, unsigned command) {
+    for (const Option *o = table; o < table + n; o++) {
+        if (o->commands && command && !(o->commands & command)) continue;
+        if (!o->name) {
+            printf("\n%s\n", o->help);
+            continue;
+        }
+        char left[80];
+        snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
+        printf("  %-24s %s", left, o->help);
+        if (o->kind == OPT_INT) printf(" (default %lld)", (long long)*(int64_t *)o->value);
+        if (o->kind == OPT_NUMBER) printf(" (default %g)", *(double *)o->value);
+        if (o->kind == OPT_TEXT && *(const char **)o->value)
+            printf(" (default %s)", *(const char **)o->value);
+        printf("\n");
+    }
+}
+
+// =================================================================================================
+// 6 Progress. One line on stderr, redrawn in place on a terminal and repeated now and then
+//   elsewhere; stdout carries results only.
+// =================================================================================================
+
+static inline double now_seconds(void) {
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+typedef struct {
+    double start, shown;  // seconds; when the work began, when a line was last shown
+    double first;         // what had been done before this run (a resumed one)
+    int terminal;
+} Progress;
+
+static inline Progress progress_begin(double already_done) {
+    Progress p = {now_seconds(), 0, already_done, 0};
+#if MB_POSIX
+    p.terminal = isatty(fileno(stderr));
+#else
+    p.terminal = _isatty(_fileno(stderr));
+#endif
+    return p;
+}
+
+// Shows "text  12.3 %  1234 UNIT/s  1:23 left" if the last line is old enough (0.2 s on a
+// terminal, 10 s elsewhere) or `last` is set. total = 0: unknown. work = units done in this run.
+static inline void progress_show(Progress *p, double done, double total, double work,
+                                 const char *unit, const char *text, int last) {
+    double now = now_seconds(), elapsed = now - p->start;
+    if (!last && now - p->shown < (p->terminal ? 0.2 : 10.0)) return;
+    if (!last && !p->terminal && p->shown == 0) {  // the first plain line waits its turn too
+        p->shown = now;
+        return;
+    }
+    p->shown = now;
+    fprintf(stderr, "%s%s", p->terminal ? "\r" : "", text);
+    if (total > 0) fprintf(stderr, "  %5.1f %%", 100 * done / total);
+    if (elapsed > 0) fprintf(stderr, "  %.0f %s/s", work / elapsed, unit);
+    if (total > 0 && done > p->first && !last) {
+        double left = elapsed / (done - p->first) * (total - done);
+        fprintf(stderr, "  %d:%02d left", (int)(left / 60), (int)left % 60);
+    }
+    fprintf(stderr, "%s", p->terminal ? (last ? "\033[K\n" : "\033[K") : "\n");
+    fflush(stderr);
+}
+
+// =================================================================================================
+// 7 Molecules: heavy atoms 0..n-1 with the nine atom features and bonds with the three bond
+//   features of OGB (Hu et al. 2020, ogb.utils.features), each an index into its list of values.
+// =================================================================================================
+
+enum { ATOM_FEATURES = 9, BOND_FEATURES = 3 };
+
+// Number of values of each atom feature; where there is a "misc" value it is the last one.
+//   atomic number Z-1 (118: Z = 0), chiral tag, total degree, formal charge + 5, total H,
+//   radical electrons, hybridization, aromatic, in a ring
+static const uint8_t ATOM_FEATURE_SIZES[ATOM_FEATURES] = {119, 5, 12, 12, 10, 6, 6, 2, 2};
+
+// A bond's three features as one code 0..59: 12 * type + 2 * stereo + conjugated
+//   type: single, double, triple, aromatic, misc; stereo: none, Z, E, cis, trans, any
+enum { BOND_TYPES = 5, BOND_STEREOS = 6, BOND_CODES = BOND_TYPES * BOND_STEREOS * 2 };
+
+enum { MAX_ATOMS = 65535, MAX_BONDS = 65535, MAX_NAME = 65535, MAX_TASKS = 65535 };
+
+typedef struct {
+    int n_atoms, n_bonds, n_tasks;
+    int has_pos;           // positions are a property of the whole molecule
+    int name_length;
+    uint8_t *atom_feat;    // (n_atoms, 9)
+    uint16_t *bonds;       // (n_bonds, 2) atom indices; undirected, each bond once
+    uint8_t *bond_code;    // (n_bonds)
+    float *pos;            // (n_atoms, 3) Angstrom, valid if has_pos
+    float *labels;         // (n_tasks), NaN = missing
+    char *name;            // name_length bytes and a 0
+    int atom_room, bond_room, task_room, name_room;  // allocated sizes
+} Molecule;
+
+// Makes room for a molecule of these sizes and sets its counts. Start from a zeroed struct; the
+// owner calls molecule_free().
+static inline void molecule_resize(Molecule *m, int n_atoms, int n_bonds, int n_tasks,
+                                   int name_length) {
+    if (n_atoms > m->atom_room || !m->atom_feat) {
+        m->atom_room = n_atoms;
+        m->atom_feat = xrealloc(m->atom_feat, (size_t)n_atoms, ATOM_FEATURES);
+        m->pos = xrealloc(m->pos, (size_t)n_atoms, 3 * sizeof(float));
+    }
+    if (n_bonds > m->bond_room || !m->bonds) {
+        m->bond_room = n_bonds;
+        m->bonds = xrealloc(m->bonds, (size_t)n_bonds, 2 * sizeof(uint16_t));
+        m->bond_code = xrealloc(m->bond_code, (size_t)n_bonds, 1);
+    }
+    if (n_tasks > m->task_room || !m->labels) {
+        m->task_room = n_tasks;
+        m->labels = xrealloc(m->labels, (size_t)n_tasks, sizeof(float));
+    }
+    if (name_length + 1 > m->name_room || !m->name) {
+        m->name_room = name_length + 1;
+        m->name = xrealloc(m->name, (size_t)name_length + 1, 1);
+    }
+    m->n_atoms = n_atoms;
+    m->n_bonds = n_bonds;
+    m->n_tasks = n_tasks;
+    m->name_length = name_length;
+    m->name[name_length] = 0;
+}
+
+static inline void molecule_free(Molecule *m) {
+    free(m->atom_feat);
+    free(m->bonds);
+    free(m->bond_code);
+    free(m->pos);
+    free(m->labels);
+    free(m->name);
+    *m = (Molecule){0};
+}
+
+// =================================================================================================
+// 8 Dataset files. All numbers little-endian whatever the host, no padding:
+//
+//   header, 64 bytes
+//      0  8  magic "MOLBLEND"          32  8  file size in bytes
+//      8  4  format version, 1         40  4  most atoms of a molecule
+//     12  4  number of tasks           44  4  most bonds of a molecule
+//     16  8  number of molecules       48 12  zero
+//     24  8  offset of the index       60  4  CRC-32 of header (these four as 0) and task names
+//   task names     per task: u16 length, bytes
+//   records        one a molecule, in order:
+//     u32 CRC-32 of the rest of the record; u16 atoms; u16 bonds; u16 flags (1: has positions);
+//     u16 length of the name; u8 atom_feat[atoms][9]; u16 bonds[bonds][2]; u8 bond_code[bonds];
+//     f32 pos[atoms][3] if the flag is set; f32 labels[tasks]; name bytes
+//   index          u64 per molecule: offset << 16 | atoms; u32 CRC-32 of these
+//
+// CRC-32 is zlib's. Header and index are checked on opening, a record whenever it is read, so a
+// dataset larger than memory opens at once and damage is still found before it is used.
+// =================================================================================================
+
+static const char DATASET_MAGIC[8] = {'M', 'O', 'L', 'B', 'L', 'E', 'N', 'D'};
+enum { DATASET_VERSION = 1, DATASET_HEADER = 64, RECORD_HEADER = 12 };
+
+static inline uint32_t get_u16(const uint8_t *p) { return (uint32_t)p[0] | (uint32_t)p[1] << 8; }
+static inline uint32_t get_u32(const uint8_t *p) { return get_u16(p) | get_u16(p + 2) << 16; }
+static inline uint64_t get_u64(const uint8_t *p) {
+    return (uint64_t)get_u32(p) | (uint64_t)get_u32(p + 4) << 32;
+}
+static inline float get_f32(const uint8_t *p) {
+    uint32_t bits = get_u32(p);
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
+static inline uint8_t *put_u16(uint8_t *p, uint32_t v) {
+    p[0] = (uint8_t)v;
+    p[1] = (uint8_t)(v >> 8);
+    return p + 2;
+}
+static inline uint8_t *put_u32(uint8_t *p, uint32_t v) { return put_u16(put_u16(p, v), v >> 16); }
+static inline uint8_t *put_u64(uint8_t *p, uint64_t v) {
+    return put_u32(put_u32(p, (uint32_t)v), (uint32_t)(v >> 32));
+}
+static inline uint8_t *put_f32(uint8_t *p, float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    return put_u32(p, bits);
+}
+
+// CRC-32 (reflected polynomial 0xEDB88320) of more bytes; start with crc = 0. Four bits at a time:
+// a 16-entry table needs no initialisation.
+static inline uint32_t crc32_add(uint32_t crc, const uint8_t *p, size_t n) {
+    static const uint32_t table[16] = {
+        0x00000000, 0x1DB71064, 0x3B6E20C8, 0x26D930AC, 0x76DC4190, 0x6B6B51F4,
+        0x4DB26158, 0x5005713C, 0xEDB88320, 0xF00F9344, 0xD6D6A3E8, 0xCB61B38C,
+        0x9B64C2B0, 0x86D3D2D4, 0xA00AE278, 0xBDBDF21C};
+    crc = ~crc;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= p[i];
+        crc = crc >> 4 ^ table[crc & 15];
+        crc = crc >> 4 ^ table[crc & 15];
+    }
+    return ~crc;
+}
+
+// Bytes of a record with these counts.
+static inline size_t record_size(int n_atoms, int n_bonds, int n_tasks, int name_length, int has_pos) {
+    return RECORD_HEADER + (size_t)n_atoms * (ATOM_FEATURES + (has_pos ? 12 : 0)) +
+           (size_t)n_bonds * 5 + (size_t)n_tasks * 4 + (size_t)name_length;
+}
+
+// Writes the record of m to buf, which has room for record_size() bytes; returns the size.
+static inline size_t record_encode(uint8_t *buf, const Molecule *m) {
+    uint8_t *p = buf + 4;
+    p = put_u16(p, (uint32_t)m->n_atoms);
+    p = put_u16(p, (uint32_t)m->n_bonds);
+    p = put_u16(p, m->has_pos ? 1 : 0);
+    p = put_u16(p, (uint32_t)m->name_length);
+    memcpy(p, m->atom_feat, (size_t)m->n_atoms * ATOM_FEATURES);
+    p += (size_t)m->n_atoms * ATOM_FEATURES;
+    for (int k = 0; k < 2 * m->n_bonds; k++) p = put_u16(p, m->bonds[k]);
+    memcpy(p, m->bond_code, (size_t)m->n_bonds);
+    p += m->n_bonds;
+    for (int k = 0; m->has_pos && k < 3 * m->n_atoms; k++) p = put_f32(p, m->pos[k]);
+    for (int k = 0; k < m->n_tasks; k++) p = put_f32(p, m->labels[k]);
+    memcpy(p, m->name, (size_t)m->name_length);
+    p += m->name_length;
+    put_u32(buf, crc32_add(0, buf + 4, (size_t)(p - buf) - 4));
+    return (size_t)(p - buf);
+}
+
+// Reads a record of `size` bytes into m. Returns NULL, or what is wrong with it.
+static inline const char *record_decode(Molecule *m, const uint8_t *p, size_t size, int n_tasks) {
+    if (size < RECORD_HEADER) return "record is too short";
+    if (get_u32(p) != crc32_add(0, p + 4, size - 4)) return "record is damaged (checksum)";
+    int n_atoms = (int)get_u16(p + 4), n_bonds = (int)get_u16(p + 6), has_pos = (int)get_u16(p + 8);
+    int name_length = (int)get_u16(p + 10);
+    if (n_atoms < 1) return "molecule without atoms";
+    if (has_pos > 1) return "unknown record flags";
+    if (size != record_size(n_atoms, n_bonds, n_tasks, name_length, has_pos))
+        return "record size does not fit its counts";
+    molecule_resize(m, n_atoms, n_bonds, n_tasks, name_length);
+    m->has_pos = has_pos;
+    p += RECORD_HEADER;
+    memcpy(m->atom_feat, p, (size_t)n_atoms * ATOM_FEATURES);
+    p += (size_t)n_atoms * ATOM_FEATURES;
+    for (int k = 0; k < n_atoms * ATOM_FEATURES; k++)
+        if (m->atom_feat[k] >= ATOM_FEATURE_SIZES[k % ATOM_FEATURES])
+            return "atom feature out of range";
+    for (int k = 0; k < 2 * n_bonds; k++, p += 2) m->bonds[k] = (uint16_t)get_u16(p);
+    for (int k = 0; k < n_bonds; k++) {
+        if (m->bonds[2 * k] >= n_atoms || m->bonds[2 * k + 1] >= n_atoms ||
+            m->bonds[2 * k] == m->bonds[2 * k + 1])
+            return "bond to an atom that is not there";
+        if (p[k] >= BOND_CODES) return "bond feature out of range";
+        m->bond_code[k] = p[k];
+    }
+    p += n_bonds;
+    for (int k = 0; has_pos && k < 3 * n_atoms; k++, p += 4) {
+        m->pos[k] = get_f32(p);
+        if (!(fabsf(m->pos[k]) <= 1e6f)) return "position is not a sensible number";
+    }
+    for (int k = 0; k < n_tasks; k++, p += 4) {
+        m->labels[k] = get_f32(p);
+        if (isinf(m->labels[k])) return "label is infinite";
+    }
+    memcpy(m->name, p, (size_t)name_length);
+    return NULL;
+}
+
+// ---- writer
+typedef struct {
+    OutFile out;
+    uint64_t *index;
+    size_t count, index_room;
+    uint64_t offset;
+    uint32_t max_atoms, max_bonds;
+    int n_tasks;
+    uint8_t *head;  // header and task names
+    size_t head_size;
+} DatasetWriter;
+
+// Starts a dataset file with these tasks (task_names may be NULL if n_tasks is 0).
+static inline void dataset_create(DatasetWriter *w, const char *path, int n_tasks,
+                                  char *const *task_names) {
+    *w = (DatasetWriter){.n_tasks = n_tasks};
+    w->head_size = DATASET_HEADER;
+    for (int t = 0; t < n_tasks; t++) {
+        CHECK(strlen(task_names[t]) <= MAX_NAME, "%s: a task name is too long", path);
+        w->head_size += 2 + strlen(task_names[t]);
+    }
+    w->head = xmalloc(w->head_size, 1);
+    uint8_t *p = w->head + DATASET_HEADER;
+    for (int t = 0; t < n_tasks; t++) {
+        size_t length = strlen(task_names[t]);
+        p = put_u16(p, (uint32_t)length);
+        memcpy(p, task_names[t], length);
+        p += length;
+    }
+    out_open(&w->out, path);
+    out_write(&w->out, w->head, w->head_size);  // a placeholder; dataset_finish() fills it in
+    w->offset = w->head_size;
+}
+
+// Appends a record made by record_encode().
+static inline void dataset_append(DatasetWriter *w, const uint8_t *record, size_t size) {
+    uint32_t n_atoms = get_u16(record + 4), n_bonds = get_u16(record + 6);
+    if (w->count == w->index_room) {
+        w->index_room = w->index_room ? 2 * w->index_room : 1024;
+        w->index = xrealloc(w->index, w->index_room, sizeof *w->index);
+    }
+    CHECK(w->offset < (uint64_t)1 << 47 && w->count < UINT32_MAX, "%s: dataset is too large",
+          w->out.path);
+    w->index[w->count++] = w->offset << 16 | n_atoms;
+    w->offset += size;
+    if (n_atoms > w->max_atoms) w->max_atoms = n_atoms;
+    if (n_bonds > w->max_bonds) w->max_bonds = n_bonds;
+    out_write(&w->out, record, size);
+}
+
+// Writes index and header, and gives the file its name. Frees everything w owns.
+static inline void dataset_finish(DatasetWriter *w) {
+    uint32_t crc = 0;
+    for (size_t i = 0; i <= w->count; i++) {
+        uint8_t entry[8];
+        if (i < w->count) {
+            put_u64(entry, w->index[i]);
+            crc = crc32_add(crc, entry, 8);
+        } else {
+            put_u32(entry, crc);
+        }
+        out_write(&w->out, entry, i < w->count ? 8 : 4);
+    }
+    memcpy(w->head, DATASET_MAGIC, 8);
+    put_u32(w->head + 8, DATASET_VERSION);
+    put_u32(w->head + 12, (uint32_t)w->n_tasks);
+    put_u64(w->head + 16, w->count);
+    put_u64(w->head + 24, w->offset);
+    put_u64(w->head + 32, w->offset + 8 * (uint64_t)w->count + 4);
+    put_u32(w->head + 40, w->max_atoms);
+    put_u32(w->head + 44, w->max_bonds);
+    put_u32(w->head + 60, crc32_add(0, w->head, w->head_size));
+    CHECK(fseek(w->out.file, 0, SEEK_SET) == 0, "%s: cannot seek: %s", w->out.tmp, strerror(errno));
+    out_write(&w->out, w->head, w->head_size);
+    out_commit(&w->out);
+    free(w->head);
+    free(w->index);
+}
+
+// ---- reader
+typedef struct {
+    const char *path;     // as given to dataset_open(), which does not copy it
+    const uint8_t *data;  // the whole file, mapped or read
+    size_t size, count;
+    const uint8_t *index;
+    int n_tasks, max_atoms, max_bonds;
+    char **task_names;    // (n_tasks)
+    int mapped;
+} Dataset;
+
+// The whole of a file, memory-mapped where the platform can (*mapped), or read. Dies if it cannot.
+static inline const uint8_t *file_bytes(const char *path, size_t *size, int *mapped) {
+    const uint8_t *data = NULL;
+    *mapped = 0;
+#if MB_POSIX
+    struct stat info;
+    int fd = open(path, O_RDONLY);
+    CHECK(fd >= 0 && fstat(fd, &info) == 0, "%s: cannot read: %s", path, strerror(errno));
+    CHECK(S_ISREG(info.st_mode), "%s: cannot read: expected a regular file", path);
+    CHECK((uintmax_t)info.st_size <= SIZE_MAX, "%s: too large for this machine", path);
+    *size = (size_t)info.st_size;
+    if (*size > 0) {
+        void *map = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
+        *mapped = map != MAP_FAILED;
+        if (*mapped) data = map;
+    }
+    close(fd);
+    if (data) return data;
+#endif
+    FILE *f = fopen(path, "rb");
+    CHECK(f, "%s: cannot read: %s", path, strerror(errno));
+    uint8_t *buf = NULL;
+    size_t room = 0, got = 0, n;
+    do {
+        room = room ? 2 * room : 1 << 16;
+        buf = xrealloc(buf, room, 1);
+        n = fread(buf + got, 1, room - got, f);
+        got += n;
+    } while (got == room);
+    CHECK(!ferror(f), "%s: read failed: %s", path, strerror(errno));
+    fclose(f);
+    *size = got;
+    return buf;
+}
+
+static inline void file_release(const uint8_t *data, size_t size, int mapped) {
+#if MB_POSIX
+    if (mapped) {
+        munmap((void *)(uintptr_t)data, size);
+        return;
+    }
+#endif
+    (void)size;
+    (void)mapped;
+    free((void *)(uintptr_t)data);
+}
+
+// Opens and checks header, task names and index. Dies with the reason if anything is wrong.
+static inline void dataset_open(Dataset *d, const char *path) {
+    *d = (Dataset){.path = path};
+    d->data = file_bytes(path, &d->size, &d->mapped);
+    const uint8_t *h = d->data;
+    CHECK(d->size >= DATASET_HEADER && memcmp(h, DATASET_MAGIC, 8) == 0,
+          "%s: not a dataset file (expected one made by data_prep)", path);
+    CHECK(get_u32(h + 8) == DATASET_VERSION, "%s: expected format version %d, found %u", path,
+          DATASET_VERSION, (unsigned)get_u32(h + 8));
+    CHECK(get_u64(h + 32) == d->size, "%s: truncated: expected %llu bytes, found %zu", path,
+          (unsigned long long)get_u64(h + 32), d->size);
+    uint64_t count = get_u64(h + 16), index = get_u64(h + 24);
+    CHECK(count <= UINT32_MAX && index <= d->size && d->size - index == 8 * count + 4 &&
+          get_u32(h + 12) <= MAX_TASKS && get_u32(h + 40) <= MAX_ATOMS &&
+          get_u32(h + 44) <= MAX_BONDS, "%s: damaged header (counts do not fit the file)", path);
+    d->count = (size_t)count;
+    d->index = h + index;
+    d->n_tasks = (int)get_u32(h + 12);
+    d->max_atoms = (int)get_u32(h + 40);
+    d->max_bonds = (int)get_u32(h + 44);
+    d->task_names = xmalloc((size_t)d->n_tasks, sizeof *d->task_names);
+    size_t at = DATASET_HEADER;
+    for (int t = 0; t < d->n_tasks; t++) {
+        size_t length = at + 2 <= index ? get_u16(h + at) : SIZE_MAX;
+        CHECK(length <= MAX_NAME && length <= index - at - 2, "%s: damaged task names", path);
+        d->task_names[t] = xprintf("%.*s", (int)length, (const char *)h + at + 2);
+        at += 2 + length;
+    }
+    uint8_t head[DATASET_HEADER];
+    memcpy(head, h, DATASET_HEADER);
+    put_u32(head + 60, 0);
+    uint32_t crc = crc32_add(crc32_add(0, head, DATASET_HEADER), h + DATASET_HEADER,
+                             at - DATASET_HEADER);
+    CHECK(crc == get_u32(h + 60), "%s: damaged header (checksum)", path);
+    CHECK(crc32_add(0, d->index, 8 * d->count) == get_u32(d->index + 8 * d->count),
+          "%s: damaged index (checksum)", path);
+}
+
+static inline void dataset_close(Dataset *d) {
+    file_release(d->data, d->size, d->mapped);
+    for (int t = 0; t < d->n_tasks; t++) free(d->task_names[t]);
+    free(d->task_names);
+}
+
+// Atoms of molecule i, without touching its record.
+static inline int dataset_atoms(const Dataset *d, size_t i) {
+    return (int)get_u16(d->index + 8 * i);
+}
+
+// Reads molecule i into m (see Molecule for ownership). Dies if the record is damaged.
+static inline void dataset_read(const Dataset *d, size_t i, Molecule *m) {
+    uint64_t begin = get_u64(d->index + 8 * i) >> 16;
+    uint64_t end = i + 1 < d->count ? get_u64(d->index + 8 * (i + 1)) >> 16
+                                    : (uint64_t)(d->index - d->data);
+    CHECK(begin >= DATASET_HEADER && begin <= end && end <= d->size,
+          "%s: molecule %zu: damaged index", d->path, i);
+    const char *wrong = record_decode(m, d->data + begin, (size_t)(end - begin), d->n_tasks);
+    if (!wrong && m->n_atoms != dataset_atoms(d, i)) wrong = "atom count differs from the index";
+    if (!wrong && (m->n_atoms > d->max_atoms || m->n_bonds > d->max_bonds))
+        wrong = "more atoms or bonds than the header allows";
+    CHECK(!wrong, "%s: molecule %zu: %s", d->path, i, wrong);
+}
+
+#endif
