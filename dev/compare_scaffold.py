@@ -3,13 +3,15 @@
 
     python3 dev/compare_scaffold.py FILE.csv... [--smiles COLUMN]
 
-The reference is MoleculeNet's deterministic procedure: Bemis-Murcko scaffold SMILES without chirality
-(RDKit), molecules of one scaffold form a group, groups sorted by (size, first member) descending,
-each group going whole into the first of train, valid, test that still has room (80/10/10 %).
+The reference is MoleculeNet's deterministic procedure: Bemis-Murcko scaffold SMILES without
+chirality (RDKit), molecules of one scaffold form a group, groups sorted by (size, first member)
+descending, each group going whole into the first of train, valid, test that still has room
+(80/10/10 %).
 Molecules that RDKit cannot read are left out of both splits.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -45,12 +47,12 @@ def reference_split(mols):
 
 def our_split(program, smiles, folder):
     """The part of each molecule, by data_prep; None where it refused."""
-    import json
     source = os.path.join(folder, "input.csv")
     write_input(source, "csv", smiles, 0)
-    done = subprocess.run([program, "-o", os.path.join(folder, "split.{}.bin"), "--smiles", "smiles",
-                           "--name", "number", "--split", "0.8,0.1,0.1", "--split-by", "scaffold",
-                           source], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run([program, "-o", os.path.join(folder, "split.{}.bin"), source,
+                           "--smiles", "smiles", "--name", "number", "--split", "0.8,0.1,0.1",
+                           "--split-by", "scaffold"],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
         sys.exit(f"data_prep failed: {done.stdout.decode()}")
     part = [None] * len(smiles)

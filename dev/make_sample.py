@@ -3,16 +3,17 @@
 
     python3 dev/make_sample.py > data/sample.sdf        (RDKit 2022.09; a minute)
 
-The molecules are the first 5,000 of the National Cancer Institute's open collection (public domain),
-which come with RDKit as Data/NCI/first_5K.smi, and a few very small ones, which it lacks. Of each
-size class, the most diverse ones are taken (MaxMin over Morgan fingerprints). Conformers: ETKDGv3
-with a fixed seed, then MMFF94 until converged. A record holds heavy atoms only; hydrogens are implied
-by charges and valences, as usual. A molecule is left out if RDKit reads other features from its
-record than from the one with all hydrogens, so nothing is lost.
+The molecules are the first 5,000 of the National Cancer Institute's open collection (public
+domain), which come with RDKit as Data/NCI/first_5K.smi, and a few very small ones, which it lacks.
+Of each size class, the most diverse ones are taken (MaxMin over Morgan fingerprints). Conformers:
+ETKDGv3 with a fixed seed, then MMFF94 until converged. A record holds heavy atoms only; hydrogens
+are implied by charges and valences, as usual. A molecule is left out if RDKit reads other features
+from its record than from the one with all hydrogens, so nothing is lost.
 
-Every molecule stands in its principal frame (what `data_prep --orient principal` computes). The two
-labels, Crippen logP and the topological polar surface area, are computed too: with them, fine-tuning
-has something to learn whose answer is known. The same RDKit version writes the same bytes.
+Every molecule stands in its principal frame (what `data_prep --orient principal` computes). The
+two labels, Crippen logP and the topological polar surface area, are computed too: with them,
+fine-tuning has something to learn whose answer is known. The same RDKit version writes the same
+bytes.
 """
 
 import argparse
@@ -77,9 +78,9 @@ def conformer(mol):
 
 
 def principal_frame(pos):
-    """Positions (n, 3) about their centre, in the axes of the gyration tensor in order of decreasing
-    extent; the third moment along each of the first two is positive, the third axis makes the frame
-    right-handed."""
+    """Positions (n, 3) about their centre, in the axes of the gyration tensor in order of
+    decreasing extent; the third moment along each of the first two is positive, the third axis
+    makes the frame right-handed."""
     pos = pos - pos.mean(axis=0)
     _, axes = np.linalg.eigh(pos.T @ pos)  # columns, ascending
     axes = axes[:, ::-1].copy()
@@ -91,14 +92,14 @@ def principal_frame(pos):
 
 
 def record(name, mol):
-    """The SDF record of a molecule with hydrogens and geometry, or None if it would lose something."""
+    """The SDF record of a molecule with hydrogens and geometry, or None if it loses something."""
     heavy = Chem.RemoveHs(mol)
     n = heavy.GetNumAtoms()
     if any(atom.GetAtomicNum() == 1 for atom in heavy.GetAtoms()):
         return None
     where = heavy.GetConformer()
     pos = principal_frame(where.GetPositions())
-    if n > 1 and np.min([np.linalg.norm(pos[i] - pos[j]) for i in range(n) for j in range(i)]) < 0.9:
+    if any(np.linalg.norm(pos[i] - pos[j]) < 0.9 for i in range(n) for j in range(i)):
         return None
     for i, (x, y, z) in enumerate(np.round(pos, 4) + 0.0):  # + 0.0 turns -0 into 0
         where.SetAtomPosition(i, (x, y, z))
