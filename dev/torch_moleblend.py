@@ -800,11 +800,11 @@ def bench(options):
         seconds.append(time.perf_counter() - start)
     timed = sorted(seconds[options.warmup:])
     median = timed[len(timed) // 2]
-    what = ["inference" if options.inference else "training", options.size, f"batch {options.batch}",
-            f"{torch.get_num_threads()} threads",
+    what = ["inference" if options.inference else "training", options.size,
+            f"batch {options.batch}", f"{torch.get_num_threads()} threads",
             f"{atoms:.1f} atoms a molecule (padded to {longest:.1f})"]
     what += [name for name in ("compile", "sdpa") if getattr(options, name)]
-    print(f"{', '.join(what)}: median {1000 * median:.0f} ms, best {1000 * timed[0]:.0f} ms a batch, "
+    print(f"{', '.join(what)}: median {1000 * median:.0f} ms a batch, "
           f"{options.batch / median:.1f} molecules/s (best {options.batch / timed[0]:.1f}), "
           f"peak memory {peak_memory_mb():.0f} MB, torch {torch.__version__}", flush=True)
 
