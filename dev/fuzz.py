@@ -295,16 +295,22 @@ def make_targets(options, folder):
     if prep and blend:
         model = os.path.join(folder, "seed.safetensors")
         tuned = os.path.join(folder, "tuned.safetensors")
-        quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        pretrain = [blend, data, "--size", "tiny", "--steps", "2", "--batch-size", "8"]
-        subprocess.run(pretrain + ["-o", model], **quiet)
+        pretrain = [blend, data, "--size", "tiny", "--steps", "2", "--batch-size", "8", "-o"]
         finetune = [blend, "finetune", data, "--valid", data, "--epochs", "1", "--task",
-                    "regression"]
-        subprocess.run(finetune + ["--init", model, "-o", tuned], **quiet)
-        targets["model"] = Target("safetensors", mutate_safetensors, [read(model), read(tuned)], [
+                    "regression", "--init"]
+        seeds = []
+        for command, path in ((pretrain + [model], model),
+                              (finetune + [model, "-o", tuned], tuned)):
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            if done.returncode == 0:
+                seeds.append(read(path))
+            else:
+                print(f"no seed: {' '.join(command)}\n    {done.stderr.decode().strip()[-200:]}")
+        targets["model"] = Target("safetensors", mutate_safetensors, seeds, [
             [blend, "info", "{in}"], [blend, "predict", data, "--model", "{in}"],
             [blend, "embed", data, "--model", "{in}", "-o", "{dir}/out.npy"],
-            finetune + ["--init", "{in}", "-o", "{dir}/out.safetensors"]])
+            pretrain + ["{dir}/out.safetensors", "--init", "{in}"],
+            finetune + ["{in}", "-o", "{dir}/out.safetensors"]])
     if options.only:
         targets = {name: targets[name] for name in options.only.split(",")}
     return targets
