@@ -1,0 +1,5433 @@
+// data_prep.c - molecule files in, one dataset file out
+//
+// Reads SDF / MOL (V2000 and V3000), SMILES and CSV / TSV files and writes the dataset of
+// moleblend.h: for every molecule the nine atom and three bond features of OGB, 3D positions if the
+// file has them, labels and a name. The features equal those RDKit 2022.09 computes when it reads
+// and sanitizes the same record, because the same perception is done in the same order:
+//
+//    1 elements             valences, outer electrons: the facts the rules below rest on
+//    2 working memory       one arena and one molecule a thread, reused for every record
+//    3 the molecule         atoms, bonds, adjacency, rings
+//    4 text                 lines, fields, numbers, and how a parser reports a fault
+//    5 mol blocks           V2000, V3000
+//    6 SMILES
+//    7 valence              explicit valence, implicit hydrogens, what is too much
+//    8 clean-up             nitro groups and their kin become charge-separated
+//    9 hydrogens            explicit H atoms become counts on their heavy atom
+//   10 rings                smallest set of smallest rings, symmetrised
+//   11 Kekule structure     aromatic bonds become single and double ones
+//   12 radicals, aromaticity, conjugation, hybridization
+//   13 stereo centres       from 3D coordinates or wedges; non-tetrahedral ones
+//   14 double bonds         bond directions from coordinates
+//   15 CIP ranks            and with them: which centres and double bonds are real
+//   16 perception           the steps above in order
+//   17 features             OGB's lists; the principal frame
+//   18 scaffolds            Bemis-Murcko, and a key equal for equal scaffolds
+//   19 records              splitting files into records, SD tags, CSV columns
+//   20 conversion           chunks of records in parallel, written in order
+//   21 splits               order, random, scaffold
+//   22 dump                 a dataset as JSON lines
+//   23 options and main
+//
+// Where RDKit's behaviour is an accident of its code, it is followed and a comment says so: equal
+// numbers are worth more here than better chemistry.
+#ifndef MB_PROGRAM
+#define MB_PROGRAM "data_prep"
+#endif
+#include "moleblend.h"
+
+// =================================================================================================
+// 1 Elements. `early` marks those left of carbon, where a positive charge costs a bond instead of
+//   giving one. The valences are the allowed ones in rising order; -1 means anything goes.
+// =================================================================================================
+
+typedef struct {
+    char symbol[3];
+    int8_t outer;       // electrons in the outer shell
+    int8_t early;
+    int16_t isotope;    // the most common one
+    int8_t n_valences;
+    int8_t valence[4];
+} Element;
+
+enum { Z_MAX = 118 };
+
+static const Element ELEMENTS[Z_MAX + 1] = {
+    {"*", 0, 0, 0, 1, {-1}}, {"H", 1, 0, 1, 1, {1}}, {"He", 2, 0, 4, 1, {0}},
+    {"Li", 1, 1, 7, 1, {1}}, {"Be", 2, 1, 9, 1, {2}}, {"B", 3, 1, 11, 1, {3}},
+    {"C", 4, 0, 12, 1, {4}}, {"N", 5, 0, 14, 1, {3}}, {"O", 6, 0, 16, 1, {2}},
+    {"F", 7, 0, 19, 1, {1}}, {"Ne", 8, 0, 20, 1, {0}}, {"Na", 1, 1, 23, 1, {1}},
+    {"Mg", 2, 1, 24, 2, {2, -1}}, {"Al", 3, 1, 27, 2, {3, 6}}, {"Si", 4, 0, 28, 2, {4, 6}},
+    {"P", 5, 0, 31, 3, {3, 5, 7}}, {"S", 6, 0, 32, 3, {2, 4, 6}}, {"Cl", 7, 0, 35, 1, {1}},
+    {"Ar", 8, 0, 40, 1, {0}}, {"K", 1, 1, 39, 1, {1}}, {"Ca", 2, 1, 40, 2, {2, -1}},
+    {"Sc", 3, 1, 45, 1, {-1}}, {"Ti", 4, 1, 48, 1, {-1}}, {"V", 5, 0, 50, 1, {-1}},
+    {"Cr", 6, 0, 52, 1, {-1}}, {"Mn", 7, 0, 55, 1, {-1}}, {"Fe", 8, 0, 56, 1, {-1}},
+    {"Co", 9, 0, 59, 1, {-1}}, {"Ni", 10, 0, 58, 1, {-1}}, {"Cu", 11, 0, 63, 1, {-1}},
+    {"Zn", 2, 1, 64, 1, {-1}}, {"Ga", 3, 1, 69, 1, {3}}, {"Ge", 4, 1, 74, 1, {4}},
+    {"As", 5, 0, 75, 3, {3, 5, 7}}, {"Se", 6, 0, 80, 3, {2, 4, 6}}, {"Br", 7, 0, 79, 1, {1}},
+    {"Kr", 8, 0, 84, 1, {0}}, {"Rb", 1, 1, 85, 1, {1}}, {"Sr", 2, 1, 88, 2, {2, -1}},
+    {"Y", 3, 1, 89, 1, {-1}}, {"Zr", 4, 1, 90, 1, {-1}}, {"Nb", 5, 1, 93, 1, {-1}},
+    {"Mo", 6, 0, 98, 1, {-1}}, {"Tc", 7, 0, 97, 1, {-1}}, {"Ru", 8, 0, 102, 1, {-1}},
+    {"Rh", 9, 0, 103, 1, {-1}}, {"Pd", 10, 0, 106, 1, {-1}}, {"Ag", 11, 0, 107, 1, {-1}},
+    {"Cd", 2, 1, 114, 1, {-1}}, {"In", 3, 1, 115, 1, {3}}, {"Sn", 4, 1, 120, 2, {2, 4}},
+    {"Sb", 5, 1, 121, 3, {3, 5, 7}}, {"Te", 6, 0, 130, 3, {2, 4, 6}},
+    {"I", 7, 0, 127, 3, {1, 3, 5}}, {"Xe", 8, 0, 132, 4, {0, 2, 4, 6}}, {"Cs", 1, 1, 133, 1, {1}},
+    {"Ba", 2, 1, 138, 2, {2, -1}}, {"La", 3, 1, 139, 1, {-1}}, {"Ce", 4, 1, 140, 1, {-1}},
+    {"Pr", 3, 1, 141, 1, {-1}}, {"Nd", 4, 1, 142, 1, {-1}}, {"Pm", 5, 1, 145, 1, {-1}},
+    {"Sm", 6, 0, 152, 1, {-1}}, {"Eu", 7, 0, 153, 1, {-1}}, {"Gd", 8, 0, 158, 1, {-1}},
+    {"Tb", 9, 0, 159, 1, {-1}}, {"Dy", 10, 0, 164, 1, {-1}}, {"Ho", 11, 0, 165, 1, {-1}},
+    {"Er", 12, 0, 166, 1, {-1}}, {"Tm", 13, 0, 169, 1, {-1}}, {"Yb", 14, 0, 174, 1, {-1}},
+    {"Lu", 15, 0, 175, 1, {-1}}, {"Hf", 4, 1, 180, 1, {-1}}, {"Ta", 5, 1, 181, 1, {-1}},
+    {"W", 6, 0, 184, 1, {-1}}, {"Re", 7, 0, 187, 1, {-1}}, {"Os", 8, 0, 192, 1, {-1}},
+    {"Ir", 9, 0, 193, 1, {-1}}, {"Pt", 10, 0, 195, 1, {-1}}, {"Au", 11, 0, 197, 1, {-1}},
+    {"Hg", 2, 1, 202, 1, {-1}}, {"Tl", 3, 1, 205, 1, {3}}, {"Pb", 4, 1, 208, 2, {2, 4}},
+    {"Bi", 5, 1, 209, 3, {3, 5, 7}}, {"Po", 6, 0, 209, 3, {2, 4, 6}},
+    {"At", 7, 0, 210, 3, {1, 3, 5}}, {"Rn", 8, 0, 211, 1, {0}}, {"Fr", 1, 1, 223, 1, {1}},
+    {"Ra", 2, 1, 223, 2, {2, -1}}, {"Ac", 3, 1, 227, 1, {-1}}, {"Th", 4, 1, 232, 1, {-1}},
+    {"Pa", 3, 1, 231, 1, {-1}}, {"U", 4, 1, 238, 1, {-1}}, {"Np", 5, 1, 236, 1, {-1}},
+    {"Pu", 6, 0, 238, 1, {-1}}, {"Am", 7, 0, 241, 1, {-1}}, {"Cm", 8, 0, 243, 1, {-1}},
+    {"Bk", 9, 0, 247, 1, {-1}}, {"Cf", 10, 0, 249, 1, {-1}}, {"Es", 11, 0, 252, 1, {-1}},
+    {"Fm", 12, 0, 257, 1, {-1}}, {"Md", 13, 0, 258, 1, {-1}}, {"No", 14, 0, 259, 1, {-1}},
+    {"Lr", 15, 0, 262, 1, {-1}}, {"Rf", 2, 1, 267, 1, {-1}}, {"Db", 2, 1, 268, 1, {-1}},
+    {"Sg", 2, 1, 271, 1, {-1}}, {"Bh", 2, 1, 270, 1, {-1}}, {"Hs", 2, 1, 269, 1, {-1}},
+    {"Mt", 2, 1, 278, 1, {-1}}, {"Ds", 2, 1, 281, 1, {-1}}, {"Rg", 2, 1, 281, 1, {-1}},
+    {"Cn", 2, 1, 285, 1, {-1}}, {"Nh", 2, 1, 284, 1, {-1}}, {"Fl", 2, 1, 289, 1, {-1}},
+    {"Mc", 2, 1, 288, 1, {-1}}, {"Lv", 2, 1, 293, 1, {-1}}, {"Ts", 2, 1, 292, 1, {-1}},
+    {"Og", 2, 1, 294, 1, {-1}},
+};
+
+// Atomic number of an element symbol of n letters, or -1.
+static int element_number(const char *text, int n) {
+    if (n == 1) {
+        switch (text[0]) {  // what most atoms are
+            case 'H': return 1;
+            case 'C': return 6;
+            case 'N': return 7;
+            case 'O': return 8;
+        }
+    }
+    for (int z = 1; z <= Z_MAX && n >= 1 && n <= 2; z++) {
+        const char *s = ELEMENTS[z].symbol;
+        if (s[0] == text[0] && (n == 1 ? s[1] == 0 : s[1] == text[1])) return z;
+    }
+    return -1;
+}
+
+// Whether the first element attracts electrons more than the second, by RDKit's rough measure.
+static int more_electronegative(int z1, int z2) {
+    int outer1 = ELEMENTS[z1].outer, outer2 = ELEMENTS[z2].outer;
+    return outer1 != outer2 ? outer1 > outer2 : z1 < z2;
+}
+
+// =================================================================================================
+// 2 Working memory. Everything a record needs while it is read and perceived comes from one arena,
+//   which is emptied before the next record: no malloc in the common case, nothing to free.
+// =================================================================================================
+
+typedef struct PrepOverflow {
+    struct PrepOverflow *next;
+    size_t bytes;
+} PrepOverflow;
+
+typedef struct {
+    char *base;
+    size_t used, room;
+    PrepOverflow *overflow;  // blocks that did not fit; the base grows by them at the next reset
+} PrepArena;
+
+// `count` zeroed elements of `size` bytes that live until prep_reset().
+static void *prep_take(PrepArena *arena, size_t count, size_t size) {
+    size_t bytes = mul_size(count, size);
+    CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
+    bytes = (bytes + 63) / 64 * 64;
+    if (bytes <= arena->room - arena->used) {
+        void *p = arena->base + arena->used;
+        arena->used += bytes;
+        return memset(p, 0, bytes);
+    }
+    size_t head = (sizeof(PrepOverflow) + 63) / 64 * 64;
+    PrepOverflow *block = xmalloc(1, head + bytes);
+    block->bytes = bytes;
+    block->next = arena->overflow;
+    arena->overflow = block;
+    return (char *)block + head;
+}
+
+static int *prep_ints(PrepArena *arena, int count) {
+    return prep_take(arena, (size_t)count, sizeof(int));
+}
+
+static uint8_t *prep_flags(PrepArena *arena, int count) {
+    return prep_take(arena, (size_t)count, 1);
+}
+
+// A block twice as large as p's `room` elements with the same beginning; *room is updated.
+static void *prep_grow(PrepArena *arena, const void *p, int *room, size_t size) {
+    int more = *room < 16 ? 32 : 2 * *room;
+    void *grown = prep_take(arena, (size_t)more, size);
+    if (*room) memcpy(grown, p, (size_t)*room * size);
+    *room = more;
+    return grown;
+}
+
+// Empties the arena; what did not fit this time will fit the next time.
+static void prep_reset(PrepArena *arena) {
+    size_t missing = 0;
+    while (arena->overflow) {
+        PrepOverflow *block = arena->overflow;
+        missing += block->bytes;
+        arena->overflow = block->next;
+        free(block);
+    }
+    if (missing || !arena->base) {
+        free(arena->base);
+        arena->room += missing + (1 << 16);
+        arena->base = xmalloc(arena->room, 1);
+    }
+    arena->used = 0;
+}
+
+static void prep_free(PrepArena *arena) {
+    prep_reset(arena);
+    free(arena->base);
+    *arena = (PrepArena){0};
+}
+
+// =================================================================================================
+// 3 The molecule
+// =================================================================================================
+
+enum { ORDER_NONE, ORDER_SINGLE, ORDER_DOUBLE, ORDER_TRIPLE, ORDER_QUADRUPLE, ORDER_AROMATIC,
+       ORDER_DATIVE, ORDER_HYDROGEN, ORDER_ZERO };
+
+// A wedge starts at the narrow end, the bond's first atom. DOWN and UP belong to the single bonds
+// beside a double bond and are read from first to second atom, like \ and / in SMILES.
+enum { DIR_NONE, DIR_WEDGE, DIR_DASH, DIR_DOWN, DIR_UP, DIR_EITHER, DIR_UNKNOWN };
+
+enum { STEREO_NONE, STEREO_Z, STEREO_E, STEREO_CIS, STEREO_TRANS, STEREO_ANY };  // OGB's order
+
+enum { CHI_NONE, CHI_CW, CHI_CCW, CHI_OTHER, CHI_TETRAHEDRAL, CHI_ALLENE, CHI_SQUARE,
+       CHI_BIPYRAMID, CHI_OCTAHEDRON };  // the first four in OGB's order, the rest is its "misc"
+
+enum { HYBRID_SP, HYBRID_SP2, HYBRID_SP3, HYBRID_SP3D, HYBRID_SP3D2, HYBRID_MISC };
+
+enum { QUERY_ANY = 1, QUERY_ORDER = 2, QUERY_COMPLEX = 4 };  // of a bond; see bond_query_bits()
+
+typedef struct {
+    uint8_t z;              // atomic number, 0 = dummy
+    int8_t charge;
+    uint8_t stated_h;       // hydrogens that belong to the atom as written ([nH], valence fields)
+    uint8_t radicals;
+    uint8_t no_implicit;    // takes no hydrogens beyond the stated ones
+    uint8_t aromatic, chirality, hybrid, query;
+    uint8_t unknown_stereo; // a wavy bond began here
+    uint8_t first_of_part;  // opens a SMILES or follows a dot
+    uint8_t ring_stereo;    // its stereo depends on another centre of the same ring system
+    char cip;               // 'R', 'S' or 0: not a centre with four different neighbours
+    uint16_t isotope;
+    int16_t implicit_h;     // -1: not computed yet
+    int valence;            // sum of bond orders and stated hydrogens, rounded as RDKit does
+    int map;                // atom map number, -1 = none
+    int field_valence;      // the mol block's valence field, 0 = not given
+} ChemAtom;
+
+typedef struct {
+    int begin, end;
+    uint8_t order, aromatic, conjugated, direction, stereo, query;
+    uint8_t unknown;        // was drawn wavy
+    uint8_t dead;           // goes away with its hydrogen
+    uint8_t unspecified;    // SMILES / or \ or nothing: single or aromatic, as its atoms turn out
+    int rings, smallest_ring;
+} ChemBond;
+
+// Rings as lists of atoms: ring r is atoms[start[r]..start[r+1]); bonds[k] joins atoms[k] to the
+// next atom of the ring.
+typedef struct {
+    int n, room, used, atom_room;
+    int *start, *atoms, *bonds;
+} RingList;
+
+typedef struct {
+    int n_atoms, n_bonds, atom_room, bond_room;
+    ChemAtom *atoms;
+    ChemBond *bonds;
+    double (*xyz)[3];       // of every atom; used if has_xyz
+    int *first, *adj;       // bonds of atom i: adj[first[i]..first[i+1]), in the order of creation
+    int *atom_rings;        // number of rings an atom is in
+    RingList rings;
+    int has_xyz, is_3d, wedged;
+    PrepArena arena;
+} ChemMol;
+
+// Empties m for the next record. Start from a zeroed struct; the owner calls mol_free().
+static void mol_clear(ChemMol *m) {
+    prep_reset(&m->arena);
+    m->n_atoms = m->n_bonds = 0;
+    m->has_xyz = m->is_3d = m->wedged = 0;
+    m->rings = (RingList){0};
+}
+
+static void mol_free(ChemMol *m) {
+    prep_free(&m->arena);
+    free(m->atoms);
+    free(m->bonds);
+    free(m->xyz);
+    *m = (ChemMol){0};
+}
+
+// Appends an atom of element z and returns its index.
+static int mol_add_atom(ChemMol *m, int z) {
+    if (m->n_atoms == m->atom_room) {
+        m->atom_room = m->atom_room ? 2 * m->atom_room : 256;
+        m->atoms = xrealloc(m->atoms, (size_t)m->atom_room, sizeof *m->atoms);
+        m->xyz = xrealloc(m->xyz, (size_t)m->atom_room, sizeof *m->xyz);
+    }
+    ChemAtom *a = &m->atoms[m->n_atoms];
+    *a = (ChemAtom){.z = (uint8_t)z, .map = -1, .implicit_h = -1};
+    return m->n_atoms++;
+}
+
+// Appends a bond. The pointer holds until the next one is added.
+static ChemBond *mol_add_bond(ChemMol *m, int begin, int end, int order) {
+    if (m->n_bonds == m->bond_room) {
+        m->bond_room = m->bond_room ? 2 * m->bond_room : 256;
+        m->bonds = xrealloc(m->bonds, (size_t)m->bond_room, sizeof *m->bonds);
+    }
+    ChemBond *b = &m->bonds[m->n_bonds];
+    *b = (ChemBond){.begin = begin, .end = end, .order = (uint8_t)order,
+                    .aromatic = order == ORDER_AROMATIC};
+    m->n_bonds++;
+    return b;
+}
+
+static inline int bond_other(const ChemBond *b, int i) { return b->begin == i ? b->end : b->begin; }
+static inline int mol_degree(const ChemMol *m, int i) { return m->first[i + 1] - m->first[i]; }
+
+// The bond between two atoms, or -1.
+static int bond_between(const ChemMol *m, int i, int j) {
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        if (bond_other(&m->bonds[m->adj[k]], i) == j) return m->adj[k];
+    return -1;
+}
+
+// Builds the adjacency lists. Returns a bond that joins an already bonded pair or an atom to
+// itself, or -1 if all is well.
+static int mol_connect(ChemMol *m) {
+    int n = m->n_atoms, bad = -1;
+    m->first = prep_ints(&m->arena, n + 1);
+    m->adj = prep_ints(&m->arena, 2 * m->n_bonds);
+    for (int b = 0; b < m->n_bonds; b++) {
+        m->first[m->bonds[b].begin]++;
+        m->first[m->bonds[b].end]++;
+    }
+    for (int i = 0, sum = 0; i <= n; i++) {
+        int degree = i < n ? m->first[i] : 0;
+        m->first[i] = sum;
+        sum += degree;
+    }
+    int *next = prep_ints(&m->arena, n), *seen = prep_ints(&m->arena, n);
+    for (int b = 0; b < m->n_bonds; b++) {
+        ChemBond *bond = &m->bonds[b];
+        if (bond->begin == bond->end) return b;
+        m->adj[m->first[bond->begin] + next[bond->begin]++] = b;
+        m->adj[m->first[bond->end] + next[bond->end]++] = b;
+    }
+    for (int i = 0; i < n; i++) {
+        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+            int j = bond_other(&m->bonds[m->adj[k]], i);
+            if (seen[j] == i + 1) bad = m->adj[k];
+            seen[j] = i + 1;
+        }
+    }
+    return bad;
+}
+
+// Hydrogens on an atom that are not atoms themselves.
+static inline int atom_hydrogens(const ChemAtom *a) {
+    return a->stated_h + (a->no_implicit ? 0 : a->implicit_h);
+}
+
+static inline int total_degree(const ChemMol *m, int i) {
+    return mol_degree(m, i) + atom_hydrogens(&m->atoms[i]);
+}
+
+static inline int total_valence(const ChemAtom *a) {
+    return a->valence + (a->no_implicit ? 0 : a->implicit_h);
+}
+
+// Twice a bond's order, so that an aromatic bond counts 3 and no fractions appear.
+static inline int twice_order(const ChemBond *b) {
+    static const int8_t twice[] = {0, 2, 4, 6, 8, 3, 2, 0, 0};
+    return twice[b->order];
+}
+
+// Twice what a bond adds to an atom's valence: a dative bond costs its donor (begin) nothing.
+static inline int twice_contribution(const ChemBond *b, int i) {
+    return b->order == ORDER_DATIVE && b->begin == i ? 0 : twice_order(b);
+}
+
+static int invert_chirality(int chirality) {
+    return chirality == CHI_CW ? CHI_CCW : chirality == CHI_CCW ? CHI_CW : chirality;
+}
+
+static int is_aromatic_atom(const ChemMol *m, int i) {
+    if (m->atoms[i].aromatic) return 1;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        const ChemBond *b = &m->bonds[m->adj[k]];
+        if (b->aromatic || b->order == ORDER_AROMATIC) return 1;
+    }
+    return 0;
+}
+
+// =================================================================================================
+// 4 Text. Parsers never exit: they return -1 and describe the fault, with the line and column it
+//   was found at, so that one bad record costs one record.
+// =================================================================================================
+
+typedef struct { const char *p; int n; } Span;
+
+typedef struct {
+    const char *kind;  // what the summary counts by, a string constant
+    char text[160];    // the whole story
+    int line, column;  // line within the record, from 1; column from 1, 0 = the whole line
+} Fault;
+
+// Fills a fault and returns -1.
+MB_PRINTF(5, 6) static int fault_at(Fault *f, int line, int column, const char *kind,
+                                    const char *fmt, ...) {
+    va_list args;
+    f->kind = kind;
+    f->line = line;
+    f->column = column;
+    va_start(args, fmt);
+    vsnprintf(f->text, sizeof f->text, fmt, args);
+    va_end(args);
+    for (char *c = f->text; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    return -1;
+}
+
+// A cursor over the lines of a record.
+typedef struct {
+    const char *at, *end;
+    int line;  // number of the line last read, from 1
+} Lines;
+
+// Reads the next line without its LF or CRLF; 0 at the end of the record.
+static int next_line(Lines *in, Span *line) {
+    if (in->at >= in->end) {
+        *line = (Span){in->end, 0};
+        return 0;
+    }
+    const char *stop = memchr(in->at, '\n', (size_t)(in->end - in->at));
+    const char *end = stop ? stop : in->end;
+    *line = (Span){in->at, (int)(end - in->at)};
+    if (line->n && line->p[line->n - 1] == '\r') line->n--;
+    in->at = stop ? stop + 1 : in->end;
+    in->line++;
+    return 1;
+}
+
+static int is_blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+
+static Span trim(Span s) {
+    while (s.n > 0 && is_blank(s.p[0])) s.p++, s.n--;
+    while (s.n > 0 && is_blank(s.p[s.n - 1])) s.n--;
+    return s;
+}
+
+static int span_is(Span s, const char *text) {
+    return (size_t)s.n == strlen(text) && memcmp(s.p, text, (size_t)s.n) == 0;
+}
+
+static int starts_with(Span s, const char *text) {
+    size_t n = strlen(text);
+    return s.n >= 0 && (size_t)s.n >= n && memcmp(s.p, text, n) == 0;
+}
+
+// Number at the start of s after blanks (what atof reads), exactly rounded. Up to 15 digits are an
+// exact integer, and one division by an exact power of ten rounds once; the rest is strtod's.
+static double parse_decimal(Span s) {
+    static const double tens[] = {1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12,
+                                  1e13, 1e14, 1e15};
+    const char *p = s.p, *end = s.p + s.n;
+    while (p < end && is_blank(*p)) p++;
+    const char *start = p;
+    int negative = p < end && *p == '-', digits = 0, decimals = 0;
+    if (p < end && (*p == '-' || *p == '+')) p++;
+    uint64_t value = 0;
+    for (; p < end && *p >= '0' && *p <= '9' && digits < 16; p++, digits++)
+        value = 10 * value + (uint64_t)(*p - '0');
+    if (p < end && *p == '.') {
+        for (p++; p < end && *p >= '0' && *p <= '9' && digits < 16; p++, digits++, decimals++)
+            value = 10 * value + (uint64_t)(*p - '0');
+    }
+    int simple = p == end || !(isalnum((unsigned char)*p) || *p == '.');
+    if (digits <= 15 && simple) {
+        double v = (double)value / tens[decimals];
+        return negative ? -v : v;
+    }
+    char copy[128];
+    size_t n = (size_t)(end - start) < sizeof copy - 1 ? (size_t)(end - start) : sizeof copy - 1;
+    memcpy(copy, start, n);
+    copy[n] = 0;
+    return strtod(copy, NULL);
+}
+
+// Strict whole number of a trimmed span. Returns 0 if s is anything else.
+static int parse_whole(Span s, int *value) {
+    s = trim(s);
+    int negative = s.n && s.p[0] == '-', i = s.n && (s.p[0] == '-' || s.p[0] == '+');
+    int64_t v = 0;
+    if (i == s.n) return 0;
+    for (; i < s.n; i++) {
+        if (s.p[i] < '0' || s.p[i] > '9' || v > INT_MAX) return 0;
+        v = 10 * v + (s.p[i] - '0');
+    }
+    if (v > INT_MAX) return 0;
+    *value = (int)(negative ? -v : v);
+    return 1;
+}
+
+// =================================================================================================
+// 5 Mol blocks: three header lines, a counts line, then atoms and bonds in fixed columns (V2000) or
+//   in free format (V3000). What an SD file has after `M  END` is section 19's.
+// =================================================================================================
+
+enum { RAW_ATOMS_MAX = 65535 };  // atoms of a record before hydrogens are removed
+
+typedef struct {
+    Lines in;
+    ChemMol *m;
+    Fault *fault;
+    Span title;
+    int tagged_3d;       // the header says so
+    int n_atoms, n_bonds;
+    int *label_table;    // V3000: hash table from atom label to atom, see v3_atom_with_label()
+    int *label_of;
+    int table_size;
+} MolBlock;
+
+// Integer in columns [at, at + width) of an atom or bond line, as RDKit reads it: only digits,
+// signs and blanks are allowed there, and if all are blanks it reads on into the next field.
+// Returns 0 if there is anything else.
+static int column_int(Span line, int at, int width, int *value) {
+    int stop = at + width < line.n ? at + width : line.n, i = at, v = 0, negative = 0;
+    for (int k = at; k < stop; k++) {
+        char c = line.p[k];
+        if (!((c >= '0' && c <= '9') || c == ' ' || c == '-' || c == '+')) return 0;
+    }
+    while (i < line.n && line.p[i] == ' ') i++;
+    if (i > at + width) stop = line.n;
+    if (i < stop && line.p[i] == '-') negative = 1, i++;
+    for (; i < stop && line.p[i] >= '0' && line.p[i] <= '9' && v < 100000000; i++)
+        v = 10 * v + (line.p[i] - '0');
+    *value = negative ? -v : v;
+    return 1;
+}
+
+// The same for a field that is often " 0" or missing: then nothing is read and *value stays.
+static int optional_int(Span line, int at, int width, int *value) {
+    if (line.n < at + width) return 1;
+    const char *p = line.p + at;
+    if (p[width - 1] == '0' && p[0] == ' ' && p[width - 2] == ' ') return 1;
+    return column_int(line, at, width, value);
+}
+
+static int is_query_symbol(Span s) {
+    static const char *const names[] = {"A", "AH", "Q", "QH", "X", "XH", "M", "MH"};
+    for (int k = 0; k < 8; k++)
+        if (span_is(s, names[k])) return 1;
+    return 0;
+}
+
+// Number of an "R12" symbol, 0 for other dummies written with R, -1 if s is not an R-group.
+static int r_group_number(Span s) {
+    if (s.n < 2 || s.p[0] != 'R' || s.p[1] < '0' || s.p[1] > '9') return -1;
+    int v;
+    return s.n <= 3 && parse_whole((Span){s.p + 1, s.n - 1}, &v) ? v : 0;
+}
+
+// Adds the atom a symbol of an atom line stands for. Returns its index, or -1 for no element.
+static int add_symbol(ChemMol *m, Span s, int v3000) {
+    int wild = is_query_symbol(s) || span_is(s, "*") || (!v3000 && span_is(s, "R"));
+    int group = r_group_number(s), z, isotope = 0;
+    if (wild || group >= 0 || span_is(s, "R") || span_is(s, "R#") || span_is(s, "Pol") ||
+        span_is(s, "Mod") || (!v3000 && (span_is(s, "L") || span_is(s, "LP")))) {
+        int i = mol_add_atom(m, 0);
+        m->atoms[i].query = m->atoms[i].no_implicit = (uint8_t)wild;  // queries get no hydrogens
+        if (group > 0) m->atoms[i].isotope = (uint16_t)group;
+        return i;
+    }
+    if (span_is(s, "D")) z = 1, isotope = 2;
+    else if (span_is(s, "T")) z = 1, isotope = 3;
+    else {
+        char symbol[2] = {s.n > 0 ? s.p[0] : 0, s.n > 1 ? s.p[1] : 0};
+        if (symbol[1] >= 'A' && symbol[1] <= 'Z') symbol[1] = (char)(symbol[1] - 'A' + 'a');
+        z = element_number(symbol, s.n);
+        if (z < 0) return -1;
+    }
+    int i = mol_add_atom(m, z);
+    m->atoms[i].isotope = (uint16_t)isotope;
+    return i;
+}
+
+// Fields of an atom line after the symbol.
+static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
+    struct { int at, width, value; const char *name; } f[] = {
+        {34, 2, 0, "mass difference"}, {36, 3, 0, "charge"}, {42, 3, 0, "hydrogen count"},
+        {48, 3, 0, "valence"}, {60, 3, -1, "atom map number"}, {39, 3, 0, "parity"},
+        {45, 3, 0, "stereo care"}};
+    for (int k = 0; k < 7; k++)
+        if (!optional_int(line, f[k].at, f[k].width, &f[k].value))
+            return fault_at(b->fault, b->in.line, f[k].at + 1, "malformed mol block",
+                            "expected a %s in columns %d-%d, found \"%.*s\"", f[k].name,
+                            f[k].at + 1, f[k].at + f[k].width, f[k].width, line.p + f[k].at);
+    if (f[0].value) a->isotope = (uint16_t)(ELEMENTS[a->z].isotope + f[0].value);
+    if (f[1].value) a->charge = (int8_t)(4 - f[1].value);
+    if (f[2].value >= 1) a->query = a->no_implicit = 1;  // a hydrogen count makes it a query
+    a->field_valence = f[3].value;
+    a->map = f[4].value;
+    return 0;
+}
+
+// An atom line: x, y, z in ten columns each, the symbol in 32-34, then small integers.
+static int v2_atom_line(MolBlock *b, Span line) {
+    if (line.n < 34)
+        return fault_at(b->fault, b->in.line, line.n + 1, "malformed mol block",
+                        "expected an atom line of at least 34 columns, found %d", line.n);
+    double xyz[3];
+    for (int axis = 0; axis < 3; axis++) {
+        const char *p = line.p + 10 * axis;
+        for (int k = 0; k < 10; k++)
+            if (!((p[k] >= '0' && p[k] <= '9') || p[k] == ' ' || p[k] == '-' || p[k] == '+' ||
+                  p[k] == '.' || p[k] == ','))
+                return fault_at(b->fault, b->in.line, 10 * axis + k + 1, "malformed mol block",
+                                "expected a coordinate, found \"%.10s\"", p);
+        xyz[axis] = parse_decimal((Span){p, line.n - 10 * axis});  // not cut off at ten columns
+    }
+    Span symbol = trim((Span){line.p + 31, 3});
+    int i = add_symbol(b->m, symbol, 0);
+    if (i < 0)
+        return fault_at(b->fault, b->in.line, 32, "unknown element",
+                        "expected an element symbol, found \"%.*s\"", symbol.n, symbol.p);
+    memcpy(b->m->xyz[i], xyz, sizeof xyz);
+    return v2_atom_fields(b, line, &b->m->atoms[i]);
+}
+
+// Order, query bits and aromaticity of a mol block's bond type.
+static void set_bond_type(ChemBond *bond, int type) {
+    static const uint8_t orders[] = {ORDER_NONE, ORDER_SINGLE, ORDER_DOUBLE, ORDER_TRIPLE,
+                                     ORDER_AROMATIC};
+    bond->order = type >= 0 && type <= 4 ? orders[type] : ORDER_NONE;
+    bond->aromatic = type == 4;
+    if (type >= 5 && type <= 7) bond->query = QUERY_ANY | QUERY_ORDER | QUERY_COMPLEX;
+    if (type > 7) bond->query = QUERY_ANY;
+}
+
+// A bond line: two atoms, type, stereo mark, (unused), topology, in three columns each.
+static int v2_bond_line(MolBlock *b, Span line) {
+    int v[3], stereo = 0, topology = 0;
+    if (line.n < 9)
+        return fault_at(b->fault, b->in.line, line.n + 1, "malformed mol block",
+                        "expected a bond line of at least 9 columns, found %d", line.n);
+    for (int k = 0; k < 3; k++)
+        if (!column_int(line, 3 * k, 3, &v[k]) || v[k] < 0)
+            return fault_at(b->fault, b->in.line, 3 * k + 1, "malformed mol block",
+                            "expected a number in columns %d-%d, found \"%.3s\"", 3 * k + 1,
+                            3 * k + 3, line.p + 3 * k);
+    for (int k = 0; k < 2; k++)
+        if (v[k] < 1 || v[k] > b->m->n_atoms)
+            return fault_at(b->fault, b->in.line, 3 * k + 1, "bond to a missing atom",
+                            "expected an atom from 1 to %d, found %d", b->m->n_atoms, v[k]);
+    ChemBond *bond = mol_add_bond(b->m, v[0] - 1, v[1] - 1, ORDER_NONE);
+    set_bond_type(bond, v[2]);
+    if (!optional_int(line, 9, 3, &stereo)) stereo = 0;
+    if (stereo == 1) bond->direction = DIR_WEDGE;
+    if (stereo == 6) bond->direction = DIR_DASH;
+    if (stereo == 3) bond->direction = DIR_EITHER, bond->stereo = STEREO_ANY;
+    if (stereo == 4) bond->direction = DIR_UNKNOWN;
+    if (bond->direction != DIR_NONE && bond->direction != DIR_UNKNOWN) b->m->wedged = 1;
+    if (!optional_int(line, 15, 3, &topology)) topology = 0;
+    if (topology > 2 || topology < 0)
+        return fault_at(b->fault, b->in.line, 16, "malformed mol block",
+                        "expected a bond topology of 0, 1 or 2, found %d", topology);
+    if (topology) bond->query |= QUERY_ANY | QUERY_ORDER;
+    return 0;
+}
+
+// Integer of a property line in [at, at + width); blanks give 0 unless `needed`.
+static int property_int(MolBlock *b, Span line, int at, int width, int needed, int *value) {
+    Span field = {line.p + at, line.n - at < width ? line.n - at : width};
+    *value = 0;
+    if (at <= line.n && (parse_whole(field, value) || (!needed && trim(field).n == 0))) return 0;
+    return fault_at(b->fault, b->in.line, at + 1, "malformed mol block",
+                    "expected a number in columns %d-%d, found \"%.*s\"", at + 1, at + width,
+                    at <= line.n ? field.n : 0, line.p + (at <= line.n ? at : 0));
+}
+
+// What a pair (atom or bond, value) of a property line changes.
+static int apply_property(MolBlock *b, const char *tag, int index, int value) {
+    int is_bond = strcmp(tag, "ZBO") == 0;
+    if (index < 1 || index > (is_bond ? b->m->n_bonds : b->m->n_atoms))
+        return fault_at(b->fault, b->in.line, 0, "malformed mol block",
+                        "M  %s names %s %d, expected 1 to %d", tag, is_bond ? "bond" : "atom",
+                        index, is_bond ? b->m->n_bonds : b->m->n_atoms);
+    ChemAtom *a = &b->m->atoms[is_bond ? 0 : index - 1];
+    if (is_bond) {
+        ChemBond *bond = &b->m->bonds[index - 1];
+        bond->order = value == 0 ? ORDER_ZERO : value == 12 ? ORDER_AROMATIC
+                    : value == 17 ? ORDER_DATIVE : value <= 4 ? (uint8_t)value : ORDER_NONE;
+    } else if (strcmp(tag, "CHG") == 0 || strcmp(tag, "ZCH") == 0) {
+        a->charge = (int8_t)value;
+    } else if (strcmp(tag, "RAD") == 0) {
+        if (value < 1 || value > 3)
+            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
+                            "expected a radical of 1, 2 or 3 on atom %d, found %d", index, value);
+        a->radicals = value == 2 ? 1 : 2;
+    } else if (strcmp(tag, "ISO") == 0) {
+        if (value >= 0) a->isotope = (uint16_t)value;
+    } else if (strcmp(tag, "RGP") == 0) {
+        a->query = 1;
+        if (value > 0 && value < 999) a->isotope = (uint16_t)value;
+    } else if (strcmp(tag, "HYD") == 0) {
+        if (value >= 0) a->stated_h = (uint8_t)value, a->field_valence = 0;
+    } else if (value != 0) {
+        a->query = 1;  // SUB, UNS, RBC: conditions of a substructure search
+    }
+    return 0;
+}
+
+// A property line of index-value pairs, four columns each, after a three-column count.
+static int v2_pairs(MolBlock *b, Span line, const char *tag) {
+    int count, index, value, strict = strcmp(tag, "CHG") != 0 && strcmp(tag, "RAD") != 0;
+    if (property_int(b, line, 6, 3, strict, &count)) return -1;
+    for (int k = 0, at = 9; k < count; k++, at += 8) {
+        if (property_int(b, line, at, 4, strict, &index)) return -1;
+        Span rest = trim((Span){line.p + at + 4, line.n - at - 4});
+        if (strict && rest.n <= 0) break;
+        if (property_int(b, line, at + 4, 4, 0, &value)) return -1;
+        if (apply_property(b, tag, index, value)) return -1;
+    }
+    return 0;
+}
+
+// `M  ALS`: the atom is one of a list. It is taken for the first of them.
+static int v2_atom_list(MolBlock *b, Span line) {
+    int index, count;
+    if (property_int(b, line, 7, 3, 1, &index)) return -1;
+    if (property_int(b, line, 10, 3, 0, &count)) return -1;
+    if (count == 0) return 0;
+    Span symbol = line.n >= 20 ? trim((Span){line.p + 16, 4}) : (Span){line.p, 0};
+    int z = element_number(symbol.p, symbol.n);
+    if (index < 1 || index > b->m->n_atoms || count < 0 || z < 0 || line.n < 16 + 4 * count)
+        return fault_at(b->fault, b->in.line, 8, "malformed mol block",
+                        "expected an atom list, found \"%.*s\"", line.n < 60 ? line.n : 60, line.p);
+    b->m->atoms[index - 1].z = (uint8_t)z;
+    b->m->atoms[index - 1].query = 1;
+    return 0;
+}
+
+// The line after the bonds may be an atom list in the old form, "  1 F    2   6   7".
+static int v2_old_atom_list(MolBlock *b, Span line) {
+    int index, count, z;
+    if (property_int(b, line, 0, 3, 1, &index) || property_int(b, line, 9, 1, 0, &count) ||
+        (count > 0 && property_int(b, line, 11, 3, 0, &z)))
+        return -1;
+    if (index < 1 || index > b->m->n_atoms || (line.p[4] != 'T' && line.p[4] != 'F') || count < 0 ||
+        count > 5 || (count > 0 && (z < 0 || z > Z_MAX)))
+        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
+                        "expected an atom list or a property line, found \"%.*s\"",
+                        line.n < 60 ? line.n : 60, line.p);
+    if (count > 0) b->m->atoms[index - 1].z = (uint8_t)z;
+    b->m->atoms[index - 1].query = 1;
+    return 0;
+}
+
+// One line of the property block. *charged: whether a CHG or RAD line was seen, the first of which
+// replaces the charges of the atom lines.
+static int v2_property(MolBlock *b, Span line, int *charged) {
+    static const char *const pair_tags[] = {"CHG", "RAD", "ISO", "RGP", "SUB", "UNS", "RBC",
+                                            "ZBO", "ZCH", "HYD"};
+    Span skipped;
+    int count;
+    if (line.n && (line.p[0] == 'A' || line.p[0] == 'G')) {
+        next_line(&b->in, &skipped);  // the alias or abbreviation itself
+    } else if (starts_with(line, "S  SKP")) {
+        if (property_int(b, line, 6, 3, 0, &count)) return -1;
+        while (count-- > 0 && next_line(&b->in, &skipped)) {}
+    } else if (starts_with(line, "M  ALS")) {
+        return v2_atom_list(b, line);
+    } else if (starts_with(line, "M  CRS")) {
+        return fault_at(b->fault, b->in.line, 1, "malformed mol block", "M  CRS is not supported");
+    } else if (starts_with(line, "M  ")) {
+        for (int k = 0; k < 10; k++) {
+            if (!starts_with((Span){line.p + 3, line.n - 3}, pair_tags[k])) continue;
+            if (k < 2 && !*charged) {
+                for (int i = 0; i < b->m->n_atoms; i++) b->m->atoms[i].charge = 0;
+                *charged = 1;
+            }
+            return v2_pairs(b, line, pair_tags[k]);
+        }
+    }
+    return 0;
+}
+
+// The property block, up to and including `M  END`.
+static int v2_properties(MolBlock *b) {
+    Span line;
+    int charged = 0, any = next_line(&b->in, &line);
+    if (any && line.n == 0)
+        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
+                        "expected a property line or M  END, found a blank line");
+    if (any && !strchr("MAVGS$", line.p[0]) && v2_old_atom_list(b, line)) return -1;
+    for (; any; any = next_line(&b->in, &line)) {
+        if (starts_with(line, "M  END")) return 0;
+        if (v2_property(b, line, &charged)) return -1;
+    }
+    return fault_at(b->fault, b->in.line, 0, "M  END is missing",
+                    "expected M  END, found the end of the record");
+}
+
+static int v2_body(MolBlock *b) {
+    Span line;
+    for (int k = 0; k < b->n_atoms; k++) {
+        if (!next_line(&b->in, &line))
+            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
+                            "expected %d atom lines, found %d", b->n_atoms, k);
+        if (v2_atom_line(b, line)) return -1;
+    }
+    for (int k = 0; k < b->n_bonds; k++) {
+        if (!next_line(&b->in, &line))
+            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
+                            "expected %d bond lines, found %d", b->n_bonds, k);
+        if (v2_bond_line(b, line)) return -1;
+    }
+    return v2_properties(b);
+}
+
+// ---- V3000
+
+// Case-insensitive starts_with(); `text` is in capitals.
+static int starts_with_word(Span s, const char *text) {
+    int k = 0;
+    for (; text[k]; k++)
+        if (k >= s.n || toupper((unsigned char)s.p[k]) != text[k]) return 0;
+    return 1;
+}
+
+// Next V3000 line without its "M  V30 "; lines that end in '-' go on in the next one.
+static int v3_line(MolBlock *b, Span *out) {
+    Span line;
+    char *joined = NULL;
+    int room = 0, used = 0;
+    for (;;) {
+        if (!next_line(&b->in, &line) || !starts_with(line, "M  V30 "))
+            return fault_at(b->fault, b->in.line, 1, "malformed mol block",
+                            "expected \"M  V30 \", found \"%.*s\"", line.n < 20 ? line.n : 20,
+                            line.p);
+        Span part = {line.p + 7, line.n - 7};
+        int more = line.p[line.n - 1] == '-';
+        if (more) part.n--;
+        if (!more && !joined) {
+            *out = part;
+            return 0;
+        }
+        if (part.n < 0) part.n = 0;
+        while (used + part.n > room) joined = prep_grow(&b->m->arena, joined, &room, 1);
+        memcpy(joined + used, part.p, (size_t)part.n);
+        used += part.n;
+        if (!more) {
+            *out = (Span){joined, used};
+            return 0;
+        }
+    }
+}
+
+// Splits a line at blanks, except inside "..." and (...). Returns the number of tokens.
+static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
+    int n = 0, room = 0, start = 0, pos = 0, quoted = 0, inside = 0;
+    line = trim(line);
+    *tokens = NULL;
+    while (pos <= line.n) {
+        char c = pos < line.n ? line.p[pos] : 0;
+        int cut_from = -1, cut_to = pos, after = pos + 1;
+        if (pos == line.n) {
+            if (start < pos) cut_from = start;
+        } else if (c == ' ' || c == '\t') {
+            if (start == pos) start++;
+            else if (!quoted && !inside) cut_from = start;
+        } else if (c == ')' && inside) {
+            cut_from = start;
+            cut_to = pos + 1;
+            inside = 0;
+        } else if (c == '(' && !quoted) {
+            inside = 1;
+        } else if (c == '"' && !inside) {
+            if (pos + 1 < line.n && line.p[pos + 1] == '"') after = pos + 2;
+            else if (quoted) cut_from = start + 1, quoted = 0;
+            else quoted = 1;
+        }
+        if (cut_from >= 0) {
+            if (n == room) *tokens = prep_grow(&b->m->arena, *tokens, &room, sizeof **tokens);
+            (*tokens)[n++] = (Span){line.p + cut_from, cut_to - cut_from};
+            start = pos + 1;
+        }
+        pos = after;
+    }
+    return n;
+}
+
+// Splits NAME=value. Returns 0 if the token is anything else.
+static int v3_assignment(Span token, Span *name, Span *value) {
+    const char *eq = memchr(token.p, '=', (size_t)token.n);
+    if (!eq) return 0;
+    *name = (Span){token.p, (int)(eq - token.p)};
+    *value = (Span){eq + 1, token.n - name->n - 1};
+    return memchr(value->p, '=', (size_t)value->n) == NULL;
+}
+
+static int word_is(Span s, const char *text) {
+    return (size_t)s.n == strlen(text) && starts_with_word(s, text);
+}
+
+static int v3_bad(MolBlock *b, Span token, const char *expected) {
+    return fault_at(b->fault, b->in.line, 0, "malformed mol block", "expected %s, found \"%.*s\"",
+                    expected, token.n < 60 ? token.n : 60, token.p);
+}
+
+// One NAME=value of an atom line. Values RDKit ignores or keeps as notes are passed over.
+static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
+    Span name, value;
+    int v = 0;
+    if (!v3_assignment(token, &name, &value)) return v3_bad(b, token, "NAME=value");
+    int whole = parse_whole(value, &v);
+    if (word_is(name, "CHG")) {
+        if (!whole) return v3_bad(b, token, "a charge");
+        if (!a->query) a->charge = (int8_t)v;
+    } else if (word_is(name, "RAD")) {
+        if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a radical of 0 to 3");
+        if (v) a->radicals = v == 2 ? 1 : 2;
+    } else if (word_is(name, "MASS")) {
+        v = whole ? v : (int)floor(parse_decimal(value));
+        if (v < 0) return v3_bad(b, token, "a mass");
+        if (!a->query) a->isotope = (uint16_t)v;
+    } else if (word_is(name, "CFG")) {
+        if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a configuration of 0 to 3");
+    } else if (word_is(name, "VAL")) {
+        if (!whole) return v3_bad(b, token, "a valence");
+        a->field_valence = v;
+    } else if (word_is(name, "UNSAT")) {
+        if (v == 1) a->query = 1;
+    } else if (word_is(name, "HCOUNT") || word_is(name, "RBCNT") || word_is(name, "SUBST")) {
+        if (!whole) return v3_bad(b, token, "a number");
+        if (v) a->query = 1;
+    } else if (word_is(name, "RGROUPS")) {
+        Span rest = value.n > 1 ? (Span){value.p + 1, value.n - 2} : value;
+        const char *blank = memchr(rest.p, ' ', (size_t)rest.n);
+        Span label = blank ? (Span){blank + 1, (int)(rest.p + rest.n - blank) - 1} : rest;
+        if (!blank || !parse_whole(label, &v)) return v3_bad(b, token, "RGROUPS=(1 n)");
+        a->query = 1;
+        a->isotope = (uint16_t)v;
+    }
+    return 0;
+}
+
+// Adds the atom of a V3000 symbol, which may also be a list "[C,N]" or "NOT [C,N]".
+static int v3_symbol(MolBlock *b, Span s) {
+    if (s.n > 3 && starts_with_word(s, "NOT")) s = trim((Span){s.p + 3, s.n - 3});
+    if (s.n < 2 || s.p[0] != '[') return add_symbol(b->m, s, 1);
+    if (s.p[s.n - 1] != ']') return -1;
+    const char *comma = memchr(s.p, ',', (size_t)s.n);
+    Span one = trim((Span){s.p + 1, comma ? (int)(comma - s.p) - 1 : s.n - 2});
+    int i = add_symbol(b->m, one, 1);
+    if (i >= 0) b->m->atoms[i].query = 1;
+    return i;
+}
+
+// The atom with a label, through a hash table: label k is usually atom k, but need not be. With
+// `add` the label is entered for that atom first; the first of equal labels counts.
+static int v3_atom_with_label(MolBlock *b, int label, int add) {
+    unsigned mask = (unsigned)b->table_size - 1, slot = (unsigned)label * 2654435761u & mask;
+    while (b->label_table[slot] && b->label_of[slot] != label) slot = (slot + 1) & mask;
+    if (add >= 0 && !b->label_table[slot]) {
+        b->label_table[slot] = add + 1;
+        b->label_of[slot] = label;
+    }
+    return b->label_table[slot] - 1;
+}
+
+static int v3_atom_line(MolBlock *b, Span line) {
+    Span *token;
+    int n = v3_tokens(b, line, &token), label = 0, map = 0, at = 1;
+    if (n > 2 && word_is(token[1], "NOT")) {  // "NOT [C,N]" is one symbol in two tokens
+        token[2].n += (int)(token[2].p - token[1].p);
+        token[2].p = token[1].p;
+        at = 2;
+    }
+    if (n < at + 5)
+        return fault_at(b->fault, b->in.line, 0, "malformed mol block",
+                        "expected index, symbol, x, y, z and map number, found %d fields", n);
+    int i = v3_symbol(b, trim(token[at]));
+    if (i < 0)
+        return fault_at(b->fault, b->in.line, (int)(token[at].p - line.p) + 8, "unknown element",
+                        "expected an element symbol, found \"%.*s\"",
+                        token[at].n < 20 ? token[at].n : 20, token[at].p);
+    if (!parse_whole(token[0], &label)) label = 0;
+    v3_atom_with_label(b, label, i);
+    for (int axis = 0; axis < 3; axis++) b->m->xyz[i][axis] = parse_decimal(token[at + 1 + axis]);
+    if (parse_whole(token[at + 4], &map) && map > 0) b->m->atoms[i].map = map;
+    for (int k = at + 5; k < n; k++)
+        if (v3_atom_property(b, &b->m->atoms[i], token[k])) return -1;
+    return 0;
+}
+
+static int v3_bond_line(MolBlock *b, Span line) {
+    Span *token, name, value;
+    int n = v3_tokens(b, line, &token), v[4] = {0}, end[2];
+    if (n < 4)
+        return fault_at(b->fault, b->in.line, 0, "malformed mol block",
+                        "expected index, type and two atoms, found %d fields", n);
+    for (int k = 0; k < 4; k++)
+        if (!parse_whole(token[k], &v[k])) v[k] = 0;
+    for (int k = 0; k < 2; k++) {
+        end[k] = v3_atom_with_label(b, v[2 + k], -1);
+        if (end[k] < 0)
+            return fault_at(b->fault, b->in.line, (int)(token[2 + k].p - line.p) + 8,
+                            "bond to a missing atom",
+                            "expected the index of an atom, found \"%.*s\"",
+                            token[2 + k].n < 20 ? token[2 + k].n : 20, token[2 + k].p);
+    }
+    ChemBond *bond = mol_add_bond(b->m, end[0], end[1], ORDER_NONE);
+    set_bond_type(bond, v[1]);
+    if (v[1] == 9) bond->order = ORDER_DATIVE, bond->query = 0;
+    if (v[1] == 10) bond->order = ORDER_HYDROGEN, bond->query = 0;
+    for (int k = 4; k < n; k++) {
+        int cfg = 0;
+        if (!v3_assignment(token[k], &name, &value)) return v3_bad(b, token[k], "NAME=value");
+        if (word_is(name, "CFG")) {
+            if (!parse_whole(value, &cfg) || cfg < 0 || cfg > 3)
+                return v3_bad(b, token[k], "a configuration of 0 to 3");
+            if (cfg == 1) bond->direction = DIR_WEDGE;
+            if (cfg == 3) bond->direction = DIR_DASH;
+            if (cfg == 1 || cfg == 3) b->m->wedged = 1;
+            if (cfg == 2 && v[1] == 1) bond->direction = DIR_UNKNOWN;
+            if (cfg == 2 && v[1] == 2) bond->direction = DIR_EITHER, bond->stereo = STEREO_ANY;
+        } else if (word_is(name, "TOPO") && !span_is(value, "0")) {
+            if (!span_is(value, "1") && !span_is(value, "2"))
+                return v3_bad(b, token[k], "a topology of 0, 1 or 2");
+            bond->query |= QUERY_ANY | QUERY_ORDER;
+        }
+    }
+    return 0;
+}
+
+// A block of `count` lines between BEGIN `name` and END `name`.
+static int v3_block(MolBlock *b, const char *name, int count,
+                    int (*read_line)(MolBlock *, Span)) {
+    Span line;
+    char begin[24], end[24];
+    snprintf(begin, sizeof begin, "BEGIN %s", name);
+    snprintf(end, sizeof end, "END %s", name);
+    if (v3_line(b, &line)) return -1;
+    if (!starts_with_word(line, begin)) return v3_bad(b, line, begin);
+    for (int k = 0; k < count; k++)
+        if (v3_line(b, &line) || read_line(b, line)) return -1;
+    if (v3_line(b, &line)) return -1;
+    return starts_with_word(line, end) ? 0 : v3_bad(b, line, end);
+}
+
+// Everything between the counts line of the header and `M  END`.
+static int v3_body(MolBlock *b) {
+    Span line, *token;
+    if (b->n_atoms || b->n_bonds)
+        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
+                        "expected counts of 0 in the header of a V3000 block");
+    if (v3_line(b, &line)) return -1;
+    if (!starts_with_word(line, "BEGIN CTAB")) return v3_bad(b, line, "BEGIN CTAB");
+    if (v3_line(b, &line)) return -1;
+    if (!starts_with_word(line, "COUNTS ")) return v3_bad(b, line, "COUNTS");
+    int n = v3_tokens(b, line, &token);
+    if (n < 3 || !parse_whole(token[1], &b->n_atoms) || !parse_whole(token[2], &b->n_bonds) ||
+        b->n_atoms < 0 || b->n_bonds < 0)
+        return v3_bad(b, line, "COUNTS atoms bonds");
+    if (b->n_atoms > RAW_ATOMS_MAX || b->n_bonds > 4 * RAW_ATOMS_MAX)
+        return fault_at(b->fault, b->in.line, 0, "too many atoms",
+                        "%d atoms, %d bonds (at most %d atoms can be read)", b->n_atoms, b->n_bonds,
+                        RAW_ATOMS_MAX);
+    for (b->table_size = 64; b->table_size < 2 * b->n_atoms; b->table_size *= 2) {}
+    b->label_table = prep_ints(&b->m->arena, b->table_size);
+    b->label_of = prep_ints(&b->m->arena, b->table_size);
+    if (b->n_atoms && v3_block(b, "ATOM", b->n_atoms, v3_atom_line)) return -1;
+    if (b->n_bonds && v3_block(b, "BOND", b->n_bonds, v3_bond_line)) return -1;
+    do {  // S groups, collections and the like change no feature
+        if (v3_line(b, &line)) return -1;
+    } while (!starts_with_word(line, "END CTAB"));
+    if (!next_line(&b->in, &line) || !starts_with(line, "M  END"))
+        return fault_at(b->fault, b->in.line, 0, "M  END is missing",
+                        "expected M  END, found \"%.*s\"", line.n < 40 ? line.n : 40, line.p);
+    return 0;
+}
+
+// The counts line: atoms and bonds in three columns each, version in columns 35-39.
+static int counts_line(MolBlock *b, int *v3000) {
+    Span line;
+    if (!next_line(&b->in, &line) || line.n < 6)
+        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
+                        "expected a counts line, found \"%.*s\"", line.n < 40 ? line.n : 40,
+                        line.p);
+    if (property_int(b, line, 0, 3, 0, &b->n_atoms) || property_int(b, line, 3, 3, 0, &b->n_bonds))
+        return -1;
+    if (b->n_atoms < 0 || b->n_bonds < 0)
+        return fault_at(b->fault, b->in.line, 1, "malformed mol block", "negative counts");
+    Span version = {line.p + 34, line.n > 34 ? line.n - 34 : 0};
+    *v3000 = line.n > 35 && starts_with(version, "V3000");
+    if (line.n > 35 && !*v3000 && !starts_with(version, "V2000"))
+        return fault_at(b->fault, b->in.line, 35, "malformed mol block",
+                        "expected V2000 or V3000, found \"%.*s\"",
+                        version.n < 5 ? version.n : 5, version.p);
+    return 0;
+}
+
+// Reads the mol block at the beginning of a record into m; `rest` is what follows M  END.
+static int read_mol_block(ChemMol *m, Lines *rest, Span *title, Fault *fault) {
+    MolBlock b = {.in = *rest, .m = m, .fault = fault};
+    Span line;
+    int v3000 = 0;
+    next_line(&b.in, title);
+    next_line(&b.in, &line);
+    b.tagged_3d = line.n >= 22 && (line.p[20] == '3') && (line.p[21] == 'D' || line.p[21] == 'd');
+    next_line(&b.in, &line);
+    if (counts_line(&b, &v3000) || (v3000 ? v3_body(&b) : v2_body(&b))) return -1;
+    m->has_xyz = 1;
+    m->is_3d = b.tagged_3d && m->n_atoms > 0;
+    for (int i = 0; i < m->n_atoms && !m->is_3d; i++) m->is_3d = m->xyz[i][2] != 0.0;
+    *rest = b.in;
+    return 0;
+}
+
+// =================================================================================================
+// 6 SMILES: OpenSMILES with what RDKit adds to it: dative bonds -> and <-, ring numbers %(123),
+//   atoms [#6], any-bond ~. Names and CXSMILES extensions behind a blank are not read.
+// =================================================================================================
+
+// A ring number at an atom. Bonds are made of pairs of them when all atoms are there.
+typedef struct { int atom, number, order, direction, query, unspecified, column, bond; } RingMark;
+
+typedef struct {
+    ChemMol *m;
+    Fault *fault;
+    const char *text;
+    int n, pos;
+    int active;             // the atom the next bond starts at
+    int n_branches, branch_room, *branches;
+    int n_marks, mark_room;
+    RingMark *marks;
+} SmilesReader;
+
+// A bond symbol that was read, or nothing.
+typedef struct { int given, order, direction, query, unspecified, reversed; } BondSymbol;
+
+static int smiles_fault(SmilesReader *s, int at, const char *expected) {
+    char found[16] = "the end";
+    if (at < s->n) snprintf(found, sizeof found, "\"%c\"", s->text[at]);
+    return fault_at(s->fault, 1, at + 1, "malformed SMILES", "expected %s, found %s", expected, found);
+}
+
+static int smiles_peek(const SmilesReader *s, int ahead) {
+    return s->pos + ahead < s->n ? (unsigned char)s->text[s->pos + ahead] : 0;
+}
+
+// Whether `text` comes next; if so it is passed.
+static int smiles_take(SmilesReader *s, const char *text) {
+    int n = (int)strlen(text);
+    if (s->n - s->pos < n || memcmp(s->text + s->pos, text, (size_t)n) != 0) return 0;
+    s->pos += n;
+    return 1;
+}
+
+// A number without leading zeros into *value, if a digit comes next; 1 if there was one, -1 if it
+// is too large.
+static int smiles_number(SmilesReader *s, int *value) {
+    int64_t v = 0;
+    int start = s->pos;
+    while (isdigit(smiles_peek(s, 0)) && v <= INT_MAX) {
+        v = 10 * v + (smiles_peek(s, 0) - '0');
+        s->pos++;
+        if (v == 0) break;
+    }
+    if (v > INT_MAX) return smiles_fault(s, start, "a number below 2147483648");
+    if (s->pos == start) return 0;
+    *value = (int)v;
+    return 1;
+}
+
+// Adds the element symbol at the cursor as an atom and returns its index, or -1. In brackets all
+// elements are allowed, outside only B C N O P S F Cl Br I, b c n o p s and *.
+static int smiles_element(SmilesReader *s, int bracket) {
+    static const char *const aromatic[] = {"si", "as", "se", "te", "b", "c", "n", "o", "p", "s"};
+    char c = (char)smiles_peek(s, 0), d = (char)smiles_peek(s, 1), pair[2] = {c, d};
+    if (smiles_take(s, "*")) return mol_add_atom(s->m, 0);
+    for (int k = bracket ? 0 : 4; k < 10; k++) {
+        if (!smiles_take(s, aromatic[k])) continue;
+        char upper[2] = {(char)toupper((unsigned char)c), aromatic[k][1]};
+        int i = mol_add_atom(s->m, element_number(upper, aromatic[k][1] ? 2 : 1));
+        s->m->atoms[i].aromatic = 1;
+        return i;
+    }
+    int z = c >= 'A' && c <= 'Z' && d >= 'a' && d <= 'z' ? element_number(pair, 2) : -1;
+    if (z > 0 && (bracket || z == 17 || z == 35)) {
+        s->pos += 2;
+        return mol_add_atom(s->m, z);
+    }
+    z = c ? element_number(&c, 1) : -1;
+    if (z < 0 || z == 1 || (!bracket && !strchr("BCNOPSFI", c))) return -1;
+    s->pos++;
+    return mol_add_atom(s->m, z);
+}
+
+// Chirality: @, @@, or a class such as @TH1, @AL2, @SP3, @TB20, @OH30.
+static int smiles_chirality(SmilesReader *s, ChemAtom *a) {
+    static const struct { const char *name; int chirality, most; } classes[] = {
+        {"TH", CHI_TETRAHEDRAL, 2}, {"AL", CHI_ALLENE, 2}, {"SP", CHI_SQUARE, 3},
+        {"TB", CHI_BIPYRAMID, 20}, {"OH", CHI_OCTAHEDRON, 30}};
+    if (!smiles_take(s, "@")) return 0;
+    a->chirality = CHI_CCW;
+    if (smiles_take(s, "@")) a->chirality = CHI_CW;
+    else for (int k = 0; k < 5; k++) {
+        int start = s->pos, permutation = 0;
+        if (!smiles_take(s, classes[k].name)) continue;
+        a->chirality = (uint8_t)classes[k].chirality;
+        if (smiles_number(s, &permutation) < 0) return -1;
+        if (permutation > classes[k].most)
+            return smiles_fault(s, start, "a chirality class with a number it has");
+        if (k == 0) a->chirality = permutation == 2 ? CHI_CW : CHI_CCW;
+    }
+    return 0;
+}
+
+// Hydrogen as the atom in brackets: [H], [2H], [HH], [H+]. Returns 1 if it is one.
+static int smiles_hydrogen(SmilesReader *s, int *atom) {
+    int count = 1, got, d = smiles_peek(s, 1);
+    char pair[2] = {'H', (char)d};
+    if (smiles_peek(s, 0) != 'H' || (d >= 'a' && d <= 'z' && element_number(pair, 2) > 0)) return 0;
+    s->pos++;
+    *atom = mol_add_atom(s->m, 1);
+    if (smiles_take(s, "H")) {
+        if ((got = smiles_number(s, &count)) < 0) return -1;
+        s->m->atoms[*atom].stated_h = (uint8_t)count;
+    }
+    return 1;
+}
+
+// A charge: +, ++, +2, -, --, -2.
+static int smiles_charge(SmilesReader *s, ChemAtom *a) {
+    int sign = smiles_peek(s, 0) == '+' ? 1 : smiles_peek(s, 0) == '-' ? -1 : 0, value = 1;
+    if (!sign) return 0;
+    s->pos++;
+    if (smiles_take(s, sign > 0 ? "+" : "-")) value = 2;
+    else if (smiles_number(s, &value) < 0) return -1;
+    a->charge = (int8_t)(sign * value);
+    return 0;
+}
+
+// What stands in brackets: isotope, element, chirality, hydrogens, charge, map number.
+static int smiles_bracket(SmilesReader *s) {
+    int isotope = 0, i = -1, z = 0, count = 1, map;
+    if (smiles_number(s, &isotope) < 0) return -1;
+    int hydrogen = smiles_hydrogen(s, &i);
+    if (hydrogen < 0) return -1;
+    if (!hydrogen && smiles_take(s, "#")) {
+        int got = smiles_number(s, &z), at = s->pos;
+        if (got < 0) return -1;
+        if (!got || z > Z_MAX) return smiles_fault(s, at, "an atomic number up to 118");
+        i = mol_add_atom(s->m, z);
+    } else if (!hydrogen) {
+        int quoted = smiles_take(s, "'");  // some programs write ['Db']
+        i = smiles_element(s, 1);
+        if (i < 0) return smiles_fault(s, s->pos, "an element symbol");
+        if (quoted && !smiles_take(s, "'")) return smiles_fault(s, s->pos, "'");
+    }
+    ChemAtom *a = &s->m->atoms[i];
+    a->isotope = (uint16_t)isotope;
+    a->no_implicit = 1;
+    if (!hydrogen) {
+        if (smiles_chirality(s, a)) return -1;
+        if (smiles_take(s, "H")) {
+            if (smiles_number(s, &count) < 0) return -1;
+            a->stated_h = (uint8_t)count;
+        }
+    }
+    if (smiles_charge(s, a)) return -1;
+    if (smiles_take(s, ":")) {
+        int got = smiles_number(s, &map);
+        if (got < 0) return -1;
+        if (!got) return smiles_fault(s, s->pos, "a map number");
+        a->map = map;
+    }
+    return smiles_take(s, "]") ? i : smiles_fault(s, s->pos, "]");
+}
+
+// An atom at the cursor; returns its index or -1.
+static int smiles_atom(SmilesReader *s) {
+    if (s->m->n_atoms >= RAW_ATOMS_MAX)
+        return fault_at(s->fault, 1, s->pos + 1, "too many atoms", "more than %d atoms",
+                        RAW_ATOMS_MAX);
+    if (smiles_take(s, "[")) return smiles_bracket(s);
+    int i = smiles_element(s, 0);
+    return i < 0 ? smiles_fault(s, s->pos, "an atom") : i;
+}
+
+// A bond symbol at the cursor, if there is one.
+static BondSymbol smiles_bond(SmilesReader *s) {
+    BondSymbol b = {.given = 1};
+    if (smiles_take(s, "->")) b.order = ORDER_DATIVE;
+    else if (smiles_take(s, "<-")) b.order = ORDER_DATIVE, b.reversed = 1;
+    else if (smiles_take(s, "-")) b.order = ORDER_SINGLE;
+    else if (smiles_take(s, "=")) b.order = ORDER_DOUBLE;
+    else if (smiles_take(s, "#")) b.order = ORDER_TRIPLE;
+    else if (smiles_take(s, "$")) b.order = ORDER_QUADRUPLE;
+    else if (smiles_take(s, ":")) b.order = ORDER_AROMATIC;
+    else if (smiles_take(s, "~")) b.query = QUERY_ANY;
+    else if (smiles_take(s, "/")) b.direction = DIR_UP, b.unspecified = 1;
+    else if (smiles_take(s, "\\\\") || smiles_take(s, "\\")) b.direction = DIR_DOWN, b.unspecified = 1;
+    else b.given = 0;
+    return b;
+}
+
+// Single, or aromatic between two aromatic atoms.
+static int default_order(const ChemMol *m, int i, int j) {
+    return m->atoms[i].aromatic && m->atoms[j].aromatic ? ORDER_AROMATIC : ORDER_SINGLE;
+}
+
+// Bonds atom i to the active atom, and makes it the active one.
+static void smiles_join(SmilesReader *s, int i, BondSymbol symbol) {
+    int order = symbol.given ? symbol.order : default_order(s->m, s->active, i);
+    int begin = symbol.reversed ? i : s->active, end = symbol.reversed ? s->active : i;
+    ChemBond *b = mol_add_bond(s->m, begin, end, order);
+    b->direction = (uint8_t)symbol.direction;
+    b->query = (uint8_t)symbol.query;
+    b->unspecified = (uint8_t)symbol.unspecified;
+    s->active = i;
+}
+
+// A ring number: a digit, %12 or %(12345). Returns -1 if there is none.
+static int smiles_ring_number(SmilesReader *s) {
+    int c = smiles_peek(s, 0), value = 0, digits = 0;
+    if (isdigit(c)) {
+        s->pos++;
+        return c - '0';
+    }
+    int at = s->pos++;
+    if (smiles_take(s, "(")) {
+        for (; isdigit(smiles_peek(s, 0)) && digits < 5; digits++, s->pos++)
+            value = 10 * value + (smiles_peek(s, 0) - '0');
+        if (!digits || !smiles_take(s, ")")) return smiles_fault(s, at, "%( up to five digits )");
+        return value;
+    }
+    if (smiles_peek(s, 0) == '0' || !isdigit(smiles_peek(s, 0)) || !isdigit(smiles_peek(s, 1)))
+        return smiles_fault(s, at, "% and two digits");
+    value = 10 * (smiles_peek(s, 0) - '0') + smiles_peek(s, 1) - '0';
+    s->pos += 2;
+    return value;
+}
+
+// Notes a ring number at the active atom. If it comes after branches, the order in which RDKit
+// sees the neighbours of a stereo centre differs from the order they are written in.
+static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
+    int column = s->pos, number = smiles_ring_number(s), degree = 0, i = s->active;
+    if (number < 0) return -1;
+    if (s->n_marks == s->mark_room)
+        s->marks = prep_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
+    s->marks[s->n_marks++] = (RingMark){i, number, symbol.given ? symbol.order : ORDER_NONE,
+                                        symbol.direction, symbol.query,
+                                        symbol.given ? symbol.unspecified : 1, column, -1};
+    s->marks[s->n_marks - 1].order |= symbol.reversed << 8;
+    ChemAtom *a = &s->m->atoms[i];
+    if (i == s->m->n_atoms - 1 || (a->chirality != CHI_CW && a->chirality != CHI_CCW)) return 0;
+    for (int b = s->m->n_bonds - 1; b >= 0; b--)
+        degree += s->m->bonds[b].begin == i || s->m->bonds[b].end == i;
+    if (degree == 1 || (degree == 2 && i != 0) || (degree == 3 && i == 0))
+        a->chirality = (uint8_t)invert_chirality(a->chirality);
+    return 0;
+}
+
+static int compare_marks(const void *a, const void *b) {
+    const RingMark *x = a, *y = b;
+    if (x->number != y->number) return x->number < y->number ? -1 : 1;
+    return (x->column > y->column) - (x->column < y->column);
+}
+
+// Makes the bond of two ring marks: what the first says counts, unless it says nothing.
+static void smiles_ring_bond(ChemMol *m, RingMark *first, RingMark *second) {
+    RingMark *says = first->unspecified ? second : first, *other = says == first ? second : first;
+    int order = says->order & 255, begin = says->atom, end = other->atom;
+    if (says->order >> 8) begin = other->atom, end = says->atom;
+    if (order == ORDER_NONE && !says->query) order = default_order(m, begin, end);
+    ChemBond *b = mol_add_bond(m, begin, end, order);
+    b->query = (uint8_t)says->query;
+    b->unspecified = (uint8_t)says->unspecified;
+    int direction = says->direction;
+    if (direction == DIR_NONE && other->direction != DIR_NONE)
+        direction = other->direction == DIR_UP ? DIR_DOWN : DIR_UP;  // it was read from there
+    b->direction = (uint8_t)direction;
+    first->bond = second->bond = m->n_bonds - 1;
+}
+
+// Closes all rings, by rising number.
+static int smiles_close_rings(SmilesReader *s) {
+    ChemMol *m = s->m;
+    qsort(s->marks, (size_t)s->n_marks, sizeof *s->marks, compare_marks);
+    for (int k = 0; k < s->n_marks; k += 2) {
+        RingMark *a = &s->marks[k], *b = a + 1;
+        if (k + 1 == s->n_marks || b->number != a->number)
+            return fault_at(s->fault, 1, a->column + 1, "malformed SMILES", "ring %d is not closed",
+                            a->number);
+        if (a->atom == b->atom)
+            return fault_at(s->fault, 1, b->column + 1, "malformed SMILES",
+                            "ring %d bonds an atom to itself", a->number);
+        smiles_ring_bond(m, a, b);
+    }
+    int bad = mol_connect(m);
+    if (bad < 0) return 0;
+    for (int k = 0; k < s->n_marks; k++)
+        if (s->marks[k].bond == bad)
+            return fault_at(s->fault, 1, s->marks[k].column + 1, "malformed SMILES",
+                            "ring %d bonds two atoms a second time", s->marks[k].number);
+    return fault_at(s->fault, 1, 0, "malformed SMILES", "a second bond between two atoms");
+}
+
+static int compare_mark_columns(const void *a, const void *b) {
+    const RingMark *x = a, *y = b;
+    return (x->column > y->column) - (x->column < y->column);
+}
+
+// Chirality as written refers to the neighbours in the order of the text, ring numbers counting
+// where they stand; here it refers to the order of the bonds.
+static void smiles_fix_chirality(SmilesReader *s, int i) {
+    ChemMol *m = s->m;
+    ChemAtom *a = &m->atoms[i];
+    int degree = mol_degree(m, i), n = 0, n_closures = 0, swaps = 0, unsaturated = 0;
+    int *place = prep_ints(&m->arena, degree);  // of each bond of the text in the atom's bond list
+    for (int pass = 0; pass < 3; pass++) {  // atom before, ring numbers, atoms after
+        for (int k = 0; pass == 1 && k < s->n_marks; k++) {
+            if (s->marks[k].atom != i) continue;
+            n_closures++;
+            for (int q = 0; q < degree; q++)
+                if (m->adj[m->first[i] + q] == s->marks[k].bond) place[n++] = q;
+        }
+        for (int q = 0; pass != 1 && q < degree; q++) {
+            int b = m->adj[m->first[i] + q], j = bond_other(&m->bonds[b], i), closure = 0;
+            for (int k = 0; k < s->n_marks; k++) closure |= s->marks[k].bond == b;
+            if (!closure && (j < i) == (pass == 0)) place[n++] = q;
+        }
+    }
+    for (int p = 0; p < n; p++)
+        for (int q = p + 1; q < n; q++) swaps += place[p] > place[q];
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        unsaturated |= twice_order(&m->bonds[m->adj[k]]) > 2;
+    if (degree == 3 && ((a->first_of_part && a->stated_h == 1) ||
+                        (a->stated_h != 1 && n_closures == 1 && !unsaturated)))
+        swaps++;  // the hydrogen or lone pair comes first in the text but last here
+    if (swaps % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
+}
+
+// One step of the chain: a bonded atom, a branch, a ring number or a dot.
+static int smiles_step(SmilesReader *s) {
+    BondSymbol none = {0};
+    int c = smiles_peek(s, 0), i;
+    if (c == ')') {
+        if (!s->n_branches) return smiles_fault(s, s->pos, "an atom, a bond or a branch");
+        s->pos++;
+        s->active = s->branches[--s->n_branches];
+        return 0;
+    }
+    if (c == '.') {
+        s->pos++;
+        if ((i = smiles_atom(s)) < 0) return -1;
+        s->m->atoms[i].first_of_part = 1;
+        s->active = i;
+        return 0;
+    }
+    if (c == '(') {
+        s->pos++;
+        if (s->n_branches == s->branch_room)
+            s->branches = prep_grow(&s->m->arena, s->branches, &s->branch_room, sizeof(int));
+        s->branches[s->n_branches++] = s->active;
+    }
+    BondSymbol symbol = smiles_bond(s);
+    int next = smiles_peek(s, 0);
+    if (c != '(' && (isdigit(next) || next == '%')) return smiles_ring_mark(s, symbol);
+    if ((i = smiles_atom(s)) < 0) return -1;
+    smiles_join(s, i, symbol.given ? symbol : none);
+    return 0;
+}
+
+// Reads a SMILES (without what may follow it) into m.
+static int read_smiles(ChemMol *m, Span text, Fault *fault) {
+    SmilesReader s = {.m = m, .fault = fault, .text = text.p, .n = text.n};
+    if (text.n == 0) return fault_at(fault, 1, 1, "no atoms", "the SMILES is empty");
+    if ((s.active = smiles_atom(&s)) < 0) return -1;
+    m->atoms[s.active].first_of_part = 1;
+    while (s.pos < s.n)
+        if (smiles_step(&s)) return -1;
+    if (s.n_branches) return smiles_fault(&s, s.pos, ")");
+    if (smiles_close_rings(&s)) return -1;
+    for (int k = 0; k < m->n_bonds; k++) {
+        ChemBond *b = &m->bonds[k];
+        if (!b->unspecified) continue;
+        b->order = (uint8_t)default_order(m, b->begin, b->end);
+        b->aromatic = b->order == ORDER_AROMATIC;
+    }
+    qsort(s.marks, (size_t)s.n_marks, sizeof *s.marks, compare_mark_columns);
+    for (int i = 0; i < m->n_atoms; i++)
+        if (m->atoms[i].chirality == CHI_CW || m->atoms[i].chirality == CHI_CCW)
+            smiles_fix_chirality(&s, i);
+    return 0;
+}
+
+// =================================================================================================
+// 7 Valence. The explicit valence of an atom is what its bonds and stated hydrogens use; implicit
+//   hydrogens fill it up to the next allowed valence, shifted by the charge.
+// =================================================================================================
+
+// How a charge shifts the allowed valences: left of carbon, and for carbon cations, a positive
+// charge takes a bond away; everywhere else it adds one.
+static int valence_shift(const ChemAtom *a) {
+    int charge = ELEMENTS[a->z].early ? -a->charge : a->charge;
+    return a->z == 6 && charge > 0 ? -charge : charge;
+}
+
+static inline int default_valence(int z) {
+    return z >= 0 && z <= Z_MAX ? ELEMENTS[z].valence[0] : -1;
+}
+
+// Sets the explicit valence. An aromatic atom may count half a bond or a whole one too many
+// before its Kekule structure is known: it is taken down to the next allowed valence if that is at
+// most 1.5 away. Half orders round up.
+static void set_valence(ChemMol *m, int i) {
+    ChemAtom *a = &m->atoms[i];
+    const Element *e = &ELEMENTS[a->z];
+    int twice = 2 * a->stated_h, shift = valence_shift(a);
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        twice += twice_contribution(&m->bonds[m->adj[k]], i);
+    // unsigned, so that "any valence" (-1) and negative limits are never exceeded
+    uint32_t limit = (uint32_t)e->valence[0] + (uint32_t)shift;
+    if (twice > 0 && (uint64_t)twice > 2 * (uint64_t)limit && is_aromatic_atom(m, i)) {
+        int allowed = e->valence[0] + shift;
+        for (int k = 0; k < e->n_valences && e->valence[k] != -1; k++) {
+            if (2 * (e->valence[k] + shift) > twice) break;
+            allowed = e->valence[k] + shift;
+        }
+        if (twice - 2 * allowed <= 3) twice = 2 * allowed;
+    }
+    a->valence = twice > 0 ? (twice + 1) / 2 : twice / 2;
+}
+
+// Whether the explicit valence exceeds the largest allowed one.
+static int valence_too_high(const ChemAtom *a) {
+    const Element *e = &ELEMENTS[a->z];
+    int effective = e->outer >= 4 ? a->valence - a->charge : a->valence + a->charge;
+    int largest = e->valence[e->n_valences - 1];
+    return largest > 0 && effective > largest;
+}
+
+// Implicit hydrogens of an aromatic atom: up to the default valence, else none. Returns -1 if the
+// valence is not an allowed one.
+static int aromatic_hydrogens(const ChemAtom *a, int used, int shift) {
+    const Element *e = &ELEMENTS[a->z];
+    if (used <= e->valence[0] + shift) return e->valence[0] + shift - used;
+    for (int k = 0; k < e->n_valences && e->valence[k] > 0; k++)
+        if (used == e->valence[k] + shift) return 0;
+    return -1;
+}
+
+// Sets the implicit hydrogens from the explicit valence. Returns 0 if no number of them makes an
+// allowed valence (they are 0 then).
+static int set_implicit_hydrogens(ChemMol *m, int i) {
+    ChemAtom *a = &m->atoms[i];
+    const Element *e = &ELEMENTS[a->z];
+    if (a->no_implicit) return 1;
+    a->implicit_h = 0;
+    if (a->z == 0) return 1;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        if (m->bonds[m->adj[k]].query & QUERY_COMPLEX) return 1;
+    if (a->valence == 0 && a->z == 1 && a->radicals == 0) {  // a lone hydrogen
+        a->implicit_h = a->charge == 0;
+        return a->charge >= -1 && a->charge <= 1;
+    }
+    if (e->valence[0] == -1) return 1;
+    int used = a->valence + a->radicals, shift = valence_shift(a), h = -1;
+    if (is_aromatic_atom(m, i)) {
+        h = aromatic_hydrogens(a, used, shift);
+        if (h < 0) return 0;
+    } else {
+        for (int k = 0; k < e->n_valences && e->valence[k] >= 0 && h < 0; k++)
+            if (used <= e->valence[k] + shift) h = e->valence[k] + shift - used;
+        if (h < 0) return e->valence[e->n_valences - 1] == -1;
+    }
+    a->implicit_h = (int16_t)h;
+    return 1;
+}
+
+// Valence and hydrogens of every atom, whatever they are.
+static void update_valences(ChemMol *m) {
+    for (int i = 0; i < m->n_atoms; i++) {
+        set_valence(m, i);
+        set_implicit_hydrogens(m, i);
+    }
+}
+
+// The same, but an impossible valence is a fault.
+static int check_valences(ChemMol *m, Fault *fault) {
+    for (int i = 0; i < m->n_atoms; i++) {
+        ChemAtom *a = &m->atoms[i];
+        set_valence(m, i);
+        if (valence_too_high(a))
+            return fault_at(fault, 0, 0, "valence too high",
+                            "atom %d (%s): valence %d is greater than permitted", i + 1,
+                            ELEMENTS[a->z].symbol, a->valence);
+        if (!set_implicit_hydrogens(m, i))
+            return fault_at(fault, 0, 0, "valence too high",
+                            "atom %d (%s, charge %d): valence %d is not an allowed one", i + 1,
+                            ELEMENTS[a->z].symbol, a->charge, a->valence);
+    }
+    return 0;
+}
+
+// =================================================================================================
+// 8 Clean-up: groups commonly drawn with too many bonds become charge-separated.
+// =================================================================================================
+
+// A neutral nitrogen with five bonds gives one of them away:
+//   C-N(=O)=O  ->  C-[N+]([O-])=O        C-N=N#N  ->  C-N=[N+]=[N-]
+static void clean_nitrogen(ChemMol *m, int i) {
+    ChemAtom *a = &m->atoms[i];
+    if (a->charge) return;
+    uint8_t aromatic = a->aromatic;
+    a->aromatic = 0;
+    set_valence(m, i);
+    for (int k = m->first[i]; k < m->first[i + 1] && a->valence == 5; k++) {
+        ChemBond *b = &m->bonds[m->adj[k]];
+        ChemAtom *other = &m->atoms[bond_other(b, i)];
+        int oxide = other->z == 8 && b->order == ORDER_DOUBLE;
+        int azide = other->z == 7 && b->order == ORDER_TRIPLE;
+        if (other->charge || !(oxide || azide)) continue;
+        b->order = oxide ? ORDER_SINGLE : ORDER_DOUBLE;
+        a->charge = 1;
+        other->charge = -1;
+        break;
+    }
+    a->aromatic = aromatic;
+}
+
+// A neutral phosphorus with three neighbours and five bonds, doubly bonded to O and to C or N:
+//   C=P(=O)X  ->  C=[P+]([O-])X
+static void clean_phosphorus(ChemMol *m, int i) {
+    ChemAtom *a = &m->atoms[i];
+    ChemBond *to_oxygen = NULL;
+    int to_carbon = 0;
+    if (a->charge || mol_degree(m, i) != 3) return;
+    set_valence(m, i);
+    if (a->valence != 5) return;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        ChemBond *b = &m->bonds[m->adj[k]];
+        int j = bond_other(b, i), z = m->atoms[j].z;
+        if (b->order != ORDER_DOUBLE) continue;
+        if (z == 8 && m->atoms[j].charge == 0) to_oxygen = b;
+        else if ((z == 6 || z == 7) && mol_degree(m, j) >= 2) to_carbon = 1;
+    }
+    if (!to_oxygen || !to_carbon) return;
+    m->atoms[bond_other(to_oxygen, i)].charge = -1;
+    to_oxygen->order = ORDER_SINGLE;
+    a->charge = 1;
+}
+
+// A neutral Cl, Br or I with 3, 5 or 7 bonds, all to oxygen:
+//   O-Cl(=O)(=O)=O  ->  O-[Cl+3]([O-])([O-])[O-]
+static void clean_halogen(ChemMol *m, int i) {
+    ChemAtom *a = &m->atoms[i];
+    int charge = 0;
+    set_valence(m, i);
+    if (a->charge || (a->valence != 3 && a->valence != 5 && a->valence != 7)) return;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        if (m->atoms[bond_other(&m->bonds[m->adj[k]], i)].z != 8) return;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        ChemBond *b = &m->bonds[m->adj[k]];
+        if (b->order != ORDER_DOUBLE) continue;
+        b->order = ORDER_SINGLE;
+        m->atoms[bond_other(b, i)].charge = -1;
+        charge++;
+    }
+    a->charge = (int8_t)charge;
+}
+
+static void clean_up(ChemMol *m) {
+    for (int i = 0; i < m->n_atoms; i++) {
+        int z = m->atoms[i].z;
+        if (z == 7) clean_nitrogen(m, i);
+        if (z == 15) clean_phosphorus(m, i);
+        if (z == 17 || z == 35 || z == 53) clean_halogen(m, i);
+    }
+}
+
+// =================================================================================================
+// 9 Hydrogens. Most explicit hydrogen atoms become a count on their neighbour. Those stay that are
+//   more than that: isotopes, H2, bridging or lone ones, on dummies, on metal centres with their
+//   own geometry, or the only thing that says which side of a double bond is which.
+// =================================================================================================
+
+static int is_nontetrahedral(const ChemAtom *a) { return a->chirality >= CHI_SQUARE; }
+
+// Whether hydrogen i is nothing but a hydrogen.
+static int is_removable_hydrogen(const ChemMol *m, int i) {
+    const ChemAtom *a = &m->atoms[i];
+    if (a->z != 1 || a->query || a->isotope || mol_degree(m, i) != 1) return 0;
+    const ChemBond *b = &m->bonds[m->adj[m->first[i]]];
+    int j = bond_other(b, i);
+    const ChemAtom *heavy = &m->atoms[j];
+    if (heavy->z <= 1 || is_nontetrahedral(heavy)) return 0;
+    if (mol_degree(m, j) != 2) return 1;
+    for (int k = m->first[j]; k < m->first[j + 1]; k++)
+        if (m->bonds[m->adj[k]].order == ORDER_DOUBLE && b->direction != DIR_NONE) return 0;
+    return 1;
+}
+
+// The neighbour's hydrogen count must be stated where it would not come back by itself: if all
+// are (`count_all`, for SMILES), on stereo centres, and at unusual valences.
+static int must_state_hydrogen(const ChemMol *m, int heavy, int count_all) {
+    const ChemAtom *a = &m->atoms[heavy];
+    const Element *e = &ELEMENTS[a->z];
+    if (count_all || a->no_implicit || a->chirality != CHI_NONE) return 1;
+    if ((a->z == 7 || a->z == 15) && a->aromatic) return 1;
+    for (int k = 1; k < e->n_valences; k++)
+        if (e->valence[k] == total_valence(a)) return 1;
+    return 0;
+}
+
+// A / or \ on a bond to a vanishing hydrogen moves to another single bond of its neighbour.
+static void hand_over_direction(ChemMol *m, const ChemBond *gone, int heavy) {
+    ChemBond *heir = NULL;
+    for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
+        ChemBond *b = &m->bonds[m->adj[k]];
+        if (b == gone || b->dead || b->order != ORDER_SINGLE) continue;
+        if (b->direction != DIR_NONE) return;  // it has one of its own
+        heir = b;
+    }
+    if (!heir) return;
+    int flip = heir->begin == heavy && gone->begin == heavy;
+    int opposite = gone->direction == DIR_DOWN ? DIR_UP : DIR_DOWN;
+    heir->direction = flip ? (uint8_t)opposite : gone->direction;
+}
+
+// Takes hydrogen i off its neighbour. Chirality is relative to the order of the bonds, in which
+// a hydrogen that is a mere count comes last.
+static void remove_hydrogen(ChemMol *m, int i, int count_all) {
+    ChemBond *gone = &m->bonds[m->adj[m->first[i]]];
+    int heavy = bond_other(gone, i), behind = 0, seen = 0;
+    ChemAtom *a = &m->atoms[heavy];
+    if (must_state_hydrogen(m, heavy, count_all)) a->stated_h++;
+    if (a->chirality != CHI_NONE) {
+        for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
+            ChemBond *b = &m->bonds[m->adj[k]];
+            if (b == gone) seen = 1;
+            else if (seen && !b->dead) behind++;
+        }
+        if (behind % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
+    }
+    if (gone->direction == DIR_UNKNOWN && gone->begin == heavy) a->unknown_stereo = 1;
+    else if (gone->direction == DIR_DOWN || gone->direction == DIR_UP)
+        hand_over_direction(m, gone, heavy);
+    gone->dead = 1;
+}
+
+// Squeezes removed atoms and dead bonds out of the arrays; to[i] is an atom's new index or -1.
+static void compact(ChemMol *m, const int *to) {
+    int n_bonds = 0;
+    for (int i = 0, n = 0; i < m->n_atoms; i++) {
+        if (to[i] < 0) continue;
+        m->atoms[n] = m->atoms[i];
+        memcpy(m->xyz[n], m->xyz[i], sizeof m->xyz[n]);
+        n++;
+    }
+    for (int k = 0; k < m->n_bonds; k++) {
+        ChemBond b = m->bonds[k];
+        if (b.dead) continue;
+        b.begin = to[b.begin];
+        b.end = to[b.end];
+        m->bonds[n_bonds++] = b;
+    }
+    m->n_bonds = n_bonds;
+}
+
+static void remove_hydrogens(ChemMol *m, int count_all) {
+    int n = m->n_atoms, kept = 0, *to = prep_ints(&m->arena, n);
+    for (int i = 0; i < n; i++) to[i] = is_removable_hydrogen(m, i) ? -1 : kept++;
+    if (kept == n) return;
+    for (int i = n - 1; i >= 0; i--)
+        if (to[i] < 0) remove_hydrogen(m, i, count_all);
+    compact(m, to);
+    m->n_atoms = kept;
+    mol_connect(m);
+}
+
+// =================================================================================================
+// 10 Rings. The smallest set of smallest rings after Figueras (J. Chem. Inf. Comput. Sci. 1996, 36,
+//   986), in RDKit's variant. Chains are trimmed away; then, fragment by fragment, breadth-first
+//   searches from atoms of degree two (one a chain) or, if there is none, of degree three find the
+//   smallest rings through them, and these atoms are trimmed too. Surplus rings are weeded out, and
+//   those that could take the place of an equally large member come back at the end, so that
+//   the result does not depend on the numbering ("symmetrised").
+//
+//   Which Kekule structure and which fused systems are tried first depends on the order of rings,
+//   and the order of atoms in them: hence the care about order below.
+// =================================================================================================
+
+enum { RING_QUEUE_MAX = 200000 };  // RDKit gives up on a search with more open paths
+
+// Ring search in progress.
+typedef struct {
+    ChemMol *m;
+    RingList found;          // rings of the current fragment
+    RingList all;            // every distinct ring seen, its atoms in falling order
+    int *degree;             // active bonds of each atom
+    uint8_t *active;         // per bond: not trimmed yet
+    uint8_t *ring_bond, *ring_atom;
+    uint8_t *changed;        // atoms to look at again while trimming
+    int *parent, *depth, *queue, *ring;  // of a breadth-first search
+    uint8_t *colour;
+} RingSearch;
+
+static int ring_size(const RingList *rings, int r) { return rings->start[r + 1] - rings->start[r]; }
+static int *ring_atoms(const RingList *rings, int r) { return rings->atoms + rings->start[r]; }
+
+// Appends a ring of n atoms and returns its index.
+static int ring_push(PrepArena *arena, RingList *rings, const int *atoms, int n) {
+    if (rings->n + 2 > rings->room) {
+        rings->start = prep_grow(arena, rings->start, &rings->room, sizeof(int));
+        if (rings->n == 0) rings->start[0] = 0;
+    }
+    while (rings->used + n > rings->atom_room)
+        rings->atoms = prep_grow(arena, rings->atoms, &rings->atom_room, sizeof(int));
+    memcpy(rings->atoms + rings->used, atoms, (size_t)n * sizeof(int));
+    rings->used += n;
+    rings->start[++rings->n] = rings->used;
+    return rings->n - 1;
+}
+
+static int compare_falling(const void *a, const void *b) {
+    int x = *(const int *)a, y = *(const int *)b;
+    return (x < y) - (x > y);
+}
+
+// Index in s->all of the ring with these atoms, which is entered if new (*is_new).
+static int ring_identity(RingSearch *s, const int *atoms, int n, int *is_new) {
+    int *sorted = s->queue;  // free between searches
+    memcpy(sorted, atoms, (size_t)n * sizeof(int));
+    qsort(sorted, (size_t)n, sizeof(int), compare_falling);
+    *is_new = 0;
+    for (int r = 0; r < s->all.n; r++)
+        if (ring_size(&s->all, r) == n && ring_atoms(&s->all, r)[0] == sorted[0] &&
+            memcmp(ring_atoms(&s->all, r), sorted, (size_t)n * sizeof(int)) == 0)
+            return r;
+    *is_new = 1;
+    return ring_push(&s->m->arena, &s->all, sorted, n);
+}
+
+// Deactivates the bonds of an atom; neighbours left with at most one bond are marked in changed.
+static void trim_atom(RingSearch *s, int i) {
+    ChemMol *m = s->m;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        int b = m->adj[k], j = bond_other(&m->bonds[b], i);
+        if (!s->active[b]) continue;
+        if (s->degree[j] <= 2) s->changed[j] = 1;
+        s->active[b] = 0;
+        s->degree[i]--;
+        s->degree[j]--;
+    }
+}
+
+// Lowest atom marked in changed, unmarked; -1 if none is.
+static int pop_changed(RingSearch *s) {
+    uint8_t *p = memchr(s->changed, 1, (size_t)s->m->n_atoms);
+    if (!p) return -1;
+    *p = 0;
+    return (int)(p - s->changed);
+}
+
+// Joins the two paths from the root that meet at the bond curr-next into s->ring, root first.
+// Returns the size, or 0 if the paths meet before the root.
+static int close_ring(RingSearch *s, int root, int curr, int next) {
+    int n = 0, back = s->depth[curr] + 1;  // the way from the root to curr comes first
+    int *ring = s->ring;
+    for (int i = curr, k = back - 1; i != -1; i = s->parent[i], k--) ring[k] = i;
+    n = back;
+    for (int i = next; i != -1 && i != root; i = s->parent[i]) {
+        for (int k = 1; k < back; k++)
+            if (ring[k] == i) return 0;
+        ring[n++] = i;
+    }
+    return n;
+}
+
+// All smallest rings through the root that avoid the `avoid` atom (-1: none), into `out`.
+static void smallest_rings(RingSearch *s, int root, int avoid, RingList *out) {
+    enum { WHITE, GREY, BLACK };
+    ChemMol *m = s->m;
+    int head = 0, tail = 0, best = INT_MAX, n;
+    *out = (RingList){0};
+    memset(s->colour, WHITE, (size_t)m->n_atoms);
+    if (avoid >= 0) s->colour[avoid] = BLACK;
+    s->parent[root] = -1;
+    s->depth[root] = 0;
+    s->queue[tail++] = root;
+    while (head < tail) {
+        int curr = s->queue[head++];
+        s->colour[curr] = BLACK;
+        if (s->depth[curr] + 1 > best) return;
+        for (int k = m->first[curr]; k < m->first[curr + 1]; k++) {
+            int b = m->adj[k], next = bond_other(&m->bonds[b], curr);
+            if (!s->active[b] || s->colour[next] == BLACK || s->parent[curr] == next) continue;
+            if (s->colour[next] == WHITE) {
+                s->parent[next] = curr;
+                s->depth[next] = s->depth[curr] + 1;
+                s->colour[next] = GREY;
+                s->queue[tail++] = next;
+            } else if ((n = close_ring(s, root, curr, next)) > 1) {
+                if (n > best) return;
+                best = n;
+                ring_push(&m->arena, out, s->ring, n);
+            }
+        }
+    }
+}
+
+// Marks the bonds and atoms of a ring as belonging to one.
+static void mark_ring(RingSearch *s, const int *ring, int n) {
+    for (int k = 0; k < n; k++) {
+        s->ring_bond[bond_between(s->m, ring[k], ring[(k + 1) % n])] = 1;
+        s->ring_atom[ring[k]] = 1;
+    }
+}
+
+// Adds the rings that are new to the fragment's; mark: also note their bonds and atoms.
+static void keep_new_rings(RingSearch *s, const RingList *rings, int mark) {
+    for (int r = 0; r < rings->n; r++) {
+        int is_new, n = ring_size(rings, r);
+        ring_identity(s, ring_atoms(rings, r), n, &is_new);
+        if (!is_new) continue;
+        ring_push(&s->m->arena, &s->found, ring_atoms(rings, r), n);
+        if (mark) mark_ring(s, ring_atoms(rings, r), n);
+    }
+}
+
+// Picks one atom of degree two from every chain of such atoms. Returns how many.
+static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *picked) {
+    ChemMol *m = s->m;
+    int n_picked = 0, *stack = s->queue;
+    uint8_t *covered = prep_flags(&m->arena, m->n_atoms);
+    for (int f = 0; f < n; f++) {
+        int top = 0;
+        if (s->degree[fragment[f]] != 2 || covered[fragment[f]]) continue;
+        picked[n_picked++] = fragment[f];
+        covered[fragment[f]] = 1;
+        stack[top++] = fragment[f];
+        while (top) {
+            int i = stack[--top];
+            for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+                int b = m->adj[k], j = bond_other(&m->bonds[b], i);
+                if (!s->active[b] || covered[j] || s->degree[j] != 2) continue;
+                covered[j] = 1;
+                stack[top++] = j;
+            }
+        }
+    }
+    return n_picked;
+}
+
+// Rings by which several chain atoms were led to the same ring: node[k] found ring[k] (as in
+// s->all). Such an atom may hide a second ring that the other one's chain cuts short.
+typedef struct { int n, room; int *node, *ring; } Finds;
+
+static void finds_push(ChemMol *m, Finds *finds, int node, int ring) {
+    if (finds->n == finds->room) {
+        int room = finds->room;
+        finds->node = prep_grow(&m->arena, finds->node, &room, sizeof(int));
+        room = finds->room;
+        finds->ring = prep_grow(&m->arena, finds->ring, &room, sizeof(int));
+        finds->room = room;
+    }
+    finds->node[finds->n] = node;
+    finds->ring[finds->n++] = ring;
+}
+
+// Order of two rings as bit sets read as binary numbers; their atoms are in falling order.
+static int compare_atom_sets(const RingList *all, int r1, int r2) {
+    const int *a = ring_atoms(all, r1), *b = ring_atoms(all, r2);
+    int na = ring_size(all, r1), nb = ring_size(all, r2);
+    for (int k = 0; k < na && k < nb; k++)
+        if (a[k] != b[k]) return a[k] < b[k] ? -1 : 1;
+    return (na > nb) - (na < nb);
+}
+
+// For every ring found from several chain atoms: looks again from each of them, with the bonds of
+// the atoms that found the same rings cut, and keeps the smallest of what turns up.
+static void search_behind_duplicates(RingSearch *s, const Finds *finds) {
+    ChemMol *m = s->m;
+    int n_rings = 0, *rings = prep_ints(&m->arena, finds->n + 1);
+    uint8_t *active = prep_flags(&m->arena, m->n_bonds);
+    int *degree = prep_ints(&m->arena, m->n_atoms);
+    for (int k = 0; k < finds->n; k++) {  // the distinct rings, sorted
+        int at = 0;
+        while (at < n_rings && compare_atom_sets(&s->all, rings[at], finds->ring[k]) < 0) at++;
+        if (at < n_rings && rings[at] == finds->ring[k]) continue;
+        memmove(rings + at + 1, rings + at, (size_t)(n_rings - at) * sizeof(int));
+        rings[at] = finds->ring[k];
+        n_rings++;
+    }
+    memcpy(active, s->active, (size_t)m->n_bonds);
+    memcpy(degree, s->degree, (size_t)m->n_atoms * sizeof(int));
+    for (int r = 0; r < n_rings; r++) {
+        RingList candidates = {0}, smallest = {0}, some;
+        int owners = 0, least = INT_MAX;
+        for (int k = 0; k < finds->n; k++) owners += finds->ring[k] == rings[r];
+        for (int k = 0; k < finds->n && owners > 1; k++) {
+            if (finds->ring[k] != rings[r]) continue;
+            int node = finds->node[k];
+            for (int a = 0; a < finds->n; a++) {
+                if (finds->node[a] != node) continue;
+                for (int b = 0; b < finds->n; b++)
+                    if (finds->ring[b] == finds->ring[a] && finds->node[b] != node)
+                        trim_atom(s, finds->node[b]);
+            }
+            smallest_rings(s, node, -1, &some);
+            for (int c = 0; c < some.n; c++) {
+                if (ring_size(&some, c) < least) least = ring_size(&some, c);
+                ring_push(&m->arena, &candidates, ring_atoms(&some, c), ring_size(&some, c));
+            }
+            memcpy(s->active, active, (size_t)m->n_bonds);
+            memcpy(s->degree, degree, (size_t)m->n_atoms * sizeof(int));
+        }
+        for (int c = 0; c < candidates.n; c++)
+            if (ring_size(&candidates, c) == least)
+                ring_push(&m->arena, &smallest, ring_atoms(&candidates, c), least);
+        keep_new_rings(s, &smallest, 0);
+    }
+    memset(s->changed, 0, (size_t)m->n_atoms);
+}
+
+// Rings through the picked atoms of degree two.
+static void search_chain_atoms(RingSearch *s, const int *picked, int n_picked) {
+    ChemMol *m = s->m;
+    Finds finds = {0};
+    for (int p = 0; p < n_picked; p++) {
+        RingList rings;
+        smallest_rings(s, picked[p], -1, &rings);
+        keep_new_rings(s, &rings, 1);
+        for (int r = 0; r < rings.n; r++) {
+            int is_new;
+            finds_push(m, &finds, picked[p],
+                       ring_identity(s, ring_atoms(&rings, r), ring_size(&rings, r), &is_new));
+        }
+        if (rings.n) continue;
+        s->changed[picked[p]] = 1;  // a chain between rings: cut it out
+        for (int i; (i = pop_changed(s)) >= 0;) trim_atom(s, i);
+    }
+    if (n_picked > 1) search_behind_duplicates(s, &finds);
+}
+
+static int ring_has(const RingList *rings, int r, int atom) {
+    for (int k = rings->start[r]; k < rings->start[r + 1]; k++)
+        if (rings->atoms[k] == atom) return 1;
+    return 0;
+}
+
+// Rings through an atom with three active bonds: the smallest, and, if these are fewer than three,
+// those that avoid a neighbour which has had its share. Returns 0 if the graph defies this.
+static int search_branch_atom(RingSearch *s, int i) {
+    ChemMol *m = s->m;
+    RingList rings, more;
+    int next[3], n = 0;
+    smallest_rings(s, i, -1, &rings);
+    keep_new_rings(s, &rings, 0);
+    if (rings.n >= 3) return 1;
+    for (int k = m->first[i]; k < m->first[i + 1] && n < 3; k++)
+        if (s->active[m->adj[k]]) next[n++] = bond_other(&m->bonds[m->adj[k]], i);
+    if (n < 3) return 0;
+    if (rings.n == 2) {  // the third ring avoids the neighbour common to both
+        for (n = 0; n < 3; n++)
+            if (ring_has(&rings, 0, next[n]) && ring_has(&rings, 1, next[n])) break;
+        if (n == 3) return 0;
+        smallest_rings(s, i, next[n], &more);
+        keep_new_rings(s, &more, 0);
+    } else if (rings.n == 1) {  // the others have one neighbour of this ring each, and the third
+        for (n = 0; n < 3; n++)
+            if (!ring_has(&rings, 0, next[n])) break;
+        if (n == 3) return 0;
+        int f1 = n == 0 ? next[1] : next[0], f2 = n == 2 ? next[1] : next[2];
+        smallest_rings(s, i, f2, &more);
+        keep_new_rings(s, &more, 0);
+        smallest_rings(s, i, f1, &more);
+        keep_new_rings(s, &more, 0);
+    }
+    return 1;
+}
+
+// Breadth-first over all simple paths from the begin to the end of a bond through ring atoms, for
+// the first that makes a ring not seen yet. 1 found and kept, 0 there is none, -1 too many paths.
+static int ring_through_bond(RingSearch *s, int bond) {
+    ChemMol *m = s->m;
+    int from = m->bonds[bond].begin, to = m->bonds[bond].end, head = 0, tail = 0, room = 0, is_new;
+    struct Step { int atom, back; } *steps = prep_grow(&m->arena, NULL, &room, sizeof *steps);
+    steps[tail++] = (struct Step){from, -1};
+    for (; head < tail; head++) {
+        int curr = steps[head].atom;
+        if (tail - head >= RING_QUEUE_MAX || tail > 20 * RING_QUEUE_MAX) return -1;
+        for (int k = m->first[curr]; k < m->first[curr + 1]; k++) {
+            int next = bond_other(&m->bonds[m->adj[k]], curr), n = 0;
+            if (next == to && curr == from) continue;
+            if (next != to && !s->ring_atom[next]) continue;
+            int again = 0;
+            for (int p = head; p >= 0; p = steps[p].back) {
+                s->ring[n++] = steps[p].atom;
+                again |= steps[p].atom == next;
+            }
+            if (next != to) {
+                if (again) continue;
+                if (tail == room) steps = prep_grow(&m->arena, steps, &room, sizeof *steps);
+                steps[tail++] = (struct Step){next, head};
+                continue;
+            }
+            for (int a = 0, z = n - 1; a < z; a++, z--) {  // the path was read backwards
+                int swap = s->ring[a];
+                s->ring[a] = s->ring[z];
+                s->ring[z] = swap;
+            }
+            s->ring[n++] = to;
+            ring_identity(s, s->ring, n, &is_new);
+            if (!is_new) continue;
+            ring_push(&m->arena, &s->found, s->ring, n);
+            mark_ring(s, s->ring, n);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+// Some cages have fewer rings by now than they must: their rings are looked for through bonds that
+// no ring has yet. n_bonds is the number of bonds of the fragment, and RDKit looks at so many bonds
+// from the first one of the molecule. Returns -1 if it gives up.
+static int search_missing_rings(RingSearch *s, int n_bonds) {
+    ChemMol *m = s->m;
+    uint8_t *dead = prep_flags(&m->arena, m->n_bonds);
+    for (int b = 0; b < n_bonds; b++) {
+        if (s->ring_bond[b] || dead[b] || !s->ring_atom[m->bonds[b].begin] ||
+            !s->ring_atom[m->bonds[b].end])
+            continue;
+        int found = ring_through_bond(s, b);
+        if (found < 0) return -1;
+        if (!found) dead[b] = 1;
+        b = -1;  // start over: marks have changed
+    }
+    return 0;
+}
+
+// Bits of a set of bonds.
+static int bits_missing(const uint64_t *a, const uint64_t *in, int words) {
+    for (int w = 0; w < words; w++)
+        if (a[w] & ~in[w]) return 1;
+    return 0;
+}
+
+static int bits_common(const uint64_t *a, const uint64_t *b, int words) {
+    int n = 0;
+    for (int w = 0; w < words; w++)
+        for (uint64_t x = a[w] & b[w]; x; x &= x - 1) n++;
+    return n;
+}
+
+static void bits_add(uint64_t *sum, const uint64_t *a, int words) {
+    for (int w = 0; w < words; w++) sum[w] |= a[w];
+}
+
+// Sorts ring indices by ring size exactly as libstdc++'s std::sort does, whose order among equals
+// (which it does not promise) decides which of several equally good rings RDKit drops: quicksort
+// with the median of three down to 16 elements, then insertion.
+static void sort_by_size(int *r, int n, const int *size) {
+    int first[64], last[64], top = 0;
+    first[0] = 0;
+    last[top++] = n;
+    while (top) {
+        int lo = first[--top], hi = last[top];
+        while (hi - lo > 16) {
+            int a = lo + 1, b = lo + (hi - lo) / 2, c = hi - 1, mid, swap;
+            if (size[r[a]] < size[r[b]])
+                mid = size[r[b]] < size[r[c]] ? b : size[r[a]] < size[r[c]] ? c : a;
+            else
+                mid = size[r[a]] < size[r[c]] ? a : size[r[b]] < size[r[c]] ? c : b;
+            swap = r[lo], r[lo] = r[mid], r[mid] = swap;
+            int i = lo + 1, j = hi, pivot = size[r[lo]];
+            for (;; i++) {
+                while (size[r[i]] < pivot) i++;
+                do j--; while (pivot < size[r[j]]);
+                if (i >= j) break;
+                swap = r[i], r[i] = r[j], r[j] = swap;
+            }
+            if (top < 64) first[top] = i, last[top++] = hi;
+            hi = i;
+        }
+    }
+    for (int i = 1; i < n; i++) {
+        int moved = r[i], k = i;
+        for (; k > 0 && size[moved] < size[r[k - 1]]; k--) r[k] = r[k - 1];
+        r[k] = moved;
+    }
+}
+
+// Fills bits (rings, words) with the bond sets of the rings in the order `sorted`.
+static void ring_bond_bits(ChemMol *m, const RingList *rings, const int *sorted, uint64_t *bits,
+                           int words) {
+    for (int r = 0; r < rings->n; r++) {
+        int ring = sorted[r], n = ring_size(rings, ring), *atoms = ring_atoms(rings, ring);
+        for (int k = 0; k < n; k++) {
+            int b = bond_between(m, atoms[k], atoms[(k + 1) % n]);
+            bits[(size_t)r * (size_t)words + (size_t)(b >> 6)] |= 1ull << (b & 63);
+        }
+    }
+}
+
+// Keeps a basis of the fragment's rings: smallest first, among equals always the one that shares
+// most bonds with what is there, unless it adds no bond. The others go to `extra`.
+static void drop_surplus_rings(RingSearch *s, RingList *extra) {
+    ChemMol *m = s->m;
+    RingList all = s->found;
+    int n = all.n, words = (m->n_bonds + 63) / 64;
+    int *sorted = prep_ints(&m->arena, n), *size = prep_ints(&m->arena, n);
+    uint8_t *keep = prep_flags(&m->arena, n), *decided = prep_flags(&m->arena, n);
+    uint64_t *bits = prep_take(&m->arena, (size_t)n * (size_t)words, sizeof *bits);
+    uint64_t *sum = prep_take(&m->arena, (size_t)words, sizeof *sum);
+    for (int r = 0; r < n; r++) {
+        sorted[r] = r;
+        size[r] = ring_size(&all, r);
+    }
+    sort_by_size(sorted, n, size);
+    ring_bond_bits(m, &all, sorted, bits, words);
+    for (int i = 0; i < n; i++) {
+        if (decided[i]) continue;
+        decided[i] = 1;
+        if (!bits_missing(bits + (size_t)i * (size_t)words, sum, words)) continue;
+        keep[i] = 1;
+        bits_add(sum, bits + (size_t)i * (size_t)words, words);
+        for (;;) {
+            int best = -1, most = -1;
+            for (int j = i + 1; j < n && size[sorted[j]] == size[sorted[i]]; j++) {
+                if (decided[j]) continue;
+                int common = bits_common(bits + (size_t)j * (size_t)words, sum, words);
+                if (common > most) most = common, best = j;
+            }
+            if (best < 0) break;
+            decided[best] = 1;
+            if (!bits_missing(bits + (size_t)best * (size_t)words, sum, words)) continue;
+            keep[best] = 1;
+            bits_add(sum, bits + (size_t)best * (size_t)words, words);
+        }
+    }
+    s->found = *extra = (RingList){0};
+    for (int r = 0; r < n; r++)
+        ring_push(&m->arena, keep[r] ? &s->found : extra, ring_atoms(&all, sorted[r]),
+                  size[sorted[r]]);
+}
+
+// A depth-first traversal that takes the ring of every back edge: what RDKit falls back to when the
+// search above finds too few rings.
+static void rings_by_traversal(RingSearch *s) {
+    ChemMol *m = s->m;
+    enum { NEW, OPEN, DONE };
+    int *path = prep_ints(&m->arena, m->n_atoms), *at = prep_ints(&m->arena, m->n_atoms);
+    uint8_t *state = prep_flags(&m->arena, m->n_atoms);
+    m->rings = (RingList){0};
+    for (int root = 0; root < m->n_atoms; root++) {
+        int depth = 0;
+        if (state[root] != NEW) continue;
+        if (mol_degree(m, root) < 2) {
+            state[root] = DONE;
+            continue;
+        }
+        path[0] = root;
+        at[0] = m->first[root];
+        state[root] = OPEN;
+        while (depth >= 0) {
+            int i = path[depth];
+            if (at[depth] == m->first[i + 1]) {
+                state[i] = DONE;
+                depth--;
+                continue;
+            }
+            int j = bond_other(&m->bonds[m->adj[at[depth]++]], i), n = 0;
+            if (state[j] == NEW && mol_degree(m, j) < 2) {
+                state[j] = DONE;
+            } else if (state[j] == NEW) {
+                state[j] = OPEN;
+                path[++depth] = j;
+                at[depth] = m->first[j];
+            } else if (state[j] == OPEN && depth > 0 && j != path[depth - 1]) {
+                for (int k = depth; path[k] != j; k--) s->ring[n++] = path[k];
+                s->ring[n++] = j;
+                ring_push(&m->arena, &m->rings, s->ring, n);
+            }
+        }
+    }
+}
+
+// Searches the rings of one fragment. 1 all well, 0 too few rings found, -1 given up.
+static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bonds,
+                           RingList *extra) {
+    ChemMol *m = s->m;
+    uint8_t *done = prep_flags(&m->arena, m->n_atoms);
+    int *picked = prep_ints(&m->arena, n), n_done = 0, expected = n_bonds - n + 1;
+    memset(s->changed, 0, (size_t)m->n_atoms);
+    s->found = (RingList){0};
+    for (int f = 0; f < n; f++) s->changed[fragment[f]] = s->degree[fragment[f]] < 2;
+    while (n_done < n) {
+        for (int i; (i = pop_changed(s)) >= 0;) {
+            if (done[i]) continue;
+            done[i] = 1;
+            n_done++;
+            trim_atom(s, i);
+        }
+        int n_picked = pick_chain_atoms(s, fragment, n, picked), branch = -1;
+        if (n_picked) {
+            search_chain_atoms(s, picked, n_picked);
+            for (int p = 0; p < n_picked; p++) {
+                done[picked[p]] = 1;
+                n_done++;
+                trim_atom(s, picked[p]);
+            }
+        } else if (n_done < n) {
+            for (int f = 0; f < n && branch < 0; f++)
+                if (s->degree[fragment[f]] == 3) branch = fragment[f];
+            if (branch < 0) break;
+            if (!search_branch_atom(s, branch)) return -1;
+            done[branch] = 1;
+            n_done++;
+            trim_atom(s, branch);
+        }
+    }
+    if (s->found.n < expected && search_missing_rings(s, n_bonds) < 0) return -1;
+    if (s->found.n < expected) return 0;
+    if (s->found.n > expected) drop_surplus_rings(s, extra);
+    return 1;
+}
+
+// Brings back surplus rings that could replace an equally large ring of the set: they share a bond
+// with it and have all the bonds that only it provides.
+static void symmetrize_rings(ChemMol *m, const RingList *extra) {
+    int n_basis = m->rings.n, *uses = prep_ints(&m->arena, m->n_bonds);
+    int *in_extra = prep_ints(&m->arena, m->n_bonds), *bonds = prep_ints(&m->arena, m->rings.used);
+    for (int r = 0; r < n_basis; r++) {
+        int n = ring_size(&m->rings, r), *atoms = ring_atoms(&m->rings, r);
+        for (int k = 0; k < n; k++) {
+            bonds[m->rings.start[r] + k] = bond_between(m, atoms[k], atoms[(k + 1) % n]);
+            uses[bonds[m->rings.start[r] + k]]++;
+        }
+    }
+    for (int e = 0; e < extra->n; e++) {
+        int n = ring_size(extra, e), *atoms = ring_atoms(extra, e), fits = 0;
+        for (int k = 0; k < n; k++)
+            in_extra[bond_between(m, atoms[k], atoms[(k + 1) % n])] = e + 1;
+        for (int r = 0; r < n_basis && !fits; r++) {
+            int shared = 0, replaces = 1;
+            if (ring_size(&m->rings, r) != n) continue;
+            for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
+                int common = in_extra[bonds[k]] == e + 1;
+                shared |= common;
+                if (!common && uses[bonds[k]] == 1) replaces = 0;
+            }
+            fits = shared && replaces;
+        }
+        if (fits) ring_push(&m->arena, &m->rings, atoms, n);
+    }
+}
+
+// Fills the ring counts of atoms and bonds from the list of rings.
+static void count_rings(ChemMol *m) {
+    m->atom_rings = prep_ints(&m->arena, m->n_atoms);
+    m->rings.bonds = prep_ints(&m->arena, m->rings.used);
+    for (int b = 0; b < m->n_bonds; b++) m->bonds[b].rings = m->bonds[b].smallest_ring = 0;
+    for (int r = 0; r < m->rings.n; r++) {
+        int n = ring_size(&m->rings, r), *atoms = ring_atoms(&m->rings, r);
+        for (int k = 0; k < n; k++) {
+            int b = bond_between(m, atoms[k], atoms[(k + 1) % n]);
+            ChemBond *bond = &m->bonds[b];
+            m->rings.bonds[m->rings.start[r] + k] = b;
+            m->atom_rings[atoms[k]]++;
+            if (!bond->rings++ || n < bond->smallest_ring) bond->smallest_ring = n;
+        }
+    }
+}
+
+// Numbers the connected parts: part[i] of every atom. Returns how many there are.
+static int find_parts(ChemMol *m, int *part) {
+    int n_parts = 0, *stack = prep_ints(&m->arena, m->n_atoms);
+    for (int i = 0; i < m->n_atoms; i++) part[i] = -1;
+    for (int root = 0; root < m->n_atoms; root++) {
+        int top = 0;
+        if (part[root] >= 0) continue;
+        part[root] = n_parts;
+        stack[top++] = root;
+        while (top) {
+            int i = stack[--top];
+            for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+                int j = bond_other(&m->bonds[m->adj[k]], i);
+                if (part[j] >= 0) continue;
+                part[j] = n_parts;
+                stack[top++] = j;
+            }
+        }
+        n_parts++;
+    }
+    return n_parts;
+}
+
+// Prepares the working arrays of a search; zero-order bonds make no rings.
+static RingSearch ring_search_begin(ChemMol *m) {
+    PrepArena *arena = &m->arena;
+    RingSearch s = {.m = m};
+    s.degree = prep_ints(arena, m->n_atoms);
+    s.active = prep_flags(arena, m->n_bonds);
+    s.ring_bond = prep_flags(arena, m->n_bonds);
+    s.ring_atom = prep_flags(arena, m->n_atoms);
+    s.changed = prep_flags(arena, m->n_atoms);
+    s.colour = prep_flags(arena, m->n_atoms);
+    s.parent = prep_ints(arena, m->n_atoms);
+    s.depth = prep_ints(arena, m->n_atoms);
+    s.queue = prep_ints(arena, m->n_atoms + 1);
+    s.ring = prep_ints(arena, m->n_atoms + 1);
+    for (int b = 0; b < m->n_bonds; b++) {
+        s.active[b] = m->bonds[b].order != ORDER_ZERO;
+        s.degree[m->bonds[b].begin] += s.active[b];
+        s.degree[m->bonds[b].end] += s.active[b];
+    }
+    return s;
+}
+
+// Finds all rings into m->rings and the ring counts of atoms and bonds.
+static int find_rings(ChemMol *m, Fault *fault) {
+    RingList extra = {0};
+    int *part = prep_ints(&m->arena, m->n_atoms), *fragment = prep_ints(&m->arena, m->n_atoms);
+    int n_parts = find_parts(m, part);
+    m->rings = (RingList){0};
+    if (m->n_bonds - m->n_atoms + n_parts > 0) {
+        RingSearch s = ring_search_begin(m);
+        for (int p = 0; p < n_parts; p++) {
+            int n = 0, twice_all = 0, twice_bonds = 0;
+            for (int i = 0; i < m->n_atoms; i++) {
+                if (part[i] != p) continue;
+                fragment[n++] = i;
+                twice_all += mol_degree(m, i);
+                twice_bonds += s.degree[i];
+            }
+            if (n < 3 || twice_all / 2 - n + 1 < 1) continue;
+            int found = search_fragment(&s, fragment, n, twice_bonds / 2, &extra);
+            if (found < 0)
+                return fault_at(fault, 0, 0, "rings too intricate",
+                                "the ring search needs more paths than RDKit allows");
+            if (!found) {
+                rings_by_traversal(&s);
+                break;
+            }
+            for (int r = 0; r < s.found.n; r++)
+                ring_push(&m->arena, &m->rings, ring_atoms(&s.found, r), ring_size(&s.found, r));
+        }
+        symmetrize_rings(m, &extra);
+    }
+    count_rings(m);
+    return 0;
+}
+
+// =================================================================================================
+// 11 Kekule structure. Aromatic bonds become alternating single and double ones: every atom that
+//   must have a double bond gets exactly one. The search walks through a fused system, takes the
+//   first partner it can and returns to the last choice when an atom is left alone.
+// =================================================================================================
+
+enum { BACKTRACKS_MAX = 100, DUMMY_TRIALS_MAX = 1 << 12 };
+
+// Neighbouring rings of each ring, in rising order: those sharing a bond (max_shared = 0: any
+// number of bonds; else at most so many), rings larger than max_size (0: none) left out.
+typedef struct { int *first, *next; } RingNeighbours;
+
+static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max_size,
+                                      int max_shared) {
+    PrepArena *arena = &m->arena;
+    RingNeighbours nb = {prep_ints(arena, rings->n + 1), NULL};
+    int room = 0, used = 0, *stamp = prep_ints(arena, m->n_bonds);
+    for (int r = 0; r < rings->n; r++) {
+        nb.first[r] = used;
+        for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
+        for (int q = 0; q < rings->n; q++) {
+            int shared = 0;
+            if (q == r || (max_size && (ring_size(rings, r) > max_size ||
+                                        ring_size(rings, q) > max_size)))
+                continue;
+            for (int k = rings->start[q]; k < rings->start[q + 1]; k++)
+                shared += stamp[rings->bonds[k]] == r + 1;
+            if (!shared || (max_shared && shared > max_shared)) continue;
+            if (used == room) nb.next = prep_grow(arena, nb.next, &room, sizeof(int));
+            nb.next[used++] = q;
+        }
+    }
+    nb.first[rings->n] = used;
+    return nb;
+}
+
+// The fused system of ring r in depth-first order into system; marks its rings done.
+static int fused_system(ChemMol *m, const RingNeighbours *nb, int n_rings, int r, uint8_t *done,
+                        int *system) {
+    int n = 0, depth = 0;
+    int *path = prep_ints(&m->arena, n_rings), *at = prep_ints(&m->arena, n_rings);
+    path[0] = r;
+    at[0] = nb->first[r];
+    done[r] = 1;
+    system[n++] = r;
+    while (depth >= 0) {
+        int ring = path[depth];
+        if (at[depth] == nb->first[ring + 1]) {
+            depth--;
+            continue;
+        }
+        int next = nb->next[at[depth]++];
+        if (done[next]) continue;
+        done[next] = 1;
+        system[n++] = next;
+        path[++depth] = next;
+        at[depth] = nb->first[next];
+    }
+    return n;
+}
+
+// State of the search for one fused system.
+typedef struct {
+    ChemMol *m;
+    int n, *atoms;            // of the system
+    uint8_t *inside;          // per atom: in the system
+    uint8_t *wants;           // per atom: must get a double bond (dummies: may)
+    int n_dummies, *dummies;
+    int n_done, *done;
+    uint8_t *is_done;
+    int head, tail, *queue;   // atoms to visit; a deque growing in both directions
+    uint8_t *queued;
+    uint8_t *doubled;         // per bond: made double here
+    int n_choices, *choice;   // atoms at which other partners were left untried
+    int *partners;            // room for every atom's partners, laid out like m->adj
+    int **untried, *n_untried;  // per atom
+} KekuleSearch;
+
+static void queue_front(KekuleSearch *s, int i) {
+    s->queue[--s->head] = i;
+    s->queued[i] = 1;
+}
+
+// Whether an aromatic atom must take a double bond: its single-bond count plus one more makes the
+// valence it should have. `order_sum` counts aromatic bonds as single.
+static int wants_double_bond(const ChemMol *m, int i, int order_sum, int n_zero) {
+    const ChemAtom *a = &m->atoms[i];
+    const Element *e = &ELEMENTS[a->z];
+    int shift = valence_shift(a), wanted = e->valence[0] + shift;
+    int total = total_valence(a), k = 1;
+    int degree = mol_degree(m, i) + (a->no_implicit ? 0 : a->implicit_h) - n_zero;
+    order_sum += atom_hydrogens(a);
+    while (total > wanted && k < e->n_valences && e->valence[k] > 0)
+        wanted = e->valence[k++] + shift;
+    if (total == 5 && order_sum == 4 && wanted == 3 && degree == 3 && a->radicals == 0 &&
+        shift == 0 && atom_hydrogens(a) == 0 && (a->z == 7 || a->z == 15 || a->z == 33))
+        wanted = 5;
+    if (degree + a->radicals >= wanted) return 0;
+    if (wanted == order_sum + 1 + a->radicals) return 1;
+    return !a->radicals && a->no_implicit && wanted == order_sum + 2;  // it will be a radical
+}
+
+// Whether a dummy atom may take a double bond: not all of its rings are out of the question.
+static int dummy_may_double(const ChemMol *m, int i, int saturated_neighbours,
+                            const uint8_t *hopeless) {
+    int n_hopeless = 0;
+    for (int r = 0; r < m->rings.n; r++)
+        if (hopeless[r] && ring_has(&m->rings, r, i)) n_hopeless++;
+    return saturated_neighbours < m->atom_rings[i] && n_hopeless < m->atom_rings[i];
+}
+
+// Finds out which atoms want a double bond, and makes all aromatic bonds of the system single.
+static void mark_wanting_atoms(KekuleSearch *s) {
+    ChemMol *m = s->m;
+    uint8_t *hopeless = prep_flags(&m->arena, m->rings.n);  // no atom aromatic and in one ring only
+    int n_single = 0, *single, aromatic = 0, n_ends = 0;
+    for (int k = 0; k < s->n; k++) {
+        aromatic |= m->atoms[s->atoms[k]].z == 0 || is_aromatic_atom(m, s->atoms[k]);
+        n_ends += mol_degree(m, s->atoms[k]);
+    }
+    if (!aromatic) return;
+    single = prep_ints(&m->arena, n_ends);
+    for (int r = 0; r < m->rings.n; r++) {
+        hopeless[r] = 1;
+        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++)
+            if (m->atom_rings[m->rings.atoms[k]] == 1 && is_aromatic_atom(m, m->rings.atoms[k]))
+                hopeless[r] = 0;
+    }
+    memset(s->inside, 0, (size_t)m->n_atoms);
+    for (int k = 0; k < s->n; k++) {
+        int i = s->atoms[k], order_sum = 0, n_zero = 0, saturated = 0;
+        s->inside[i] = 1;
+        if (m->atoms[i].z && !is_aromatic_atom(m, i)) {
+            s->done[s->n_done++] = i;
+            s->is_done[i] = 1;
+            continue;
+        }
+        for (int e = m->first[i]; e < m->first[i + 1]; e++) {
+            ChemBond *b = &m->bonds[m->adj[e]];
+            const ChemAtom *other = &m->atoms[bond_other(b, i)];
+            saturated += other->z && !other->aromatic && s->inside[bond_other(b, i)];
+            if (b->aromatic && (b->order == ORDER_SINGLE || b->order == ORDER_DOUBLE ||
+                                b->order == ORDER_AROMATIC)) {
+                order_sum++;
+                single[n_single++] = m->adj[e];
+            } else {
+                int order = (twice_contribution(b, i) + 1) / 2;
+                order_sum += order;
+                n_zero += order == 0;
+            }
+        }
+        if (m->atoms[i].z == 0 && dummy_may_double(m, i, saturated, hopeless)) {
+            s->wants[i] = 1;
+            s->dummies[s->n_dummies++] = i;
+        } else if (wants_double_bond(m, i, order_sum, n_zero)) {
+            s->wants[i] = 1;
+        }
+    }
+    for (int k = 0; k < s->n; k++) s->inside[s->atoms[k]] = 1;
+    for (int k = 0; k < n_single; k++) m->bonds[single[k]].order = ORDER_SINGLE;
+}
+
+// Undoes everything since the last choice: visited atoms go back to the front of the queue, double
+// bonds between them become single.
+static void return_to_choice(KekuleSearch *s, int last) {
+    ChemMol *m = s->m;
+    while (s->n_done) {
+        int i = s->done[--s->n_done];
+        s->is_done[i] = 0;
+        queue_front(s, i);
+        if (i == last) break;
+    }
+    for (int b = 0; b < m->n_bonds; b++) {
+        int i = m->bonds[b].begin, j = m->bonds[b].end;
+        if (!s->doubled[b] || s->is_done[i] || s->is_done[j]) continue;
+        s->doubled[b] = 0;
+        m->bonds[b].order = ORDER_SINGLE;
+        s->wants[i] = s->wants[j] = 1;
+    }
+}
+
+// Partners atom i could share a double bond with; unvisited neighbours join the queue.
+static int find_partners(KekuleSearch *s, int i, int *partners) {
+    ChemMol *m = s->m;
+    int n = 0;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        const ChemBond *b = &m->bonds[m->adj[k]];
+        int j = bond_other(b, i);
+        if (s->is_done[j] || !s->inside[j]) continue;
+        if (!s->queued[j]) {
+            s->queue[s->tail++] = j;
+            s->queued[j] = 1;
+        }
+        if (s->wants[i] && s->wants[j] &&
+            (b->aromatic || m->atoms[i].z == 0 || m->atoms[j].z == 0))
+            partners[n++] = j;
+    }
+    return n;
+}
+
+// Makes the bond from i to the first of its partners double and remembers the others.
+static void take_partner(KekuleSearch *s, int i, int *partners, int n) {
+    int b = bond_between(s->m, i, partners[0]), seen_before = s->untried[i] != NULL;
+    s->m->bonds[b].order = ORDER_DOUBLE;
+    s->wants[i] = s->wants[partners[0]] = 0;
+    s->doubled[b] = 1;
+    s->n_untried[i] = n - 1;
+    if (n > 1) {
+        s->untried[i] = partners + 1;
+        if (!seen_before) s->choice[s->n_choices++] = i;
+    } else if (seen_before) {
+        s->untried[i] = NULL;
+        s->n_choices--;
+    }
+}
+
+// The search itself. Returns 0 if there is no Kekule structure (bonds it made double are single
+// again), or none is found within BACKTRACKS_MAX returns to earlier choices.
+static int kekulize_system(KekuleSearch *s) {
+    ChemMol *m = s->m;
+    int backtracks = 0, unvisited = 0;
+    s->n_choices = 0;
+    s->head = s->tail = (BACKTRACKS_MAX + 1) * s->n;
+    memset(s->queued, 0, (size_t)m->n_atoms);
+    memset(s->doubled, 0, (size_t)m->n_bonds);
+    for (int k = 0; k < s->n; k++) s->untried[s->atoms[k]] = NULL;
+    while (s->n_done < s->n || s->head < s->tail) {
+        int i = -1, n;
+        if (s->head < s->tail) {
+            i = s->queue[s->head++];
+            s->queued[i] = 0;
+        } else {
+            for (unvisited = 0; s->is_done[s->atoms[unvisited]];) unvisited++;
+            i = s->atoms[unvisited];
+        }
+        s->done[s->n_done++] = i;
+        s->is_done[i] = 1;
+        int *partners = s->untried[i], wanting = s->wants[i];
+        if (partners) {
+            n = s->n_untried[i];
+        } else {
+            partners = s->partners + m->first[i];
+            n = find_partners(s, i, partners);
+        }
+        if (!wanting) continue;
+        if (n) {
+            take_partner(s, i, partners, n);
+        } else if (m->atoms[i].z) {
+            if (!s->n_choices || backtracks == BACKTRACKS_MAX) {
+                for (int b = 0; b < m->n_bonds; b++)
+                    if (s->doubled[b]) m->bonds[b].order = ORDER_SINGLE;
+                return 0;
+            }
+            return_to_choice(s, s->choice[s->n_choices - 1]);
+            backtracks++;
+        }
+    }
+    return 1;
+}
+
+// Tries again with some of the dummy atoms barred from double bonds, subset by subset.
+static int kekulize_with_dummies(KekuleSearch *s, const uint8_t *wants) {
+    ChemMol *m = s->m;
+    int n_trials = s->n_dummies > 12 ? DUMMY_TRIALS_MAX : 1 << s->n_dummies;
+    for (int trial = 1; trial < n_trials; trial++) {
+        for (int b = 0; b < m->n_bonds; b++) {
+            ChemBond *bond = &m->bonds[b];
+            if (bond->aromatic && s->inside[bond->begin] && s->inside[bond->end])
+                bond->order = ORDER_SINGLE;
+        }
+        memcpy(s->wants, wants, (size_t)m->n_atoms);
+        for (int k = 0; k < s->n_dummies && k < 12; k++)
+            if (trial >> k & 1) s->wants[s->dummies[k]] = 0;
+        memset(s->is_done, 0, (size_t)m->n_atoms);
+        s->n_done = 0;
+        if (kekulize_system(s)) return 1;
+    }
+    return 0;
+}
+
+// Fills rings->bonds from the atoms.
+static void fill_ring_bonds(ChemMol *m, RingList *rings) {
+    rings->bonds = prep_ints(&m->arena, rings->used);
+    for (int r = 0; r < rings->n; r++) {
+        int n = ring_size(rings, r), *atoms = ring_atoms(rings, r);
+        for (int k = 0; k < n; k++)
+            rings->bonds[rings->start[r] + k] = bond_between(m, atoms[k], atoms[(k + 1) % n]);
+    }
+}
+
+// The candidate rings: no bond with an order query, at least one atom that is not a dummy.
+static RingList kekule_rings(ChemMol *m) {
+    RingList rings = {0};
+    for (int r = 0; r < m->rings.n; r++) {
+        int real = 0, fixed = 0;
+        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
+            real |= m->atoms[m->rings.atoms[k]].z != 0;
+            fixed |= m->bonds[m->rings.bonds[k]].query & QUERY_ORDER;
+        }
+        if (real && !fixed)
+            ring_push(&m->arena, &rings, ring_atoms(&m->rings, r), ring_size(&m->rings, r));
+    }
+    fill_ring_bonds(m, &rings);
+    return rings;
+}
+
+// Working arrays of a search; the deque has room for every return to a choice.
+static KekuleSearch kekule_begin(ChemMol *m) {
+    PrepArena *arena = &m->arena;
+    KekuleSearch s = {.m = m};
+    s.atoms = prep_ints(arena, m->n_atoms);
+    s.inside = prep_flags(arena, m->n_atoms);
+    s.wants = prep_flags(arena, m->n_atoms);
+    s.dummies = prep_ints(arena, m->n_atoms);
+    s.done = prep_ints(arena, m->n_atoms);
+    s.is_done = prep_flags(arena, m->n_atoms);
+    s.queued = prep_flags(arena, m->n_atoms);
+    s.doubled = prep_flags(arena, m->n_bonds);
+    s.choice = prep_ints(arena, m->n_atoms);
+    s.untried = prep_take(arena, (size_t)m->n_atoms, sizeof *s.untried);
+    s.n_untried = prep_ints(arena, m->n_atoms);
+    s.queue = prep_take(arena, (size_t)m->n_atoms, (BACKTRACKS_MAX + 2) * sizeof(int));
+    s.partners = prep_ints(arena, 2 * m->n_bonds);
+    return s;
+}
+
+// Kekulizes every fused system of rings.
+static int kekulize_rings(ChemMol *m, Fault *fault) {
+    RingList rings = kekule_rings(m);
+    RingNeighbours nb = ring_neighbours(m, &rings, 0, 0);
+    KekuleSearch s = kekule_begin(m);
+    uint8_t *done = prep_flags(&m->arena, rings.n), *wants = prep_flags(&m->arena, m->n_atoms);
+    int *system = prep_ints(&m->arena, rings.n);
+    for (int r = 0; r < rings.n; r++) {
+        if (done[r]) continue;
+        int n_rings = fused_system(m, &nb, rings.n, r, done, system);
+        s.n = s.n_done = s.n_dummies = 0;
+        memset(s.inside, 0, (size_t)m->n_atoms);
+        memset(s.wants, 0, (size_t)m->n_atoms);
+        memset(s.is_done, 0, (size_t)m->n_atoms);
+        for (int q = 0; q < n_rings; q++) {
+            for (int k = rings.start[system[q]]; k < rings.start[system[q] + 1]; k++) {
+                if (s.inside[rings.atoms[k]]) continue;
+                s.inside[rings.atoms[k]] = 1;
+                s.atoms[s.n++] = rings.atoms[k];
+            }
+        }
+        mark_wanting_atoms(&s);
+        memcpy(wants, s.wants, (size_t)m->n_atoms);
+        if (kekulize_system(&s) || (s.n_dummies && kekulize_with_dummies(&s, wants))) continue;
+        int culprit = 0;
+        while (!wants[culprit] && culprit + 1 < m->n_atoms) culprit++;
+        return fault_at(fault, 0, 0, "no Kekule structure",
+                        "the aromatic ring system of atom %d has no Kekule structure", culprit + 1);
+    }
+    return 0;
+}
+
+// Replaces aromatic bonds by a Kekule structure and takes all aromatic flags off. The hydrogen of a
+// pyrrole nitrogen, which had to be stated, becomes an implicit one.
+static int kekulize(ChemMol *m, Fault *fault) {
+    int aromatic = 0, n_free = 0, *before = prep_ints(&m->arena, m->n_atoms);
+    for (int b = 0; b < m->n_bonds; b++) {
+        if (m->bonds[b].query & QUERY_ORDER) continue;
+        n_free++;
+        aromatic |= m->bonds[b].aromatic;
+    }
+    for (int i = 0; i < m->n_atoms; i++) {
+        set_implicit_hydrogens(m, i);
+        before[i] = total_valence(&m->atoms[i]);
+        aromatic |= is_aromatic_atom(m, i);
+    }
+    if (!aromatic) return 0;
+    if (n_free && kekulize_rings(m, fault)) return -1;
+    for (int b = 0; b < m->n_bonds; b++)
+        if (!(m->bonds[b].query & QUERY_ORDER)) m->bonds[b].aromatic = 0;
+    for (int i = 0; i < m->n_atoms; i++) {
+        ChemAtom *a = &m->atoms[i];
+        if (!a->aromatic) continue;
+        if (n_free == m->n_bonds && !m->atom_rings[i])
+            return fault_at(fault, 0, 0, "aromatic atom outside a ring",
+                            "atom %d (%s) is marked aromatic but in no ring", i + 1,
+                            ELEMENTS[a->z].symbol);
+        a->aromatic = 0;
+        if ((a->z == 7 || a->z == 15) && a->charge == 0 && a->stated_h == 1) {
+            a->no_implicit = a->stated_h = 0;
+            set_valence(m, i);
+            set_implicit_hydrogens(m, i);
+        }
+    }
+    for (int i = 0; i < m->n_atoms; i++)
+        if (total_valence(&m->atoms[i]) != before[i])
+            return fault_at(fault, 0, 0, "no Kekule structure",
+                            "the Kekule structure changes the valence of atom %d", i + 1);
+    return 0;
+}
+
+// =================================================================================================
+// 12 Radicals, aromaticity, conjugation, hybridization
+// =================================================================================================
+
+// Electrons an atom with stated hydrogens is short of: up to the octet (or the next allowed valence
+// of a heavy atom), but no more than it has; for metals, parity decides.
+static int count_radicals(const ChemMol *m, int i) {
+    const ChemAtom *a = &m->atoms[i];
+    const Element *e = &ELEMENTS[a->z];
+    int twice = 2 * a->stated_h, octet = a->z <= 2 ? 2 : 8;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        twice += twice_contribution(&m->bonds[m->adj[k]], i);
+    if (e->n_valences == 1 && e->valence[0] == -1)
+        return e->outer - a->charge > 0 ? (e->outer - a->charge) % 2 : 0;
+    int valence = twice / 2, missing = octet - e->outer - valence + a->charge;
+    if (missing < 0) {
+        missing = 0;
+        for (int k = 0; k < e->n_valences && e->n_valences > 1; k++) {
+            if (e->valence[k] - valence + a->charge < 0) continue;
+            missing = e->valence[k] - valence + a->charge;
+            break;
+        }
+    }
+    int available = e->outer - valence - a->charge;
+    return available >= 0 && available < missing ? available : missing;
+}
+
+static void assign_radicals(ChemMol *m) {
+    for (int i = 0; i < m->n_atoms; i++) {
+        ChemAtom *a = &m->atoms[i];
+        if (a->no_implicit && !a->radicals && a->z) a->radicals = (uint8_t)count_radicals(m, i);
+    }
+}
+
+// ---- aromaticity: rings whose atoms can all take part and offer 4n+2 electrons between them, one
+//   ring at a time, then fused pairs, and so on
+
+// Electrons an atom can give to a pi system; -1 if it cannot be part of one.
+static int pi_electrons(const ChemMol *m, int i) {
+    const ChemAtom *a = &m->atoms[i];
+    int valence = default_valence(a->z), degree = total_degree(m, i);
+    if (valence <= 1) return -1;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        const ChemBond *b = &m->bonds[m->adj[k]];
+        if (!(b->query & QUERY_COMPLEX) && twice_contribution(b, i) == 0) degree--;
+    }
+    if (degree > 3) return -1;
+    int lone = ELEMENTS[a->z].outer - valence - a->charge;
+    int n = valence - degree + (lone > 0 ? lone : 0) - a->radicals;
+    return n > 1 && a->valence - mol_degree(m, i) > 1 ? 1 : n;  // part of a triple bond: one of two
+}
+
+// What an atom offers: the least and most electrons, or nothing.
+typedef enum { DONOR_NONE, DONOR_VACANT, DONOR_ONE, DONOR_TWO, DONOR_ANY } Donor;
+
+// A multiple bond of atom i in a ring (ring = 1) or outside (0); returns its other atom or -1.
+static int multiple_bond_to(const ChemMol *m, int i, int ring) {
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        const ChemBond *b = &m->bonds[m->adj[k]];
+        if ((b->rings > 0) == ring && twice_contribution(b, i) >= 4) return bond_other(b, i);
+    }
+    return -1;
+}
+
+static int has_multiple_bond(const ChemMol *m, int i) {
+    int degree = mol_degree(m, i) + m->atoms[i].stated_h;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        degree -= twice_contribution(&m->bonds[m->adj[k]], i) == 0;
+    return m->atoms[i].valence != degree;
+}
+
+static Donor donor_type(const ChemMol *m, int i) {
+    const ChemAtom *a = &m->atoms[i];
+    int n = pi_electrons(m, i), outside = multiple_bond_to(m, i, 0);
+    if (a->z == 0) return multiple_bond_to(m, i, 1) >= 0 ? DONOR_ONE : DONOR_ANY;
+    int stolen = outside >= 0 && more_electronegative(m->atoms[outside].z, a->z);
+    if (n < 0) return DONOR_NONE;
+    if (n == 0) {
+        if (outside >= 0) return DONOR_VACANT;
+        return multiple_bond_to(m, i, 1) >= 0 ? DONOR_ONE : DONOR_NONE;
+    }
+    if (n == 1) {
+        if (outside >= 0) return stolen ? DONOR_VACANT : DONOR_ONE;
+        if (has_multiple_bond(m, i)) return DONOR_ONE;
+        return a->charge == 1 ? DONOR_VACANT : DONOR_NONE;  // tropylium, cyclopropenylium
+    }
+    return (n - stolen) % 2 == 1 ? DONOR_ONE : DONOR_TWO;
+}
+
+// Whether an atom may be aromatic at all.
+static int may_be_aromatic(const ChemMol *m, int i, Donor donor) {
+    const ChemAtom *a = &m->atoms[i];
+    int n_multiple = 0;
+    if (a->z > 18 && a->z != 34 && a->z != 52) return 0;
+    if (donor == DONOR_NONE) return 0;
+    if (default_valence(a->z) > 0 && total_valence(a) > default_valence(a->z - a->charge)) return 0;
+    if (a->radicals && (a->z != 6 || a->charge)) return 0;
+    if (a->valence - mol_degree(m, i) <= 1) return 1;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        int order = m->bonds[m->adj[k]].order;
+        n_multiple += order == ORDER_DOUBLE || order == ORDER_TRIPLE;
+    }
+    return n_multiple <= 1;
+}
+
+enum { FUSED_MAX = 6, FUSED_RING_MAX = 24, MANY_RINGS = 300, SUBSETS_MAX = 3000000 };
+
+typedef struct {
+    ChemMol *m;
+    RingList rings;          // all of whose atoms may be aromatic
+    RingNeighbours nb;
+    Donor *donor;
+    int *atom_count;         // rings of the current subset an atom is in
+    int *bond_count;
+    uint8_t *bond_done;      // became aromatic
+    int n_done;
+    long budget;             // subsets still to be tried
+} AromaticSearch;
+
+// Hueckel's rule for the atoms of a subset of rings that are in one or two of them (an atom in
+// three is buried). An electron count that is not fixed may be either number.
+static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
+    int low = 0, high = 0, n_any = 0;
+    for (int q = 0; q < n; q++) {
+        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
+            int i = s->rings.atoms[k], count = s->atom_count[i];
+            if (count == 0) continue;
+            s->atom_count[i] = 0;  // each atom once
+            if (count > 2) continue;
+            Donor d = s->donor[i];
+            n_any += d == DONOR_ANY;
+            low += d == DONOR_TWO ? 2 : d == DONOR_ONE || d == DONOR_ANY;
+            high += d == DONOR_TWO || d == DONOR_ANY ? 2 : d == DONOR_ONE;
+        }
+    }
+    if (n_any > 1) return 0;
+    if (high == 2) return 1;
+    for (int e = low; e <= high && high >= 6; e++)
+        if ((e - 2) % 4 == 0) return 1;
+    return 0;
+}
+
+// Tests a subset of fused rings; if aromatic, marks its atoms, and the bonds on its outside.
+static void test_subset(AromaticSearch *s, const int *subset, int n) {
+    ChemMol *m = s->m;
+    for (int q = 0; q < n; q++)
+        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++)
+            s->atom_count[s->rings.atoms[k]]++;
+    if (!obeys_hueckel(s, subset, n)) return;
+    for (int q = 0; q < n; q++)
+        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
+            m->atoms[s->rings.atoms[k]].aromatic = 1;
+            s->bond_count[s->rings.bonds[k]]++;
+        }
+    for (int q = 0; q < n; q++)
+        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
+            int b = s->rings.bonds[k], count = s->bond_count[b];
+            ChemBond *bond = &m->bonds[b];
+            s->bond_count[b] = 0;
+            if (count != 1) continue;
+            bond->aromatic = 1;
+            if (bond->order == ORDER_SINGLE || bond->order == ORDER_DOUBLE)
+                bond->order = ORDER_AROMATIC;
+            s->n_done += !s->bond_done[b];
+            s->bond_done[b] = 1;
+        }
+}
+
+// Enumerates the connected subsets of `size` rings that have `subset[0]` as their lowest ring, each
+// once (Wernicke's ESU): a ring is added from the frontier, which then grows by those neighbours of
+// it that no earlier ring of the subset touches. state: 0 unseen, 1 in the subset or its frontier.
+static void grow_subsets(AromaticSearch *s, int *subset, int n, int size, const int *frontier,
+                         int n_frontier, uint8_t *seen) {
+    int next[MANY_RINGS];
+    if (n == size) {
+        s->budget--;
+        test_subset(s, subset, n);
+        return;
+    }
+    for (int f = 0; f < n_frontier && s->budget > 0; f++) {
+        int ring = frontier[f], n_next = 0, n_added;
+        for (int k = f + 1; k < n_frontier; k++) next[n_next++] = frontier[k];
+        n_added = n_next;
+        for (int k = s->nb.first[ring]; k < s->nb.first[ring + 1]; k++) {
+            int r = s->nb.next[k];
+            if (r <= subset[0] || seen[r]) continue;
+            seen[r] = 1;
+            next[n_next++] = r;
+        }
+        subset[n] = ring;
+        grow_subsets(s, subset, n + 1, size, next, n_next, seen);
+        for (int k = n_added; k < n_next; k++) seen[next[k]] = 0;
+    }
+}
+
+// Tests one fused system: single rings, then pairs, triples, ... until all its bonds are aromatic.
+static void test_system(AromaticSearch *s, const int *system, int n) {
+    ChemMol *m = s->m;
+    uint8_t *seen = prep_flags(&m->arena, s->rings.n), *counted = prep_flags(&m->arena, m->n_bonds);
+    int n_bonds = 0, subset[FUSED_MAX], *frontier = prep_ints(&m->arena, s->rings.n);
+    for (int q = 0; q < n; q++)
+        for (int k = s->rings.start[system[q]]; k < s->rings.start[system[q] + 1]; k++) {
+            n_bonds += !counted[s->rings.bonds[k]];
+            counted[s->rings.bonds[k]] = 1;
+        }
+    s->n_done = 0;
+    s->budget = SUBSETS_MAX;
+    for (int size = 1; size <= FUSED_MAX && size <= n && s->n_done < n_bonds; size++) {
+        if (size == 3 && n > MANY_RINGS) break;  // as RDKit does
+        for (int q = 0; q < n; q++) {
+            int first = system[q], n_frontier = 0;
+            subset[0] = first;
+            if (size == 1) {
+                test_subset(s, subset, 1);
+                continue;
+            }
+            for (int k = s->nb.first[first]; k < s->nb.first[first + 1]; k++)
+                if (s->nb.next[k] > first) frontier[n_frontier++] = s->nb.next[k];
+            if (size == 2) {
+                for (int k = 0; k < n_frontier; k++) {
+                    subset[1] = frontier[k];
+                    test_subset(s, subset, 2);
+                }
+                continue;
+            }
+            for (int k = 0; k < n_frontier; k++) seen[frontier[k]] = 1;
+            grow_subsets(s, subset, 1, size, frontier, n_frontier, seen);
+            for (int k = 0; k < n_frontier; k++) seen[frontier[k]] = 0;
+        }
+    }
+}
+
+// The rings all of whose atoms may be aromatic, at least one of them not a dummy.
+static RingList aromatic_candidates(AromaticSearch *s) {
+    ChemMol *m = s->m;
+    RingList rings = {0};
+    uint8_t *known = prep_flags(&m->arena, m->n_atoms), *able = prep_flags(&m->arena, m->n_atoms);
+    for (int r = 0; r < m->rings.n; r++) {
+        int all = 1, real = 0;
+        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
+            int i = m->rings.atoms[k];
+            if (!known[i]) {
+                known[i] = 1;
+                s->donor[i] = donor_type(m, i);
+                able[i] = (uint8_t)may_be_aromatic(m, i, s->donor[i]);
+            }
+            all &= able[i];
+            real |= m->atoms[i].z != 0;
+        }
+        if (all && real)
+            ring_push(&m->arena, &rings, ring_atoms(&m->rings, r), ring_size(&m->rings, r));
+    }
+    fill_ring_bonds(m, &rings);
+    return rings;
+}
+
+static void assign_aromaticity(ChemMol *m) {
+    AromaticSearch s = {.m = m};
+    if (m->rings.n == 0) return;
+    s.donor = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *s.donor);
+    s.rings = aromatic_candidates(&s);
+    if (s.rings.n == 0) return;
+    s.nb = ring_neighbours(m, &s.rings, FUSED_RING_MAX, 1);
+    s.atom_count = prep_ints(&m->arena, m->n_atoms);
+    s.bond_count = prep_ints(&m->arena, m->n_bonds);
+    s.bond_done = prep_flags(&m->arena, m->n_bonds);
+    uint8_t *done = prep_flags(&m->arena, s.rings.n);
+    int *system = prep_ints(&m->arena, s.rings.n);
+    for (int r = 0; r < s.rings.n; r++)
+        if (!done[r]) test_system(&s, system, fused_system(m, &s.nb, s.rings.n, r, done, system));
+}
+
+// ---- conjugation and hybridization
+
+// Whether an atom can hand on conjugation: it has pi electrons and is not a heavy P or S.
+static int is_conjugation_candidate(const ChemMol *m, int i) {
+    int z = m->atoms[i].z, outer = ELEMENTS[z].outer;
+    return (z <= 10 || (outer != 5 && outer != 6) || (outer == 6 && total_degree(m, i) < 2)) &&
+           pi_electrons(m, i) > 0;
+}
+
+// Aromatic bonds are conjugated; so is a multiple bond and its single-bonded neighbour if the atom
+// beyond can take part.
+static void assign_conjugation(ChemMol *m) {
+    uint8_t *candidate = prep_flags(&m->arena, m->n_atoms);
+    for (int b = 0; b < m->n_bonds; b++) m->bonds[b].conjugated = m->bonds[b].aromatic;
+    for (int i = 0; i < m->n_atoms; i++) candidate[i] = (uint8_t)is_conjugation_candidate(m, i);
+    for (int i = 0; i < m->n_atoms; i++) {
+        int degree = total_degree(m, i);
+        if (!candidate[i] || degree < 2 || degree > 3) continue;
+        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+            ChemBond *multiple = &m->bonds[m->adj[k]];
+            if (twice_contribution(multiple, i) < 3) continue;
+            for (int q = m->first[i]; q < m->first[i + 1]; q++) {
+                ChemBond *beside = &m->bonds[m->adj[q]];
+                int j = bond_other(beside, i);
+                if (beside == multiple || total_degree(m, j) > 3 || !candidate[j]) continue;
+                multiple->conjugated = beside->conjugated = 1;
+            }
+        }
+    }
+}
+
+static int bonds_and_lone_pairs(const ChemMol *m, int i) {
+    const ChemAtom *a = &m->atoms[i];
+    int degree = total_degree(m, i), outer = ELEMENTS[a->z].outer, valence = total_valence(a);
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        degree -= m->bonds[m->adj[k]].order == ORDER_ZERO;
+    if (a->z <= 1) return degree;
+    int unbound = outer - (valence + a->charge);
+    if (valence + outer - a->charge >= 8) return degree + unbound / 2;
+    return degree + (unbound - a->radicals) / 2 + a->radicals;  // less than an octet
+}
+
+// A stereo centre's geometry settles its hybridization; otherwise the number of bonds and lone
+// pairs does, except that a lone pair next to a double bond delocalises (the O of an ester is SP2).
+static int hybridization(const ChemMol *m, int i) {
+    const ChemAtom *a = &m->atoms[i];
+    int degree = total_degree(m, i), c = a->chirality;
+    if (a->z == 0) return HYBRID_MISC;
+    if ((c == CHI_CW || c == CHI_CCW || c == CHI_TETRAHEDRAL) && degree == 4) return HYBRID_SP3;
+    if (c == CHI_SQUARE && degree >= 2 && degree <= 4) return HYBRID_MISC;  // SP2D
+    if (c == CHI_BIPYRAMID && degree >= 2 && degree <= 5) return HYBRID_SP3D;
+    if (c == CHI_OCTAHEDRON && degree >= 2 && degree <= 6) return HYBRID_SP3D2;
+    switch (a->z < 89 ? bonds_and_lone_pairs(m, i) : degree) {
+        case 2: return HYBRID_SP;
+        case 3: return HYBRID_SP2;
+        case 4: break;
+        case 5: return HYBRID_SP3D;
+        case 6: return HYBRID_SP3D2;
+        default: return HYBRID_MISC;  // S, or too many
+    }
+    for (int k = m->first[i]; k < m->first[i + 1] && degree <= 3; k++)
+        if (m->bonds[m->adj[k]].conjugated) return HYBRID_SP2;
+    return HYBRID_SP3;
+}
+
+static void assign_hybridization(ChemMol *m) {
+    for (int i = 0; i < m->n_atoms; i++) m->atoms[i].hybrid = (uint8_t)hybridization(m, i);
+}
+
+// An aromatic atom may have lost implicit hydrogens to its new bond orders: they become stated.
+static void restore_hydrogens(ChemMol *m) {
+    for (int i = 0; i < m->n_atoms; i++) {
+        ChemAtom *a = &m->atoms[i];
+        int before = a->no_implicit ? 0 : a->implicit_h;
+        set_valence(m, i);
+        set_implicit_hydrogens(m, i);
+        int now = a->no_implicit ? 0 : a->implicit_h;
+        if (now >= before) continue;
+        a->stated_h = (uint8_t)(a->stated_h + before - now);
+        set_valence(m, i);
+    }
+}
+
+// =================================================================================================
+// 13 Stereo centres. Chirality is relative to the order of an atom's bonds: seen from the first,
+//   the others run clockwise (CW, SMILES @@) or counterclockwise (CCW, @). A hydrogen that is only
+//   a count comes last.
+// =================================================================================================
+
+#define PI 3.14159265358979323846
+
+typedef struct { double x, y, z; } Point;
+
+static Point atom_point(const ChemMol *m, int i) {
+    return (Point){m->xyz[i][0], m->xyz[i][1], m->xyz[i][2]};
+}
+
+static Point point_minus(Point a, Point b) { return (Point){a.x - b.x, a.y - b.y, a.z - b.z}; }
+static double dot(Point a, Point b) { return a.x * b.x + a.y * b.y + a.z * b.z; }
+
+static Point cross(Point a, Point b) {
+    return (Point){a.y * b.z - a.z * b.y, a.z * b.x - a.x * b.z, a.x * b.y - a.y * b.x};
+}
+
+static Point unit(Point a) {
+    double length = sqrt(dot(a, a));
+    return (Point){a.x / length, a.y / length, a.z / length};
+}
+
+static double angle_between(Point a, Point b) {
+    double c = dot(a, b) / sqrt(dot(a, a) * dot(b, b));
+    return c <= -1 ? PI : c >= 1 ? 0 : acos(c);
+}
+
+// Whether a bond counts as a neighbour direction of atom i in tetrahedral stereo.
+static int bond_has_direction(const ChemBond *b, int i) {
+    return b->order != ORDER_NONE && b->order != ORDER_ZERO &&
+           !(b->order == ORDER_DATIVE && b->begin == i);
+}
+
+static int stereo_degree(const ChemMol *m, int i) {
+    int n = 0;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        n += bond_has_direction(&m->bonds[m->adj[k]], i);
+    return n;
+}
+
+// A wavy bond at i says: the geometry here means nothing.
+static int is_wavy(const ChemBond *b, int i) {
+    return b->begin == i && b->order == ORDER_SINGLE &&
+           (b->direction == DIR_UNKNOWN || b->unknown);
+}
+
+static int has_wavy_bond(const ChemMol *m, int i) {
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        if (is_wavy(&m->bonds[m->adj[k]], i)) return 1;
+    return 0;
+}
+
+// Square planar, trigonal bipyramidal or octahedral geometry of an atom from phosphorus on, by the
+// number of neighbours and of pairs of them opposite each other; CHI_NONE if it is none of them.
+static int nontetrahedral_class(const ChemMol *m, int i) {
+    Point v[6];
+    int n = mol_degree(m, i), pairs = 0, opposite[6] = {0}, loose[6], n_loose = 0;
+    if (m->atoms[i].z < 15 || n < 3 || n > 6 || has_wavy_bond(m, i)) return CHI_NONE;
+    for (int k = 0; k < n; k++)
+        v[k] = unit(point_minus(atom_point(m, bond_other(&m->bonds[m->adj[m->first[i] + k]], i)),
+                                atom_point(m, i)));
+    for (int k = 0; k < n; k++)
+        for (int q = k + 1; q < n; q++) {
+            if (!(dot(v[k], v[q]) < -0.9)) continue;
+            if (opposite[k] || opposite[q]) return CHI_NONE;
+            opposite[k] = opposite[q] = 1;
+            pairs++;
+        }
+    for (int k = 0; k < n; k++)
+        if (!opposite[k]) loose[n_loose++] = k;
+    if (pairs == 1 && n == 3) return CHI_SQUARE;  // T-shaped
+    if (pairs == 1 && n == 4) {                   // see-saw: part of which polyhedron?
+        double degrees = angle_between(v[loose[0]], v[loose[1]]) * (180 / PI);
+        return degrees < 100 ? CHI_OCTAHEDRON : CHI_BIPYRAMID;
+    }
+    if (pairs == 1 && n == 5) return CHI_BIPYRAMID;
+    if (pairs == 2 && n == 4) return CHI_SQUARE;
+    if ((pairs == 2 && n == 5) || (pairs == 3 && n == 6)) return CHI_OCTAHEDRON;
+    return CHI_NONE;
+}
+
+// Chirality from the sign of the volume its first three bonds span; a flat centre has none.
+static int tetrahedral_class(const ChemMol *m, int i, int total) {
+    int z = m->atoms[i].z, n = 0;
+    Point v[3], centre = atom_point(m, i);
+    if (total > 4 || (total != 4 && z != 16 && z != 34)) return CHI_NONE;
+    for (int k = m->first[i]; k < m->first[i + 1] && n < 3; k++) {
+        const ChemBond *b = &m->bonds[m->adj[k]];
+        if (is_wavy(b, i)) return CHI_NONE;
+        if (bond_has_direction(b, i)) v[n++] = point_minus(atom_point(m, bond_other(b, i)), centre);
+    }
+    if (n < 3) return CHI_NONE;
+    double volume = dot(v[0], cross(v[1], v[2]));
+    return volume < -0.1 ? CHI_CW : volume > 0.1 ? CHI_CCW : CHI_NONE;
+}
+
+static void chirality_from_3d(ChemMol *m) {
+    for (int i = 0; i < m->n_atoms; i++) {
+        int degree = stereo_degree(m, i), total = degree + atom_hydrogens(&m->atoms[i]);
+        int found = CHI_NONE;
+        if (degree >= 3 && total <= 6) {
+            found = nontetrahedral_class(m, i);
+            if (found == CHI_NONE) found = tetrahedral_class(m, i, total);
+        }
+        m->atoms[i].chirality = (uint8_t)found;
+    }
+}
+
+// ---- wedges in a drawing
+
+// Angle from a to b counterclockwise in the plane, 0 to 2 pi.
+static double turn(Point a, Point b) {
+    double angle = angle_between(a, b);
+    return a.x * b.y - a.y * b.x < -1e-6 ? 2 * PI - angle : angle;
+}
+
+// Direction of a bond away from atom i, if it is drawn with its narrow end there.
+static int wedge_at(const ChemBond *b, int i) { return b->begin == i ? b->direction : DIR_NONE; }
+
+// Whether the wedges of a three-coordinate centre contradict each other (InChI technical manual,
+// table 10). a01, a12, a20: angles between the bonds, a02 from the first to the last; d: wedges.
+static int wedges_conflict(double a01, double a12, double a20, double a02, const int d[3]) {
+    if (a01 < PI - 1e-3 && a12 < PI - 1e-3 && a20 < PI - 1e-3)
+        return (d[1] != DIR_NONE && d[1] != d[0]) || (d[2] != DIR_NONE && d[2] != d[0]);
+    if (d[1] == d[0] && d[1] == d[2]) return 1;
+    if (d[1] != DIR_NONE && d[1] != d[0])
+        return a01 >= PI || (a02 > PI && d[2] != DIR_NONE && d[1] != d[2]) ||
+               (a02 <= PI && d[2] != DIR_NONE && d[0] != d[2]);
+    return d[0] == d[2];
+}
+
+// Chirality that wedge `w` gives to its first atom: the sense in which the other bonds turn, seen
+// from above the paper.
+static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
+    int i = w->begin, n = 1, hydrogen = 0, single = 1, order[4];
+    const ChemBond *bond[4] = {w};
+    Point v[4], centre = atom_point(m, i);
+    centre.z = 0;
+    if (mol_degree(m, i) > 4) return CHI_NONE;
+    for (int k = m->first[i], rank = 0; k < m->first[i + 1]; k++, rank++) {
+        const ChemBond *b = &m->bonds[m->adj[k]];
+        const ChemAtom *other = &m->atoms[bond_other(b, i)];
+        single &= b->order == ORDER_SINGLE;
+        hydrogen |= other->z == 1 && !other->isotope;
+        order[b == w ? 0 : n] = rank;
+        if (b != w) bond[n++] = b;
+    }
+    if (n < 3 || (hydrogen && n < 4)) return CHI_NONE;
+    if (!single && m->atoms[i].z != 15 && m->atoms[i].z != 16) return CHI_NONE;
+    for (int k = 0; k < n; k++) {
+        Point end = atom_point(m, bond_other(bond[k], i));
+        end.z = 0;
+        v[k] = unit(point_minus(end, centre));
+    }
+    int ccw = 1, one = 1, two = 2;
+    double a01 = turn(v[0], v[1]), a02 = turn(v[0], v[2]);
+    if (a01 > a02) {
+        double swap = a01;
+        a01 = a02;
+        a02 = swap;
+        one = 2;
+        two = 1;
+    }
+    if (n == 4) {  // does the third bond come between the two?
+        double a03 = turn(v[0], v[3]);
+        if (a01 < a02 ? a01 < a03 && !(a02 < a03) : (a01 < a03 || !(a02 < a03))) ccw = !ccw;
+    } else {
+        const int d[3] = {w->direction, wedge_at(bond[one], i), wedge_at(bond[two], i)};
+        double a12 = turn(v[one], v[two]), a20 = turn(v[two], v[0]);
+        int narrow = a01 < PI - 1e-3 && a12 < PI - 1e-3 && a20 < PI - 1e-3;
+        if (wedges_conflict(a01, a12, a20, a02, d)) return CHI_NONE;
+        if (!narrow) {
+            ccw = a01 < a02;
+            if (fabs(a02 - a01) >= PI - 1e-4) ccw = !ccw;  // the hydrogen is between these two
+        }
+    }
+    if (w->direction == DIR_DASH) ccw = !ccw;
+    if (one == 2) ccw = !ccw;
+    for (int p = 0; p < n; p++)  // parity of the permutation from drawing order to bond order
+        for (int q = p + 1; q < n; q++)
+            if (order[p] > order[q]) ccw = !ccw;
+    return ccw ? CHI_CCW : CHI_CW;
+}
+
+// Chirality from the wedges of a flat drawing. A wavy bond takes back what another bond said.
+static int chirality_from_wedges(ChemMol *m, Fault *fault) {
+    uint8_t *set = prep_flags(&m->arena, m->n_atoms);
+    for (int k = 0; k < m->n_bonds; k++) {
+        const ChemBond *b = &m->bonds[k];
+        ChemAtom *a = &m->atoms[b->begin];
+        if (b->direction == DIR_UNKNOWN) {
+            a->chirality = CHI_NONE;
+            set[b->begin] = 1;
+        }
+        if ((b->direction != DIR_WEDGE && b->direction != DIR_DASH) || set[b->begin]) continue;
+        if (a->no_implicit == 0 && a->implicit_h < 0) {
+            set_valence(m, b->begin);
+            set_implicit_hydrogens(m, b->begin);
+        }
+        a->chirality = (uint8_t)chirality_from_wedge(m, b);
+        if (a->chirality != CHI_NONE) set[b->begin] = 1;
+        if (mol_degree(m, b->begin) == 3 && !a->stated_h && atom_hydrogens(a) == 1) {
+            a->stated_h = 1;  // it has a place in the order of the bonds now
+            set_valence(m, b->begin);
+            int possible = set_implicit_hydrogens(m, b->begin);
+            if (valence_too_high(a) || !possible)
+                return fault_at(fault, 0, 0, "valence too high", "atom %d (%s): valence %d",
+                                b->begin + 1, ELEMENTS[a->z].symbol, a->valence);
+        }
+    }
+    return 0;
+}
+
+// =================================================================================================
+// 14 Double bonds. The geometry around one is first written down as directions of its neighbouring
+//   single bonds, which adjacent double bonds share; section 15 reads them.
+// =================================================================================================
+
+enum { STEREO_RING_MIN = 8 };  // double bonds in smaller rings have no choice
+
+static int may_have_bond_stereo(const ChemBond *b) {
+    return !b->rings || b->smallest_ring >= STEREO_RING_MIN;
+}
+
+// State while directions are assigned.
+typedef struct {
+    ChemMol *m;
+    uint8_t *open;   // per bond: direction (single) or neighbours' directions (double) not set yet
+    int *uses;       // per single bond: candidate double bonds beside it
+    uint8_t *candidate;
+} Directions;
+
+static int is_single_like(const ChemBond *b) {
+    return b->order == ORDER_SINGLE || b->order == ORDER_AROMATIC;
+}
+
+// The single bond at atom i that shall carry the direction, and the other one (or -1). Prefers one
+// that has a direction already, then one with more double bonds beside it. Returns 1 if all is
+// well, 0 if there is none or a wavy one, -1 if there is another double bond (an allene).
+static int controlling_bonds(const Directions *d, int double_bond, int i, int *main_bond,
+                             int *other) {
+    const ChemMol *m = d->m;
+    *main_bond = *other = -1;
+    int allene = 0;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        int b = m->adj[k];
+        const ChemBond *bond = &m->bonds[b];
+        if (b == double_bond) continue;
+        if (is_single_like(bond)) {
+            if (*main_bond < 0) {
+                *main_bond = b;
+            } else if (d->open[b] && d->uses[b] <= d->uses[*main_bond]) {
+                *other = b;
+            } else {
+                *other = *main_bond;
+                *main_bond = b;
+            }
+            if (bond->direction == DIR_UNKNOWN || bond->unknown) return allene ? -1 : 0;
+        } else if (bond->order == ORDER_DOUBLE) {
+            allene = 1;
+        }
+    }
+    return allene ? -1 : *main_bond >= 0;
+}
+
+// Whether two bonds from one atom lie in a line (within two degrees), or one has no length.
+static int is_linear(Point a, Point b) {
+    double lengths = dot(a, a) * dot(b, b);
+    return lengths < 1e-6 || dot(a, b) < -0.999388 * sqrt(lengths);
+}
+
+// If the main bond at an end of the double bond lies in its line, the other one takes over. The
+// second end's other bond is measured from the wrong atom, as RDKit does. Returns 0 if both do.
+static int avoid_linear(const ChemMol *m, int near, int far, int measure, int *main_bond,
+                        int *other) {
+    Point axis = point_minus(atom_point(m, far), atom_point(m, near));
+    Point arm = point_minus(atom_point(m, bond_other(&m->bonds[*main_bond], near)),
+                            atom_point(m, near));
+    if (!is_linear(arm, axis)) return 1;
+    if (*other < 0) return 0;
+    int swap = *main_bond;
+    *main_bond = *other;
+    *other = swap;
+    arm = point_minus(atom_point(m, bond_other(&m->bonds[*main_bond], near)),
+                      atom_point(m, measure));
+    return !is_linear(arm, axis);
+}
+
+// Gives a single bond a direction as seen from atom i, or its opposite.
+static void set_direction(ChemBond *b, int i, int direction, int reverse) {
+    if (b->begin != i) reverse = !reverse;
+    if (reverse) direction = direction == DIR_UP ? DIR_DOWN : DIR_UP;
+    b->direction = (uint8_t)direction;
+}
+
+// Sets the directions of the single bonds beside one double bond. `next` receives the other double
+// bonds beside them, which shall follow at once; returns how many.
+static int set_directions(Directions *d, int double_bond, int *next) {
+    ChemMol *m = d->m;
+    ChemBond *db = &m->bonds[double_bond];
+    int end[2] = {db->begin, db->end}, bond[2], other[2], n_next = 0;
+    if (!d->open[double_bond]) return 0;
+    d->open[double_bond] = 0;
+    for (int e = 0; e < 2; e++) {
+        int state = controlling_bonds(d, double_bond, end[e], &bond[e], &other[e]);
+        if (state == 0) db->direction = DIR_EITHER;
+        if (state <= 0) return 0;
+    }
+    if (!avoid_linear(m, end[0], end[1], end[0], &bond[0], &other[0]) ||
+        !avoid_linear(m, end[1], end[0], end[0], &bond[1], &other[1])) {
+        db->direction = DIR_EITHER;
+        return 0;
+    }
+    Point axis = point_minus(atom_point(m, end[1]), atom_point(m, end[0])), arm[2];
+    for (int e = 0; e < 2; e++)
+        arm[e] = point_minus(atom_point(m, bond_other(&m->bonds[bond[e]], end[e])),
+                             atom_point(m, end[e]));
+    int trans = angle_between(cross(arm[0], axis), cross(arm[1], axis)) >= PI / 2;
+    for (int e = 0; e < 2; e++) {
+        const ChemBond *b = &m->bonds[bond[e]];
+        for (int x = 0; x < 2 && d->open[bond[e]]; x++) {
+            int i = x ? b->end : b->begin;
+            for (int k = m->first[i]; k < m->first[i + 1]; k++)
+                if (d->candidate[m->adj[k]] && d->open[m->adj[k]]) next[n_next++] = m->adj[k];
+        }
+    }
+    ChemBond *b0 = &m->bonds[bond[0]], *b1 = &m->bonds[bond[1]];
+    if (d->open[bond[0]] && d->open[bond[1]]) {
+        set_direction(b0, end[0], DIR_DOWN, 0);
+        set_direction(b1, end[1], DIR_DOWN, trans);
+    } else if (d->open[bond[1]]) {
+        set_direction(b1, end[1], b0->direction, trans != (b0->begin != end[0]));
+    } else if (d->open[bond[0]]) {
+        set_direction(b0, end[0], b1->direction, trans != (b1->begin != end[1]));
+    }
+    d->open[bond[0]] = d->open[bond[1]] = 0;
+    for (int e = 0; e < 2; e++) {
+        if (other[e] < 0 || !d->open[other[e]]) continue;
+        const ChemBond *b = &m->bonds[bond[e]];
+        set_direction(&m->bonds[other[e]], end[e], b->direction, b->begin == end[e]);
+        d->open[other[e]] = 0;
+    }
+    return n_next;
+}
+
+// Finds the candidate double bonds. Returns how many there are.
+static int direction_candidates(Directions *d) {
+    ChemMol *m = d->m;
+    int n = 0;
+    for (int b = 0; b < m->n_bonds; b++) {
+        const ChemBond *bond = &m->bonds[b];
+        if (bond->order != ORDER_DOUBLE || bond->stereo == STEREO_ANY ||
+            bond->direction == DIR_EITHER || mol_degree(m, bond->begin) < 2 ||
+            mol_degree(m, bond->end) < 2 || !may_have_bond_stereo(bond))
+            continue;
+        d->candidate[b] = 1;
+        n++;
+        for (int e = 0; e < 2; e++) {
+            int i = e ? bond->end : bond->begin;
+            for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+                const ChemBond *beside = &m->bonds[m->adj[k]];
+                if (!is_single_like(beside)) continue;
+                d->uses[m->adj[k]]++;
+                int dir = beside->direction;
+                if (dir == DIR_NONE || dir == DIR_DOWN || dir == DIR_UP) d->open[m->adj[k]] = 1;
+                d->open[b] = 1;
+            }
+        }
+    }
+    return n;
+}
+
+typedef struct { int64_t weight; int bond; } WeightedBond;
+
+static int compare_weighted(const void *a, const void *b) {
+    const WeightedBond *x = a, *y = b;
+    if (x->weight != y->weight) return x->weight < y->weight ? 1 : -1;
+    return (x->bond < y->bond) - (x->bond > y->bond);
+}
+
+// Bond directions from coordinates, double bond by double bond: those outside rings and with large
+// numbers of their neighbouring bonds first (which is how RDKit adds it up).
+static void directions_from_coordinates(ChemMol *m) {
+    PrepArena *arena = &m->arena;
+    Directions d = {m, prep_flags(arena, m->n_bonds), prep_ints(arena, m->n_bonds),
+                    prep_flags(arena, m->n_bonds)};
+    int n = direction_candidates(&d), used = 0, top = 0;
+    if (!n) return;
+    WeightedBond *order = prep_take(arena, (size_t)n, sizeof *order);
+    int *stack = prep_ints(arena, 16 * m->n_bonds + 64), *next = prep_ints(arena, 4 * m->n_bonds);
+    for (int b = 0; b < m->n_bonds; b++) {
+        const ChemBond *bond = &m->bonds[b];
+        int64_t weight = 0;
+        if (!d.candidate[b]) continue;
+        for (int e = 0; e < 2; e++) {
+            int i = e ? bond->end : bond->begin;
+            for (int k = m->first[i]; k < m->first[i + 1]; k++)
+                if (is_single_like(&m->bonds[m->adj[k]])) weight += m->adj[k];
+        }
+        order[used++] = (WeightedBond){bond->rings ? weight : 10 * weight, b};
+    }
+    qsort(order, (size_t)used, sizeof *order, compare_weighted);
+    for (int k = 0; k < used; k++) {
+        stack[top++] = order[k].bond;
+        while (top) {
+            int n_next = set_directions(&d, stack[--top], next);
+            if (top + n_next > 16 * m->n_bonds) break;
+            while (n_next) stack[top++] = next[--n_next];
+        }
+    }
+}
+
+// Wedges have said what they had to say; wavy bonds are remembered as such.
+static void clear_wedges(ChemMol *m) {
+    for (int k = 0; k < m->n_bonds; k++) {
+        ChemBond *b = &m->bonds[k];
+        if (b->order != ORDER_SINGLE) continue;
+        if (b->direction == DIR_UNKNOWN) b->unknown = 1;
+        b->direction = DIR_NONE;
+    }
+}
+
+// =================================================================================================
+// 15 CIP ranks (Labute's approximation): atoms are ranked by element and isotope, then again and
+//   again by the ranks of their neighbours, each counted twice its bond order. A centre is real
+//   if its neighbours' ranks differ, a double bond if they differ at both ends. Centres and double
+//   bonds found this way refine the ranks, and may show others to be real.
+// =================================================================================================
+
+// What one atom is compared by within its rank: its neighbours' ranks, highest first.
+typedef struct { int atom, rank, n; const int *list; } CipEntry;
+
+static int compare_entries(const CipEntry *a, const CipEntry *b) {
+    if (a->rank != b->rank) return a->rank < b->rank ? -1 : 1;
+    for (int k = 0; k < a->n && k < b->n; k++)
+        if (a->list[k] != b->list[k]) return a->list[k] < b->list[k] ? -1 : 1;
+    return (a->n > b->n) - (a->n < b->n);
+}
+
+static int compare_entries_void(const void *a, const void *b) { return compare_entries(a, b); }
+
+static void sort_entries(CipEntry *entries, int n) {
+    if (n > 40) {
+        qsort(entries, (size_t)n, sizeof *entries, compare_entries_void);
+        return;
+    }
+    for (int i = 1; i < n; i++) {  // most molecules are small and nearly in order
+        CipEntry moved = entries[i];
+        int k = i;
+        for (; k > 0 && compare_entries(&moved, &entries[k - 1]) < 0; k--)
+            entries[k] = entries[k - 1];
+        entries[k] = moved;
+    }
+}
+
+typedef struct { int64_t value; int atom; } Invariant;
+
+static int compare_invariants(const void *a, const void *b) {
+    const Invariant *x = a, *y = b;
+    return (x->value > y->value) - (x->value < y->value);
+}
+
+// First ranks from invariants, which get sorted. Returns the number of different ranks.
+static int rank_by_invariant(Invariant *invariant, int n, int *rank) {
+    int n_ranks = 0;
+    qsort(invariant, (size_t)n, sizeof *invariant, compare_invariants);
+    for (int k = 0; k < n; k++) {
+        if (k == 0 || invariant[k].value != invariant[k - 1].value) n_ranks++;
+        rank[invariant[k].atom] = n_ranks - 1;
+    }
+    return n_ranks;
+}
+
+// Writes the neighbour list of atom i: each neighbour's rank + 1, as often as twice the bond order
+// (once for the double bond of a phosphoryl group), highest first, then 0 for each hydrogen.
+// Returns its length.
+static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
+    int n = 0, hydrogens = m->atoms[i].query ? 0 : atom_hydrogens(&m->atoms[i]);
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        const ChemBond *b = &m->bonds[m->adj[k]];
+        int j = bond_other(b, i), count = twice_order(b), degree = mol_degree(m, j);
+        if (b->order == ORDER_DOUBLE && m->atoms[j].z == 15 && (degree == 3 || degree == 4))
+            count = 1;
+        for (; count > 0; count--) {
+            int q = n++;
+            for (; q > 0 && list[q - 1] < rank[j] + 1; q--) list[q] = list[q - 1];
+            list[q] = rank[j] + 1;
+        }
+    }
+    for (; hydrogens > 0; hydrogens--) list[n++] = 0;
+    return n;
+}
+
+// Refines ranks until they stop changing, all differ, or information has crossed half the molecule.
+static void refine_cip_ranks(ChemMol *m, Invariant *invariant, int *rank) {
+    int n = m->n_atoms, room = 0, n_ranks = rank_by_invariant(invariant, n, rank), last = -1;
+    for (int i = 0; i < n; i++) room += atom_hydrogens(&m->atoms[i]);
+    for (int b = 0; b < m->n_bonds; b++) room += 2 * twice_order(&m->bonds[b]);
+    CipEntry *entries = prep_take(&m->arena, (size_t)n, sizeof *entries);
+    int *lists = prep_ints(&m->arena, room);
+    for (int round = 0; round <= n / 2 && n_ranks < n && last < n_ranks; round++) {
+        int used = 0;
+        for (int i = 0; i < n; i++) {
+            int length = neighbour_list(m, i, rank, lists + used);
+            entries[i] = (CipEntry){i, rank[i], length, lists + used};
+            used += length;
+        }
+        sort_entries(entries, n);
+        last = n_ranks;
+        n_ranks = 0;
+        for (int k = 0; k < n; k++) {
+            if (k == 0 || compare_entries(&entries[k - 1], &entries[k]) != 0) n_ranks++;
+            rank[entries[k].atom] = n_ranks - 1;
+        }
+    }
+}
+
+// Ranks from scratch: element, isotope (as distance from the most common one), atom map number.
+static void first_cip_ranks(ChemMol *m, int *rank) {
+    Invariant *invariant = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *invariant);
+    for (int i = 0; i < m->n_atoms; i++) {
+        const ChemAtom *a = &m->atoms[i];
+        int mass = a->isotope ? a->isotope - ELEMENTS[a->z].isotope : 0;
+        if (a->isotope && mass >= 0) mass++;
+        mass += 512;
+        mass = mass < 0 ? 0 : mass % 1024;
+        invariant[i].atom = i;
+        invariant[i].value = ((int64_t)a->z % 128 << 10 | mass) << 10 | (a->map + 1ll) % 1024;
+    }
+    refine_cip_ranks(m, invariant, rank);
+}
+
+// Ranks again, with the centres and double bonds known by now.
+static void next_cip_ranks(ChemMol *m, int *rank) {
+    Invariant *invariant = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *invariant);
+    int64_t factor = 100;
+    while (factor < m->n_atoms) factor *= 10;
+    for (int i = 0; i < m->n_atoms; i++) {
+        const ChemAtom *a = &m->atoms[i];
+        int64_t value = rank[i] * factor + (a->cip == 'S' ? 10 : a->cip == 'R' ? 20 : 0);
+        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+            const ChemBond *b = &m->bonds[m->adj[k]];
+            if (b->order != ORDER_DOUBLE) continue;
+            value += b->stereo == STEREO_E ? 1 : b->stereo == STEREO_Z ? 2 : 0;
+        }
+        invariant[i] = (Invariant){value, i};
+    }
+    refine_cip_ranks(m, invariant, rank);
+}
+
+// ---- stereo centres
+
+static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
+    for (int r = 0; r < m->rings.n; r++)
+        if (ring_size(&m->rings, r) == size && ring_has(&m->rings, r, i)) return 1;
+    return 0;
+}
+
+// Bridgehead: three ring bonds, and two rings through the atom that share two bonds or more.
+static int is_bridgehead(ChemMol *m, int i) {
+    const RingList *rings = &m->rings;
+    int n = 0;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) n += m->bonds[m->adj[k]].rings > 0;
+    if (n < 3) return 0;
+    int *stamp = prep_ints(&m->arena, m->n_bonds);
+    for (int r = 0; r < rings->n; r++) {
+        if (!ring_has(rings, r, i)) continue;
+        for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
+        for (int q = r + 1; q < rings->n; q++) {
+            int shared = 0;
+            if (!ring_has(rings, q, i)) continue;
+            for (int k = rings->start[q]; k < rings->start[q + 1]; k++)
+                shared += stamp[rings->bonds[k]] == r + 1;
+            if (shared >= 2) return 1;
+        }
+    }
+    return 0;
+}
+
+// Whether an atom has the neighbours of a stereo centre: four, or three and a hydrogen or a lone
+// pair that does not invert.
+static int is_possible_centre(ChemMol *m, int i) {
+    const ChemAtom *a = &m->atoms[i];
+    int degree = stereo_degree(m, i), total = degree + atom_hydrogens(a);
+    if (total > 4 || total < 3) return 0;
+    if (degree < 3) return a->z == 15 || a->z == 33;
+    if (degree > 3 || atom_hydrogens(a) == 1) return 1;
+    if (a->z == 7) return is_in_ring_of_size(m, i, 3) || is_bridgehead(m, i);
+    if (a->z == 15 || a->z == 33) return 1;
+    if (a->z == 16 || a->z == 34)
+        return a->valence == 4 || (a->valence == 3 && a->charge == 1);
+    return 0;
+}
+
+// R or S of a centre from its chirality and the ranks of its neighbours, or 0 if two are equal.
+static char cip_label(const ChemMol *m, int i, const int *rank) {
+    const ChemAtom *a = &m->atoms[i];
+    int n = mol_degree(m, i), odd = n == 3 && atom_hydrogens(a) == 1;
+    for (int p = 0; p < n; p++) {
+        const ChemBond *b1 = &m->bonds[m->adj[m->first[i] + p]];
+        for (int q = p + 1; q < n; q++) {
+            const ChemBond *b2 = &m->bonds[m->adj[m->first[i] + q]];
+            int r1 = rank[bond_other(b1, i)], r2 = rank[bond_other(b2, i)];
+            if (r1 == r2 && bond_has_direction(b1, i) && bond_has_direction(b2, i)) return 0;
+            odd ^= r1 > r2;
+        }
+    }
+    int ccw = a->chirality == CHI_CCW;
+    if (odd) ccw = !ccw;
+    return ccw ? 'S' : 'R';
+}
+
+// Labels the centres whose neighbours differ. *open: some possible centres are without a label.
+// Returns whether any label is new.
+static int label_centres(ChemMol *m, const int *rank, int *open) {
+    int changed = 0;
+    *open = 0;
+    for (int i = 0; i < m->n_atoms; i++) {
+        ChemAtom *a = &m->atoms[i];
+        if (a->cip || !is_possible_centre(m, i)) continue;
+        if (a->chirality != CHI_NONE && a->chirality != CHI_OTHER) a->cip = cip_label(m, i, rank);
+        if (a->cip) changed = 1;
+        else *open = 1;
+    }
+    return changed;
+}
+
+// ---- double bonds
+
+// One end of a double bond: its neighbours and their directions as seen from the end.
+typedef struct { int n, atom[8], direction[8]; } BondEnd;
+
+static int opposite_direction(int direction) { return direction == DIR_DOWN ? DIR_UP : DIR_DOWN; }
+
+static int is_sloped(int direction) { return direction == DIR_DOWN || direction == DIR_UP; }
+
+// Collects the end at atom i. n = 0 if no direction is known or the two neighbours are equal; a
+// neighbour without direction gets the opposite of the other one's. *wavy: a wavy bond was seen.
+static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *rank, int *wavy) {
+    BondEnd end = {0};
+    int known = 0;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        const ChemBond *b = &m->bonds[m->adj[k]];
+        int direction = b->direction;
+        if (direction == DIR_UNKNOWN || b->unknown) *wavy = 1;
+        if (m->adj[k] == double_bond) continue;
+        if (is_sloped(direction)) {
+            known = 1;
+            if (b->begin != i) direction = opposite_direction(direction);
+        }
+        end.atom[end.n] = bond_other(b, i);
+        end.direction[end.n++] = direction;
+    }
+    if (!known || (end.n == 2 && rank[end.atom[0]] == rank[end.atom[1]])) {
+        end.n = 0;
+    } else if (end.n == 2) {
+        if (!is_sloped(end.direction[0])) end.direction[0] = opposite_direction(end.direction[1]);
+        else if (!is_sloped(end.direction[1]))
+            end.direction[1] = opposite_direction(end.direction[0]);
+    }
+    return end;
+}
+
+// Labels one double bond Z, E or "any" if its ends say so. Returns 1 if it is a possible stereo
+// bond that stays without label for now, 2 if it is done with, 0 if it cannot have stereo.
+static int label_double_bond(ChemMol *m, int b, const int *rank, uint8_t *forget) {
+    ChemBond *bond = &m->bonds[b];
+    int begin = bond->begin, last = bond->end;
+    int d1 = mol_degree(m, begin), d2 = mol_degree(m, last);
+    if (!may_have_bond_stereo(bond) || d1 < 2 || d1 > 3 || d2 < 2 || d2 > 3) return 0;
+    int wavy = m->atoms[begin].unknown_stereo || m->atoms[last].unknown_stereo;
+    BondEnd end[2];
+    end[0] = bond_end(m, begin, b, rank, &wavy);
+    end[1] = bond_end(m, last, b, rank, &wavy);
+    if (!end[0].n || !end[1].n) return 1;
+    int direction[2], conflict = 0;
+    for (int e = 0; e < 2; e++) {
+        int best = end[e].n == 1 || rank[end[e].atom[0]] > rank[end[e].atom[1]] ? 0 : 1;
+        direction[e] = end[e].direction[best];
+        if (end[e].n == 2 && end[e].direction[0] == end[e].direction[1]) {
+            conflict = 1;
+            for (int k = 0; k < 2; k++)
+                forget[bond_between(m, end[e].atom[k], e ? last : begin)] = 1;
+        }
+    }
+    if (!conflict)
+        bond->stereo = wavy ? STEREO_ANY : direction[0] == direction[1] ? STEREO_Z : STEREO_E;
+    return 2;
+}
+
+// Labels all double bonds that can be. *open: some possible ones are without a label. Returns
+// whether any was dealt with.
+static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
+    uint8_t *forget = prep_flags(&m->arena, m->n_bonds);
+    int changed = 0;
+    *open = 0;
+    for (int b = 0; b < m->n_bonds; b++) {
+        if (m->bonds[b].order != ORDER_DOUBLE || m->bonds[b].stereo != STEREO_NONE) continue;
+        int result = label_double_bond(m, b, rank, forget);
+        *open |= result == 1;
+        changed |= result == 2;
+    }
+    for (int b = 0; b < m->n_bonds; b++)
+        if (forget[b]) m->bonds[b].direction = DIR_NONE;
+    return changed;
+}
+
+// ---- centres without label that still matter: cis and trans on a ring
+
+// Whether an atom of a ring may be cis or trans to another one.
+static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
+    const ChemAtom *a = &m->atoms[i];
+    int outside[2], n_outside = 0, n_inside = 0, inside[8], n_ranks = 0;
+    if (!m->atom_rings[i]) return 0;
+    if (a->z == 7 && mol_degree(m, i) == 3 && !is_in_ring_of_size(m, i, 3) && !is_bridgehead(m, i))
+        return 0;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        const ChemBond *b = &m->bonds[m->adj[k]];
+        int j = bond_other(b, i), known = 0;
+        if (!b->rings) {
+            if (n_outside < 2) outside[n_outside] = j;
+            n_outside++;
+            continue;
+        }
+        n_inside++;
+        for (int q = 0; q < n_ranks; q++) known |= inside[q] == rank[j];
+        if (!known && n_ranks < 8) inside[n_ranks++] = rank[j];
+    }
+    if (n_outside == 2) return rank[outside[0]] != rank[outside[1]];
+    if (n_outside == 1) return n_inside >= 2;
+    if (n_outside == 0) return (n_inside == 4 && n_ranks == 3) || (n_inside == 3 && n_ranks == 2);
+    return 0;
+}
+
+// State of the search for pairs of such atoms.
+typedef struct {
+    ChemMol *m;
+    const int *rank;
+    uint8_t *seen, *used, *bond_seen, *special;
+    int head, tail, *queue;
+} RingStereo;
+
+static int is_ring_stereo_atom(RingStereo *s, int i) {
+    const ChemAtom *a = &s->m->atoms[i];
+    return a->chirality != CHI_NONE && !a->cip && may_have_ring_stereo(s->m, i, s->rank);
+}
+
+// Queues the neighbours of i over ring bonds not walked yet; from the `first` atom of a search also
+// those that an earlier search had queued.
+static void walk_ring_bonds(RingStereo *s, int i, int first) {
+    ChemMol *m = s->m;
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        int b = m->adj[k], j = bond_other(&m->bonds[b], i);
+        if (s->bond_seen[b]) continue;
+        s->bond_seen[b] = 1;
+        if (!m->bonds[b].rings || s->seen[j] || (s->used[j] && !first)) continue;
+        s->used[j] = 1;
+        s->queue[s->tail++] = j;
+    }
+}
+
+// Marks (in `special` and ring_stereo) the unlabelled chiral ring atoms that have a partner in
+// their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans.
+static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
+    PrepArena *arena = &m->arena;
+    RingStereo s = {m, rank, prep_flags(arena, m->n_atoms), prep_flags(arena, m->n_atoms),
+                    prep_flags(arena, m->n_bonds), prep_flags(arena, m->n_atoms), 0, 0,
+                    prep_ints(arena, 2 * m->n_bonds + m->n_atoms + 1)};
+    for (int i = 0; i < m->n_atoms; i++) m->atoms[i].ring_stereo = 0;
+    for (int i = 0; i < m->n_atoms; i++) {
+        int partners;
+        if (s.seen[i] || !is_ring_stereo_atom(&s, i)) continue;
+        s.head = s.tail = 0;
+        walk_ring_bonds(&s, i, 1);
+        partners = s.tail > 0 && m->atoms[i].ring_stereo;
+        while (s.head < s.tail) {
+            int j = s.queue[s.head++];
+            s.seen[j] = 1;
+            if (is_ring_stereo_atom(&s, j)) {
+                m->atoms[j].ring_stereo = 1;
+                s.special[i] = s.special[j] = 1;
+                partners = 1;
+            }
+            walk_ring_bonds(&s, j, 0);
+        }
+        if (partners) m->atoms[i].ring_stereo = 1;
+        else s.special[i] = 0;
+        s.seen[i] = 1;
+    }
+    return s.special;
+}
+
+// ---- the whole
+
+// Clears what cannot be stereo; returns whether there is a double bond with directions beside it.
+static int prepare_bond_stereo(ChemMol *m) {
+    int any = 0;
+    for (int k = 0; k < m->n_bonds; k++) {
+        ChemBond *b = &m->bonds[k];
+        if (b->order != ORDER_DOUBLE && b->order != ORDER_AROMATIC) continue;
+        if (!may_have_bond_stereo(b)) {
+            if (b->direction == DIR_EITHER) b->direction = DIR_NONE;
+            b->stereo = STEREO_NONE;
+            continue;
+        }
+        if (b->order != ORDER_DOUBLE) continue;
+        if (b->direction == DIR_EITHER) b->stereo = STEREO_ANY;
+        else if (b->stereo != STEREO_ANY) b->stereo = STEREO_NONE;
+        for (int e = 0; e < 2; e++) {
+            int i = e ? b->end : b->begin;
+            for (int q = m->first[i]; q < m->first[i + 1]; q++)
+                any |= is_sloped(m->bonds[m->adj[q]].direction);
+        }
+    }
+    return any;
+}
+
+// Takes the chirality off atoms that turned out to be no centres, and the hydrogen that was stated
+// only for its sake.
+static void drop_false_centres(ChemMol *m, const int *rank) {
+    const uint8_t *special = find_ring_stereo(m, rank);
+    for (int i = 0; i < m->n_atoms; i++) {
+        ChemAtom *a = &m->atoms[i];
+        if (a->chirality == CHI_NONE || is_nontetrahedral(a) || a->cip) continue;
+        if (special[i] && a->ring_stereo) continue;
+        a->chirality = CHI_NONE;
+        if (a->stated_h != 1 || a->charge || a->aromatic) continue;
+        a->stated_h = a->no_implicit = 0;
+        set_valence(m, i);
+        set_implicit_hydrogens(m, i);
+    }
+}
+
+// Decides which marked centres and double bonds are real, and labels the double bonds.
+static void assign_stereo(ChemMol *m) {
+    int bonds = prepare_bond_stereo(m), atoms = 0, tags = 0, changed;
+    for (int i = 0; i < m->n_atoms; i++) {
+        m->atoms[i].cip = 0;
+        tags |= m->atoms[i].chirality != CHI_NONE;
+    }
+    if (!tags && !bonds) return;  // nothing to label; ranks alone change nothing
+    int *rank = prep_ints(&m->arena, m->n_atoms);
+    first_cip_ranks(m, rank);
+    atoms = 1;
+    do {
+        changed = 0;
+        if (atoms) changed |= label_centres(m, rank, &atoms);
+        if (bonds) changed |= label_double_bonds(m, rank, &bonds);
+        changed = changed && (atoms || bonds);
+        if (changed) next_cip_ranks(m, rank);
+    } while (changed);
+    drop_false_centres(m, rank);
+}
+
+// Chirality needs a tetrahedral centre (SP3), or as many neighbours as its polyhedron has corners.
+static void clean_chirality(ChemMol *m) {
+    for (int i = 0; i < m->n_atoms; i++) {
+        ChemAtom *a = &m->atoms[i];
+        int c = a->chirality, degree = c ? total_degree(m, i) : 0;
+        int most = c == CHI_SQUARE ? 4 : c == CHI_BIPYRAMID ? 5 : c == CHI_OCTAHEDRON ? 6 : 0;
+        if ((c == CHI_CW || c == CHI_CCW || c == CHI_TETRAHEDRAL) && a->hybrid != HYBRID_SP3)
+            a->chirality = CHI_NONE;
+        if (most && (degree < 2 || degree > most)) a->chirality = CHI_NONE;
+    }
+}
+
+// =================================================================================================
+// 16 Perception, in RDKit's order
+// =================================================================================================
+
+// Everything that makes a molecule out of atoms and bonds, except stereo.
+static int sanitize(ChemMol *m, Fault *fault) {
+    clean_up(m);
+    if (check_valences(m, fault) || find_rings(m, fault) || kekulize(m, fault)) return -1;
+    assign_radicals(m);
+    assign_aromaticity(m);
+    assign_conjugation(m);
+    assign_hybridization(m);
+    clean_chirality(m);
+    restore_hydrogens(m);
+    return 0;
+}
+
+// Turns the valence field of a mol block (15 or -1: none) into stated hydrogens.
+static void apply_valence_fields(ChemMol *m) {
+    for (int i = 0; i < m->n_atoms; i++) {
+        ChemAtom *a = &m->atoms[i];
+        set_valence(m, i);
+        if (!a->field_valence) continue;
+        int none = a->field_valence == 15 || a->field_valence == -1;
+        a->no_implicit = 1;
+        a->stated_h = none || a->valence > a->field_valence
+                          ? 0 : (uint8_t)(a->field_valence - a->valence);
+    }
+}
+
+// Common first steps: adjacency, and no more heavy atoms than wanted.
+static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
+    int heavy = 0, bad;
+    if (m->n_atoms == 0) return fault_at(fault, 0, 0, "no atoms", "the molecule has no atoms");
+    for (int i = 0; i < m->n_atoms; i++) heavy += m->atoms[i].z != 1;
+    if (heavy > max_atoms || m->n_atoms > RAW_ATOMS_MAX)
+        return fault_at(fault, 0, 0, "too many atoms", "%d heavy atoms, --max-atoms is %d", heavy,
+                        max_atoms);
+    if ((bad = mol_connect(m)) >= 0)
+        return fault_at(fault, 0, 0, "impossible bond",
+                        "atoms %d and %d: a second bond, or one to itself",
+                        m->bonds[bad].begin + 1, m->bonds[bad].end + 1);
+    return 0;
+}
+
+// Removes hydrogens unless told not to, and counts what is left.
+static int drop_hydrogens(ChemMol *m, int keep, int count_all, int max_atoms, Fault *fault) {
+    if (!keep) {
+        update_valences(m);
+        remove_hydrogens(m, count_all);
+    }
+    if (m->n_atoms <= max_atoms && m->n_bonds <= MAX_BONDS) return 0;
+    return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
+                    max_atoms);
+}
+
+// Perceives a molecule read from a mol block.
+static int perceive_mol_block(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
+    if (connect_and_count(m, max_atoms, fault)) return -1;
+    apply_valence_fields(m);
+    if (m->is_3d) {
+        update_valences(m);
+        chirality_from_3d(m);
+    } else if (m->wedged && chirality_from_wedges(m, fault)) {
+        return -1;
+    }
+    if (drop_hydrogens(m, keep_hydrogens, 0, max_atoms, fault) || sanitize(m, fault)) return -1;
+    clear_wedges(m);
+    directions_from_coordinates(m);
+    assign_stereo(m);
+    return 0;
+}
+
+// Perceives a molecule read from SMILES.
+static int perceive_smiles(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
+    if (drop_hydrogens(m, keep_hydrogens, 1, max_atoms, fault) || sanitize(m, fault)) return -1;
+    assign_stereo(m);
+    return 0;
+}
+
+// =================================================================================================
+// 17 Features: OGB's lists (ogb.utils.features), and the frame positions are stated in
+// =================================================================================================
+
+// Index into a list whose last entry stands for everything else.
+static uint8_t at_most(int value, int last) {
+    return (uint8_t)(value >= 0 && value < last ? value : last);
+}
+
+// The nine features of atom i, in the order of ATOM_FEATURE_SIZES.
+static void atom_features(const ChemMol *m, int i, uint8_t *f) {
+    const ChemAtom *a = &m->atoms[i];
+    f[0] = at_most(a->z - 1, 118);
+    f[1] = at_most(a->chirality, 4);
+    f[2] = at_most(total_degree(m, i), 11);
+    f[3] = at_most(a->charge + 5, 11);
+    f[4] = at_most(atom_hydrogens(a), 9);
+    f[5] = at_most(a->radicals, 5);
+    f[6] = a->hybrid;
+    f[7] = a->aromatic;
+    f[8] = m->atom_rings[i] > 0;
+}
+
+// The three features of a bond as one code, see BOND_CODES.
+static uint8_t bond_code(const ChemBond *b) {
+    static const uint8_t type[] = {4, 0, 1, 2, 4, 3, 4, 4, 4};
+    return (uint8_t)(12 * type[b->order] + 2 * b->stereo + b->conjugated);
+}
+
+// Eigenvectors of the symmetric 3x3 matrix a (destroyed) as the columns of v, by Jacobi rotations.
+static void eigenvectors(double a[3][3], double v[3][3]) {
+    for (int p = 0; p < 3; p++)
+        for (int q = 0; q < 3; q++) v[p][q] = p == q;
+    for (int sweep = 0; sweep < 50; sweep++) {
+        double off = a[0][1] * a[0][1] + a[0][2] * a[0][2] + a[1][2] * a[1][2];
+        if (off < 1e-300) return;
+        for (int p = 0; p < 2; p++)
+            for (int q = p + 1; q < 3; q++) {
+                if (a[p][q] == 0) continue;
+                double theta = (a[q][q] - a[p][p]) / (2 * a[p][q]);
+                double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
+                double c = 1 / sqrt(t * t + 1), s = t * c;
+                for (int k = 0; k < 3; k++) {
+                    double x = a[k][p], y = a[k][q];
+                    a[k][p] = c * x - s * y;
+                    a[k][q] = s * x + c * y;
+                }
+                for (int k = 0; k < 3; k++) {
+                    double x = a[p][k], y = a[q][k];
+                    a[p][k] = c * x - s * y;
+                    a[q][k] = s * x + c * y;
+                    x = v[k][p], y = v[k][q];
+                    v[k][p] = c * x - s * y;
+                    v[k][q] = s * x + c * y;
+                }
+            }
+    }
+}
+
+// States the positions in the molecule's own frame: centred, axes of the gyration tensor in order
+// of falling extent, the third moment along the first two positive, right-handed.
+static void orient_principal(ChemMol *m) {
+    double centre[3] = {0}, tensor[3][3] = {{0}}, v[3][3], moment[3] = {0};
+    int n = m->n_atoms, order[3] = {0, 1, 2};
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < 3; k++) centre[k] += m->xyz[i][k] / n;
+    for (int i = 0; i < n; i++)
+        for (int p = 0; p < 3; p++) {
+            m->xyz[i][p] -= centre[p];
+            for (int q = 0; q <= p; q++) tensor[p][q] += m->xyz[i][p] * m->xyz[i][q];
+        }
+    for (int p = 0; p < 3; p++)
+        for (int q = p + 1; q < 3; q++) tensor[p][q] = tensor[q][p];
+    eigenvectors(tensor, v);
+    for (int p = 1; p < 3; p++)
+        for (int q = p; q > 0; q--) {
+            int a = order[q - 1], b = order[q];
+            if (tensor[b][b] > tensor[a][a]) order[q - 1] = b, order[q] = a;
+        }
+    double axis[3][3];
+    for (int a = 0; a < 2; a++) {
+        for (int k = 0; k < 3; k++) axis[a][k] = v[k][order[a]];
+        for (int i = 0; i < n; i++) {
+            double x = 0;
+            for (int k = 0; k < 3; k++) x += axis[a][k] * m->xyz[i][k];
+            moment[a] += x * x * x;
+        }
+        for (int k = 0; k < 3 && moment[a] < 0; k++) axis[a][k] = -axis[a][k];
+    }
+    for (int k = 0; k < 3; k++)
+        axis[2][k] = axis[0][(k + 1) % 3] * axis[1][(k + 2) % 3] -
+                     axis[0][(k + 2) % 3] * axis[1][(k + 1) % 3];
+    for (int i = 0; i < n; i++) {
+        double x[3] = {m->xyz[i][0], m->xyz[i][1], m->xyz[i][2]};
+        for (int a = 0; a < 3; a++)
+            m->xyz[i][a] = axis[a][0] * x[0] + axis[a][1] * x[1] + axis[a][2] * x[2];
+    }
+}
+
+// Turns a perceived molecule into a record's atoms, bonds and positions. Labels stay to be filled.
+static int fill_molecule(ChemMol *m, Molecule *out, int n_tasks, Span name, int principal,
+                         Fault *fault) {
+    int name_length = name.n < MAX_NAME ? name.n : MAX_NAME;
+    molecule_resize(out, m->n_atoms, m->n_bonds, n_tasks, name_length);
+    if (name_length) memcpy(out->name, name.p, (size_t)name_length);
+    for (int i = 0; i < m->n_atoms; i++) atom_features(m, i, out->atom_feat + ATOM_FEATURES * i);
+    for (int b = 0; b < m->n_bonds; b++) {
+        out->bonds[2 * b] = (uint16_t)m->bonds[b].begin;
+        out->bonds[2 * b + 1] = (uint16_t)m->bonds[b].end;
+        out->bond_code[b] = bond_code(&m->bonds[b]);
+    }
+    out->has_pos = m->has_xyz && m->is_3d;
+    if (!out->has_pos) return 0;
+    if (principal) orient_principal(m);
+    for (int i = 0; i < m->n_atoms; i++)
+        for (int k = 0; k < 3; k++) {
+            float x = (float)m->xyz[i][k];
+            if (!(fabsf(x) <= 1e6f))
+                return fault_at(fault, 0, 0, "unusable position",
+                                "atom %d: coordinates must be below 1e6 Angstrom", i + 1);
+            out->pos[3 * i + k] = x;
+        }
+    return 0;
+}
+
+// =================================================================================================
+// 18 Scaffolds (Bemis and Murcko 1996): the rings and what links them, plus atoms double-bonded to
+//   these. Two molecules belong together if their scaffolds have the same SMILES without stereo;
+//   here: the same key, a 128-bit hash of the scaffold's graph that does not depend on numbering.
+// =================================================================================================
+
+typedef struct { uint64_t a, b; } ScaffoldKey;
+
+static uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return x ^ x >> 31;
+}
+
+// Marks the atoms of rings and linkers: what is left when end atoms are cut off again and again.
+static void mark_framework(ChemMol *m, uint8_t *keep) {
+    int n = m->n_atoms, top = 0;
+    int *degree = prep_ints(&m->arena, n), *stack = prep_ints(&m->arena, n);
+    for (int i = 0; i < n; i++) {
+        keep[i] = 1;
+        degree[i] = mol_degree(m, i);
+        if (degree[i] <= 1) stack[top++] = i;
+    }
+    while (top) {
+        int i = stack[--top];
+        keep[i] = 0;
+        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+            int j = bond_other(&m->bonds[m->adj[k]], i);
+            if (keep[j] && --degree[j] == 1) stack[top++] = j;
+        }
+    }
+}
+
+// Cuts atom i off the framework, unless a double bond holds it there (returns 0). Its neighbours
+// in the framework get hydrogens instead.
+static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
+    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+        int j = bond_other(&m->bonds[m->adj[k]], i);
+        ChemAtom *a = &m->atoms[j];
+        if (!framework[j]) continue;
+        if (m->bonds[m->adj[k]].order == ORDER_DOUBLE) return 0;
+        if (a->aromatic && (a->z != 6 || a->charge == 1)) {
+            a->stated_h = 1;
+        } else if (a->no_implicit || a->chirality != CHI_NONE) {
+            a->no_implicit = a->stated_h = 0;
+            a->chirality = CHI_NONE;
+        }
+    }
+    return 1;
+}
+
+// One round of refinement: every atom's colour takes up those of its neighbours and the bonds.
+static void refine_colours(const ChemMol *m, const uint64_t *colour, uint64_t *next) {
+    for (int i = 0; i < m->n_atoms; i++) {
+        uint64_t sum = 0;
+        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
+            const ChemBond *b = &m->bonds[m->adj[k]];
+            int donor = b->order == ORDER_DATIVE && b->begin == i;
+            sum += mix(colour[bond_other(b, i)] + 977u * (b->order + 16u * (unsigned)donor));
+        }
+        next[i] = mix(colour[i] * 0x9E3779B97F4A7C15u + mix(sum));
+    }
+}
+
+// Refines n_rounds times, with atom `special` (-1: none) set apart; returns the sum over atoms.
+static uint64_t graph_hash(const ChemMol *m, const uint64_t *start, int special, int n_rounds,
+                           uint64_t *colour, uint64_t *next) {
+    uint64_t sum = 0;
+    memcpy(colour, start, (size_t)m->n_atoms * sizeof *colour);
+    if (special >= 0) colour[special] = mix(colour[special] + 1);
+    for (int round = 0; round < n_rounds; round++) {
+        refine_colours(m, colour, next);
+        uint64_t *swap = colour;
+        colour = next;
+        next = swap;
+    }
+    for (int i = 0; i < m->n_atoms; i++) sum += mix(colour[i]);
+    return mix(sum);
+}
+
+// Key of the scaffold of m, which is reduced to it. Setting every atom apart in turn distinguishes
+// graphs that plain refinement cannot, such as decalin and bicyclopentyl.
+static ScaffoldKey scaffold_key(ChemMol *m) {
+    PrepArena *arena = &m->arena;
+    int n = m->n_atoms, kept = 0, *to = prep_ints(arena, n);
+    uint8_t *framework = prep_flags(arena, n);
+    mark_framework(m, framework);
+    for (int i = 0; i < n; i++)
+        to[i] = framework[i] || !cut_side_atom(m, i, framework) ? kept++ : -1;
+    for (int k = 0; k < m->n_bonds; k++)
+        if (to[m->bonds[k].begin] < 0 || to[m->bonds[k].end] < 0) m->bonds[k].dead = 1;
+    compact(m, to);
+    m->n_atoms = kept;
+    if (kept == 0) return (ScaffoldKey){0, 0};
+    mol_connect(m);
+    update_valences(m);
+    uint64_t *start = prep_take(arena, (size_t)kept, sizeof *start);
+    uint64_t *colour = prep_take(arena, (size_t)kept, sizeof *colour);
+    uint64_t *next = prep_take(arena, (size_t)kept, sizeof *next);
+    for (int i = 0; i < kept; i++) {
+        const ChemAtom *a = &m->atoms[i];
+        uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->aromatic << 16;
+        label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)(uint32_t)(a->map + 1) << 32;
+        start[i] = mix(label + 0x9E3779B97F4A7C15u);
+    }
+    int n_rounds = kept < 16 ? kept : 16;
+    ScaffoldKey key = {graph_hash(m, start, -1, n_rounds, colour, next), 0};
+    for (int i = 0; i < kept; i++) key.b += graph_hash(m, start, i, n_rounds, colour, next);
+    return key;
+}
+
+// =================================================================================================
+// 19 Records. A source is cut into records: what ends in $$$$, a line, or a CSV row. A record too
+//   long to be one is passed over.
+// =================================================================================================
+
+typedef enum { FORMAT_NONE, FORMAT_SDF, FORMAT_SMI, FORMAT_CSV, FORMAT_TSV } Format;
+
+enum { CHUNK_BYTES = 4 << 20, RECORD_BYTES_MAX = 64 << 20, CHUNK_RECORDS = 8192 };
+
+typedef struct {
+    const char *path;
+    Format format;
+    FILE *file;
+    char *buf;               // unread bytes: buf[begin..end)
+    size_t begin, end, room;
+    int eof;
+    int64_t line;            // number of the line at buf[begin], from 1
+    int64_t bytes_done, bytes_total;  // total 0: unknown
+    int n_columns;           // CSV: what the header says each column is
+    int smiles_column, name_column, *task_of_column;
+} Source;
+
+typedef struct {
+    const char *text;
+    size_t size;
+    int too_long;
+} Record;
+
+static Format format_by_name(const char *name) {
+    static const struct { const char *name; Format format; } known[] = {
+        {"sdf", FORMAT_SDF}, {"sd", FORMAT_SDF}, {"mol", FORMAT_SDF}, {"mdl", FORMAT_SDF},
+        {"smi", FORMAT_SMI}, {"smiles", FORMAT_SMI}, {"csv", FORMAT_CSV}, {"tsv", FORMAT_TSV}};
+    for (int k = 0; k < 8; k++) {
+        const char *a = name, *b = known[k].name;
+        while (*a && tolower((unsigned char)*a) == *b) a++, b++;
+        if (!*a && !*b) return known[k].format;
+    }
+    return FORMAT_NONE;
+}
+
+// Opens PATH ("-" is standard input); `format` may be NULL: then the file's ending decides.
+static void source_open(Source *s, const char *path, const char *format) {
+    int standard = strcmp(path, "-") == 0;
+    const char *dot = strrchr(path, '.');
+    *s = (Source){.path = path, .line = 1};
+    s->format = format_by_name(format ? format : dot ? dot + 1 : "");
+    CHECK(s->format, "%s: cannot tell the format%s%s; give --format sdf, smi, csv or tsv", path,
+          format ? " from --format " : "", format ? format : "");
+    s->file = standard ? stdin : fopen(path, "rb");
+    CHECK(s->file, "%s: cannot read: %s", path, strerror(errno));
+#if MB_POSIX
+    struct stat info;
+    if (fstat(fileno(s->file), &info) == 0) {
+        CHECK(!S_ISDIR(info.st_mode), "%s: cannot read: it is a directory", path);
+        if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
+    }
+#endif
+    s->room = CHUNK_BYTES;
+    s->buf = xmalloc(s->room, 1);
+}
+
+static void source_close(Source *s) {
+    if (s->file != stdin) fclose(s->file);
+    free(s->buf);
+    free(s->task_of_column);
+}
+
+// Reads until the buffer is full or the file ends; what was not used is kept.
+static void source_fill(Source *s) {
+    memmove(s->buf, s->buf + s->begin, s->end - s->begin);
+    s->end -= s->begin;
+    s->begin = 0;
+    if (s->end == s->room && !s->eof) {
+        s->room *= 2;
+        s->buf = xrealloc(s->buf, s->room, 1);
+    }
+    while (s->end < s->room && !s->eof) {
+        size_t got = fread(s->buf + s->end, 1, s->room - s->end, s->file);
+        CHECK(!ferror(s->file), "%s: read failed: %s", s->path, strerror(errno));
+        s->end += got;
+        s->bytes_done += (int64_t)got;
+        s->eof = got == 0;
+    }
+}
+
+// End of the SD record at p (just after the line of its $$$$), or NULL if it is not there yet.
+static const char *sd_record_end(const char *p, const char *end) {
+    for (const char *q = p; (q = memchr(q, '$', (size_t)(end - q))); q++) {
+        if (end - q < 4 || memcmp(q, "$$$$", 4) != 0 || (q > p && q[-1] != '\n')) continue;
+        const char *stop = memchr(q, '\n', (size_t)(end - q));
+        return stop ? stop + 1 : NULL;
+    }
+    return NULL;
+}
+
+// End of the CSV row at p: the first line break outside quotes. A quote opens only at the start
+// of a field.
+static const char *csv_row_end(const char *p, const char *end, char separator) {
+    const char *stop = memchr(p, '\n', (size_t)(end - p));
+    if (!stop) return NULL;
+    if (!memchr(p, '"', (size_t)(stop - p))) return stop + 1;
+    int quoted = 0, start = 1;
+    for (const char *q = p; q < end; q++) {
+        if (quoted) {
+            quoted = *q != '"';
+            if (!quoted && q + 1 < end && q[1] == '"') quoted = 1, q++;
+        } else if (*q == '\n') {
+            return q + 1;
+        } else if (*q == '"' && start) {
+            quoted = 1;
+        }
+        start = !quoted && *q == separator;
+    }
+    return NULL;
+}
+
+static const char *record_end(const Source *s, const char *p, const char *end) {
+    if (s->format == FORMAT_SDF) return sd_record_end(p, end);
+    if (s->format == FORMAT_CSV) return csv_row_end(p, end, ',');
+    if (s->format == FORMAT_TSV) return csv_row_end(p, end, '\t');
+    const char *stop = memchr(p, '\n', (size_t)(end - p));
+    return stop ? stop + 1 : NULL;
+}
+
+static int is_all_blank(const char *p, size_t n) {
+    while (n && is_blank(p[n - 1])) n--;
+    return n == 0;
+}
+
+// The next records of the source, at most CHUNK_RECORDS; they stay valid until the next call.
+// Returns how many, 0 at the end.
+static int next_records(Source *s, Record *records) {
+    int n = 0;
+    for (;;) {
+        while (n < CHUNK_RECORDS && s->begin < s->end) {
+            const char *p = s->buf + s->begin, *end = s->buf + s->end;
+            const char *stop = record_end(s, p, end);
+            if (!stop && s->eof) stop = end;
+            if (!stop) break;
+            records[n] = (Record){p, (size_t)(stop - p), 0};
+            s->begin += records[n].size;
+            if (stop == end && s->eof && is_all_blank(p, records[n].size)) continue;
+            n++;
+        }
+        if (n || (s->begin == s->end && s->eof)) return n;
+        if (s->end - s->begin >= RECORD_BYTES_MAX) {
+            records[0] = (Record){s->buf + s->begin, s->end - s->begin, 1};
+            s->begin = s->end;
+            return 1;  // the rest of it, up to its end, is another bad record
+        }
+        source_fill(s);
+    }
+}
+
+// ---- SD tags
+
+// The next data item of an SD record: its name and its first line. 0 at the end.
+static int next_tag(Lines *in, Span *name, Span *value) {
+    Span line;
+    while (next_line(in, &line)) {
+        if (starts_with(line, "$$$$")) return 0;
+        if (!line.n || line.p[0] != '>') continue;
+        const char *open = memchr(line.p + 1, '<', (size_t)line.n - 1);
+        const char *close = open ? memchr(open, '>', (size_t)(line.p + line.n - open)) : NULL;
+        if (!close || close == open + 1) continue;
+        *name = (Span){open + 1, (int)(close - open) - 1};
+        Lines before = *in;
+        *value = (Span){line.p + line.n, 0};
+        if (next_line(in, value)) {
+            if (starts_with(*value, "$$$$")) *in = before, value->n = 0;
+            *value = trim(*value);
+        }
+        return 1;
+    }
+    return 0;
+}
+
+// A label: a number, or missing (empty, nan, none, na, null). Returns 0 if it is neither.
+static int parse_label(Span s, float *label) {
+    static const char *const missing[] = {"NAN", "NA", "N/A", "NONE", "NULL", "?"};
+    char copy[64], *end;
+    s = trim(s);
+    *label = NAN;
+    if (s.n <= 0) return 1;
+    for (int k = 0; k < 6; k++)
+        if (word_is(s, missing[k])) return 1;
+    if (s.n >= (int)sizeof copy) return 0;
+    memcpy(copy, s.p, (size_t)s.n);
+    copy[s.n] = 0;
+    for (int k = 0; k < s.n; k++)
+        if (!strchr("+-.0123456789eE", copy[k])) return 0;  // no hexadecimal, no "inf"
+    float v = strtof(copy, &end);
+    if (end != copy + s.n || isinf(v)) return 0;
+    *label = v;
+    return 1;
+}
+
+// ---- CSV fields
+
+// The next field of a row from *p, quotes undone (in `arena` memory); advances *p behind it. 0 if
+// there is none.
+static int csv_field(PrepArena *arena, const char **p, const char *end, char separator,
+                     Span *field) {
+    const char *q = *p;
+    if (!q || q > end) return 0;
+    if (q == end || *q != '"') {
+        const char *stop = q < end ? memchr(q, separator, (size_t)(end - q)) : NULL;
+        *field = (Span){q, (int)((stop ? stop : end) - q)};
+        *p = stop ? stop + 1 : end + 1;
+        return 1;
+    }
+    char *copy = prep_take(arena, (size_t)(end - q) + 1, 1);
+    int n = 0, quoted = 1;
+    for (q++; q < end; q++) {
+        if (quoted && *q == '"' && q + 1 < end && q[1] == '"') {
+            copy[n++] = '"';
+            q++;
+        } else if (quoted && *q == '"') {
+            quoted = 0;
+        } else if (!quoted && *q == separator) {
+            break;
+        } else {
+            copy[n++] = *q;
+        }
+    }
+    *field = (Span){copy, n};
+    *p = q + 1;
+    return 1;
+}
+
+// A row without its line break.
+static const char *row_end(const Record *r) {
+    const char *end = r->text + r->size;
+    if (end > r->text && end[-1] == '\n') end--;
+    if (end > r->text && end[-1] == '\r') end--;
+    return end;
+}
+
+// =================================================================================================
+// 20 Conversion: chunks of records are converted in parallel, each thread with its own memory, and
+//   written in the order they were read. Nothing depends on the number of threads.
+// =================================================================================================
+
+// What to do with every record.
+typedef struct {
+    int n_tasks;
+    char **task_names;
+    const char *name_tag;    // SD tag or CSV column of the name, or NULL
+    const char *smiles_name; // CSV column of the SMILES, or NULL
+    const char *labels;      // as given: NULL, "all" or "A,B,C"
+    int keep_hydrogens, max_atoms, principal, strict, want_keys;
+} Conversion;
+
+// One thread's memory.
+typedef struct {
+    ChemMol mol;
+    Molecule molecule;
+    uint8_t *bytes;          // encoded records of the chunk
+    size_t used, room;
+} Worker;
+
+// What became of a record.
+typedef struct {
+    int worker, ok, n_atoms, bad_labels;
+    size_t offset, size;     // in the worker's bytes
+    int64_t n_lines;         // line breaks in the record
+    ScaffoldKey key;
+    Fault fault;
+} Outcome;
+
+static int64_t count_lines(const Record *r) {
+    const char *p = r->text, *end = r->text + r->size;
+    int64_t n = 0;
+    while (p < end && (p = memchr(p, '\n', (size_t)(end - p)))) p++, n++;
+    return n;
+}
+
+// Encodes the molecule at the end of the worker's bytes.
+static void store_molecule(Worker *w, Outcome *o) {
+    const Molecule *m = &w->molecule;
+    size_t size = record_size(m->n_atoms, m->n_bonds, m->n_tasks, m->name_length, m->has_pos);
+    if (w->room - w->used < size) {
+        w->room = 2 * w->room + size;
+        w->bytes = xrealloc(w->bytes, w->room, 1);
+    }
+    o->offset = w->used;
+    o->size = record_encode(w->bytes + w->used, m);
+    o->n_atoms = m->n_atoms;
+    w->used += o->size;
+}
+
+// Reads labels and, if a tag is asked for, the name from the data items of an SD record.
+static void read_tags(const Conversion *c, Lines in, float *labels, Span *name, Outcome *o) {
+    Span tag, value;
+    while (next_tag(&in, &tag, &value)) {
+        if (c->name_tag && span_is(tag, c->name_tag)) *name = value;
+        for (int t = 0; t < c->n_tasks; t++)
+            if (span_is(tag, c->task_names[t])) o->bad_labels += !parse_label(value, &labels[t]);
+    }
+}
+
+// Splits "SMILES name" of a .smi line or a CSV cell. A leading blank makes it one word, as in RDKit.
+static void split_smiles(Span line, Span *smiles, Span *name) {
+    Span text = trim(line);
+    int k = 0;
+    while (k < text.n && text.p[k] != ' ' && text.p[k] != '\t') k++;
+    *smiles = (Span){text.p, k};
+    *name = trim((Span){text.p + k, text.n - k});
+    if (name->n && name->p[0] == '|') {  // a CXSMILES extension
+        const char *close = memchr(name->p + 1, '|', (size_t)name->n - 1);
+        *name = close ? trim((Span){close + 1, (int)(name->p + name->n - close) - 1})
+                      : (Span){name->p, 0};
+    }
+}
+
+// Reads the fields of a CSV row that matter.
+static int read_row(const Conversion *c, const Source *s, const Record *r, Worker *w, float *labels,
+                    Span *smiles, Span *name, Outcome *o) {
+    const char *p = r->text, *end = row_end(r);
+    char separator = s->format == FORMAT_TSV ? '\t' : ',';
+    int column = 0, found = 0;
+    Span field, rest;
+    (void)c;
+    for (; csv_field(&w->mol.arena, &p, end, separator, &field); column++) {
+        if (column >= s->n_columns) break;
+        if (column == s->smiles_column) {
+            found = 1;
+            split_smiles(field, smiles, &rest);
+        }
+        if (column == s->name_column) *name = trim(field);
+        int task = s->task_of_column[column];
+        if (task >= 0) o->bad_labels += !parse_label(field, &labels[task]);
+    }
+    if (found) return 0;
+    return fault_at(&o->fault, 1, 0, "no SMILES field", "expected a SMILES in field %d, found %d fields",
+                    s->smiles_column + 1, column);
+}
+
+// Reads and perceives one record; on success o says where the encoded molecule is.
+static int convert_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
+                          Outcome *o) {
+    ChemMol *m = &w->mol;
+    Span name = {"", 0}, smiles = {"", 0}, title = {"", 0};
+    mol_clear(m);
+    if (r->too_long)
+        return fault_at(&o->fault, 1, 0, "record too long", "the record is longer than %d MiB",
+                        RECORD_BYTES_MAX >> 20);
+    float *labels = prep_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
+    for (int t = 0; t < c->n_tasks; t++) labels[t] = NAN;
+    if (s->format == FORMAT_SDF) {
+        Lines in = {r->text, r->text + r->size, 0};
+        if (read_mol_block(m, &in, &title, &o->fault)) return -1;
+        name = trim(title);
+        read_tags(c, in, labels, &name, o);
+        if (perceive_mol_block(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
+    } else {
+        if (s->format == FORMAT_SMI) {
+            split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &name);
+        } else if (read_row(c, s, r, w, labels, &smiles, &name, o)) {
+            return -1;
+        }
+        if (read_smiles(m, smiles, &o->fault)) return -1;
+        if (connect_and_count(m, c->max_atoms, &o->fault)) return -1;
+        if (perceive_smiles(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
+        if (!name.n && s->name_column < 0) name = smiles;
+    }
+    if (fill_molecule(m, &w->molecule, c->n_tasks, name, c->principal, &o->fault)) return -1;
+    memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
+    store_molecule(w, o);
+    if (c->want_keys) o->key = scaffold_key(m);
+    return 0;
+}
+
+// Converts n records with all threads.
+static void convert_records(const Conversion *c, const Source *s, const Record *records, int n,
+                            Worker *workers, Outcome *outcomes) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 16)
+#endif
+    for (int k = 0; k < n; k++) {
+        int thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        Outcome *o = &outcomes[k];
+        *o = (Outcome){.worker = thread, .n_lines = count_lines(&records[k])};
+        o->ok = convert_record(c, s, &records[k], &workers[thread], o) == 0;
+    }
+}
+
+static int max_threads(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// ---- columns and tasks
+
+static void add_task(Conversion *c, Span name) {
+    for (int t = 0; t < c->n_tasks; t++)
+        if (span_is(name, c->task_names[t])) return;
+    CHECK(c->n_tasks < MAX_TASKS, "--labels: more than %d labels", MAX_TASKS);
+    c->task_names = xrealloc(c->task_names, (size_t)c->n_tasks + 1, sizeof *c->task_names);
+    c->task_names[c->n_tasks++] = xprintf("%.*s", name.n, name.p);
+}
+
+// Tasks from "A,B,C" as given.
+static void name_tasks(Conversion *c) {
+    const char *p = c->labels;
+    if (!p || strcmp(p, "all") == 0) return;
+    while (*p) {
+        size_t n = strcspn(p, ",");
+        Span name = trim((Span){p, (int)n});
+        CHECK(name.n, "--labels: expected names separated by commas, found \"%s\"", c->labels);
+        add_task(c, name);
+        p += n + (p[n] == ',');
+    }
+}
+
+// --labels all, SDF: every tag whose values in the first records are numbers or missing.
+static void find_tag_tasks(Conversion *c, const Record *records, int n) {
+    Conversion words = {0};  // tags with a value that is no number
+    for (int pass = 0; pass < 2; pass++)
+        for (int k = 0; k < n && k < 1000; k++) {
+            Lines in = {records[k].text, records[k].text + records[k].size, 0};
+            Span tag, value;
+            float label;
+            while (next_tag(&in, &tag, &value)) {
+                int is_word = 0;
+                if (c->name_tag && span_is(tag, c->name_tag)) continue;
+                if (pass == 0 && !parse_label(value, &label)) add_task(&words, tag);
+                for (int t = 0; t < words.n_tasks; t++) is_word |= span_is(tag, words.task_names[t]);
+                if (pass == 1 && !is_word) add_task(c, tag);
+            }
+        }
+    for (int t = 0; t < words.n_tasks; t++) free(words.task_names[t]);
+    free(words.task_names);
+}
+
+// Whether a column holds numbers (or nothing) in the first rows.
+static int is_number_column(const Source *s, PrepArena *arena, const Record *records, int n,
+                            int wanted) {
+    int numbers = 0;
+    for (int k = 0; k < n && k < 1000; k++) {
+        const char *p = records[k].text, *end = row_end(&records[k]);
+        Span field;
+        float label;
+        prep_reset(arena);
+        for (int column = 0; csv_field(arena, &p, end, s->format == FORMAT_TSV ? '\t' : ',', &field);
+             column++) {
+            if (column != wanted) continue;
+            if (!parse_label(field, &label)) return 0;
+            numbers += !isnan(label);
+        }
+    }
+    return numbers > 0;
+}
+
+// Whether two spans are the same word but for capitals.
+static int same_word(Span a, const char *b) {
+    if ((size_t)a.n != strlen(b)) return 0;
+    for (int k = 0; k < a.n; k++)
+        if (tolower((unsigned char)a.p[k]) != tolower((unsigned char)b[k])) return 0;
+    return 1;
+}
+
+// Reads the header of a CSV source: which column is the SMILES, the name, which task. `first`:
+// tasks of --labels all are still to be found, in the rows that follow.
+static void read_header(Conversion *c, Source *s, const Record *header, const Record *rows,
+                        int n_rows, int first) {
+    PrepArena arena = {0}, row_arena = {0};
+    const char *p = header->text, *end = row_end(header);
+    Span names[4096];
+    int n = 0;
+    prep_reset(&arena);
+    if (end - p >= 3 && memcmp(p, "\xEF\xBB\xBF", 3) == 0) p += 3;  // UTF-8 byte order mark
+    while (n < 4096 && csv_field(&arena, &p, end, s->format == FORMAT_TSV ? '\t' : ',', &names[n])) {
+        names[n] = trim(names[n]);
+        n++;
+    }
+    s->n_columns = n;
+    s->smiles_column = s->name_column = -1;
+    s->task_of_column = xmalloc((size_t)n, sizeof *s->task_of_column);
+    for (int k = 0; k < n; k++) {
+        if (s->smiles_column < 0 && same_word(names[k], c->smiles_name ? c->smiles_name : "smiles"))
+            s->smiles_column = k;
+        if (c->name_tag && span_is(names[k], c->name_tag)) s->name_column = k;
+        s->task_of_column[k] = -1;
+    }
+    CHECK(s->smiles_column >= 0, "%s:1: expected a column \"%s\"; name the SMILES column with --smiles",
+          s->path, c->smiles_name ? c->smiles_name : "smiles");
+    CHECK(!c->name_tag || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
+          c->name_tag);
+    for (int k = 0; k < n && first; k++)
+        if (k != s->smiles_column && k != s->name_column &&
+            is_number_column(s, &row_arena, rows, n_rows, k))
+            add_task(c, names[k]);
+    for (int t = 0; t < c->n_tasks; t++) {
+        int found = 0;
+        for (int k = 0; k < n; k++)
+            if (span_is(names[k], c->task_names[t])) s->task_of_column[k] = t, found = 1;
+        CHECK(found, "%s:1: expected a column \"%s\" (--labels)", s->path, c->task_names[t]);
+    }
+    prep_free(&arena);
+    prep_free(&row_arena);
+}
+
+// ---- the summary
+
+enum { EXAMPLES = 3 };
+
+// Skipped records, counted by kind, with the first few of each.
+typedef struct {
+    const char *kind;
+    int64_t count;
+    char *example[EXAMPLES];
+} Reason;
+
+typedef struct {
+    Reason reasons[32];
+    int n_reasons;
+    int64_t n_read, n_kept, n_atoms, bad_labels;
+} Summary;
+
+// "FILE:LINE: reason", with the column if it is known.
+static char *describe_fault(const Source *s, int64_t line, const Fault *f) {
+    long long at = (long long)(line + (f->line > 0 ? f->line - 1 : 0));
+    if (f->column > 0)
+        return xprintf("%s:%lld: column %d: %s", s->path, at, f->column, f->text);
+    return xprintf("%s:%lld: %s", s->path, at, f->text);
+}
+
+static void count_fault(Summary *sum, const Source *s, int64_t line, const Fault *f) {
+    int k = 0;
+    while (k < sum->n_reasons && strcmp(sum->reasons[k].kind, f->kind) != 0) k++;
+    if (k == 32) return;
+    if (k == sum->n_reasons) sum->reasons[sum->n_reasons++] = (Reason){.kind = f->kind};
+    Reason *r = &sum->reasons[k];
+    if (r->count < EXAMPLES) r->example[r->count] = describe_fault(s, line, f);
+    r->count++;
+}
+
+static void print_summary(Summary *sum, int n_sources) {
+    fprintf(stderr, "read %lld records from %d file%s, kept %lld (%lld atoms)\n",
+            (long long)sum->n_read, n_sources, n_sources == 1 ? "" : "s", (long long)sum->n_kept,
+            (long long)sum->n_atoms);
+    if (sum->n_read > sum->n_kept)
+        fprintf(stderr, "skipped %lld:\n", (long long)(sum->n_read - sum->n_kept));
+    for (int k = 0; k < sum->n_reasons; k++) {
+        Reason *r = &sum->reasons[k];
+        fprintf(stderr, "%8lld  %s\n", (long long)r->count, r->kind);
+        for (int e = 0; e < EXAMPLES && e < r->count; e++) {
+            fprintf(stderr, "          %s\n", r->example[e]);
+            free(r->example[e]);
+        }
+    }
+    if (sum->bad_labels)
+        fprintf(stderr, "%lld labels are not numbers and count as missing\n",
+                (long long)sum->bad_labels);
+}
+
+// =================================================================================================
+// 21 Splits. The encoded records go to a temporary file first; when their number (and scaffolds) are
+//   known, they are copied to the parts, in input order within each.
+// =================================================================================================
+
+enum { PARTS_MAX = 3 };
+
+static const char *const PART_NAMES[PARTS_MAX] = {"train", "valid", "test"};
+
+typedef struct {
+    OutFile file;
+    uint64_t *offset;        // (count + 1)
+    ScaffoldKey *key;        // (count), only for scaffold splits
+    size_t count, room;
+} Pool;
+
+static void pool_open(Pool *p, const char *path) {
+    char *name = xprintf("%s.records", path);
+    *p = (Pool){0};
+    out_open(&p->file, name);
+    free(name);
+}
+
+static void pool_append(Pool *p, const uint8_t *record, size_t size, const ScaffoldKey *key) {
+    if (p->count + 2 > p->room) {
+        p->room = p->room ? 2 * p->room : 4096;
+        p->offset = xrealloc(p->offset, p->room, sizeof *p->offset);
+        if (key) p->key = xrealloc(p->key, p->room, sizeof *p->key);
+        if (p->count == 0) p->offset[0] = 0;
+    }
+    if (key) p->key[p->count] = *key;
+    p->offset[p->count + 1] = p->offset[p->count] + size;
+    p->count++;
+    out_write(&p->file, record, size);
+}
+
+// Closes and removes the temporary file.
+static void pool_close(Pool *p) {
+    OutFile **link = &mb_unfinished;
+    while (*link != &p->file) link = &(*link)->next;
+    *link = p->file.next;
+    fclose(p->file.file);
+    remove(p->file.tmp);
+    free(p->file.path);
+    free(p->file.tmp);
+    free(p->offset);
+    free(p->key);
+}
+
+// Parts by position in `order` (NULL: input order): the first fraction[0], the next fraction[1], ...
+static void split_by_order(uint8_t *part, size_t n, const uint32_t *order, const double *fraction,
+                           int n_parts) {
+    double edge = 0;
+    size_t at = 0;
+    for (int p = 0; p < n_parts; p++) {
+        edge += fraction[p];
+        size_t stop = p + 1 == n_parts ? n : (size_t)(edge * (double)n + 1e-9);
+        for (; at < stop && at < n; at++) part[order ? order[at] : at] = (uint8_t)p;
+    }
+}
+
+typedef struct { ScaffoldKey key; size_t first, size; } ScaffoldGroup;
+typedef struct { ScaffoldKey key; size_t molecule; } ScaffoldEntry;
+
+static int compare_scaffold_entries(const void *a, const void *b) {
+    const ScaffoldEntry *x = a, *y = b;
+    if (x->key.a != y->key.a) return x->key.a < y->key.a ? -1 : 1;
+    if (x->key.b != y->key.b) return x->key.b < y->key.b ? -1 : 1;
+    return (x->molecule > y->molecule) - (x->molecule < y->molecule);
+}
+
+// Largest group first; among equals the one with the later first member.
+static int compare_scaffold_groups(const void *a, const void *b) {
+    const ScaffoldGroup *x = a, *y = b;
+    if (x->size != y->size) return x->size < y->size ? 1 : -1;
+    return (x->first < y->first) - (x->first > y->first);
+}
+
+// Parts by scaffold (MoleculeNet, OGB): whole groups go to the first part that they do not overfill,
+// what fits none goes to the last.
+static void split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
+                              const double *fraction, int n_parts) {
+    ScaffoldEntry *entries = xmalloc(n, sizeof *entries);
+    ScaffoldGroup *groups = xmalloc(n, sizeof *groups);
+    size_t n_groups = 0, *start = xmalloc(n, sizeof *start), filled[PARTS_MAX] = {0};
+    for (size_t i = 0; i < n; i++) entries[i] = (ScaffoldEntry){key[i], i};
+    qsort(entries, n, sizeof *entries, compare_scaffold_entries);
+    for (size_t i = 0; i < n; i++) {
+        ScaffoldEntry *e = &entries[i];
+        if (i == 0 || e->key.a != e[-1].key.a || e->key.b != e[-1].key.b) {
+            groups[n_groups++] = (ScaffoldGroup){e->key, e->molecule, 0};
+            start[e->molecule] = i;
+        }
+        groups[n_groups - 1].size++;
+    }
+    qsort(groups, n_groups, sizeof *groups, compare_scaffold_groups);
+    for (size_t g = 0; g < n_groups; g++) {
+        size_t total = groups[g].size;
+        double cutoff = 0;
+        int p = 0;
+        for (; p + 1 < n_parts; p++) {
+            total += filled[p];
+            cutoff += fraction[p];
+            if ((double)total <= cutoff * (double)n + 1e-9) break;
+        }
+        filled[p] += groups[g].size;
+        for (size_t k = 0; k < groups[g].size; k++)
+            part[entries[start[groups[g].first] + k].molecule] = (uint8_t)p;
+    }
+    free(entries);
+    free(groups);
+    free(start);
+}
+
+// Path of one part: {} in the pattern becomes its name; else "train" in the file name does, or
+// the name goes before the ending: data.bin -> data.train.bin.
+static char *part_path(const char *pattern, const char *part) {
+    const char *base = strrchr(pattern, '/');
+    base = base ? base + 1 : pattern;
+    const char *hole = strstr(pattern, "{}"), *train = strstr(base, "train");
+    if (hole) return xprintf("%.*s%s%s", (int)(hole - pattern), pattern, part, hole + 2);
+    if (train) return xprintf("%.*s%s%s", (int)(train - pattern), pattern, part, train + 5);
+    const char *dot = strrchr(base, '.');
+    if (!dot) return xprintf("%s.%s", pattern, part);
+    return xprintf("%.*s.%s%s", (int)(dot - pattern), pattern, part, dot);
+}
+
+// Copies the pooled records to their parts.
+static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char *pattern,
+                        const Conversion *c) {
+    DatasetWriter writers[PARTS_MAX];
+    uint8_t *record = NULL;
+    size_t room = 0;
+    CHECK(fflush(pool->file.file) == 0, "%s: write failed: %s", pool->file.tmp, strerror(errno));
+    FILE *in = fopen(pool->file.tmp, "rb");
+    CHECK(in, "%s: cannot read: %s", pool->file.tmp, strerror(errno));
+    for (int p = 0; p < n_parts; p++) {
+        char *path = part_path(pattern, PART_NAMES[p]);
+        dataset_create(&writers[p], path, c->n_tasks, c->task_names);
+        free(path);
+    }
+    for (size_t i = 0; i < pool->count; i++) {
+        size_t size = (size_t)(pool->offset[i + 1] - pool->offset[i]);
+        if (size > room) record = xrealloc(record, room = 2 * size, 1);
+        CHECK(fread(record, 1, size, in) == size, "%s: read failed: %s", pool->file.tmp,
+              strerror(errno));
+        dataset_append(&writers[part[i]], record, size);
+    }
+    fclose(in);
+    free(record);
+    for (int p = 0; p < n_parts; p++) {
+        fprintf(stderr, "%-8s %8zu molecules -> %s\n", PART_NAMES[p], writers[p].count,
+                writers[p].out.path);
+        dataset_finish(&writers[p]);
+    }
+}
+
+// =================================================================================================
+// 22 Dump: a dataset as JSON, one object a line
+// =================================================================================================
+
+// Length of the UTF-8 sequence at p (at most n bytes), 0 if it is not one.
+static int utf8_length(const unsigned char *p, int n) {
+    int more = p[0] < 0x80 ? 0 : p[0] >= 0xC2 && p[0] < 0xE0 ? 1 : p[0] >= 0xE0 && p[0] < 0xF0 ? 2
+             : p[0] >= 0xF0 && p[0] < 0xF5 ? 3 : -1;
+    if (more < 0 || more >= n) return 0;
+    for (int k = 1; k <= more; k++)
+        if ((p[k] & 0xC0) != 0x80) return 0;
+    if ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F) ||
+        (p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] > 0x8F))
+        return 0;
+    return more + 1;
+}
+
+// A JSON string. Bytes that are not UTF-8 are taken for Latin-1.
+static void print_json_string(const char *text, int n) {
+    const unsigned char *p = (const unsigned char *)text;
+    putchar('"');
+    for (int k = 0; k < n;) {
+        int length = utf8_length(p + k, n - k);
+        if (p[k] == '"' || p[k] == '\\') printf("\\%c", p[k]);
+        else if (p[k] < 32 || p[k] == 127 || length == 0) printf("\\u%04x", p[k]);
+        else fwrite(p + k, 1, (size_t)length, stdout);
+        k += length ? length : 1;
+    }
+    putchar('"');
+}
+
+static void print_json(const Molecule *m) {
+    printf("{\"name\":");
+    print_json_string(m->name, m->name_length);
+    printf(",\"atom_feat\":[");
+    for (int i = 0; i < m->n_atoms; i++) {
+        printf("%s[", i ? "," : "");
+        for (int k = 0; k < ATOM_FEATURES; k++)
+            printf("%s%d", k ? "," : "", m->atom_feat[ATOM_FEATURES * i + k]);
+        printf("]");
+    }
+    printf("],\"bonds\":[");
+    for (int b = 0; b < m->n_bonds; b++) {
+        int code = m->bond_code[b];
+        printf("%s[%d,%d,%d,%d,%d]", b ? "," : "", m->bonds[2 * b], m->bonds[2 * b + 1], code / 12,
+               code / 2 % 6, code % 2);
+    }
+    printf("],\"pos\":%s", m->has_pos ? "[" : "null");
+    for (int i = 0; i < m->n_atoms && m->has_pos; i++) {
+        const float *x = m->pos + 3 * i;
+        printf("%s[%.9g,%.9g,%.9g]", i ? "," : "", (double)x[0], (double)x[1], (double)x[2]);
+    }
+    printf("%s,\"labels\":[", m->has_pos ? "]" : "");
+    for (int t = 0; t < m->n_tasks; t++) {
+        if (isnan(m->labels[t])) printf("%snull", t ? "," : "");
+        else printf("%s%.9g", t ? "," : "", (double)m->labels[t]);
+    }
+    printf("]}\n");
+}
+
+// Prints molecules A to B-1 of a dataset; range is "A:B", either may be missing.
+static void dump_dataset(const char *path, const char *range) {
+    Dataset d;
+    Molecule m = {0};
+    long long from = 0, to = LLONG_MAX;
+    if (range) {
+        char *end;
+        const char *colon = strchr(range, ':');
+        CHECK(colon, "--range: expected A:B, found \"%s\"", range);
+        if (colon > range) from = strtoll(range, &end, 10), colon = end == colon ? colon : NULL;
+        CHECK(colon && from >= 0, "--range: expected A:B, found \"%s\"", range);
+        if (colon[1]) {
+            to = strtoll(colon + 1, &end, 10);
+            CHECK(*end == 0 && to >= from, "--range: expected A:B with A <= B, found \"%s\"", range);
+        }
+    }
+    dataset_open(&d, path);
+    for (size_t i = (size_t)from; i < d.count && (long long)i < to; i++) {
+        dataset_read(&d, i, &m);
+        print_json(&m);
+    }
+    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: write failed: %s",
+          strerror(errno));
+    molecule_free(&m);
+    dataset_close(&d);
+}
+
+// =================================================================================================
+// 23 Options and main
+// =================================================================================================
+
+// The command line, with its defaults.
+typedef struct {
+    const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
+    int64_t seed, max_atoms;
+    int keep_hydrogens, strict, help;
+} PrepOptions;
+
+#ifndef DATA_PREP_TEST
+static const PrepOptions PREP_DEFAULTS = {.split_by = "scaffold", .orient = "keep", .seed = 1,
+                                          .max_atoms = 512};
+#endif
+
+// Fractions "0.8,0.1,0.1" into f; returns how many. They must add up to 1.
+static int parse_fractions(const char *text, double *f) {
+    int n = 0;
+    double sum = 0;
+    for (const char *p = text;; p++) {
+        char *end;
+        CHECK(n < PARTS_MAX, "--split: expected at most %d fractions, found \"%s\"", PARTS_MAX, text);
+        f[n] = strtod(p, &end);
+        CHECK(end != p && f[n] >= 0 && f[n] <= 1 && (*end == ',' || *end == 0),
+              "--split: expected fractions such as 0.8,0.1,0.1, found \"%s\"", text);
+        sum += f[n++];
+        p = end;
+        if (*p == 0) break;
+    }
+    CHECK(n >= 2 && fabs(sum - 1) < 1e-6, "--split: expected 2 or 3 fractions that add up to 1, "
+          "found \"%s\"", text);
+    return n;
+}
+
+// Where kept records go: straight to one dataset, or to a pool that is split later.
+typedef struct {
+    int n_parts;             // 1: no split
+    double fraction[PARTS_MAX];
+    DatasetWriter writer;
+    Pool pool;
+    int open;
+} Output;
+
+static void output_open(Output *out, const PrepOptions *opt, const Conversion *c) {
+    if (out->n_parts > 1) pool_open(&out->pool, opt->output);
+    else dataset_create(&out->writer, opt->output, c->n_tasks, c->task_names);
+    out->open = 1;
+}
+
+static void output_finish(Output *out, const PrepOptions *opt, const Conversion *c) {
+    if (out->n_parts == 1) {
+        fprintf(stderr, "%zu molecules -> %s\n", out->writer.count, opt->output);
+        dataset_finish(&out->writer);
+        return;
+    }
+    size_t n = out->pool.count;
+    uint8_t *part = xmalloc(n, 1);
+    uint32_t *order = NULL;
+    if (strcmp(opt->split_by, "scaffold") == 0) {
+        split_by_scaffold(part, out->pool.key, n, out->fraction, out->n_parts);
+    } else {
+        if (strcmp(opt->split_by, "random") == 0) {
+            order = xmalloc(n, sizeof *order);
+            rng_permutation(order, n, (uint64_t)opt->seed, RNG_SPLIT, 0);
+        }
+        split_by_order(part, n, order, out->fraction, out->n_parts);
+    }
+    write_parts(&out->pool, part, out->n_parts, opt->output, c);
+    pool_close(&out->pool);
+    free(order);
+    free(part);
+}
+
+// Counts the outcomes of a chunk and writes what was kept.
+static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *workers, Output *out,
+                           const Conversion *c, Summary *sum) {
+    for (int k = 0; k < n; k++) {
+        const Outcome *o = &outcomes[k];
+        sum->n_read++;
+        if (o->ok) {
+            const uint8_t *record = workers[o->worker].bytes + o->offset;
+            sum->n_kept++;
+            sum->n_atoms += o->n_atoms;
+            sum->bad_labels += o->bad_labels;
+            if (out->n_parts > 1) pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
+            else dataset_append(&out->writer, record, o->size);
+        } else {
+            if (c->strict) {
+                char *text = describe_fault(s, s->line, &o->fault);
+                DIE("%s", text);
+            }
+            count_fault(sum, s, s->line, &o->fault);
+        }
+        s->line += o->n_lines;
+    }
+}
+
+// Records that are not molecules: comments and the header line of a .smi file, empty lines.
+static int is_no_record(const Source *s, const Record *r, int64_t line) {
+    if (s->format == FORMAT_SDF) return 0;
+    if (is_all_blank(r->text, r->size)) return 1;
+    if (s->format != FORMAT_SMI) return 0;
+    Span text = trim((Span){r->text, r->size < 7 ? (int)r->size : 7});
+    return r->text[0] == '#' || (line == 1 && starts_with_word(text, "SMILES"));
+}
+
+// Converts one source chunk by chunk.
+static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Output *out,
+                           Worker *workers, Record *records, Outcome *outcomes, Summary *sum) {
+    Progress progress = progress_begin(0);
+    int first_chunk = 1, is_table = s->format == FORMAT_CSV || s->format == FORMAT_TSV;
+    int find_tasks = !out->open && c->labels && strcmp(c->labels, "all") == 0, n;
+    s->name_column = -1;
+    while ((n = next_records(s, records)) > 0) {
+        int skip = 0;
+        if (first_chunk && is_table) {
+            read_header(c, s, &records[0], records + 1, n - 1, find_tasks);
+            s->line += count_lines(&records[0]);
+            skip = 1;
+        } else if (first_chunk && s->format == FORMAT_SDF && find_tasks) {
+            find_tag_tasks(c, records, n);
+        }
+        first_chunk = 0;
+        if (!out->open) output_open(out, opt, c);
+        for (int t = 0; t < max_threads(); t++) workers[t].used = 0;
+        for (int k = skip, run; k < n; k = run) {  // runs of records between blank lines
+            for (run = k; run < n && !is_no_record(s, &records[run], s->line + run - k);) run++;
+            convert_records(c, s, records + k, run - k, workers, outcomes);
+            write_outcomes(s, outcomes, run - k, workers, out, c, sum);
+            for (; run < n && is_no_record(s, &records[run], s->line); run++)
+                s->line += count_lines(&records[run]);
+        }
+        progress_show(&progress, (double)s->bytes_done, (double)s->bytes_total, (double)sum->n_read,
+                      "records", s->path, 0);
+    }
+}
+
+#ifndef DATA_PREP_TEST
+
+static PrepOptions prep_opt;
+
+static const Option PREP_OPTION_TABLE[] = {
+    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "Input and output", 0},
+    {"-o", OPT_TEXT, &prep_opt.output, 0, 0, "FILE", "the dataset to write; {} becomes the part's name", 0},
+    {"--format", OPT_TEXT, &prep_opt.format, 0, 0, "FORMAT", "sdf, smi, csv or tsv, if the file name does not say it", 0},
+    {"--strict", OPT_FLAG, &prep_opt.strict, 0, 0, NULL, "stop at the first record that cannot be used", 0},
+    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "What a record holds", 0},
+    {"--smiles", OPT_TEXT, &prep_opt.smiles, 0, 0, "COLUMN", "CSV column of the SMILES (default: smiles)", 0},
+    {"--labels", OPT_TEXT, &prep_opt.labels, 0, 0, "A,B,C", "CSV columns or SD tags to learn; all: every one with numbers", 0},
+    {"--name", OPT_TEXT, &prep_opt.name, 0, 0, "COLUMN", "CSV column or SD tag of the name (default: SD title, SMILES)", 0},
+    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "What becomes of a molecule", 0},
+    {"--max-atoms", OPT_INT, &prep_opt.max_atoms, 1, RAW_ATOMS_MAX, "N", "skip larger molecules", 0},
+    {"--keep-hydrogens", OPT_FLAG, &prep_opt.keep_hydrogens, 0, 0, NULL, "keep explicit hydrogen atoms as atoms", 0},
+    {"--orient", OPT_TEXT, &prep_opt.orient, 0, 0, "HOW", "keep the frame of the file, or turn to principal axes", 0},
+    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "Splitting", 0},
+    {"--split", OPT_TEXT, &prep_opt.split, 0, 0, "0.8,0.1,0.1", "write train, valid and test parts (two numbers: no test)", 0},
+    {"--split-by", OPT_TEXT, &prep_opt.split_by, 0, 0, "HOW", "scaffold, random or order", 0},
+    {"--seed", OPT_INT, &prep_opt.seed, 0, 9e15, "N", "of the random split", 0},
+    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "Looking into a dataset", 0},
+    {"--dump", OPT_TEXT, &prep_opt.dump, 0, 0, "FILE.bin", "print its molecules as JSON, one a line", 0},
+    {"--range", OPT_TEXT, &prep_opt.range, 0, 0, "A:B", "only molecules A to B-1, counted from 0", 0},
+    {"--help", OPT_FLAG, &prep_opt.help, 0, 0, NULL, "this text", 0},
+};
+
+enum { N_PREP_OPTIONS = sizeof PREP_OPTION_TABLE / sizeof PREP_OPTION_TABLE[0] };
+
+static void print_help(void) {
+    printf(
+        "data_prep - molecule files in, one dataset file for moleblend out\n\n"
+        "  ./data_prep -o train.bin molecules.sdf\n"
+        "  ./data_prep -o tox.{}.bin --split 0.8,0.1,0.1 --labels all tox21.csv\n"
+        "  gzip -dc big.sdf.gz | ./data_prep -o big.bin --format sdf -\n"
+        "  ./data_prep --dump train.bin --range 0:2\n\n"
+        "Reads .sdf and .mol (V2000, V3000), .smi, and .csv or .tsv with a SMILES column. Computes\n"
+        "the atom and bond features that OGB takes from RDKit 2022.09; keeps 3D positions of SD\n"
+        "files. Records that cannot be used are skipped, counted and named at the end.\n");
+    options_print(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0);
+}
+
+static void check_options(int n_inputs) {
+    const PrepOptions *o = &prep_opt;
+    CHECK(n_inputs > 0, "no input; see --help");
+    CHECK(o->output, "-o: expected the dataset to write; see --help");
+    CHECK(strcmp(o->orient, "keep") == 0 || strcmp(o->orient, "principal") == 0,
+          "--orient: expected keep or principal, found \"%s\"", o->orient);
+    CHECK(strcmp(o->split_by, "scaffold") == 0 || strcmp(o->split_by, "random") == 0 ||
+          strcmp(o->split_by, "order") == 0,
+          "--split-by: expected scaffold, random or order, found \"%s\"", o->split_by);
+    CHECK(o->split || !strstr(o->output, "{}"), "-o: {} stands for a part's name; give --split too");
+}
+
+int main(int argc, char **argv) {
+    prep_opt = PREP_DEFAULTS;
+    const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
+    int n_inputs = options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc);
+    if (prep_opt.help || argc == 1) {
+        print_help();
+        return 0;
+    }
+    if (prep_opt.dump) {
+        dump_dataset(prep_opt.dump, prep_opt.range);
+        free(inputs);
+        return 0;
+    }
+    check_options(n_inputs);
+    Output out = {.n_parts = prep_opt.split ? 0 : 1};
+    if (prep_opt.split) out.n_parts = parse_fractions(prep_opt.split, out.fraction);
+    Conversion c = {.name_tag = prep_opt.name, .smiles_name = prep_opt.smiles,
+                    .labels = prep_opt.labels, .keep_hydrogens = prep_opt.keep_hydrogens,
+                    .max_atoms = (int)prep_opt.max_atoms, .strict = prep_opt.strict,
+                    .principal = strcmp(prep_opt.orient, "principal") == 0,
+                    .want_keys = out.n_parts > 1 && strcmp(prep_opt.split_by, "scaffold") == 0};
+    Worker *workers = xmalloc((size_t)max_threads(), sizeof *workers);
+    Record *records = xmalloc(CHUNK_RECORDS, sizeof *records);
+    Outcome *outcomes = xmalloc(CHUNK_RECORDS, sizeof *outcomes);
+    Summary sum = {0};
+    name_tasks(&c);
+    for (int k = 0; k < n_inputs; k++) {
+        Source source;
+        source_open(&source, inputs[k], prep_opt.format);
+        convert_source(&source, &c, &prep_opt, &out, workers, records, outcomes, &sum);
+        source_close(&source);
+    }
+    print_summary(&sum, n_inputs);
+    CHECK(sum.n_kept > 0, "%s: no molecule could be read", inputs[0]);
+    output_finish(&out, &prep_opt, &c);
+    for (int t = 0; t < max_threads(); t++) {
+        mol_free(&workers[t].mol);
+        molecule_free(&workers[t].molecule);
+        free(workers[t].bytes);
+    }
+    for (int t = 0; t < c.n_tasks; t++) free(c.task_names[t]);
+    free(c.task_names);
+    free(workers);
+    free(records);
+    free(outcomes);
+    free(inputs);
+    return 0;
+}
+#endif
