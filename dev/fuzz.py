@@ -322,7 +322,7 @@ def make_targets(options, folder):
 
 def verdict(code, said, folder):
     """What is wrong with the outcome of a run, or None."""
-    if "Sanitizer" in said or "runtime error:" in said:
+    if "ERROR: " in said and "Sanitizer" in said or "runtime error:" in said:
         found = re.search(r"(ERROR: \w+Sanitizer: \S+|runtime error: [^\n]{0,80})", said)
         where = re.search(r"#\d+ 0x\w+ in (\S+) [^\n]*?([\w.]+:\d+)", said)
         return (found.group(1) if found else "sanitizer report") + (
