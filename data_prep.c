@@ -1377,7 +1377,7 @@ static void smiles_ring_bond(ChemMol *m, RingMark *first, RingMark *second) {
 // Closes all rings, by rising number.
 static int smiles_close_rings(SmilesReader *s) {
     ChemMol *m = s->m;
-    qsort(s->marks, (size_t)s->n_marks, sizeof *s->marks, compare_marks);
+    if (s->n_marks) qsort(s->marks, (size_t)s->n_marks, sizeof *s->marks, compare_marks);
     for (int k = 0; k < s->n_marks; k += 2) {
         RingMark *a = &s->marks[k], *b = a + 1;
         if (k + 1 == s->n_marks || b->number != a->number)
@@ -1479,7 +1479,7 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
         b->order = (uint8_t)default_order(m, b->begin, b->end);
         b->aromatic = b->order == ORDER_AROMATIC;
     }
-    qsort(s.marks, (size_t)s.n_marks, sizeof *s.marks, compare_mark_columns);
+    if (s.n_marks) qsort(s.marks, (size_t)s.n_marks, sizeof *s.marks, compare_mark_columns);
     for (int i = 0; i < m->n_atoms; i++)
         if (m->atoms[i].chirality == CHI_CW || m->atoms[i].chirality == CHI_CCW)
             smiles_fix_chirality(&s, i);
