@@ -338,7 +338,7 @@ static inline void options_print(const Option *table, int n, unsigned command) {
         char left[80];
         snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
         printf("  %-24s %s", left, o->help);
-        if (o->kind == OPT_INT) printf(" (default %lld)", (long long)*(int64_t *)o->value);
+        if (o->kind == OPT_INT && *(int64_t *)o->value) printf(" (default %lld)", (long long)*(int64_t *)o->value);
         if (o->kind == OPT_NUMBER) printf(" (default %g)", *(double *)o->value);
         if (o->kind == OPT_TEXT && *(const char **)o->value)
             printf(" (default %s)", *(const char **)o->value);

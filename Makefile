@@ -1,0 +1,81 @@
+# make            builds moleblend and data_prep, and train.bin and valid.bin from the bundled sample
+# make test       builds and runs every test; the last line is "N passed, N failed"
+# make bench      speed of the kernels and of a training step, next to the machine's FMA peak
+# make asan tsan  the tests under AddressSanitizer + UBSan, the threads under ThreadSanitizer
+# make debug      unoptimised programs for a debugger
+# make clean
+#
+# CC=clang        another compiler                 ARCH=     portable code, for any machine
+# OMP=0           without OpenMP (one thread)
+
+CC ?= gcc
+ARCH ?= -march=native
+OMP ?= 1
+WARN = -std=c11 -Wall -Wextra -Wshadow -Wvla -Wdouble-promotion -Wno-psabi
+FAST = -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd
+CFLAGS ?=
+LIBS = -lm
+
+# Is there an OpenMP that links and runs? On a Mac, libomp from Homebrew is tried too.
+PROBE = printf '\#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' > build/omp.c \
+        && $(CC) $(1) build/omp.c -o build/omp $(2) 2> /dev/null && build/omp
+BREW := $(shell brew --prefix libomp 2> /dev/null)
+MADE := $(shell mkdir -p build)
+ifneq ($(OMP),0)
+ifeq ($(shell $(call PROBE,-fopenmp,) && echo yes),yes)
+  OMPFLAGS = -fopenmp
+else ifneq ($(BREW),)
+ifeq ($(shell $(call PROBE,-Xpreprocessor -fopenmp -I$(BREW)/include,-L$(BREW)/lib -lomp) && echo yes),yes)
+  OMPFLAGS = -Xpreprocessor -fopenmp -I$(BREW)/include
+  LIBS += -L$(BREW)/lib -lomp
+endif
+endif
+endif
+ALL = $(WARN) $(FAST) $(ARCH) $(OMPFLAGS) $(CFLAGS)
+
+all: moleblend data_prep train.bin valid.bin
+	@echo "built with $(CC), $(if $(OMPFLAGS),OpenMP,one thread (no OpenMP found: install libomp, or use gcc)). Next: ./moleblend train.bin"
+
+moleblend: moleblend.c moleblend.h Makefile
+	$(CC) $(ALL) moleblend.c -o $@ $(LIBS)
+
+data_prep: data_prep.c moleblend.h Makefile
+	$(CC) $(ALL) data_prep.c -o $@ $(LIBS)
+
+build/test: test.c moleblend.c data_prep.c moleblend.h Makefile
+	$(CC) $(ALL) -Wno-unused-function test.c -o $@ $(LIBS)
+
+build/bench: dev/bench.c moleblend.c moleblend.h Makefile
+	$(CC) $(ALL) -Wno-unused-function dev/bench.c -o $@ $(LIBS)
+
+train.bin valid.bin: data/sample.sdf data_prep
+	./data_prep -o '{}.bin' --split 0.9,0.1 --split-by random --labels logP,TPSA data/sample.sdf
+
+test: all build/test
+	cp build/test test
+	./test
+
+bench: all build/bench
+	build/bench
+
+asan:
+	$(MAKE) clean
+	$(MAKE) test CC="$(CC)" OMP=$(OMP) CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+	$(MAKE) clean
+
+tsan:
+	$(MAKE) clean
+	$(MAKE) moleblend data_prep CC=clang CFLAGS="-O1 -g -fsanitize=thread"
+	$(MAKE) clean
+
+debug:
+	$(CC) $(WARN) -O0 -g $(OMPFLAGS) moleblend.c -o moleblend $(LIBS)
+	$(CC) $(WARN) -O0 -g $(OMPFLAGS) data_prep.c -o data_prep $(LIBS)
+
+clean:
+	rm -rf build moleblend data_prep test train.bin valid.bin
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+.PHONY: all test bench asan tsan debug clean help

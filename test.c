@@ -1,0 +1,1607 @@
+// test.c - every test of moleblend.c and data_prep.c. Build and run with `make test`.
+//
+//   ./test                        all tests; the last line is "N passed, N failed"
+//   ./test --golden FILE...       compares with golden files (numbers of the official modules) and
+//                                 prints the largest relative error of every family of tensors
+//
+// The programs are compiled into this file, so that every function can be called; what concerns
+// their command lines (messages, exit codes, resuming) runs ./moleblend and ./data_prep.
+// A comparison is |a - b| <= tolerance * |b| in the Euclidean norm, and fails on NaN.
+
+#define MB_PROGRAM "test"
+#define MOLEBLEND_TEST
+#define DATA_PREP_TEST
+#include "moleblend.c"
+#include "data_prep.c"
+
+// =================================================================================================
+// Counting and comparing
+// =================================================================================================
+
+static int tests_passed, tests_failed;
+
+// Counts a test; says which one failed.
+MB_PRINTF(2, 3) static void test_check(int ok, const char *fmt, ...) {
+    va_list args;
+    if (ok) {
+        tests_passed++;
+        return;
+    }
+    tests_failed++;
+    printf("FAILED: ");
+    va_start(args, fmt);
+    vprintf(fmt, args);
+    va_end(args);
+    printf("\n");
+}
+
+// |a - b| / |b| in the Euclidean norm; infinite if b is 0 and a is not; NaN stays NaN.
+static double relative_error(const float *a, const float *b, size_t n) {
+    double difference = 0, norm = 0;
+    for (size_t k = 0; k < n; k++) {
+        double d = (double)a[k] - (double)b[k];
+        difference += d * d;
+        norm += (double)b[k] * (double)b[k];
+    }
+    if (difference == 0) return 0;
+    return norm > 0 || isnan(norm) ? sqrt(difference / norm) : (double)INFINITY;
+}
+
+static void test_close(const float *a, const float *b, size_t n, double tolerance, const char *what) {
+    double error = relative_error(a, b, n);
+    test_check(error <= tolerance, "%s: relative error %.2e, tolerance %.0e", what, error, tolerance);
+}
+
+// =================================================================================================
+// Golden files: layout and formulas are described in data/README.md
+// =================================================================================================
+
+// Largest errors of a family of tensors, e.g. all of "out/*/attn_bias".
+typedef struct { char name[64]; double error, tolerance; int count; } Family;
+typedef struct { Family family[64]; int count; } Report;
+
+static void report_add(Report *r, const char *name, double error, double tolerance) {
+    int k = 0;
+    while (k < r->count && strcmp(r->family[k].name, name)) k++;
+    CHECK(k < 64, "too many families");
+    Family *f = &r->family[k];
+    if (k == r->count) {
+        r->count++;
+        snprintf(f->name, sizeof f->name, "%s", name);
+        f->tolerance = tolerance;
+    }
+    f->count++;
+    if (!(error <= f->error)) f->error = error;  // NaN counts as larger
+}
+
+// One test a family: is the largest error within its tolerance?
+static void report_finish(const Report *r, const char *path, int print) {
+    for (int k = 0; k < r->count; k++) {
+        const Family *f = &r->family[k];
+        int ok = f->error <= f->tolerance;
+        if (print)
+            printf("  %-24s %4d tensors   error %.1e   %3.0f %% of tolerance %.0e%s\n", f->name, f->count,
+                   f->error, 100 * f->error / f->tolerance, f->tolerance, ok ? "" : "   FAILED");
+        test_check(ok, "%s: %s: relative error %.2e, tolerance %.0e", path, f->name, f->error,
+                   f->tolerance);
+    }
+}
+
+static double meta_number(const TensorFile *f, const char *key) {
+    const char *text = tensor_meta(f, key);
+    CHECK(text, "%s: metadata %s is missing", f->path, key);
+    return strtod(text, NULL);
+}
+
+// Number k of a metadata list "a,b,c" (or "[a, b, c]"); the only one if it is a single number.
+static double meta_number_at(const TensorFile *f, const char *key, int k) {
+    const char *text = tensor_meta(f, key);
+    CHECK(text, "%s: metadata %s is missing", f->path, key);
+    for (; k > 0 && strpbrk(text, ", "); k--) {
+        text = strpbrk(text, ", ");
+        text += strspn(text, ", ");
+    }
+    return strtod(text + strspn(text, "[ "), NULL);
+}
+
+// Weight of loss k in a metadata list such as "denoise 6, spd 0.1, edge 0.1, d3 0.5".
+static double meta_weight(const TensorFile *f, const char *name) {
+    const char *text = tensor_meta(f, "weights"), *at = text ? strstr(text, name) : NULL;
+    CHECK(at, "%s: metadata weights is missing", f->path);
+    return strtod(at + strlen(name), NULL);
+}
+
+// The floats of a tensor, in fresh memory.
+static float *tensor_floats(const TensorFile *f, const char *name, size_t *count) {
+    const TensorEntry *t = tensor_find(f, name);
+    CHECK(t && strcmp(t->dtype, "F32") == 0, "%s: tensor %s is missing or not F32", f->path, name);
+    float *x = xmalloc(t->count, sizeof *x);
+    for (size_t k = 0; k < t->count; k++) x[k] = get_f32(t->data + 4 * k);
+    if (count) *count = t->count;
+    return x;
+}
+
+// Tensor "GROUP/INDEX/NAME" of a golden file, or NULL.
+static const TensorEntry *golden_tensor(const TensorFile *f, const char *group, size_t index,
+                                        const char *name) {
+    char full[128];
+    snprintf(full, sizeof full, "%s/%zu/%s", group, index, name);
+    return tensor_find(f, full);
+}
+
+static uint64_t splitmix64(uint64_t x) {
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+// The hash from which element e of tensor `name` is made in files that hold no parameters.
+static uint64_t formula_hash(const char *name, size_t e) {
+    uint64_t h = 0xcbf29ce484222325u;  // FNV-1a
+    for (; *name; name++) h = (h ^ (unsigned char)*name) * 0x100000001b3u;
+    return splitmix64(h + e);
+}
+
+// Parameters by formula (data/README.md).
+static void formula_params(const Model *model) {
+    for (int i = 0; i < model->n_tensors; i++) {
+        const TensorInfo *t = &model->info[i];
+        char name[128];
+        tensor_name(t, name);
+        int norm = strstr(name, "layer_norm") || strstr(name, "LayerNorm");
+        int bias = strstr(name, ".bias") && !strstr(name, "gbf.bias.weight");
+        int table = (strstr(name, "atom_feature.") || strstr(name, "molecule_attn_bias.")) &&
+                    !strstr(name, "edge_dis_encoder");
+        for (size_t e = 0; e < t->count; e++) {
+            double v = (double)(formula_hash(name, e) >> 40) / 8388608.0 - 1.0, x;
+            if (norm) x = bias ? 0.1 * v : 1 + 0.2 * v;
+            else if (strstr(name, "gbf.means") || strstr(name, "gbf.stds")) x = 1.5 + 1.5 * v;
+            else if (strstr(name, "gbf.mul")) x = 0.5 + 0.2 * v;
+            else if (strstr(name, "gbf.bias")) x = 0.2 * v;
+            else if (table) x = 0.5 * v;
+            else x = bias ? 0.1 * v : 0.25 * v;
+            int padded = t->rule == INIT_TABLE || strstr(name, "gbf.mul") || strstr(name, "gbf.bias");
+            model->params[t->offset + e] = padded && e < t->columns ? 0.0f : (float)x;
+        }
+    }
+}
+
+// Molecule i of a golden file.
+static void golden_molecule(Molecule *m, const TensorFile *f, size_t i) {
+    const TensorEntry *feat = golden_tensor(f, "mol", i, "atom_feat"), *bonds, *bond_feat, *pos;
+    bonds = golden_tensor(f, "mol", i, "bonds");
+    bond_feat = golden_tensor(f, "mol", i, "bond_feat");
+    pos = golden_tensor(f, "mol", i, "pos");
+    CHECK(feat && bonds && bond_feat, "%s: molecule %zu is incomplete", f->path, i);
+    molecule_resize(m, (int)feat->shape[0], (int)bonds->shape[0], 0, 0);
+    memcpy(m->atom_feat, feat->data, feat->count);
+    for (size_t k = 0; k < bonds->count; k++) m->bonds[k] = (uint16_t)get_u32(bonds->data + 4 * k);
+    for (size_t k = 0; k < bonds->shape[0]; k++) {
+        const uint8_t *v = bond_feat->data + 3 * k;
+        m->bond_code[k] = (uint8_t)(12 * v[0] + 2 * v[1] + v[2]);
+    }
+    m->has_pos = pos != NULL;
+    for (size_t k = 0; pos && k < pos->count; k++) m->pos[k] = get_f32(pos->data + 4 * k);
+}
+
+// A golden file, and our model and batch made from it.
+typedef struct {
+    TensorFile file;
+    Model model;
+    Batch batch;
+    Acts acts;
+    int finetune;
+    Task task;
+    float mean[16], std[16];
+    LossWeights weights;
+    Adam adam;
+} Golden;
+
+// Lays out the batch of a golden file, with its blend and noise.
+static void golden_batch(Golden *g) {
+    size_t B = (size_t)meta_number(&g->file, "n_mols");
+    int Y = g->model.config.tasks;
+    Sizes room = {0};
+    for (size_t b = 0; b < B; b++) {
+        const TensorEntry *t = golden_tensor(&g->file, "mol", b, "atom_feat");
+        CHECK(t, "%s: molecule %zu is missing", g->file.path, b);
+        sizes_add(&room, (int)t->shape[0]);
+    }
+    batch_alloc(&g->batch, room, Y);
+    acts_alloc(&g->acts, g->model.config, room);
+    for (size_t b = 0; b < B; b++)
+        g->batch.n_atoms[b] = (int)golden_tensor(&g->file, "mol", b, "atom_feat")->shape[0];
+    batch_layout(&g->batch, B);
+    float *labels = Y ? tensor_floats(&g->file, "labels", NULL) : NULL;
+    Molecule m = {0};
+    for (size_t b = 0; b < B; b++) {
+        golden_molecule(&m, &g->file, b);
+        molecule_resize(&m, m.n_atoms, m.n_bonds, Y, 0);
+        if (Y) memcpy(m.labels, labels + b * (size_t)Y, sizeof(float) * (size_t)Y);
+        batch_set(&g->batch, b, &m, &g->batch.finder[0]);
+        const TensorEntry *noise = golden_tensor(&g->file, "mol", b, "noise");
+        const TensorEntry *blend = golden_tensor(&g->file, "mol", b, "blend");
+        const TensorEntry *feat_blend = golden_tensor(&g->file, "mol", b, "feat_blend");
+        size_t a0 = (size_t)g->batch.atom_start[b], p0 = g->batch.pair_start[b];
+        if (g->finetune) batch_use(&g->batch, b, g->task.use);
+        for (size_t k = 0; blend && k < blend->count; k++)
+            g->batch.pair_use[p0 + k] = (uint8_t)(1 << blend->data[k]);
+        for (size_t k = 0; feat_blend && k < feat_blend->count; k++)
+            g->batch.atom_use[a0 + k] = feat_blend->data[k] ? USE_3D : USE_SPD;
+        for (size_t k = 0; noise && k < noise->count; k++)
+            g->batch.noise[3 * a0 + k] = get_f32(noise->data + 4 * k);
+        batch_geometry(&g->batch, b);
+    }
+    batch_count(&g->batch);
+    molecule_free(&m);
+    free(labels);
+}
+
+static int meta_is(const TensorFile *f, const char *key, const char *value) {
+    const char *text = tensor_meta(f, key);
+    return text && strcmp(text, value) == 0;
+}
+
+static void golden_open(Golden *g, const char *path) {
+    *g = (Golden){0};
+    TensorFile *f = &g->file;
+    tensor_file_open(f, path);
+    Config c = {(int)meta_number(f, "layers"), (int)meta_number(f, "dim"), (int)meta_number(f, "ffn"),
+                (int)meta_number(f, "heads"), (int)meta_number(f, "kernels"), 0};
+    g->finetune = tensor_meta(f, "task") != NULL;
+    if (g->finetune) {
+        c.tasks = (int)meta_number(f, "n_tasks");
+        g->task.kind = meta_is(f, "task", "classification") ? TASK_CLASSIFICATION : TASK_REGRESSION;
+        g->task.readout = meta_is(f, "readout", "cls") ? READ_CLS
+                          : meta_is(f, "readout", "mean") ? READ_MEAN : READ_SUM;
+        if (meta_is(f, "use_2d", "True")) g->task.use |= USE_SPD | USE_EDGE;
+        if (meta_is(f, "use_3d", "True")) g->task.use |= USE_3D;
+        for (int y = 0; y < c.tasks && y < 16; y++) {
+            g->mean[y] = (float)meta_number_at(f, "label_mean", y);
+            g->std[y] = (float)meta_number_at(f, "label_std", y);
+        }
+        g->task.mean = g->mean;
+        g->task.std = g->std;
+    } else {
+        g->weights = (LossWeights){{0, meta_weight(f, "denoise "), meta_weight(f, "spd "),
+                                    meta_weight(f, "edge "), meta_weight(f, "d3 ")}};
+    }
+    g->adam = (Adam){meta_number(f, "lr"), meta_number(f, "beta1"), meta_number(f, "beta2"),
+                     meta_number(f, "eps"), meta_number(f, "weight_decay"), meta_number(f, "clip_norm")};
+    model_create(&g->model, c, 1);
+    formula_params(&g->model);  // also for tensors the file does not have because they are not used
+    for (int i = 0; i < g->model.n_tensors && !tensor_meta(f, "params"); i++)
+        tensor_load(g->model.params, &g->model.info[i], f, "param/");
+    golden_batch(g);
+}
+
+static void golden_close(Golden *g) {
+    tensor_file_close(&g->file);
+    model_free(&g->model);
+    batch_free(&g->batch);
+    acts_free(&g->acts);
+}
+
+// Compares ours with tensor out/b/name, if the file has it.
+static void golden_output(Report *r, const Golden *g, size_t b, const char *name, const float *ours,
+                          double tolerance) {
+    const TensorEntry *t = golden_tensor(&g->file, "out", b, name);
+    if (!t) return;
+    float *expected = xmalloc(t->count, sizeof *expected);
+    for (size_t k = 0; k < t->count; k++) expected[k] = get_f32(t->data + 4 * k);
+    report_add(r, name, relative_error(ours, expected, t->count), tolerance);
+    free(expected);
+}
+
+// Relations and encoder: spd, embed, attn_bias, layerN of every molecule.
+static void golden_encoder(Report *r, const Golden *g) {
+    const Batch *batch = &g->batch;
+    int C = g->model.config.dim, H = g->model.config.heads;
+    for (size_t b = 0; b < batch->B; b++) {
+        int N = batch->n_atoms[b], S = N + 1, W = bias_width(N);
+        const TensorEntry *spd = golden_tensor(&g->file, "out", b, "spd");
+        int wrong = 0;
+        for (size_t k = 0; spd && k < spd->count; k++)
+            wrong += get_u32(spd->data + 4 * k) != batch->spd[batch->pair_start[b] + k];
+        if (spd) report_add(r, "spd", wrong, 1e-30);
+        float *bias = xmalloc((size_t)H * S * S, sizeof *bias);
+        const float *ours = g->acts.bias + bias_at(batch, H, b, 0);
+        for (int row = 0; row < H * S; row++)
+            memcpy(bias + (size_t)row * S, ours + (size_t)row * W, sizeof(float) * (size_t)S);
+        golden_output(r, g, b, "attn_bias", bias, 1e-5);
+        free(bias);
+        for (int l = 0; l <= g->model.config.layers; l++) {
+            char name[32] = "embed";
+            if (l) snprintf(name, sizeof name, "layer%d", l);
+            const float *x = g->acts.x + ((size_t)l * batch->T + (size_t)batch->atom_start[b] + b) * C;
+            golden_output(r, g, b, name, x, 1e-5);
+        }
+    }
+}
+
+// Gradients (print: name the bad ones), as whole tensors (grad/NAME) or as five sums (gradsum/NAME).
+static void golden_gradients(Report *r, const Golden *g, int print) {
+    double norm = gradient_norm(&g->model);
+    int compared = 0;
+    for (int i = 0; i < g->model.n_tensors; i++) {
+        const TensorInfo *t = &g->model.info[i];
+        const float *ours = g->model.grads + t->offset;
+        char name[128];
+        tensor_name(t, name);
+        const TensorEntry *full = tensor_find_official(&g->file, "grad/", name);
+        const TensorEntry *sums = tensor_find_official(&g->file, "gradsum/", name);
+        if (!full && !sums) continue;
+        compared++;
+        float a[5] = {0}, b[5], *expected = xmalloc((full ? full : sums)->count, sizeof *expected);
+        for (size_t k = 0; k < (full ? full : sums)->count; k++)
+            expected[k] = get_f32((full ? full : sums)->data + 4 * k);
+        double part[5] = {0};
+        for (size_t e = 0; e < t->count && sums; e++) {
+            uint64_t h = formula_hash(name, e);
+            part[0] += (double)ours[e] * (double)ours[e];
+            for (int k = 0; k < 4; k++) part[k + 1] += (double)ours[e] * (h >> k & 1 ? -1 : 1);
+        }
+        part[0] = sqrt(part[0]);
+        for (int k = 0; k < 5 && sums; k++) {
+            a[k] = (float)part[k];
+            b[k] = expected[k];
+        }
+        size_t n = sums ? 5 : full->count;
+        const float *got = sums ? a : ours, *want = sums ? b : expected;
+        double error = relative_error(got, want, n);
+        if (strstr(name, "k_proj.bias")) {  // zero in exact arithmetic: compared with the norm of all
+            double square = 0;
+            for (size_t k = 0; k < n; k++)
+                square += ((double)got[k] - (double)want[k]) * ((double)got[k] - (double)want[k]);
+            report_add(r, "gradients of key biases", sqrt(square) / norm, 1e-6);
+        } else {
+            report_add(r, "gradients", error, 1e-4);
+            if (print && !(error <= 1e-4)) printf("  gradient of %s: error %.2e\n", name, error);
+        }
+        free(expected);
+    }
+    test_check(compared > 20, "%s: only %d gradients compared", g->file.path, compared);
+}
+
+// The first losses and ten steps of AdamW on the same batch.
+static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logits, float *dlogits) {
+    static const Dropout none = {0};
+    Draws still = {0};
+    size_t steps = 0, columns = g->finetune ? 1 : LOSSES;
+    float *loss = tensor_floats(&g->file, "loss", NULL);
+    float *trace = tensor_floats(&g->file, "train/losses", &steps);
+    float *norms = g->finetune ? NULL : tensor_floats(&g->file, "train/grad_norms", NULL);
+    static const int order[LOSSES] = {LOSS_TOTAL, LOSS_NOISE, LOSS_SPD, LOSS_EDGE, LOSS_3D};
+    for (size_t k = 0; k < columns; k++) {
+        float ours = (float)first[order[k]];
+        report_add(r, "loss", relative_error(&ours, loss + k, 1), 1e-5);
+    }
+    for (size_t s = 0; s < steps / columns; s++) {
+        double now[LOSSES];
+        if (g->finetune)
+            now[0] = finetune_gradients(logits, dlogits, &g->acts, &g->model, &g->batch, &g->task, &none,
+                                        &still);
+        else
+            pretrain_gradients(now, &g->acts, &g->model, &g->batch, &g->weights, &none, &still);
+        for (size_t k = 0; k < columns; k++) {
+            float ours = (float)now[order[k]];
+            report_add(r, "losses of ten steps", relative_error(&ours, trace + s * columns + k, 1), 1e-4);
+        }
+        float norm = (float)adamw_step(&g->model, &g->adam, (int64_t)s + 1);
+        if (norms) report_add(r, "gradient norms", relative_error(&norm, norms + s, 1), 1e-4);
+    }
+    free(loss);
+    free(trace);
+    free(norms);
+}
+
+// Everything a golden file holds.
+static void test_golden(const char *path, int print) {
+    static const Dropout none = {0};
+    Golden g;
+    Report report = {0};
+    Draws still = {0};
+    golden_open(&g, path);
+    if (print) printf("%s\n", path);
+    size_t B = g.batch.B, Y = (size_t)g.model.config.tasks;
+    double loss[LOSSES] = {0};
+    float *logits = xmalloc(B * Y, sizeof *logits), *dlogits = xmalloc(B * Y, sizeof *dlogits);
+    if (g.finetune) {
+        size_t count = 0;
+        float *expected = tensor_floats(&g.file, "out/logits", &count);
+        loss[0] = finetune_gradients(logits, dlogits, &g.acts, &g.model, &g.batch, &g.task, &none, &still);
+        report_add(&report, "logits", relative_error(logits, expected, count), 1e-5);
+        free(expected);
+    } else {
+        HeadOutputs out = {xmalloc(g.batch.P * SPD_CLASSES, sizeof(float)),
+                           xmalloc(g.batch.P * EDGE_OUTPUTS, sizeof(float)),
+                           xmalloc(g.batch.P * 3, sizeof(float))};
+        encoder_forward(&g.acts, &g.model, &g.batch, &none, &still);
+        pretrain_heads(loss, &g.acts, &g.model, &g.batch, &g.weights, &none, &still, 0, &out);
+        for (size_t b = 0; b < B; b++) {
+            size_t p0 = g.batch.pair_start[b], N = (size_t)g.batch.n_atoms[b];
+            for (size_t i = 0; i < N; i++)
+                memset(out.d3 + 3 * (p0 + i * N + i), 0, 3 * sizeof(float));  // defined as zero there
+            golden_output(&report, &g, b, "spd_logits", out.spd + p0 * SPD_CLASSES, 1e-5);
+            golden_output(&report, &g, b, "edge_logits", out.edge + p0 * EDGE_OUTPUTS, 1e-5);
+            golden_output(&report, &g, b, "d3_pred", out.d3 + 3 * p0, 1e-5);
+            golden_output(&report, &g, b, "denoise_pred", g.acts.noise_out + 3 * g.batch.atom_start[b],
+                          1e-5);
+        }
+        free(out.spd);
+        free(out.edge);
+        free(out.d3);
+        pretrain_gradients(loss, &g.acts, &g.model, &g.batch, &g.weights, &none, &still);
+    }
+    golden_encoder(&report, &g);
+    golden_gradients(&report, &g, 1);
+    golden_steps(&report, &g, loss, logits, dlogits);
+    report_finish(&report, path, print);
+    free(logits);
+    free(dlogits);
+    golden_close(&g);
+}
+
+// =================================================================================================
+// Arithmetic: elementary functions, random numbers, matrix products
+// =================================================================================================
+
+// Deterministic test data in [-1, 1).
+static float test_number(size_t k) {
+    return 2.0f * rng_uniform(7, 99, 0, (uint32_t)(k >> 20), (uint32_t)k) - 1.0f;
+}
+
+static void fill(float *x, size_t n, size_t first, float scale) {
+    for (size_t k = 0; k < n; k++) x[k] = scale * test_number(first + k);
+}
+
+// Elementary functions against libm, in units of the last place of a float.
+static void test_functions(void) {
+    double worst_exp = 0, worst_cdf = 0, worst_slope = 0;
+    for (int k = -8000; k <= 8000; k++) {
+        float x = (float)k * 0.01f, density, y = (float)k * 0.00125f;
+        double e = exp((double)x), phi = 0.5 * erfc(-(double)y / sqrt(2.0));
+        double slope = phi + (double)y * exp(-0.5 * (double)y * (double)y) / sqrt(6.283185307179586);
+        worst_exp = fmax(worst_exp, fabs((double)exp_fast(x) / e - 1));
+        worst_cdf = fmax(worst_cdf, fabs((double)normal_cdf(y, &density) / phi - 1));
+        worst_slope = fmax(worst_slope, fabs((double)gelu_slope(y) - slope));
+    }
+    double ulp = (double)FLT_EPSILON;
+    test_check(worst_exp < 2 * ulp, "exp_fast: %.1f ulp", worst_exp / ulp);
+    test_check(worst_cdf < 50 * ulp, "normal_cdf: %.1f ulp", worst_cdf / ulp);  // e^(-x^2/2) at x = -10
+    test_check(worst_slope < 4 * ulp, "gelu_slope: %.1f ulp of 1", worst_slope / ulp);
+    test_check(gelu(0.0f) == 0.0f && exp_fast(0.0f) == 1.0f, "gelu(0), exp(0)");
+    test_check(exp_fast(SCORE_MASK) < 1e-37f, "masked score");
+}
+
+// Philox against the known answers published with Random123, CRC-32 against its check value.
+static void test_random(void) {
+    static const struct { Philox counter; uint64_t key; Philox expected; } known[] = {
+        {{{0, 0, 0, 0}}, 0, {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}}},
+        {{{~0u, ~0u, ~0u, ~0u}}, ~(uint64_t)0, {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}},
+        {{{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, 0x299f31d0a4093822,
+         {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}}};
+    for (int k = 0; k < 3; k++) {
+        Philox got = philox(known[k].counter, known[k].key);
+        test_check(memcmp(&got, &known[k].expected, sizeof got) == 0, "Philox4x32-10, known answer %d", k);
+    }
+    test_check(crc32_add(0, (const uint8_t *)"123456789", 9) == 0xcbf43926u, "CRC-32 check value");
+    double sum = 0, square = 0;
+    for (uint32_t k = 0; k < 20000; k++) {
+        double x = (double)rng_normal(1, RNG_NOISE, 0, 0, k);
+        sum += x;
+        square += x * x;
+    }
+    test_check(fabs(sum / 20000) < 0.03 && fabs(square / 20000 - 1) < 0.04, "normal draws");
+    uint32_t order[1000], seen[1000] = {0}, fixed = 0;
+    rng_permutation(order, 1000, 3, RNG_SHUFFLE, 0);
+    for (uint32_t k = 0; k < 1000; k++) {
+        seen[order[k]]++;
+        fixed += order[k] == k;
+    }
+    int once = 1;
+    for (int k = 0; k < 1000; k++) once = once && seen[k] == 1;
+    test_check(once && fixed < 10, "permutation");
+    Draws draws = {5, 2, 0, 1};
+    float mask[4001], again[4001];
+    double kept = 0;
+    dropout_row(mask, 4001, 0.1, &draws, RNG_ACTIVATION_DROP, 3, 8);
+    dropout_row(again, 4001, 0.1, &draws, RNG_ACTIVATION_DROP, 3, 9);
+    int values = 1, same = 0;
+    for (int k = 0; k < 4001; k++) {
+        values = values && (mask[k] == 0 || mask[k] == (float)(1 / 0.9));
+        kept += mask[k] > 0;
+        same += mask[k] == again[k];
+    }
+    test_check(values && fabs(kept / 4001 - 0.9) < 0.02, "dropout keeps %.3f of 0.9", kept / 4001);
+    test_check(same < 3500, "rows have masks of their own");
+}
+
+// A Work for products up to N columns.
+static Work test_work(int N, size_t scratch) {
+    Work w = {thread_count(), NULL, NULL, NULL, scratch};
+    w.packed_a = xmalloc((size_t)w.threads * MC * KC, sizeof(float));
+    w.packed_b = xmalloc((size_t)round_up(N, NR) * KC, sizeof(float));
+    w.thread = xmalloc((size_t)w.threads * scratch, sizeof(float));
+    return w;
+}
+
+static void test_work_free(Work *w) {
+    free(w->packed_a);
+    free(w->packed_b);
+    free(w->thread);
+}
+
+// gemm() and small_product() against the reference, over sizes around the edges of its blocks.
+// Bound: the rounding of K products and sums, of |a| |b| <= 1.
+static void test_gemm(void) {
+    static const int sizes[] = {1, 2, MR - 1, MR, MR + 1, NR - 1, NR, NR + 1, 61, KC + 1};
+    enum { MOST = KC + 1, COUNT = sizeof sizes / sizeof sizes[0] };
+    size_t n = (size_t)MOST * MOST;
+    Work w = test_work(MOST, 16);
+    float *A = xmalloc(n, 4), *B = xmalloc(n, 4), *C = xmalloc(n, 4), *D = xmalloc(n, 4);
+    float *bias = xmalloc(MOST, 4);
+    fill(A, n, 0, 1);
+    fill(B, n, n, 1);
+    fill(bias, MOST, 5, 1);
+    int wrong = 0, tried = 0;
+    for (int s = 0; s < COUNT * COUNT * COUNT; s++) {
+        int M = sizes[s % COUNT], N = sizes[s / COUNT % COUNT], K = sizes[s / COUNT / COUNT];
+        if ((M > 100) + (N > 100) + (K > 100) > 1) continue;
+        for (int mode = 0; mode < 4; mode++) {
+            int ta = mode & 1, tb = mode >> 1, add = (s + mode) % 3 == 0;
+            int lda = (ta ? M : K) + mode, ldb = (tb ? K : N) + 1, ldc = N + 2;
+            if (lda > MOST || ldb > MOST || ldc > MOST) lda = ta ? M : K, ldb = tb ? K : N, ldc = N;
+            fill(C, (size_t)M * ldc, 3 * n, 1);
+            memcpy(D, C, (size_t)M * ldc * sizeof *C);
+            gemm(&w, ta, tb, M, N, K, A, lda, B, ldb, add ? NULL : bias, add, C, ldc);
+            gemm_reference(ta, tb, M, N, K, A, lda, B, ldb, add ? NULL : bias, add, D, ldc);
+            double bound = 2 * ((double)K + 2) * (double)FLT_EPSILON;
+            for (size_t k = 0; k < (size_t)M * ldc; k++)
+                wrong += !(fabs((double)C[k] - (double)D[k]) <= bound);
+            tried++;
+        }
+    }
+    test_check(wrong == 0, "gemm: %d wrong numbers in %d products", wrong, tried);
+    for (int m = 1; m < 40; m += 3) {
+        int cols = round_up(m + 5, VEC);
+        small_product(C, cols, A, 50, 1, B, cols, m, cols, 37);
+        gemm_reference(0, 0, m, cols, 37, A, 50, B, cols, NULL, 0, D, cols);
+        test_close(C, D, (size_t)m * cols, 1e-6, "small_product");
+        small_product(C, cols, A, 1, 50, B, cols, m, cols, 37);
+        gemm_reference(1, 0, m, cols, 37, A, 50, B, cols, NULL, 0, D, cols);
+        test_close(C, D, (size_t)m * cols, 1e-6, "small_product, transposed");
+    }
+    test_work_free(&w);
+    free(A), free(B), free(C), free(D), free(bias);
+}
+
+// =================================================================================================
+// Molecules and batches for the tests
+// =================================================================================================
+
+// A random connected-or-not molecule: a tree with some extra bonds, `parts` pieces.
+static void random_molecule(Molecule *m, int N, int parts, int has_pos, uint32_t seed) {
+    int n_bonds = 0;
+    molecule_resize(m, N, 2 * N, 2, 4);
+    for (int i = 0; i < N * ATOM_FEATURES; i++)
+        m->atom_feat[i] = (uint8_t)(rng_bits(seed, 50, 0, 0, (uint32_t)i) %
+                                    ATOM_FEATURE_SIZES[i % ATOM_FEATURES]);
+    for (int i = 0; i < N; i++) {
+        uint32_t bits = rng_bits(seed, 51, 0, 0, (uint32_t)i);
+        if (i >= parts && i > 0) {  // to an earlier atom of the same piece
+            int earlier = i - parts * (int)(1 + bits % (uint32_t)max_int(1, i / parts > 3 ? 3 : i / parts));
+            m->bonds[2 * n_bonds] = (uint16_t)i;
+            m->bonds[2 * n_bonds + 1] = (uint16_t)max_int(earlier, i % parts);
+            m->bond_code[n_bonds++] = (uint8_t)(bits / 7 % BOND_CODES);
+        }
+        if (i >= 6 * parts && bits % 4 == 0) {  // a ring
+            m->bonds[2 * n_bonds] = (uint16_t)(i - 5 * parts);
+            m->bonds[2 * n_bonds + 1] = (uint16_t)i;
+            m->bond_code[n_bonds++] = (uint8_t)(bits / 11 % BOND_CODES);
+        }
+        for (int k = 0; k < 3; k++)
+            m->pos[3 * i + k] = 3.0f * rng_normal(seed, 52, 0, 0, (uint32_t)(3 * i + k));
+    }
+    m->n_bonds = n_bonds;
+    m->has_pos = has_pos;
+    m->labels[0] = test_number(seed);
+    m->labels[1] = seed % 3 ? (float)(seed % 2) : NAN;
+    memcpy(m->name, "mol ", 4);
+}
+
+// Shortest paths as the release finds them: Floyd-Warshall, k outermost, strict test, and the path
+// rebuilt by recursion.
+static int floyd_path(const int *via, int N, int i, int j, int *atoms) {
+    int k = via[i * N + j];
+    if (k < 0) return 0;
+    int n = floyd_path(via, N, i, k, atoms);
+    atoms[n++] = k;
+    return n + floyd_path(via, N, k, j, atoms + n);
+}
+
+static void test_relations(void) {
+    enum { MOST = 40 };
+    Molecule m = {0};
+    int wrong_spd = 0, wrong_path = 0, pairs = 0;
+    for (uint32_t trial = 0; trial < 60; trial++) {
+        int N = 1 + (int)(trial * 7 % MOST), d[MOST * MOST], via[MOST * MOST], code[MOST * MOST];
+        Batch batch;
+        Sizes room = {0};
+        random_molecule(&m, N, 1 + (int)trial % 3, 1, trial);
+        sizes_add(&room, N);
+        batch_alloc(&batch, room, 0);
+        batch.n_atoms[0] = N;
+        batch_layout(&batch, 1);
+        batch_set(&batch, 0, &m, &batch.finder[0]);
+        for (int k = 0; k < N * N; k++) d[k] = SPD_UNREACHABLE, via[k] = -1;
+        for (int i = 0; i < N; i++) d[i * N + i] = 0;
+        for (int k = 0; k < m.n_bonds; k++) {
+            int a = m.bonds[2 * k], b = m.bonds[2 * k + 1];
+            d[a * N + b] = d[b * N + a] = 1;
+            code[a * N + b] = code[b * N + a] = m.bond_code[k];
+        }
+        for (int k = 0; k < N; k++)
+            for (int i = 0; i < N; i++)
+                for (int j = 0; j < N; j++)
+                    if (d[i * N + j] > d[i * N + k] + d[k * N + j])
+                        d[i * N + j] = d[i * N + k] + d[k * N + j], via[i * N + j] = k;
+        for (int i = 0; i < N; i++)
+            for (int j = 0; j < N; j++, pairs++) {
+                int atoms[MOST + 2] = {i}, length = d[i * N + j];
+                wrong_spd += length != batch.spd[i * N + j];
+                if (length > 0 && length < SPD_UNREACHABLE)
+                    atoms[1 + floyd_path(via, N, i, j, atoms + 1)] = j;
+                for (int h = 0; h < PATH_BONDS; h++) {
+                    int expected = h < length && length < SPD_UNREACHABLE
+                                       ? code[atoms[h] * N + atoms[h + 1]] : PATH_NONE;
+                    wrong_path += batch.path[(i * N + j) * PATH_BONDS + h] != expected;
+                }
+            }
+        batch_free(&batch);
+    }
+    molecule_free(&m);
+    test_check(wrong_spd == 0 && pairs > 20000, "shortest paths: %d of %d wrong", wrong_spd, pairs);
+    test_check(wrong_path == 0, "bond paths: %d slots wrong", wrong_path);
+}
+
+// A model, and a batch of random molecules: one atom, two pieces, no bonds, 2D only, one of 20 atoms,
+// two atoms at the same place.
+typedef struct { Model model; Batch batch; Acts acts; Draws draws; Dropout drop; } Rig;
+
+static const Blend TEST_BLEND = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0};
+static const LossWeights TEST_WEIGHTS = {{0, 6, 0.1, 0.1, 0.5}};
+
+static void rig_molecule(Molecule *m, size_t b) {
+    static const int atoms[] = {1, 7, 3, 9, 20, 5}, parts[] = {1, 2, 3, 1, 1, 1};
+    random_molecule(m, atoms[b], parts[b], b != 3, 100 + (uint32_t)b);
+    if (b == 5) memcpy(m->pos, m->pos + 3, 3 * sizeof(float));
+}
+
+static void rig_open(Rig *rig, int tasks, int dropout) {
+    enum { B = 6 };
+    Config c = {2, 24, 20, 3, 12, tasks};
+    Molecule m = {0};
+    Sizes room = {0};
+    *rig = (Rig){.draws = {11, 4, 0, dropout}, .drop = {0.2, 0.15, 0.3, 0.1}};
+    model_create(&rig->model, c, 1);
+    formula_params(&rig->model);
+    for (size_t b = 0; b < B; b++) {
+        rig_molecule(&m, b);
+        sizes_add(&room, m.n_atoms);
+    }
+    batch_alloc(&rig->batch, room, tasks);
+    acts_alloc(&rig->acts, c, room);
+    for (size_t b = 0; b < B; b++) {
+        rig_molecule(&m, b);
+        rig->batch.n_atoms[b] = m.n_atoms;
+    }
+    batch_layout(&rig->batch, B);
+    for (size_t b = 0; b < B; b++) {
+        rig_molecule(&m, b);
+        batch_set(&rig->batch, b, &m, &rig->batch.finder[0]);
+        batch_draw(&rig->batch, b, &TEST_BLEND, &rig->draws);
+        batch_geometry(&rig->batch, b);
+    }
+    batch_count(&rig->batch);
+    molecule_free(&m);
+    encoder_forward(&rig->acts, &rig->model, &rig->batch, &rig->drop, &rig->draws);
+}
+
+static void rig_close(Rig *rig) {
+    model_free(&rig->model);
+    batch_free(&rig->batch);
+    acts_free(&rig->acts);
+}
+
+// =================================================================================================
+// Layer pairs: forward against a plain version, backward against central differences
+// =================================================================================================
+
+#define STEP 4e-3f  // of central differences, in float arithmetic
+
+// A scalar function of everything in the rig: the sum of some outputs, weighted by test numbers.
+typedef double Scalar(Rig *rig);
+
+static double weighted_sum(const float *x, size_t n) {
+    double sum = 0;
+    for (size_t k = 0; k < n; k++) sum += (double)x[k] * (double)test_number(k);
+    return sum;
+}
+
+// The gradient of weighted_sum().
+static void weights_into(float *dx, size_t n) { fill(dx, n, 0, 1); }
+
+// Compares dx (n), the gradient of f with respect to x (n), with central differences at up to 48
+// of its elements (those with the largest gradients and some others); x moves by step * max(1, |x|).
+static void test_gradient(Rig *rig, Scalar *f, float *x, const float *dx, size_t n, float step,
+                          const char *what) {
+    enum { MOST = 48 };
+    float analytic[MOST], numeric[MOST];
+    size_t count = 0;
+    double largest = 0;
+    float *saved = xmalloc(n, sizeof *saved);
+    memcpy(saved, dx, n * sizeof *saved);
+    for (size_t k = 0; k < n; k++) largest = fmax(largest, fabs((double)saved[k]));
+    for (size_t k = 0; k < n && count < MOST; k++) {
+        int large = fabs((double)saved[k]) > 0.3 * largest && largest > 0;
+        if (!large && k % (n / 16 + 1)) continue;
+        float keep = x[k], h = step * fmaxf(1.0f, fabsf(keep));
+        x[k] = keep + h;
+        float up = x[k];
+        double plus = f(rig);
+        x[k] = keep - h;
+        double minus = f(rig), width = (double)up - (double)x[k];
+        x[k] = keep;
+        analytic[count] = saved[k];
+        numeric[count++] = (float)((plus - minus) / width);
+    }
+    f(rig);
+    free(saved);
+    test_close(analytic, numeric, count, 5e-3, what);
+}
+
+// The same for a parameter by its field in Tensors; its gradient must have been computed.
+static void test_parameter(Rig *rig, Scalar *f, float *p, const char *what) {
+    size_t offset = (size_t)(p - rig->model.params);
+    for (int i = 0; i < rig->model.n_tensors; i++)
+        if (rig->model.info[i].offset == offset)
+            test_gradient(rig, f, p, rig->model.grads + offset, rig->model.info[i].count, STEP,
+                          what);
+}
+
+static double run_linear(Rig *rig) {
+    const Tensors *p = &rig->model.p;
+    int T = (int)rig->batch.T;
+    linear_forward(&rig->acts.work, rig->acts.ffn_pre, rig->acts.x, p->layer[0].ffn1_w,
+                   p->layer[0].ffn1_b, T, rig->model.config.dim, rig->model.config.ffn);
+    return weighted_sum(rig->acts.ffn_pre, (size_t)T * rig->model.config.ffn);
+}
+
+static void test_linear(void) {
+    Rig rig;
+    rig_open(&rig, 0, 1);
+    const LayerTensors *p = &rig.model.p.layer[0];
+    int T = (int)rig.batch.T, C = rig.model.config.dim, F = rig.model.config.ffn;
+    weights_into(rig.acts.dffn, (size_t)T * F);
+    run_linear(&rig);
+    linear_backward(&rig.acts.work, rig.acts.dx, 0, rig.model.g.layer[0].ffn1_w,
+                    rig.model.g.layer[0].ffn1_b, rig.acts.dffn, rig.acts.x, p->ffn1_w, T, C, F);
+    test_parameter(&rig, run_linear, p->ffn1_w, "linear: weight");
+    test_parameter(&rig, run_linear, p->ffn1_b, "linear: bias");
+    test_gradient(&rig, run_linear, rig.acts.x, rig.acts.dx, (size_t)T * C, STEP, "linear: input");
+    rig_close(&rig);
+}
+
+static double run_norm(Rig *rig) {
+    Acts *a = &rig->acts;
+    residual_norm_forward(a->mid, a->norm1_hat, a->norm1_rstd, a->x, a->context,
+                          rig->model.p.layer[1].norm1_w, rig->model.p.layer[1].norm1_b, &rig->batch,
+                          rig->model.config.dim, rig->drop.path, &rig->draws, 1, 0);
+    return weighted_sum(a->mid, rig->batch.T * (size_t)rig->model.config.dim);
+}
+
+static void test_norm(void) {
+    Rig rig;
+    rig_open(&rig, 0, 1);
+    Acts *a = &rig.acts;
+    int C = rig.model.config.dim, dropped = 0;
+    size_t n = rig.batch.T * (size_t)C;
+    const float *weight = rig.model.p.layer[1].norm1_w, *bias = rig.model.p.layer[1].norm1_b;
+    run_norm(&rig);
+    float *plain = xmalloc(n, sizeof *plain);
+    for (size_t t = 0; t < rig.batch.T; t++) {  // in double, step by step
+        double mean = 0, variance = 0, in[64];
+        float scale = path_scale(rig.drop.path, &rig.draws, 1, 0, (size_t)rig.batch.molecule[t]);
+        dropped += scale == 0;
+        for (int c = 0; c < C; c++) {
+            in[c] = (double)a->x[t * (size_t)C + c] + (double)scale * (double)a->context[t * (size_t)C + c];
+            mean += in[c] / C;
+        }
+        for (int c = 0; c < C; c++) variance += (in[c] - mean) * (in[c] - mean) / C;
+        for (int c = 0; c < C; c++)
+            plain[t * (size_t)C + c] = (float)((in[c] - mean) / sqrt(variance + 1e-5) * (double)weight[c] +
+                                               (double)bias[c]);
+    }
+    test_close(a->mid, plain, n, 1e-6, "LayerNorm with DropPath: forward");
+    test_check(dropped > 0, "DropPath dropped a branch");
+    free(plain);
+    weights_into(a->dmid, n);
+    residual_norm_backward(a->dx, a->branch, rig.model.g.layer[1].norm1_w, rig.model.g.layer[1].norm1_b,
+                           a->norm_parts, a->dmid, a->norm1_hat, a->norm1_rstd, weight, &rig.batch, C,
+                           rig.drop.path, &rig.draws, 1, 0);
+    test_gradient(&rig, run_norm, a->x, a->dx, n, STEP, "LayerNorm: residual");
+    test_gradient(&rig, run_norm, a->context, a->branch, n, STEP, "LayerNorm: branch");
+    test_parameter(&rig, run_norm, rig.model.p.layer[1].norm1_w, "LayerNorm: weight");
+    test_parameter(&rig, run_norm, rig.model.p.layer[1].norm1_b, "LayerNorm: bias");
+    rig_close(&rig);
+}
+
+static double run_gelu(Rig *rig) {
+    gelu_forward(rig->acts.ffn_hidden, rig->acts.ffn_pre, &rig->acts.work, &rig->batch,
+                 rig->model.config.ffn, rig->drop.activation, &rig->draws, RNG_ACTIVATION_DROP);
+    return weighted_sum(rig->acts.ffn_hidden, rig->batch.T * (size_t)rig->model.config.ffn);
+}
+
+static void test_gelu(void) {
+    Rig rig;
+    rig_open(&rig, 0, 1);
+    int F = rig.model.config.ffn;
+    size_t n = rig.batch.T * (size_t)F;
+    weights_into(rig.acts.dffn, n);
+    gelu_backward(rig.acts.dffn, rig.acts.dffn, rig.acts.ffn_pre, &rig.acts.work, &rig.batch, F,
+                  rig.drop.activation, &rig.draws, RNG_ACTIVATION_DROP);
+    test_gradient(&rig, run_gelu, rig.acts.ffn_pre, rig.acts.dffn, n, STEP, "gelu and dropout");
+    rig.draws.active = 0;
+    run_gelu(&rig);
+    double worst = 0;
+    for (size_t k = 0; k < n; k++) {
+        double x = (double)rig.acts.ffn_pre[k], exact = 0.5 * x * (1 + erf(x / sqrt(2.0)));
+        worst = fmax(worst, fabs((double)rig.acts.ffn_hidden[k] - exact));
+    }
+    test_check(worst < 1e-6, "gelu: forward, error %.1e", worst);
+    rig_close(&rig);
+}
+
+static double run_attention(Rig *rig) {
+    Acts *a = &rig->acts;
+    attention_forward(a->context, a->prob, a->qkv, a->bias, &a->work, &rig->batch, rig->model.config.dim,
+                      rig->model.config.heads, rig->drop.attention, &rig->draws, 0);
+    return weighted_sum(a->context, rig->batch.T * (size_t)rig->model.config.dim);
+}
+
+// softmax(q k^T / sqrt(D) + bias) v, in double, without dropout.
+static void plain_attention(float *context, const Rig *rig) {
+    int C = rig->model.config.dim, H = rig->model.config.heads, D = C / H;
+    for (size_t b = 0; b < rig->batch.B; b++) {
+        int S = rig->batch.n_atoms[b] + 1, W = bias_width(S - 1);
+        size_t first = (size_t)rig->batch.atom_start[b] + b;
+        const float *qkv = rig->acts.qkv + first * 3 * (size_t)C;
+        for (int h = 0; h < H; h++)
+            for (int s = 0; s < S; s++) {
+                const float *bias = rig->acts.bias + bias_at(&rig->batch, H, b, h) + (size_t)s * W;
+                double e[64], sum = 0;
+                for (int t = 0; t < S; t++) {
+                    double score = 0;
+                    for (int d = h * D; d < (h + 1) * D; d++)
+                        score += (double)qkv[s * 3 * C + d] * (double)qkv[t * 3 * C + C + d];
+                    sum += e[t] = exp(score / sqrt(D) + (double)bias[t]);
+                }
+                for (int d = h * D; d < (h + 1) * D; d++) {
+                    double out = 0;
+                    for (int t = 0; t < S; t++) out += e[t] / sum * (double)qkv[t * 3 * C + 2 * C + d];
+                    context[(first + (size_t)s) * C + d] = (float)out;
+                }
+            }
+    }
+}
+
+static void test_attention(void) {
+    Rig rig;
+    rig_open(&rig, 0, 1);
+    Acts *a = &rig.acts;
+    int C = rig.model.config.dim, H = rig.model.config.heads;
+    size_t n = rig.batch.T * (size_t)C;
+    weights_into(a->dcontext, n);
+    memset(a->dbias, 0, rig.batch.W * (size_t)H * sizeof *a->dbias);
+    run_attention(&rig);
+    attention_backward(a->dqkv, a->dbias, a->dcontext, a->prob, a->qkv, &a->work, &rig.batch, C, H,
+                       rig.drop.attention, &rig.draws, 0);
+    test_gradient(&rig, run_attention, a->qkv, a->dqkv, 3 * n, STEP, "attention: q, k, v");
+    test_gradient(&rig, run_attention, a->bias, a->dbias, rig.batch.W * (size_t)H, STEP, "attention: bias");
+    rig.draws.active = 0;
+    run_attention(&rig);
+    plain_attention(a->mid, &rig);
+    test_close(a->context, a->mid, n, 1e-6, "attention: forward");
+    rig_close(&rig);
+}
+
+static double run_geometry(Rig *rig) {
+    geometry_forward(&rig->acts, &rig->model, &rig->batch);
+    return weighted_sum(rig->acts.geo, rig->batch.A * (size_t)rig->model.config.dim) +
+           weighted_sum(rig->acts.mlp_out, rig->batch.Q * (size_t)rig->model.config.heads);
+}
+
+static void test_geometry(void) {
+    Rig rig;
+    rig_open(&rig, 0, 1);
+    Acts *a = &rig.acts;
+    const Tensors *p = &rig.model.p;
+    int G = rig.model.config.kernels;
+    run_geometry(&rig);
+    float *plain = xmalloc(rig.batch.Q * (size_t)G, sizeof *plain);
+    size_t q = 0, pair = 0;
+    for (size_t b = 0; b < rig.batch.B; b++)  // METHOD section 3, with libm
+        for (int i = rig.batch.atom_start[b]; i < rig.batch.atom_start[b + 1]; i++)
+            for (int j = rig.batch.atom_start[b]; j < rig.batch.atom_start[b + 1]; j++, pair++) {
+                if (!(rig.batch.pair_use[pair] & USE_3D)) continue;
+                int u = rig.batch.atom_feat[9 * i] + 3, v = rig.batch.atom_feat[9 * j] + 3 + 512;
+                double d = 0;
+                for (int k = 0; k < 3; k++)
+                    d += pow((double)(rig.batch.pos[3 * i + k] + rig.batch.noise[3 * i + k]) -
+                                 (double)(rig.batch.pos[3 * j + k] + rig.batch.noise[3 * j + k]), 2);
+                double x = (double)(p->gauss_mul[u] + p->gauss_mul[v]) * sqrt(d) +
+                           (double)(p->gauss_bias[u] + p->gauss_bias[v]);
+                for (int k = 0; k < G; k++) {
+                    double s = fabs((double)p->gauss_std[k]) + 0.01, z = (x - (double)p->gauss_mean[k]) / s;
+                    plain[q * (size_t)G + k] = (float)(exp(-0.5 * z * z) / (sqrt(2 * 3.14159) * s));
+                }
+                q++;
+            }
+    test_check(q == rig.batch.Q && q > 100, "%zu pairs use 3D", q);
+    test_close(a->gauss, plain, q * (size_t)G, 1e-5, "Gaussians: forward");
+    free(plain);
+    weights_into(a->geo, rig.batch.A * (size_t)rig.model.config.dim);
+    weights_into(a->dmlp_out, rig.batch.Q * (size_t)rig.model.config.heads);
+    memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
+    geometry_backward(a, &rig.model, &rig.batch);
+    test_parameter(&rig, run_geometry, p->gauss_mean, "Gaussians: means");
+    test_parameter(&rig, run_geometry, p->gauss_std, "Gaussians: stds");
+    test_parameter(&rig, run_geometry, p->gauss_mul, "Gaussians: mul");
+    test_parameter(&rig, run_geometry, p->gauss_bias, "Gaussians: bias");
+    test_parameter(&rig, run_geometry, p->mlp1_w, "3D bias: layer 1");
+    test_parameter(&rig, run_geometry, p->mlp1_b, "3D bias: layer 1 bias");
+    test_parameter(&rig, run_geometry, p->mlp2_w, "3D bias: layer 2");
+    test_parameter(&rig, run_geometry, p->geo_w, "3D structure");
+    rig_close(&rig);
+}
+
+static double run_bias(Rig *rig) {
+    path_bias_forward(&rig->acts, &rig->model);
+    bias_forward(&rig->acts, &rig->model, &rig->batch);
+    return weighted_sum(rig->acts.bias, rig->batch.W * (size_t)rig->model.config.heads);
+}
+
+// METHOD section 3: b_edge of a pair, from the tables, slot by slot.
+static double plain_edge_bias(const Rig *rig, size_t pair, int h) {
+    int H = rig->model.config.heads, spd = rig->batch.spd[pair];
+    double sum = 0;
+    for (int t = 0; t < PATH_BONDS; t++) {
+        int code = rig->batch.path[pair * PATH_BONDS + (size_t)t];
+        int value[3] = {code / 12, code / 2 % 6, code % 2};
+        for (int from = 0; from < H && code != PATH_NONE; from++)
+            for (int f = 0; f < 3; f++)
+                sum += (double)rig->model.p.bond_table[(3 + 512 * f + value[f]) * H + from] / 3 *
+                       (double)rig->model.p.path_maps[(t * H + from) * H + h];
+    }
+    return sum / (spd < 1 ? 1 : spd > 5 ? 5 : spd);
+}
+
+static void test_bias(void) {
+    Rig rig;
+    rig_open(&rig, 0, 1);
+    Acts *a = &rig.acts;
+    int H = rig.model.config.heads, drawn[8] = {0};
+    size_t n = rig.batch.W * (size_t)H, q = 0, pair = 0;
+    run_bias(&rig);
+    double worst = 0;
+    for (size_t b = 0; b < rig.batch.B; b++)
+        for (int i = 0; i < rig.batch.n_atoms[b]; i++)
+            for (int j = 0; j < rig.batch.n_atoms[b]; j++, pair++) {
+                int use = rig.batch.pair_use[pair];
+                drawn[use]++;
+                for (int h = 0; h < H; h++) {
+                    double expected = use == USE_EDGE ? plain_edge_bias(&rig, pair, h)
+                        : (double)(use == USE_3D ? a->mlp_out[q * (size_t)H + (size_t)h]
+                                      : rig.model.p.spd_table[(rig.batch.spd[pair] + 1) * H + h]);
+                    const float *ours = a->bias + bias_at(&rig.batch, H, b, h);
+                    int W = bias_width(rig.batch.n_atoms[b]);
+                    worst = fmax(worst, fabs((double)ours[(i + 1) * W + j + 1] - expected));
+                }
+                q += use == USE_3D;
+            }
+    test_check(worst < 1e-6 && drawn[1] > 20 && drawn[2] > 20 && drawn[4] > 20,
+               "blended bias: error %.1e (%d, %d, %d pairs)", worst, drawn[1], drawn[2], drawn[4]);
+    memset(a->dbias, 0, n * sizeof *a->dbias);
+    weights_into(a->dbias, n);
+    memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
+    bias_backward(a, &rig.model, &rig.batch);
+    path_bias_backward(a, &rig.model);
+    // weights of padding lanes reach nothing: they are no outputs of the pairs
+    test_parameter(&rig, run_bias, rig.model.p.spd_table, "bias: SPD table");
+    test_parameter(&rig, run_bias, rig.model.p.bond_table, "bias: bond table");
+    test_parameter(&rig, run_bias, rig.model.p.path_maps, "bias: path maps");
+    test_parameter(&rig, run_bias, rig.model.p.graph_bias, "bias: graph token");
+    test_check(rig.model.g.spd_table[0] == 0 && rig.model.g.bond_table[0] == 0, "padding rows");
+    rig_close(&rig);
+}
+
+static double run_embedding(Rig *rig) {
+    embedding_forward(&rig->acts, &rig->model, &rig->batch);
+    return weighted_sum(rig->acts.x, rig->batch.T * (size_t)rig->model.config.dim);
+}
+
+static void test_embedding(void) {
+    Rig rig;
+    rig_open(&rig, 0, 1);
+    Acts *a = &rig.acts;
+    size_t C = (size_t)rig.model.config.dim, n = rig.batch.T * C;
+    float *geo = xmalloc(rig.batch.A * C, sizeof *geo);
+    memcpy(geo, a->geo, rig.batch.A * C * sizeof *geo);
+    run_embedding(&rig);
+    weights_into(a->dx, n);
+    memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
+    embedding_backward(a, &rig.model, &rig.batch);
+    float *dgeo = xmalloc(rig.batch.A * C, sizeof *dgeo);
+    memcpy(dgeo, a->geo, rig.batch.A * C * sizeof *dgeo);
+    memcpy(a->geo, geo, rig.batch.A * C * sizeof *geo);
+    test_gradient(&rig, run_embedding, a->geo, dgeo, rig.batch.A * C, 100 * STEP, "embedding: 3D structure");
+    test_parameter(&rig, run_embedding, rig.model.p.atom_table, "embedding: atom table");
+    test_parameter(&rig, run_embedding, rig.model.p.in_degree, "embedding: in degree");
+    test_parameter(&rig, run_embedding, rig.model.p.out_degree, "embedding: out degree");
+    test_parameter(&rig, run_embedding, rig.model.p.graph_token, "embedding: graph token");
+    test_parameter(&rig, run_embedding, rig.model.p.embed_norm_w, "embedding: LayerNorm");
+    test_check(rig.model.g.atom_table[0] == 0 && rig.model.g.in_degree[0] == 0, "padding rows");
+    free(geo);
+    free(dgeo);
+    rig_close(&rig);
+}
+
+// All heads: the total loss as a function of the encoder's output and the head parameters.
+static double run_heads(Rig *rig) {
+    double loss[LOSSES];
+    pretrain_heads(loss, &rig->acts, &rig->model, &rig->batch, &TEST_WEIGHTS, &rig->drop, &rig->draws, 0,
+                   NULL);
+    return loss[LOSS_TOTAL];
+}
+
+// Logits of a relation head as the release computes them: from the outer product of 1024 numbers.
+static void test_pair_logits(const Rig *rig, const float *logits, int map, int K, const float *weight,
+                             const float *bias, const char *what) {
+    const float *maps = rig->acts.pair_map;
+    size_t pair = 0;
+    float *plain = xmalloc(rig->batch.P * (size_t)K, sizeof *plain);
+    for (size_t b = 0; b < rig->batch.B; b++)
+        for (int i = rig->batch.atom_start[b]; i < rig->batch.atom_start[b + 1]; i++)
+            for (int j = rig->batch.atom_start[b]; j < rig->batch.atom_start[b + 1]; j++, pair++)
+                for (int k = 0; k < K; k++) {
+                    double sum = (double)bias[k];
+                    for (int o = 0; o < 1024; o++)
+                        sum += (double)maps[i * 192 + map * 32 + o / 32] *
+                               (double)maps[j * 192 + map * 32 + 32 + o % 32] * (double)weight[k * 1024 + o];
+                    plain[pair * (size_t)K + (size_t)k] = (float)sum;
+                }
+    test_close(logits, plain, rig->batch.P * (size_t)K, 1e-5, what);
+    free(plain);
+}
+
+// The denoising head's output as METHOD states it, with y_a formed; without dropout.
+static void test_noise_output(const Rig *rig) {
+    int C = rig->model.config.dim, H = rig->model.config.heads, D = C / H;
+    const Acts *a = &rig->acts;
+    double worst = 0;
+    for (size_t b = 0; b < rig->batch.B; b++) {
+        int N = rig->batch.n_atoms[b], W = bias_width(N), a0 = rig->batch.atom_start[b];
+        for (int i = 0; i < N; i++)
+            for (int axis = 0; axis < 3; axis++) {
+                const float *axis_b[3] = {rig->model.p.noise_axis1_b, rig->model.p.noise_axis2_b,
+                                          rig->model.p.noise_axis3_b};
+                double out = (double)axis_b[axis][0];
+                for (int c = 0; c < C; c++) {
+                    const float *prob = a->noise_prob + bias_at(&rig->batch, H, b, c / D) + (size_t)i * W;
+                    double y = 0;
+                    for (int j = 0; j < N; j++)
+                        y += (double)prob[j] * (double)a->noise_qkv[((a0 + j) * 3 + 2) * C + c] *
+                             (double)rig->batch.direction[3 * rig->batch.pair_start[b] +
+                                                          (size_t)((axis * N + i) * N + j)];
+                    out += y * (double)rig->model.p.noise_axis1_w[axis * C + c];
+                }
+                worst = fmax(worst, fabs(out - (double)a->noise_out[3 * (a0 + i) + axis]));
+            }
+    }
+    test_check(worst < 1e-5, "denoising head: forward, error %.1e", worst);
+}
+
+static void test_heads(void) {
+    Rig rig;
+    rig_open(&rig, 0, 0);
+    Acts *a = &rig.acts;
+    const Tensors *p = &rig.model.p;
+    size_t P = rig.batch.P, n = rig.batch.T * (size_t)rig.model.config.dim;
+    HeadOutputs out = {xmalloc(P * SPD_CLASSES, 4), xmalloc(P * EDGE_OUTPUTS, 4), xmalloc(P * 3, 4)};
+    double loss[LOSSES];
+    pretrain_heads(loss, a, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop, &rig.draws, 0, &out);
+    test_pair_logits(&rig, out.spd, 0, SPD_CLASSES, p->spd_w, p->spd_b, "SPD head: forward");
+    test_pair_logits(&rig, out.edge, 2, EDGE_OUTPUTS, p->edge_w, p->edge_b, "edge head: forward");
+    test_noise_output(&rig);
+    free(out.spd), free(out.edge), free(out.d3);
+    rig.draws.active = 1;
+    pretrain_heads(loss, a, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop, &rig.draws, 1, NULL);
+    float *x = a->x + (size_t)rig.model.config.layers * n;
+    float *dbias = xmalloc(rig.batch.W * (size_t)rig.model.config.heads, sizeof *dbias);
+    memcpy(dbias, a->dbias, rig.batch.W * (size_t)rig.model.config.heads * sizeof *dbias);
+    test_gradient(&rig, run_heads, x, a->dx, n, STEP, "heads: input");
+    test_gradient(&rig, run_heads, a->bias, dbias, rig.batch.W * (size_t)rig.model.config.heads,
+                  STEP, "denoising head: bias");
+    free(dbias);
+    float *const tensors[] = {p->spd_row_w, p->edge_col_w, p->d3_row_b, p->d3_col_norm_w, p->spd_row_norm_b,
+                              p->spd_w, p->spd_b, p->edge_w, p->edge_b, p->d3_w, p->d3_b, p->d3_axis2_w,
+                              p->d3_axis3_b, p->noise_q_w, p->noise_v_w, p->noise_v_b, p->noise_axis1_w,
+                              p->noise_axis2_b};
+    for (size_t k = 0; k < sizeof tensors / sizeof tensors[0]; k++) {
+        char what[32];
+        snprintf(what, sizeof what, "heads: tensor %zu", k);
+        test_parameter(&rig, run_heads, tensors[k], what);
+    }
+    rig_close(&rig);
+}
+
+// The whole model: total loss against every tensor of the table, dropout and DropPath on.
+static double run_model(Rig *rig) {
+    encoder_forward(&rig->acts, &rig->model, &rig->batch, &rig->drop, &rig->draws);
+    return run_heads(rig);
+}
+
+static void test_model(void) {
+    Rig rig;
+    rig_open(&rig, 0, 1);
+    double loss[LOSSES];
+    pretrain_gradients(loss, &rig.acts, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop, &rig.draws);
+    double norm = gradient_norm(&rig.model);
+    float numeric[512], analytic[512];
+    int count = 0;
+    for (int i = 0; i < rig.model.n_tensors; i++) {  // along the direction of the tensor's gradient
+        const TensorInfo *t = &rig.model.info[i];
+        float *p = rig.model.params + t->offset, *g = rig.model.grads + t->offset;
+        double length = 0;
+        for (size_t k = 0; k < t->count; k++) length += (double)g[k] * (double)g[k];
+        length = sqrt(length);
+        if (length < 1e-3 * norm) continue;  // below the rounding of the loss
+        float *keep = xmalloc(t->count, sizeof *keep), h = (float)(2e-3 / length);
+        memcpy(keep, p, t->count * sizeof *keep);
+        for (size_t k = 0; k < t->count; k++) p[k] = keep[k] + h * g[k];
+        double plus = run_model(&rig);
+        for (size_t k = 0; k < t->count; k++) p[k] = keep[k] - h * g[k];
+        double minus = run_model(&rig);
+        memcpy(p, keep, t->count * sizeof *keep);
+        free(keep);
+        analytic[count] = (float)length;
+        numeric[count++] = (float)((plus - minus) / 4e-3);
+    }
+    test_check(count > 40, "only %d tensors compared", count);
+    test_close(analytic, numeric, (size_t)count, 1e-2, "whole model against central differences");
+    rig_close(&rig);
+}
+
+// A molecule's result does not depend on what else is in the batch.
+static void test_packing(void) {
+    Rig rig;
+    rig_open(&rig, 0, 0);
+    size_t C = (size_t)rig.model.config.dim, b = 4, N = (size_t)rig.batch.n_atoms[b];
+    size_t first = (size_t)rig.batch.atom_start[b] + b, L = (size_t)rig.model.config.layers;
+    float *together = xmalloc((N + 1) * C, sizeof *together);
+    memcpy(together, rig.acts.x + (L * rig.batch.T + first) * C, (N + 1) * C * sizeof *together);
+    Molecule m = {0};
+    rig_molecule(&m, b);
+    rig.batch.n_atoms[0] = m.n_atoms;
+    batch_layout(&rig.batch, 1);
+    batch_set(&rig.batch, 0, &m, &rig.batch.finder[0]);
+    rig.draws.first_place = (uint32_t)b;
+    batch_draw(&rig.batch, 0, &TEST_BLEND, &rig.draws);
+    batch_geometry(&rig.batch, 0);
+    batch_count(&rig.batch);
+    encoder_forward(&rig.acts, &rig.model, &rig.batch, &rig.drop, &rig.draws);
+    test_close(rig.acts.x + L * rig.batch.T * C, together, (N + 1) * C, 1e-6, "alone and in a batch");
+    free(together);
+    molecule_free(&m);
+    rig_close(&rig);
+}
+
+// 500 atoms, all together with one atom and without positions: finite losses and gradients.
+static void test_large(void) {
+    Config c = {1, 16, 16, 2, 4, 0};
+    Model model;
+    Batch batch;
+    Acts acts;
+    Molecule m = {0};
+    Sizes room = {0};
+    Draws draws = {3, 0, 0, 1};
+    static const int atoms[] = {500, 1, 12}, parts[] = {1, 1, 2};
+    for (int b = 0; b < 3; b++) sizes_add(&room, atoms[b]);
+    model_create(&model, c, 1);
+    model_init(&model, 5);
+    batch_alloc(&batch, room, 0);
+    acts_alloc(&acts, c, room);
+    for (int b = 0; b < 3; b++) batch.n_atoms[b] = atoms[b];
+    batch_layout(&batch, 3);
+    for (size_t b = 0; b < 3; b++) {
+        random_molecule(&m, atoms[b], parts[b], b != 2, (uint32_t)b);
+        batch_set(&batch, b, &m, &batch.finder[0]);
+        batch_draw(&batch, b, &TEST_BLEND, &draws);
+        batch_geometry(&batch, b);
+    }
+    batch_count(&batch);
+    double loss[LOSSES];
+    static const Dropout drop = {0.1, 0.1, 0.1, 0};
+    pretrain_gradients(loss, &acts, &model, &batch, &TEST_WEIGHTS, &drop, &draws);
+    double norm = gradient_norm(&model);
+    test_check(isfinite(loss[LOSS_TOTAL]) && isfinite(norm) && norm > 0, "500 atoms: loss %g, gradient %g",
+               loss[LOSS_TOTAL], norm);
+    molecule_free(&m);
+    model_free(&model);
+    batch_free(&batch);
+    acts_free(&acts);
+}
+
+static double run_task(Rig *rig) {
+    float logits[32];
+    task_head_forward(logits, &rig->acts, &rig->model, &rig->batch, READ_MEAN);
+    return weighted_sum(logits, rig->batch.B * 2);
+}
+
+static void test_task_head(void) {
+    Rig rig;
+    rig_open(&rig, 2, 0);
+    float dlogits[32];
+    size_t n = rig.batch.T * (size_t)rig.model.config.dim;
+    run_task(&rig);
+    weights_into(dlogits, rig.batch.B * 2);
+    task_head_backward(&rig.acts, &rig.model, &rig.batch, dlogits, READ_MEAN);
+    test_gradient(&rig, run_task, rig.acts.x + (size_t)rig.model.config.layers * n, rig.acts.dx, n,
+                  STEP, "fine-tuning head: input");
+    test_parameter(&rig, run_task, rig.model.p.head1_w, "fine-tuning head: dense");
+    test_parameter(&rig, run_task, rig.model.p.head2_b, "fine-tuning head: bias");
+    rig_close(&rig);
+}
+
+// Metrics against values computed by scikit-learn (roc_auc_score, average_precision_score).
+static void test_metrics(void) {
+    static const float scores[] = {0.1f, 0.4f, 0.35f, 0.8f, 0.4f, 0.4f, 0.9f, 0.1f, 0.5f, 0.7f};
+    static const float labels[] = {0, 0, 1, 1, 1, 0, NAN, 0, 0, 1};
+    static const float values[] = {1.5f, -0.5f, 2, 7.25f, 0, 3, 1, 4, 4.5f, -1};
+    double metric[METRICS];
+    task_metrics(metric, TASK_CLASSIFICATION, scores, labels, 10, 1, 0);
+    test_check(fabs(metric[METRIC_AUC] - 0.75) < 1e-9, "ROC-AUC %.9f", metric[METRIC_AUC]);
+    test_check(fabs(metric[METRIC_AP] - 0.7678571428571428) < 1e-9, "average precision %.9f",
+               metric[METRIC_AP]);
+    task_metrics(metric, TASK_REGRESSION, scores, values, 10, 1, 0);
+    test_check(fabs(metric[METRIC_RMSE] - 2.9685855183712375) < 1e-6, "RMSE %.9f", metric[METRIC_RMSE]);
+    test_check(fabs(metric[METRIC_MAE] - 2.31) < 1e-6, "MAE %.9f", metric[METRIC_MAE]);
+    test_check(fabs(metric[METRIC_R2] + 0.49348585613954987) < 1e-6, "R2 %.9f", metric[METRIC_R2]);
+    static const float one_class[] = {0, 0, NAN, 0, 0, 0, 0, 0, 0, 0};
+    task_metrics(metric, TASK_CLASSIFICATION, scores, one_class, 10, 1, 0);
+    test_check(isnan(metric[METRIC_AUC]) && isnan(metric[METRIC_AP]), "one class: undefined");
+}
+
+// =================================================================================================
+// The tests can fail: a gradient off by 1 %, one wrong feature, a NaN
+// =================================================================================================
+
+static void test_sensitivity(const char *golden_path) {
+    static const Dropout none = {0};
+    Golden g;
+    Draws still = {0};
+    double loss[LOSSES];
+    golden_open(&g, golden_path);
+    pretrain_gradients(loss, &g.acts, &g.model, &g.batch, &g.weights, &none, &still);
+    int quiet = tests_failed, noticed = 0, tensors = 0;
+    for (int i = 0; i < g.model.n_tensors; i++) {
+        const TensorInfo *t = &g.model.info[i];
+        Report r = {0};
+        if (strstr(t->pattern, "k_proj.bias")) continue;
+        for (size_t k = 0; k < t->count; k++) g.model.grads[t->offset + k] *= 1.01f;
+            golden_gradients(&r, &g, 0);
+        for (size_t k = 0; k < t->count; k++) g.model.grads[t->offset + k] /= 1.01f;
+        int seen = 0;
+        for (int k = 0; k < r.count; k++) seen = seen || !(r.family[k].error <= r.family[k].tolerance);
+        noticed += seen;
+        tensors++;
+    }
+    test_check(noticed == tensors && tensors > 90, "a gradient off by 1 %% is noticed in %d of %d tensors",
+               noticed, tensors);
+    g.batch.atom_feat[3] ^= 1;
+    Report r = {0};
+    encoder_forward(&g.acts, &g.model, &g.batch, &none, &still);
+    golden_encoder(&r, &g);
+    int seen = 0;
+    for (int k = 0; k < r.count; k++) seen += !(r.family[k].error <= r.family[k].tolerance);
+    test_check(seen > 0, "one wrong atom feature is noticed");
+    g.batch.atom_feat[3] ^= 1;
+    float a[2] = {1, NAN}, b[2] = {1, 1};
+    Report nan_report = {0};
+    report_add(&nan_report, "nan", relative_error(a, b, 2), 1e-5);
+    test_check(!(nan_report.family[0].error <= 1e-5), "NaN is noticed");
+    test_check(tests_failed == quiet, "these tests failed on purpose only");
+    golden_close(&g);
+}
+
+// =================================================================================================
+// Files and programs
+// =================================================================================================
+
+// Writes a dataset of n random molecules with two tasks.
+static void write_test_dataset(const char *path, int n) {
+    static char logp[] = "logP", name[] = "with,comma";
+    char *const tasks[] = {logp, name};
+    DatasetWriter w;
+    Molecule m = {0};
+    uint8_t *record = NULL;
+    dataset_create(&w, path, 2, tasks);
+    for (int i = 0; i < n; i++) {
+        random_molecule(&m, 1 + i * 5 % 23, 1 + i % 2, i % 7 != 3, (uint32_t)i);
+        size_t size = record_size(m.n_atoms, m.n_bonds, 2, m.name_length, m.has_pos);
+        record = xrealloc(record, size, 1);
+        dataset_append(&w, record, record_encode(record, &m));
+    }
+    dataset_finish(&w);
+    free(record);
+    molecule_free(&m);
+}
+
+static void test_dataset(void) {
+    const char *path = "build/test_data.bin";
+    write_test_dataset(path, 40);
+    Dataset d;
+    Molecule m = {0}, expected = {0};
+    dataset_open(&d, path);
+    test_check(d.count == 40 && d.n_tasks == 2 && strcmp(d.task_names[1], "with,comma") == 0,
+               "dataset header");
+    int same = 0;
+    for (int i = 39; i >= 0; i--) {
+        random_molecule(&expected, 1 + i * 5 % 23, 1 + i % 2, i % 7 != 3, (uint32_t)i);
+        dataset_read(&d, (size_t)i, &m);
+        size_t n = (size_t)m.n_atoms, bonds = (size_t)m.n_bonds;
+        same += m.n_atoms == expected.n_atoms && m.n_bonds == expected.n_bonds &&
+                m.has_pos == expected.has_pos && !memcmp(m.atom_feat, expected.atom_feat, 9 * n) &&
+                !memcmp(m.bonds, expected.bonds, 4 * bonds) &&
+                !memcmp(m.bond_code, expected.bond_code, bonds) &&
+                (!m.has_pos || !memcmp(m.pos, expected.pos, 12 * n)) &&
+                !memcmp(m.labels, expected.labels, 4) && isnan(m.labels[1]) == isnan(expected.labels[1]);
+    }
+    test_check(same == 40, "dataset round trip: %d of 40 molecules the same", same);
+    // any bytes behind a right checksum: an error or a molecule, never a crash
+    uint8_t record[4096];
+    uint64_t begin = get_u64(d.index + 8 * 20) >> 16, end = get_u64(d.index + 8 * 21) >> 16;
+    size_t size = (size_t)(end - begin);
+    int refused = 0;
+    for (uint32_t k = 0; k < 20000; k++) {
+        memcpy(record, d.data + begin, size);
+        for (uint32_t change = 0; change < 1 + k % 3; change++)
+            record[4 + rng_bits(k, 60, change, 0, 0) % (size - 4)] = (uint8_t)rng_bits(k, 61, change, 0, 0);
+        put_u32(record, crc32_add(0, record + 4, size - 4));
+        refused += record_decode(&m, record, size, 2) != NULL;
+    }
+    test_check(refused > 3000 && refused < 20000, "mutated records: %d of 20000 refused", refused);
+    dataset_close(&d);
+    molecule_free(&m);
+    molecule_free(&expected);
+}
+
+static void test_checkpoint(void) {
+    const char *path = "build/test_model.safetensors";
+    Config c = {2, 24, 20, 3, 12, 0};
+    Model model, again;
+    TensorFile f;
+    model_create(&model, c, 1);
+    model_init(&model, 9);
+    const ArenaName arena = {"", model.params};
+    tensor_file_write(path, &model, &arena, 1, NULL, "{\"format\":\"pt\",\"quote\\\"d\":\"a\\\\b\"}");
+    tensor_file_open(&f, path);
+    Config read = tensor_file_config(&f, "");
+    test_check(memcmp(&c, &read, sizeof c) == 0, "sizes from a checkpoint's shapes");
+    test_check(f.meta_count == 2 && tensor_meta(&f, "quote\"d") && !strcmp(tensor_meta(&f, "quote\"d"), "a\\b"),
+               "metadata with escapes");
+    model_create(&again, c, 0);
+    model_load(&again, again.params, &f, "");
+    test_check(memcmp(model.params, again.params, model.count * sizeof(float)) == 0,
+               "checkpoint round trip");
+    test_check(tensor_find(&f, "encoder.molecule_encoder.layers.1.self_attn.q_proj.weight") != NULL,
+               "official names");
+    tensor_file_close(&f);
+    model_free(&model);
+    model_free(&again);
+}
+
+// Parameters of the table sizes of METHOD section 9, and the initial values.
+static void test_parameter_table(void) {
+    static const struct { Config c; double millions; } sizes[] = {
+        {{2, 64, 64, 4, 16, 0}, 0.85}, {{6, 256, 256, 8, 64, 0}, 4.5}, {{12, 768, 768, 32, 128, 0}, 49.5}};
+    for (int k = 0; k < 3; k++) {
+        Model m = {.config = sizes[k].c, .n_tensors = tensor_table(sizes[k].c, NULL)};
+        m.info = xmalloc((size_t)m.n_tensors, sizeof *m.info);
+        tensor_table(sizes[k].c, m.info);
+        const TensorInfo *last = &m.info[m.n_tensors - 1];
+        double millions = (double)(last->offset + last->count) / 1e6;
+        test_check(fabs(millions / sizes[k].millions - 1) < 0.01, "size %d: %.2f M parameters", k, millions);
+        free(m.info);
+    }
+    Model m;
+    model_create(&m, sizes[0].c, 1);
+    model_init(&m, 1);
+    const LayerTensors *l = &m.p.layer[1];
+    test_check(l->k_w == l->q_w + 64 * 64 && l->v_w == l->k_w + 64 * 64 && l->v_b == l->q_b + 128 &&
+                   m.p.d3_col_w == m.p.spd_row_w + 5 * 32 * 64 && m.p.noise_v_b == m.p.noise_q_b + 128 &&
+                   m.p.d3_axis3_w == m.p.d3_axis1_w + 2 * D3_INNER,
+               "matrices used as one stand next to each other");
+    test_check(m.p.atom_table[0] == 0 && m.p.gauss_mul[0] == 0 && m.p.gauss_mul[1] == 0.5f &&
+                   m.p.atom_table[64] != 0 && l->norm1_w[3] == 1 && l->q_b[0] == 0 &&
+                   m.p.gauss_mean[0] >= 0 && m.p.gauss_mean[0] < 3, "initial values");
+    model_free(&m);
+}
+
+// ---- the programs, by their command lines
+
+// Runs a command with its output in build/test.out; returns the exit code.
+static int run_command(const char *command) {
+    char *line = xprintf("%s > build/test.out 2>&1", command);
+    fflush(stdout);
+    int status = system(line);
+    free(line);
+#if MB_POSIX
+    return status == -1 || status & 0x7f ? 1000 + status : status >> 8;
+#else
+    return status;
+#endif
+}
+
+// The first bytes of a file, as text, in fresh memory; empty if it cannot be read.
+static char *file_text(const char *path, size_t *size) {
+    FILE *f = fopen(path, "rb");
+    char *text = xmalloc(1 << 22, 1);
+    *size = f ? fread(text, 1, (1 << 22) - 1, f) : 0;
+    if (f) fclose(f);
+    return text;
+}
+
+static int same_files(const char *a, const char *b) {
+    size_t n, m;
+    char *x = file_text(a, &n), *y = file_text(b, &m);
+    int same = n > 0 && n == m && memcmp(x, y, n) == 0;
+    free(x);
+    free(y);
+    return same;
+}
+
+// The command must end with this code, and its output contain this text.
+static void test_command(const char *command, int code, const char *expected) {
+    size_t n;
+    int got = run_command(command);
+    char *text = file_text("build/test.out", &n);
+    test_check(got == code && strstr(text, expected), "%s\n  exit code %d (expected %d), expected \"%s\" in:\n%s",
+               command, got, code, expected, text);
+    free(text);
+}
+
+static void test_messages(void) {
+    static const struct { const char *command; int code; const char *expected; } table[] = {
+        {"./moleblend --help", 0, "--batch-size N"},
+        {"./moleblend", 1, "moleblend: expected ./moleblend train.bin"},
+        {"./moleblend --stps 3 x.bin", 1, "unknown option --stps; did you mean --steps?"},
+        {"./moleblend build/test_train.bin --steps x", 1, "--steps: expected a whole number from 1"},
+        {"./moleblend build/test_train.bin --steps", 1, "--steps: expected a value (N) after it"},
+        {"./moleblend build/test_train.bin --lr nan", 1, "--lr: expected a number from 0 to 10, found \"nan\""},
+        {"./moleblend build/test_train.bin --size huge", 1, "--size: expected tiny, small or base"},
+        {"./moleblend build/test_train.bin --heads 7", 1, "--heads: expected a divisor of the dimension 256"},
+        {"./moleblend no_such.bin", 1, "moleblend: no_such.bin: cannot read:"},
+        {"./moleblend Makefile", 1, "Makefile: not a dataset file"},
+        {"./moleblend build", 1, "build: cannot read"},
+        {"./moleblend build/test_train.bin extra", 1, "expected ./moleblend train.bin"},
+        {"./moleblend build/test_train.bin --resume -o build/none.safetensors", 1, "build/none.safetensors.state: cannot read"},
+        {"./moleblend build/test_train.bin --steps 1 --size tiny -o no_dir/x.safetensors", 1, "no_dir/x.safetensors.state.tmp: cannot write"},
+        {"./moleblend info build/test_train.bin", 0, "dataset, 40 molecules"},
+        {"./moleblend info data/mini.safetensors", 0, "tensor file"},
+        {"./moleblend info README.md", 1, "README.md: not a .safetensors file"},
+        {"./moleblend show build/test_train.bin 2", 0, "one blend"},
+        {"./moleblend show build/test_train.bin 40", 1, "expected the index of a molecule, 0 to 39"},
+        {"./data_prep --help", 0, "--split"},
+        {"./data_prep", 1, "data_prep: "},
+    };
+    write_test_dataset("build/test_train.bin", 40);
+    for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
+        test_command(table[k].command, table[k].code, table[k].expected);
+}
+
+// Damaged files: every byte position class gives one line and exit code 1, or is not used.
+static void test_damage(void) {
+    size_t n;
+    char *bytes = file_text("build/test_train.bin", &n);
+    int bad = 0, tried = 0, quiet = 0;
+    for (size_t k = 0; k < 40; k++) {
+        size_t at = k < 16 ? 4 * k : rng_bits(1, 70, 0, 0, (uint32_t)k) % n;
+        int cut = k % 4 == 3;
+        FILE *f = fopen("build/test_bad.bin", "wb");
+        CHECK(f, "cannot write build/test_bad.bin");
+        bytes[at] ^= 0x41;
+        fwrite(bytes, 1, cut ? at : n, f);
+        fclose(f);
+        bytes[at] ^= 0x41;
+        int code = run_command("./moleblend info build/test_bad.bin");
+        quiet += code == 0;
+        bad += code != 1;
+        tried++;
+    }
+    test_check(bad == 0, "%d of %d damaged datasets did not give exit code 1 (%d were not noticed)", bad,
+               tried, quiet);
+    free(bytes);
+}
+
+// Same bytes with 1, 2 and 3 threads, and after kill -9 and --resume.
+static void test_reproducible(void) {
+    const char *base = "./moleblend build/test_train.bin --valid build/test_train.bin --size tiny --dim 32 "
+                       "--ffn 32 --batch-size 8 --steps 60 --save-every 7 ";
+    static const char *const threads[] = {"1", "2", "3"};
+    for (int k = 0; k < 3; k++) {
+        char *line = xprintf("%s --threads %s -o build/test_t%d.safetensors", base, threads[k], k);
+        test_command(line, 0, "by chance");
+        free(line);
+    }
+    test_check(same_files("build/test_t0.safetensors", "build/test_t1.safetensors") &&
+               same_files("build/test_t0.safetensors", "build/test_t2.safetensors"),
+               "1, 2 and 3 threads write the same bytes");
+#if MB_POSIX
+    remove("build/test_k.safetensors.state");
+    char *line = xprintf("sh -c '%s -o build/test_k.safetensors & p=$!; i=0; "
+                         "while [ ! -s build/test_k.safetensors.state ] && [ $i -lt 6000 ]; do sleep 0.01; "
+                         "i=$((i+1)); done; kill -9 $p 2> /dev/null; wait $p; true'", base);
+    run_command(line);
+    free(line);
+    line = xprintf("%s --resume -o build/test_k.safetensors", base);
+    test_command(line, 0, "resumed after step");
+    free(line);
+    test_check(same_files("build/test_t0.safetensors", "build/test_k.safetensors"),
+               "killed and resumed: the bytes of the uninterrupted run");
+    line = xprintf("%s --lr 0.5 --resume -o build/test_k.safetensors", base);
+    test_command(line, 1, "--resume needs the same data and options");
+    free(line);
+#endif
+}
+static void test_data_prep(void) {}
+
+// =================================================================================================
+// Main
+// =================================================================================================
+
+int main(int argc, char **argv) {
+    if (argc > 2 && strcmp(argv[1], "--golden") == 0) {
+        for (int i = 2; i < argc; i++) test_golden(argv[i], 1);
+    } else if (argc > 1) {
+        printf("usage: ./test [--golden FILE.safetensors...]\n");
+        return strcmp(argv[1], "--help") != 0;
+    } else {
+        static const struct { const char *name; void (*run)(void); } tests[] = {
+            {"functions", test_functions}, {"random numbers", test_random}, {"matrix products", test_gemm},
+            {"relations", test_relations}, {"parameter table", test_parameter_table},
+            {"linear", test_linear}, {"LayerNorm", test_norm}, {"gelu", test_gelu},
+            {"attention", test_attention}, {"geometry", test_geometry}, {"bias", test_bias},
+            {"embedding", test_embedding}, {"heads", test_heads}, {"fine-tuning head", test_task_head},
+            {"model", test_model}, {"packing", test_packing}, {"500 atoms", test_large},
+            {"metrics", test_metrics}, {"dataset", test_dataset}, {"checkpoint", test_checkpoint}, {"data_prep", test_data_prep},
+            {"messages", test_messages}, {"damaged files", test_damage},
+            {"reproducible", test_reproducible}};
+        for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {
+            int passed = tests_passed, failed = tests_failed;
+            double start = now_seconds();
+            tests[k].run();
+            printf("%-18s %3d passed, %d failed  %5.1f s\n", tests[k].name, tests_passed - passed,
+                   tests_failed - failed, now_seconds() - start);
+            fflush(stdout);
+        }
+        static const char *const golden[] = {"data/mini.safetensors", "data/mini_finetune_cls.safetensors",
+                                             "data/mini_finetune_reg.safetensors"};
+        for (int k = 0; k < 3; k++) test_golden(golden[k], 0);
+        test_sensitivity(golden[0]);
+    }
+    printf("%d passed, %d failed\n", tests_passed, tests_failed);
+    return tests_failed != 0;
+}
