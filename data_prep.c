@@ -255,7 +255,7 @@ typedef struct {
     int *first, *adj;       // bonds of atom i: adj[first[i]..first[i+1]), in the order of creation
     int *atom_rings;        // number of rings an atom is in
     RingList rings;
-    int has_xyz, is_3d, wedged;
+    int has_xyz, is_3d, wedged, had_aromatic;
     PrepArena arena;
 } ChemMol;
 
@@ -263,7 +263,7 @@ typedef struct {
 static void mol_clear(ChemMol *m) {
     prep_reset(&m->arena);
     m->n_atoms = m->n_bonds = 0;
-    m->has_xyz = m->is_3d = m->wedged = 0;
+    m->has_xyz = m->is_3d = m->wedged = m->had_aromatic = 0;
     m->rings = (RingList){0};
 }
 
@@ -591,6 +591,24 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
     return 0;
 }
 
+// The usual form of a coordinate, "-1234.5678" in ten columns, blanks and one sign in front. The
+// number is an exact integer over 10^4, so one division rounds it as strtod would.
+static int fixed_decimal(const char *p, double *value) {
+    int negative = 0, k = 0, v = 0;
+    if (p[5] != '.' || isdigit((unsigned char)p[10])) return 0;
+    while (k < 4 && p[k] == ' ') k++;
+    if (p[k] == '-') negative = 1, k++;
+    for (; k < 10; k++) {
+        int digit = p[k] - '0';
+        if (k == 5) continue;
+        if (digit < 0 || digit > 9) return 0;
+        v = 10 * v + digit;
+    }
+    *value = (negative ? -v : v) / 1e4;
+    if (negative && v == 0) *value = -0.0;
+    return 1;
+}
+
 // An atom line: x, y, z in ten columns each, the symbol in 32-34, then small integers.
 static int v2_atom_line(MolBlock *b, Span line) {
     if (line.n < 34)
@@ -599,6 +617,7 @@ static int v2_atom_line(MolBlock *b, Span line) {
     double xyz[3];
     for (int axis = 0; axis < 3; axis++) {
         const char *p = line.p + 10 * axis;
+        if (fixed_decimal(p, &xyz[axis])) continue;
         for (int k = 0; k < 10; k++)
             if (!((p[k] >= '0' && p[k] <= '9') || p[k] == ' ' || p[k] == '-' || p[k] == '+' ||
                   p[k] == '.' || p[k] == ','))
@@ -2818,6 +2837,7 @@ static int kekulize(ChemMol *m, Fault *fault) {
         aromatic |= is_aromatic_atom(m, i);
     }
     if (!aromatic) return 0;
+    m->had_aromatic = 1;
     if (n_free && kekulize_rings(m, fault)) return -1;
     for (int b = 0; b < m->n_bonds; b++)
         if (!(m->bonds[b].query & QUERY_ORDER)) m->bonds[b].aromatic = 0;
@@ -3098,12 +3118,13 @@ static RingList aromatic_candidates(AromaticSearch *s) {
     return rings;
 }
 
-static void assign_aromaticity(ChemMol *m) {
+// Marks aromatic atoms and bonds. Returns whether any ring could be.
+static int assign_aromaticity(ChemMol *m) {
     AromaticSearch s = {.m = m};
-    if (m->rings.n == 0) return;
+    if (m->rings.n == 0) return 0;
     s.donor = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *s.donor);
     s.rings = aromatic_candidates(&s);
-    if (s.rings.n == 0) return;
+    if (s.rings.n == 0) return 0;
     s.nb = ring_neighbours(m, &s.rings, FUSED_RING_MAX, 1);
     s.atom_count = prep_ints(&m->arena, m->n_atoms);
     s.bond_count = prep_ints(&m->arena, m->n_bonds);
@@ -3112,6 +3133,7 @@ static void assign_aromaticity(ChemMol *m) {
     int *system = prep_ints(&m->arena, s.rings.n);
     for (int r = 0; r < s.rings.n; r++)
         if (!done[r]) test_system(&s, system, fused_system(m, &s.nb, s.rings.n, r, done, system));
+    return 1;
 }
 
 // ---- conjugation and hybridization
@@ -3630,11 +3652,11 @@ static void clear_wedges(ChemMol *m) {
 //   bonds found this way refine the ranks, and may show others to be real.
 // =================================================================================================
 
-// What one atom is compared by within its rank: its neighbours' ranks, highest first.
-typedef struct { int atom, rank, n; const int *list; } CipEntry;
+// An atom with what it is compared by: an invariant, or its neighbours' ranks, highest first.
+typedef struct { int64_t value; int atom, n; const int *list; } CipEntry;
 
 static int compare_entries(const CipEntry *a, const CipEntry *b) {
-    if (a->rank != b->rank) return a->rank < b->rank ? -1 : 1;
+    if (a->value != b->value) return a->value < b->value ? -1 : 1;
     for (int k = 0; k < a->n && k < b->n; k++)
         if (a->list[k] != b->list[k]) return a->list[k] < b->list[k] ? -1 : 1;
     return (a->n > b->n) - (a->n < b->n);
@@ -3647,31 +3669,13 @@ static void sort_entries(CipEntry *entries, int n) {
         qsort(entries, (size_t)n, sizeof *entries, compare_entries_void);
         return;
     }
-    for (int i = 1; i < n; i++) {  // most molecules are small and nearly in order
+    for (int i = 1; i < n; i++) {  // most groups are small
         CipEntry moved = entries[i];
         int k = i;
         for (; k > 0 && compare_entries(&moved, &entries[k - 1]) < 0; k--)
             entries[k] = entries[k - 1];
         entries[k] = moved;
     }
-}
-
-typedef struct { int64_t value; int atom; } Invariant;
-
-static int compare_invariants(const void *a, const void *b) {
-    const Invariant *x = a, *y = b;
-    return (x->value > y->value) - (x->value < y->value);
-}
-
-// First ranks from invariants, which get sorted. Returns the number of different ranks.
-static int rank_by_invariant(Invariant *invariant, int n, int *rank) {
-    int n_ranks = 0;
-    qsort(invariant, (size_t)n, sizeof *invariant, compare_invariants);
-    for (int k = 0; k < n; k++) {
-        if (k == 0 || invariant[k].value != invariant[k - 1].value) n_ranks++;
-        rank[invariant[k].atom] = n_ranks - 1;
-    }
-    return n_ranks;
 }
 
 // Writes the neighbour list of atom i: each neighbour's rank + 1, as often as twice the bond order
@@ -3684,58 +3688,72 @@ static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
         int j = bond_other(b, i), count = twice_order(b), degree = mol_degree(m, j);
         if (b->order == ORDER_DOUBLE && m->atoms[j].z == 15 && (degree == 3 || degree == 4))
             count = 1;
-        for (; count > 0; count--) {
-            int q = n++;
-            for (; q > 0 && list[q - 1] < rank[j] + 1; q--) list[q] = list[q - 1];
-            list[q] = rank[j] + 1;
-        }
+        int at = n;
+        for (; at > 0 && list[at - 1] < rank[j] + 1; at--) list[at - 1 + count] = list[at - 1];
+        for (int q = 0; q < count; q++) list[at + q] = rank[j] + 1;
+        n += count;
     }
     for (; hydrogens > 0; hydrogens--) list[n++] = 0;
     return n;
 }
 
-// Refines ranks until they stop changing, all differ, or information has crossed half the molecule.
-static void refine_cip_ranks(ChemMol *m, Invariant *invariant, int *rank) {
-    int n = m->n_atoms, room = 0, n_ranks = rank_by_invariant(invariant, n, rank), last = -1;
-    for (int i = 0; i < n; i++) room += atom_hydrogens(&m->atoms[i]);
+// Ranks of sorted entries. Returns how many different ones there are.
+static int assign_ranks(const CipEntry *entries, int n, int *rank) {
+    int n_ranks = 0;
+    for (int k = 0; k < n; k++) {
+        if (k == 0 || compare_entries(&entries[k - 1], &entries[k]) != 0) n_ranks++;
+        rank[entries[k].atom] = n_ranks - 1;
+    }
+    return n_ranks;
+}
+
+// Ranks by invariants, entries[i].value, then refines within equal ranks until they stop changing,
+// all differ, or information has crossed half the molecule.
+static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
+    int n = m->n_atoms, room = 0, n_ranks, last = -1, *lists;
+    for (int i = 0; i < n; i++) {
+        entries[i].atom = i;
+        room += atom_hydrogens(&m->atoms[i]);
+    }
+    sort_entries(entries, n);
+    n_ranks = assign_ranks(entries, n, rank);
+    if (n_ranks == n) return;
     for (int b = 0; b < m->n_bonds; b++) room += 2 * twice_order(&m->bonds[b]);
-    CipEntry *entries = prep_take(&m->arena, (size_t)n, sizeof *entries);
-    int *lists = prep_ints(&m->arena, room);
+    lists = prep_ints(&m->arena, room);
     for (int round = 0; round <= n / 2 && n_ranks < n && last < n_ranks; round++) {
-        int used = 0;
-        for (int i = 0; i < n; i++) {
-            int length = neighbour_list(m, i, rank, lists + used);
-            entries[i] = (CipEntry){i, rank[i], length, lists + used};
-            used += length;
+        for (int k = 0, used = 0, end; k < n; k = end) {
+            for (end = k; end < n && rank[entries[end].atom] == rank[entries[k].atom];) end++;
+            for (int e = k; e < end; e++) {
+                CipEntry *entry = &entries[e];
+                entry->value = rank[entry->atom];
+                entry->list = lists + used;
+                entry->n = end - k > 1 ? neighbour_list(m, entry->atom, rank, lists + used) : 0;
+                used += entry->n;
+            }
+            if (end - k > 1) sort_entries(entries + k, end - k);
         }
-        sort_entries(entries, n);
         last = n_ranks;
-        n_ranks = 0;
-        for (int k = 0; k < n; k++) {
-            if (k == 0 || compare_entries(&entries[k - 1], &entries[k]) != 0) n_ranks++;
-            rank[entries[k].atom] = n_ranks - 1;
-        }
+        n_ranks = assign_ranks(entries, n, rank);
     }
 }
 
 // Ranks from scratch: element, isotope (as distance from the most common one), atom map number.
 static void first_cip_ranks(ChemMol *m, int *rank) {
-    Invariant *invariant = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *invariant);
+    CipEntry *entries = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
     for (int i = 0; i < m->n_atoms; i++) {
         const ChemAtom *a = &m->atoms[i];
         int mass = a->isotope ? a->isotope - ELEMENTS[a->z].isotope : 0;
         if (a->isotope && mass >= 0) mass++;
         mass += 512;
         mass = mass < 0 ? 0 : mass % 1024;
-        invariant[i].atom = i;
-        invariant[i].value = ((int64_t)a->z % 128 << 10 | mass) << 10 | (a->map + 1ll) % 1024;
+        entries[i].value = ((int64_t)a->z % 128 << 10 | mass) << 10 | (a->map + 1ll) % 1024;
     }
-    refine_cip_ranks(m, invariant, rank);
+    refine_cip_ranks(m, entries, rank);
 }
 
 // Ranks again, with the centres and double bonds known by now.
 static void next_cip_ranks(ChemMol *m, int *rank) {
-    Invariant *invariant = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *invariant);
+    CipEntry *entries = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
     int64_t factor = 100;
     while (factor < m->n_atoms) factor *= 10;
     for (int i = 0; i < m->n_atoms; i++) {
@@ -3746,9 +3764,9 @@ static void next_cip_ranks(ChemMol *m, int *rank) {
             if (b->order != ORDER_DOUBLE) continue;
             value += b->stereo == STEREO_E ? 1 : b->stereo == STEREO_Z ? 2 : 0;
         }
-        invariant[i] = (Invariant){value, i};
+        entries[i].value = value;
     }
-    refine_cip_ranks(m, invariant, rank);
+    refine_cip_ranks(m, entries, rank);
 }
 
 // ---- stereo centres
@@ -4076,11 +4094,11 @@ static int sanitize(ChemMol *m, Fault *fault) {
     clean_up(m);
     if (check_valences(m, fault) || find_rings(m, fault) || kekulize(m, fault)) return -1;
     assign_radicals(m);
-    assign_aromaticity(m);
+    int aromatic = assign_aromaticity(m);
     assign_conjugation(m);
     assign_hybridization(m);
     clean_chirality(m);
-    restore_hydrogens(m);
+    if (m->had_aromatic || aromatic) restore_hydrogens(m);
     return 0;
 }
 
@@ -4088,8 +4106,8 @@ static int sanitize(ChemMol *m, Fault *fault) {
 static void apply_valence_fields(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
-        set_valence(m, i);
         if (!a->field_valence) continue;
+        set_valence(m, i);
         int none = a->field_valence == 15 || a->field_valence == -1;
         a->no_implicit = 1;
         a->stated_h = none || a->valence > a->field_valence
@@ -4114,10 +4132,7 @@ static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
 
 // Removes hydrogens unless told not to, and counts what is left.
 static int drop_hydrogens(ChemMol *m, int keep, int count_all, int max_atoms, Fault *fault) {
-    if (!keep) {
-        update_valences(m);
-        remove_hydrogens(m, count_all);
-    }
+    if (!keep) remove_hydrogens(m, count_all);
     if (m->n_atoms <= max_atoms && m->n_bonds <= MAX_BONDS) return 0;
     return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
                     max_atoms);
@@ -4127,12 +4142,9 @@ static int drop_hydrogens(ChemMol *m, int keep, int count_all, int max_atoms, Fa
 static int perceive_mol_block(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
     if (connect_and_count(m, max_atoms, fault)) return -1;
     apply_valence_fields(m);
-    if (m->is_3d) {
-        update_valences(m);
-        chirality_from_3d(m);
-    } else if (m->wedged && chirality_from_wedges(m, fault)) {
-        return -1;
-    }
+    if (!m->is_3d && m->wedged && chirality_from_wedges(m, fault)) return -1;
+    update_valences(m);
+    if (m->is_3d) chirality_from_3d(m);
     if (drop_hydrogens(m, keep_hydrogens, 0, max_atoms, fault) || sanitize(m, fault)) return -1;
     clear_wedges(m);
     directions_from_coordinates(m);
@@ -4142,6 +4154,7 @@ static int perceive_mol_block(ChemMol *m, int keep_hydrogens, int max_atoms, Fau
 
 // Perceives a molecule read from SMILES.
 static int perceive_smiles(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
+    update_valences(m);
     if (drop_hydrogens(m, keep_hydrogens, 1, max_atoms, fault) || sanitize(m, fault)) return -1;
     assign_stereo(m);
     return 0;
@@ -4396,9 +4409,9 @@ typedef struct {
     const char *path;
     Format format;
     FILE *file;
-    char *buf;               // unread bytes: buf[begin..end)
-    size_t begin, end, room;
-    int eof;
+    char *buf, *spare;       // unread bytes: buf[begin..end); spare is being filled
+    size_t begin, end, room, spare_end, spare_room;
+    int eof, starved, ready; // no whole record left in buf; spare can take its place
     int64_t line;            // number of the line at buf[begin], from 1
     int64_t bytes_done, bytes_total;  // total 0: unknown
     int n_columns;           // CSV: what the header says each column is
@@ -4440,32 +4453,50 @@ static void source_open(Source *s, const char *path, const char *format) {
         if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
     }
 #endif
-    s->room = CHUNK_BYTES;
+    s->room = s->spare_room = CHUNK_BYTES;
     s->buf = xmalloc(s->room, 1);
+    s->spare = xmalloc(s->spare_room, 1);
 }
 
 static void source_close(Source *s) {
     if (s->file != stdin) fclose(s->file);
     free(s->buf);
+    free(s->spare);
     free(s->task_of_column);
 }
 
-// Reads until the buffer is full or the file ends; what was not used is kept.
-static void source_fill(Source *s) {
-    memmove(s->buf, s->buf + s->begin, s->end - s->begin);
-    s->end -= s->begin;
-    s->begin = 0;
-    if (s->end == s->room && !s->eof) {
-        s->room *= 2;
-        s->buf = xrealloc(s->buf, s->room, 1);
+// Fills the spare buffer: what was not used of the other one, then the next bytes of the file. Runs
+// beside the conversion of the records in buf, see convert_records().
+static void source_read_ahead(Source *s) {
+    size_t rest = s->end - s->begin;
+    if (rest >= s->spare_room / 2) {
+        s->spare_room = 2 * s->spare_room + rest;
+        s->spare = xrealloc(s->spare, s->spare_room, 1);
     }
-    while (s->end < s->room && !s->eof) {
-        size_t got = fread(s->buf + s->end, 1, s->room - s->end, s->file);
+    memcpy(s->spare, s->buf + s->begin, rest);
+    s->spare_end = rest;
+    while (s->spare_end < s->spare_room && !s->eof) {
+        size_t got = fread(s->spare + s->spare_end, 1, s->spare_room - s->spare_end, s->file);
         CHECK(!ferror(s->file), "%s: read failed: %s", s->path, strerror(errno));
-        s->end += got;
+        s->spare_end += got;
         s->bytes_done += (int64_t)got;
         s->eof = got == 0;
     }
+    s->starved = 0;
+    s->ready = 1;
+}
+
+// Goes on with the spare buffer.
+static void source_swap(Source *s) {
+    char *buf = s->buf;
+    size_t room = s->room;
+    s->buf = s->spare;
+    s->room = s->spare_room;
+    s->begin = 0;
+    s->end = s->spare_end;
+    s->spare = buf;
+    s->spare_room = room;
+    s->ready = 0;
 }
 
 // End of the SD record at p (just after the line of its $$$$), or NULL if it is not there yet.
@@ -4515,8 +4546,8 @@ static int is_all_blank(const char *p, size_t n) {
 // The next records of the source, at most CHUNK_RECORDS; they stay valid until the next call.
 // Returns how many, 0 at the end.
 static int next_records(Source *s, Record *records) {
-    int n = 0;
-    for (;;) {
+    for (int n = 0;;) {
+        if (s->ready) source_swap(s);
         while (n < CHUNK_RECORDS && s->begin < s->end) {
             const char *p = s->buf + s->begin, *end = s->buf + s->end;
             const char *stop = record_end(s, p, end);
@@ -4527,13 +4558,14 @@ static int next_records(Source *s, Record *records) {
             if (stop == end && s->eof && is_all_blank(p, records[n].size)) continue;
             n++;
         }
+        s->starved = n < CHUNK_RECORDS && !s->eof;
         if (n || (s->begin == s->end && s->eof)) return n;
         if (s->end - s->begin >= RECORD_BYTES_MAX) {
             records[0] = (Record){s->buf + s->begin, s->end - s->begin, 1};
             s->begin = s->end;
             return 1;  // the rest of it, up to its end, is another bad record
         }
-        source_fill(s);
+        source_read_ahead(s);
     }
 }
 
@@ -4653,8 +4685,7 @@ typedef struct {
     Fault fault;
 } Outcome;
 
-static int64_t count_lines(const Record *r) {
-    const char *p = r->text, *end = r->text + r->size;
+static int64_t count_lines(const char *p, const char *end) {
     int64_t n = 0;
     while (p < end && (p = memchr(p, '\n', (size_t)(end - p)))) p++, n++;
     return n;
@@ -4721,9 +4752,10 @@ static int read_row(const Conversion *c, const Source *s, const Record *r, Worke
                     s->smiles_column + 1, column);
 }
 
-// Reads and perceives one record; on success o says where the encoded molecule is.
+// Reads and perceives one record; on success o says where the encoded molecule is. `in` moves over
+// the lines of a mol block.
 static int convert_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
-                          Outcome *o) {
+                          Lines *in, Outcome *o) {
     ChemMol *m = &w->mol;
     Span name = {"", 0}, smiles = {"", 0}, title = {"", 0};
     mol_clear(m);
@@ -4733,10 +4765,9 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
     float *labels = prep_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
     for (int t = 0; t < c->n_tasks; t++) labels[t] = NAN;
     if (s->format == FORMAT_SDF) {
-        Lines in = {r->text, r->text + r->size, 0};
-        if (read_mol_block(m, &in, &title, &o->fault)) return -1;
+        if (read_mol_block(m, in, &title, &o->fault)) return -1;
         name = trim(title);
-        read_tags(c, in, labels, &name, o);
+        if (c->n_tasks || c->name_tag) read_tags(c, *in, labels, &name, o);
         if (perceive_mol_block(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
     } else {
         if (s->format == FORMAT_SMI) {
@@ -4756,20 +4787,31 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
     return 0;
 }
 
-// Converts n records with all threads.
-static void convert_records(const Conversion *c, const Source *s, const Record *records, int n,
+// Converts n records with all threads; one of them first reads the bytes that follow.
+static void convert_records(const Conversion *c, Source *s, const Record *records, int n,
                             Worker *workers, Outcome *outcomes) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 16)
+#pragma omp parallel
 #endif
-    for (int k = 0; k < n; k++) {
+    {
         int thread = 0;
 #ifdef _OPENMP
         thread = omp_get_thread_num();
+#pragma omp single nowait
 #endif
-        Outcome *o = &outcomes[k];
-        *o = (Outcome){.worker = thread, .n_lines = count_lines(&records[k])};
-        o->ok = convert_record(c, s, &records[k], &workers[thread], o) == 0;
+        if (s->starved) source_read_ahead(s);
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic, 16)
+#endif
+        for (int k = 0; k < n; k++) {
+            Outcome *o = &outcomes[k];
+            const Record *r = &records[k];
+            Lines in = {r->text, r->text + r->size, 0};
+            o->worker = thread;
+            o->bad_labels = 0;
+            o->ok = convert_record(c, s, r, &workers[thread], &in, o) == 0;
+            o->n_lines = in.line + count_lines(in.at, in.end);
+        }
     }
 }
 
@@ -5308,7 +5350,7 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
         int skip = 0;
         if (first_chunk && is_table) {
             read_header(c, s, &records[0], records + 1, n - 1, find_tasks);
-            s->line += count_lines(&records[0]);
+            s->line += count_lines(records[0].text, records[0].text + records[0].size);
             skip = 1;
         } else if (first_chunk && s->format == FORMAT_SDF && find_tasks) {
             find_tag_tasks(c, records, n);
@@ -5321,7 +5363,7 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
             convert_records(c, s, records + k, run - k, workers, outcomes);
             write_outcomes(s, outcomes, run - k, workers, out, c, sum);
             for (; run < n && is_no_record(s, &records[run], s->line); run++)
-                s->line += count_lines(&records[run]);
+                s->line += count_lines(records[run].text, records[run].text + records[run].size);
         }
         progress_show(&progress, (double)s->bytes_done, (double)s->bytes_total, (double)sum->n_read,
                       "records", s->path, 0);
