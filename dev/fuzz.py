@@ -3,13 +3,14 @@
 
     make asan; python3 dev/fuzz.py --data-prep PROGRAM --moleblend PROGRAM [--rounds 2000]
     python3 dev/fuzz.py --data-prep PROGRAM --only smi,sdf --seconds 600 INPUT...
+    python3 dev/fuzz.py --data-prep PROGRAM --as-is FOLDER-OR-FILE...
 
 Give it programs built with -fsanitize=address,undefined. Inputs are mutated copies of the bundled
 sample, of a list of SMILES, and of files the programs themselves write (INPUT...: more of them).
 Where a format has checksums, they are mostly mended after the damage, so that it reaches the code
 behind them. What must happen: exit code 0, or 1 with a message, within --timeout seconds, and no
 unfinished output left behind. Every input that shows otherwise is kept in --keep, with the command
-that shows it.
+that shows it. --as-is runs data_prep on given files as they are (a collection of odd ones).
 """
 
 import argparse
@@ -348,6 +349,32 @@ def run(command, timeout, folder):
     return verdict(done.returncode, done.stderr.decode("latin-1"), folder), done.returncode
 
 
+def as_is(options, folder):
+    """Runs data_prep on every molecule file below the inputs; returns the number of failures."""
+    paths = []
+    for path in options.inputs:
+        if os.path.isdir(path):
+            paths += sorted(os.path.join(at, name) for at, _, names in os.walk(path)
+                            for name in names)
+        else:
+            paths.append(path)
+    kinds = (".sdf", ".mol", ".smi", ".csv", ".tsv")
+    paths = [path for path in paths if path.lower().endswith(kinds)]
+    accepted, failures, slowest = 0, 0, (0.0, "")
+    for path in paths:
+        start = time.time()
+        wrong, code = run([options.data_prep, "-o", os.path.join(folder, "out.bin"), path],
+                          options.timeout, folder)
+        slowest = max(slowest, (time.time() - start, path))
+        accepted += code == 0
+        failures += wrong is not None
+        if wrong:
+            print(f"{wrong}: {path}", flush=True)
+    print(f"{len(paths)} files, {accepted} gave molecules, {failures} failures; "
+          f"slowest {slowest[0]:.1f} s: {slowest[1]}")
+    return failures
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -355,6 +382,7 @@ def main():
                         help="more seeds (.sdf .mol .smi .csv)")
     parser.add_argument("--data-prep", help="the program, built with sanitizers")
     parser.add_argument("--moleblend", help="the program, built with sanitizers")
+    parser.add_argument("--as-is", action="store_true", help="run the inputs unchanged")
     parser.add_argument("--only", help="kinds of input: sdf,mol,smi,csv,bin,model")
     parser.add_argument("--rounds", type=int, default=1000, help="runs, in all")
     parser.add_argument("--seconds", type=float, default=0, help="stop after that long instead")
@@ -369,6 +397,8 @@ def main():
     rng = random.Random(options.seed)
     failures, runs, refused = Counter(), Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
+        if options.as_is:
+            sys.exit(1 if as_is(options, folder) else 0)
         targets = make_targets(options, folder)
         for path in options.inputs:
             kind = path.rsplit(".", 1)[-1].lower()
