@@ -2,6 +2,7 @@
 """Compares data_prep with RDKit + OGB, record by record.
 
     python3 dev/compare_rdkit.py FILE...  [--limit N] [--smiles COLUMN] [--list FILE]
+                                 [--variant smiles|renumber|hydrogens]
     python3 dev/compare_rdkit.py --speed FILE
 
 FILE: .sdf, .mol, .smi, .csv or .tsv, also .gz and .xz of these. The reference is
@@ -12,6 +13,9 @@ unordered pairs with three features each, positions as float32. A molecule witho
 refused. Records with more than --max-atoms atoms are left out.
 
 Every record is handed to data_prep under its number as its name, so none can be mistaken.
+--variant compares other records made from the given ones: `smiles` writes each molecule as a random
+SMILES, `renumber` shuffles its atoms and bonds and turns it in space, `hydrogens` also adds hydrogens
+with coordinates (the last two need .sdf or .mol).
 --speed times both programs on one file, one thread each: RDKit reading, perceiving and computing
 the OGB arrays, against data_prep writing a dataset file.
 """
@@ -198,6 +202,25 @@ def differences(ref, ours, compare_pos):
     return found
 
 
+def variant_of(kind, text, variant, rng):
+    """Another record of the same molecule, or None if RDKit cannot read this one."""
+    mol = Chem.MolFromSmiles(text) if kind not in ("sdf", "mol") else Chem.MolFromMolBlock(
+        text, sanitize=True, removeHs=variant == "smiles")
+    if mol is None or mol.GetNumAtoms() == 0:
+        return None
+    if variant == "smiles":
+        return Chem.MolToSmiles(mol, doRandom=True)
+    if variant == "hydrogens":
+        mol = Chem.AddHs(mol, addCoords=True)
+    mol = Chem.RenumberAtoms(mol, rng.permutation(mol.GetNumAtoms()).tolist())
+    turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    turn[:, 0] *= np.sign(np.linalg.det(turn))  # no mirror image
+    where = mol.GetConformer()
+    for i, xyz in enumerate(where.GetPositions() @ turn):
+        where.SetAtomPosition(i, xyz)
+    return Chem.MolToMolBlock(mol, includeStereo=False) + "$$$$\n"
+
+
 def rdkit_says(kind, text):
     """The last line RDKit logs about a record."""
     RDLogger.EnableLog("rdApp.*")
@@ -275,7 +298,13 @@ def report(path, kind, tally, prep, rows):
 
 
 def compare(path, options, folder, listing):
-    kind = kind_of(path)
+    kind = source_kind = kind_of(path)
+    if options.variant == "smiles":
+        kind = "smi"
+    elif options.variant and kind not in ("sdf", "mol"):
+        sys.exit(f"{path}: --variant {options.variant} needs .sdf or .mol")
+    rng = np.random.default_rng(options.seed)
+    rdBase.SeedRandomNumberGenerator(options.seed)
     prep = DataPrep(options.data_prep, options.max_atoms, folder)
     tally, chunk, number = Tally(), [], 0
 
@@ -291,7 +320,10 @@ def compare(path, options, folder, listing):
     for k, text in enumerate(records_of(path, options.smiles)):
         if options.limit and k >= options.limit:
             break
-        chunk.append(text)
+        if options.variant:
+            text = variant_of(source_kind, text, options.variant, rng)
+        if text is not None:
+            chunk.append(text)
         if len(chunk) == CHUNK:
             flush()
             number += len(chunk)
@@ -355,6 +387,8 @@ def main():
     parser.add_argument("--limit", type=int, default=0, help="first N records of each file only")
     parser.add_argument("--max-atoms", type=int, default=512)
     parser.add_argument("--rows", type=int, default=20, help="classes of differences to show")
+    parser.add_argument("--variant", choices=("smiles", "renumber", "hydrogens"))
+    parser.add_argument("--seed", type=int, default=1, help="of --variant")
     parser.add_argument("--list", metavar="FILE", help="write every differing record to FILE")
     parser.add_argument("--speed", action="store_true", help="time both programs instead")
     options = parser.parse_args()
