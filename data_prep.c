@@ -153,6 +153,7 @@ static void *prep_take(PrepArena *arena, size_t count, size_t size) {
     return (char *)block + head;
 }
 
+// Zeroed ints and flags from the arena.
 static int *prep_ints(PrepArena *arena, int count) {
     return prep_take(arena, (size_t)count, sizeof(int));
 }
@@ -187,6 +188,7 @@ static void prep_reset(PrepArena *arena) {
     arena->used = 0;
 }
 
+// Gives the arena's memory back.
 static void prep_free(PrepArena *arena) {
     prep_reset(arena);
     free(arena->base);
@@ -267,6 +269,7 @@ static void mol_clear(ChemMol *m) {
     m->rings = (RingList){0};
 }
 
+// Frees everything m owns.
 static void mol_free(ChemMol *m) {
     prep_free(&m->arena);
     free(m->atoms);
@@ -300,6 +303,7 @@ static ChemBond *mol_add_bond(ChemMol *m, int begin, int end, int order) {
     return b;
 }
 
+// The atom at the other end of a bond; the number of bonds of an atom.
 static inline int bond_other(const ChemBond *b, int i) { return b->begin == i ? b->end : b->begin; }
 static inline int mol_degree(const ChemMol *m, int i) { return m->first[i + 1] - m->first[i]; }
 
@@ -347,6 +351,7 @@ static inline int atom_hydrogens(const ChemAtom *a) {
     return a->stated_h + (a->no_implicit ? 0 : a->implicit_h);
 }
 
+// Neighbours and hydrogens; bonds and hydrogens, in units of single bonds.
 static inline int total_degree(const ChemMol *m, int i) {
     return mol_degree(m, i) + atom_hydrogens(&m->atoms[i]);
 }
@@ -366,10 +371,12 @@ static inline int twice_contribution(const ChemBond *b, int i) {
     return b->order == ORDER_DATIVE && b->begin == i ? 0 : twice_order(b);
 }
 
+// The mirror image of a tetrahedral centre.
 static int invert_chirality(int chirality) {
     return chirality == CHI_CW ? CHI_CCW : chirality == CHI_CCW ? CHI_CW : chirality;
 }
 
+// Whether an atom is aromatic itself or has an aromatic bond (mol blocks mark only bonds).
 static int is_aromatic_atom(const ChemMol *m, int i) {
     if (m->atoms[i].aromatic) return 1;
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
@@ -428,6 +435,7 @@ static int next_line(Lines *in, Span *line) {
     return 1;
 }
 
+// Small things to do with spans: blanks, equality, prefixes.
 static int is_blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
 static Span trim(Span s) {
@@ -534,6 +542,7 @@ static int optional_int(Span line, int at, int width, int *value) {
     return column_int(line, at, width, value);
 }
 
+// "Any atom", "any but C", halogens, metals: symbols of a search, not of an atom.
 static int is_query_symbol(Span s) {
     static const char *const names[] = {"A", "AH", "Q", "QH", "X", "XH", "M", "MH"};
     for (int k = 0; k < 8; k++)
@@ -808,6 +817,7 @@ static int v2_properties(MolBlock *b) {
                     "expected M  END, found the end of the record");
 }
 
+// Atoms, bonds and properties of a V2000 block, as many as the counts line says.
 static int v2_body(MolBlock *b) {
     Span line;
     for (int k = 0; k < b->n_atoms; k++) {
@@ -906,10 +916,12 @@ static int v3_assignment(Span token, Span *name, Span *value) {
     return memchr(value->p, '=', (size_t)value->n) == NULL;
 }
 
+// Case-insensitive equality; `text` is in capitals.
 static int word_is(Span s, const char *text) {
     return (size_t)s.n == strlen(text) && starts_with_word(s, text);
 }
 
+// The fault of a V3000 token that is not what was expected.
 static int v3_bad(MolBlock *b, Span token, const char *expected) {
     return fault_at(b->fault, b->in.line, 0, "malformed mol block", "expected %s, found \"%.*s\"",
                     expected, token.n < 60 ? token.n : 60, token.p);
@@ -976,6 +988,7 @@ static int v3_atom_with_label(MolBlock *b, int label, int add) {
     return b->label_table[slot] - 1;
 }
 
+// "index symbol x y z map NAME=value ...".
 static int v3_atom_line(MolBlock *b, Span line) {
     Span *token;
     int n = v3_tokens(b, line, &token), label = 0, map = 0, at = 1;
@@ -1001,6 +1014,7 @@ static int v3_atom_line(MolBlock *b, Span line) {
     return 0;
 }
 
+// "index type atom1 atom2 NAME=value ...".
 static int v3_bond_line(MolBlock *b, Span line) {
     Span *token, name, value;
     int n = v3_tokens(b, line, &token), v[4] = {0}, end[2];
@@ -1147,12 +1161,15 @@ typedef struct {
 // A bond symbol that was read, or nothing.
 typedef struct { int given, order, direction, query, unspecified, reversed; } BondSymbol;
 
+// The fault of a character that is not what was expected.
 static int smiles_fault(SmilesReader *s, int at, const char *expected) {
     char found[16] = "the end";
     if (at < s->n) snprintf(found, sizeof found, "\"%c\"", s->text[at]);
-    return fault_at(s->fault, 1, at + 1, "malformed SMILES", "expected %s, found %s", expected, found);
+    return fault_at(s->fault, 1, at + 1, "malformed SMILES", "expected %s, found %s", expected,
+                    found);
 }
 
+// The character so far ahead of the cursor, 0 at the end.
 static int smiles_peek(const SmilesReader *s, int ahead) {
     return s->pos + ahead < s->n ? (unsigned char)s->text[s->pos + ahead] : 0;
 }
@@ -1309,7 +1326,8 @@ static BondSymbol smiles_bond(SmilesReader *s) {
     else if (smiles_take(s, ":")) b.order = ORDER_AROMATIC;
     else if (smiles_take(s, "~")) b.query = QUERY_ANY;
     else if (smiles_take(s, "/")) b.direction = DIR_UP, b.unspecified = 1;
-    else if (smiles_take(s, "\\\\") || smiles_take(s, "\\")) b.direction = DIR_DOWN, b.unspecified = 1;
+    else if (smiles_take(s, "\\\\") || smiles_take(s, "\\"))
+        b.direction = DIR_DOWN, b.unspecified = 1;
     else b.given = 0;
     return b;
 }
@@ -1371,6 +1389,7 @@ static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     return 0;
 }
 
+// By ring number, then as written.
 static int compare_marks(const void *a, const void *b) {
     const RingMark *x = a, *y = b;
     if (x->number != y->number) return x->number < y->number ? -1 : 1;
@@ -1416,6 +1435,7 @@ static int smiles_close_rings(SmilesReader *s) {
     return fault_at(s->fault, 1, 0, "malformed SMILES", "a second bond between two atoms");
 }
 
+// As written.
 static int compare_mark_columns(const void *a, const void *b) {
     const RingMark *x = a, *y = b;
     return (x->column > y->column) - (x->column < y->column);
@@ -1517,6 +1537,7 @@ static int valence_shift(const ChemAtom *a) {
     return a->z == 6 && charge > 0 ? -charge : charge;
 }
 
+// The first allowed valence of an element, -1 for any or for no element.
 static inline int default_valence(int z) {
     return z >= 0 && z <= Z_MAX ? ELEMENTS[z].valence[0] : -1;
 }
@@ -1681,6 +1702,7 @@ static void clean_halogen(ChemMol *m, int i) {
     a->charge = (int8_t)charge;
 }
 
+// Applies the rules above to every atom, in order.
 static void clean_up(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         int z = m->atoms[i].z;
@@ -1696,6 +1718,7 @@ static void clean_up(ChemMol *m) {
 //   own geometry, or the only thing that says which side of a double bond is which.
 // =================================================================================================
 
+// Square planar, trigonal bipyramidal or octahedral.
 static int is_nontetrahedral(const ChemAtom *a) { return a->chirality >= CHI_SQUARE; }
 
 // Whether hydrogen i is nothing but a hydrogen.
@@ -1779,6 +1802,8 @@ static void compact(ChemMol *m, const int *to) {
     m->n_bonds = n_bonds;
 }
 
+// Removes every hydrogen that is nothing but one, the last first, as the order decides what the
+// chirality of a centre with several of them becomes. count_all: see must_state_hydrogen().
 static void remove_hydrogens(ChemMol *m, int count_all) {
     int n = m->n_atoms, kept = 0, *to = prep_ints(&m->arena, n);
     for (int i = 0; i < n; i++) to[i] = is_removable_hydrogen(m, i) ? -1 : kept++;
@@ -1817,6 +1842,7 @@ typedef struct {
     uint8_t *colour;
 } RingSearch;
 
+// Size and atoms of ring r.
 static int ring_size(const RingList *rings, int r) { return rings->start[r + 1] - rings->start[r]; }
 static int *ring_atoms(const RingList *rings, int r) { return rings->atoms + rings->start[r]; }
 
@@ -1834,6 +1860,7 @@ static int ring_push(PrepArena *arena, RingList *rings, const int *atoms, int n)
     return rings->n - 1;
 }
 
+// Larger numbers first.
 static int compare_falling(const void *a, const void *b) {
     int x = *(const int *)a, y = *(const int *)b;
     return (x < y) - (x > y);
@@ -1968,6 +1995,7 @@ static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *pick
 // s->all). Such an atom may hide a second ring that the other one's chain cuts short.
 typedef struct { int n, room; int *node, *ring; } Finds;
 
+// Appends a find.
 static void finds_push(ChemMol *m, Finds *finds, int node, int ring) {
     if (finds->n == finds->room) {
         int room = finds->room;
@@ -2055,6 +2083,7 @@ static void search_chain_atoms(RingSearch *s, const int *picked, int n_picked) {
     if (n_picked > 1) search_behind_duplicates(s, &finds);
 }
 
+// Whether an atom is in ring r.
 static int ring_has(const RingList *rings, int r, int atom) {
     for (int k = rings->start[r]; k < rings->start[r + 1]; k++)
         if (rings->atoms[k] == atom) return 1;
@@ -2151,13 +2180,14 @@ static int search_missing_rings(RingSearch *s, int n_bonds) {
     return 0;
 }
 
-// Bits of a set of bonds.
+// Whether a set of bonds, as bits, has one that another lacks.
 static int bits_missing(const uint64_t *a, const uint64_t *in, int words) {
     for (int w = 0; w < words; w++)
         if (a[w] & ~in[w]) return 1;
     return 0;
 }
 
+// How many bits two sets share.
 static int bits_common(const uint64_t *a, const uint64_t *b, int words) {
     int n = 0;
     for (int w = 0; w < words; w++)
@@ -2165,6 +2195,7 @@ static int bits_common(const uint64_t *a, const uint64_t *b, int words) {
     return n;
 }
 
+// Unites two sets.
 static void bits_add(uint64_t *sum, const uint64_t *a, int words) {
     for (int w = 0; w < words; w++) sum[w] |= a[w];
 }
@@ -2476,6 +2507,7 @@ enum { BACKTRACKS_MAX = 100, DUMMY_TRIALS_MAX = 1 << 12 };
 // number of bonds; else at most so many), rings larger than max_size (0: none) left out.
 typedef struct { int *first, *next; } RingNeighbours;
 
+// See RingNeighbours.
 static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max_size,
                                       int max_shared) {
     PrepArena *arena = &m->arena;
@@ -2542,6 +2574,7 @@ typedef struct {
     int **untried, *n_untried;  // per atom
 } KekuleSearch;
 
+// Puts an atom at the front of the deque.
 static void queue_front(KekuleSearch *s, int i) {
     s->queue[--s->head] = i;
     s->queued[i] = 1;
@@ -2889,6 +2922,7 @@ static int count_radicals(const ChemMol *m, int i) {
     return available >= 0 && available < missing ? available : missing;
 }
 
+// Radicals of all atoms that had their hydrogens stated and no radical given.
 static void assign_radicals(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
@@ -2926,6 +2960,7 @@ static int multiple_bond_to(const ChemMol *m, int i, int ring) {
     return -1;
 }
 
+// Whether an atom's bonds use more valence than it has neighbours.
 static int has_multiple_bond(const ChemMol *m, int i) {
     int degree = mol_degree(m, i) + m->atoms[i].stated_h;
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
@@ -2933,6 +2968,8 @@ static int has_multiple_bond(const ChemMol *m, int i) {
     return m->atoms[i].valence != degree;
 }
 
+// What atom i offers a ring. A multiple bond to outside the ring takes an electron along if its
+// other atom is the more electronegative one (C=O), and shares it otherwise (C=C).
 static Donor donor_type(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int n = pi_electrons(m, i), outside = multiple_bond_to(m, i, 0);
@@ -3167,6 +3204,7 @@ static void assign_conjugation(ChemMol *m) {
     }
 }
 
+// Number of orbitals an atom needs: its bonds, lone pairs and, below an octet, radicals.
 static int bonds_and_lone_pairs(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int degree = total_degree(m, i), outer = ELEMENTS[a->z].outer, valence = total_valence(a);
@@ -3201,6 +3239,7 @@ static int hybridization(const ChemMol *m, int i) {
     return HYBRID_SP3;
 }
 
+// Hybridization of all atoms; needs chirality from coordinates and conjugation.
 static void assign_hybridization(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) m->atoms[i].hybrid = (uint8_t)hybridization(m, i);
 }
@@ -3229,6 +3268,7 @@ static void restore_hydrogens(ChemMol *m) {
 
 typedef struct { double x, y, z; } Point;
 
+// Vectors.
 static Point atom_point(const ChemMol *m, int i) {
     return (Point){m->xyz[i][0], m->xyz[i][1], m->xyz[i][2]};
 }
@@ -3245,6 +3285,7 @@ static Point unit(Point a) {
     return (Point){a.x / length, a.y / length, a.z / length};
 }
 
+// Angle in 0 to pi; NaN if a vector has no length.
 static double angle_between(Point a, Point b) {
     double c = dot(a, b) / sqrt(dot(a, a) * dot(b, b));
     return c <= -1 ? PI : c >= 1 ? 0 : acos(c);
@@ -3256,6 +3297,7 @@ static int bond_has_direction(const ChemBond *b, int i) {
            !(b->order == ORDER_DATIVE && b->begin == i);
 }
 
+// Number of such bonds.
 static int stereo_degree(const ChemMol *m, int i) {
     int n = 0;
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
@@ -3269,6 +3311,7 @@ static int is_wavy(const ChemBond *b, int i) {
            (b->direction == DIR_UNKNOWN || b->unknown);
 }
 
+// Whether any bond of the atom is wavy.
 static int has_wavy_bond(const ChemMol *m, int i) {
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         if (is_wavy(&m->bonds[m->adj[k]], i)) return 1;
@@ -3319,6 +3362,8 @@ static int tetrahedral_class(const ChemMol *m, int i, int total) {
     return volume < -0.1 ? CHI_CW : volume > 0.1 ? CHI_CCW : CHI_NONE;
 }
 
+// Chirality of every atom with three neighbours or more from its geometry. Whether it is a stereo
+// centre is found out later.
 static void chirality_from_3d(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         int degree = stereo_degree(m, i), total = degree + atom_hydrogens(&m->atoms[i]);
@@ -3443,6 +3488,7 @@ static int chirality_from_wedges(ChemMol *m, Fault *fault) {
 
 enum { STEREO_RING_MIN = 8 };  // double bonds in smaller rings have no choice
 
+// Whether a double bond is free to be either Z or E.
 static int may_have_bond_stereo(const ChemBond *b) {
     return !b->rings || b->smallest_ring >= STEREO_RING_MIN;
 }
@@ -3455,6 +3501,7 @@ typedef struct {
     uint8_t *candidate;
 } Directions;
 
+// Bonds that can carry a direction.
 static int is_single_like(const ChemBond *b) {
     return b->order == ORDER_SINGLE || b->order == ORDER_AROMATIC;
 }
@@ -3597,6 +3644,7 @@ static int direction_candidates(Directions *d) {
 
 typedef struct { int64_t weight; int bond; } WeightedBond;
 
+// Larger weights first, then later bonds.
 static int compare_weighted(const void *a, const void *b) {
     const WeightedBond *x = a, *y = b;
     if (x->weight != y->weight) return x->weight < y->weight ? 1 : -1;
@@ -3655,6 +3703,7 @@ static void clear_wedges(ChemMol *m) {
 // An atom with what it is compared by: an invariant, or its neighbours' ranks, highest first.
 typedef struct { int64_t value; int atom, n; const int *list; } CipEntry;
 
+// By value, then by list; a list that ends comes before one that goes on.
 static int compare_entries(const CipEntry *a, const CipEntry *b) {
     if (a->value != b->value) return a->value < b->value ? -1 : 1;
     for (int k = 0; k < a->n && k < b->n; k++)
@@ -3662,8 +3711,10 @@ static int compare_entries(const CipEntry *a, const CipEntry *b) {
     return (a->n > b->n) - (a->n < b->n);
 }
 
+// The same for qsort().
 static int compare_entries_void(const void *a, const void *b) { return compare_entries(a, b); }
 
+// Sorts entries; most groups of equals are small.
 static void sort_entries(CipEntry *entries, int n) {
     if (n > 40) {
         qsort(entries, (size_t)n, sizeof *entries, compare_entries_void);
@@ -3771,6 +3822,7 @@ static void next_cip_ranks(ChemMol *m, int *rank) {
 
 // ---- stereo centres
 
+// Whether an atom is in a ring of this size.
 static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
     for (int r = 0; r < m->rings.n; r++)
         if (ring_size(&m->rings, r) == size && ring_has(&m->rings, r, i)) return 1;
@@ -3851,6 +3903,7 @@ static int label_centres(ChemMol *m, const int *rank, int *open) {
 // One end of a double bond: its neighbours and their directions as seen from the end.
 typedef struct { int n, atom[8], direction[8]; } BondEnd;
 
+// / for \\ and the other way round; whether it is one of them.
 static int opposite_direction(int direction) { return direction == DIR_DOWN ? DIR_UP : DIR_DOWN; }
 
 static int is_sloped(int direction) { return direction == DIR_DOWN || direction == DIR_UP; }
@@ -3961,6 +4014,7 @@ typedef struct {
     int head, tail, *queue;
 } RingStereo;
 
+// A chiral ring atom without label that may have a partner.
 static int is_ring_stereo_atom(RingStereo *s, int i) {
     const ChemAtom *a = &s->m->atoms[i];
     return a->chirality != CHI_NONE && !a->cip && may_have_ring_stereo(s->m, i, s->rank);
@@ -4424,6 +4478,7 @@ typedef struct {
     int too_long;
 } Record;
 
+// The format of a file ending or of --format, FORMAT_NONE if unknown.
 static Format format_by_name(const char *name) {
     static const struct { const char *name; Format format; } known[] = {
         {"sdf", FORMAT_SDF}, {"sd", FORMAT_SDF}, {"mol", FORMAT_SDF}, {"mdl", FORMAT_SDF},
@@ -4458,6 +4513,7 @@ static void source_open(Source *s, const char *path, const char *format) {
     s->spare = xmalloc(s->spare_room, 1);
 }
 
+// Closes the file and frees what the source owns.
 static void source_close(Source *s) {
     if (s->file != stdin) fclose(s->file);
     free(s->buf);
@@ -4538,6 +4594,7 @@ static const char *record_end(const Source *s, const char *p, const char *end) {
     return stop ? stop + 1 : NULL;
 }
 
+// Whether there is nothing but blanks and line breaks.
 static int is_all_blank(const char *p, size_t n) {
     while (n && is_blank(p[n - 1])) n--;
     return n == 0;
@@ -4685,6 +4742,7 @@ typedef struct {
     Fault fault;
 } Outcome;
 
+// Line breaks between p and end.
 static int64_t count_lines(const char *p, const char *end) {
     int64_t n = 0;
     while (p < end && (p = memchr(p, '\n', (size_t)(end - p)))) p++, n++;
@@ -4715,7 +4773,7 @@ static void read_tags(const Conversion *c, Lines in, float *labels, Span *name, 
     }
 }
 
-// Splits "SMILES name" of a .smi line or a CSV cell. A leading blank makes it one word, as in RDKit.
+// Splits "SMILES name" of a .smi line or a CSV cell.
 static void split_smiles(Span line, Span *smiles, Span *name) {
     Span text = trim(line);
     int k = 0;
@@ -4729,15 +4787,17 @@ static void split_smiles(Span line, Span *smiles, Span *name) {
     }
 }
 
+// What separates the fields of a table.
+static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
+
 // Reads the fields of a CSV row that matter.
 static int read_row(const Conversion *c, const Source *s, const Record *r, Worker *w, float *labels,
                     Span *smiles, Span *name, Outcome *o) {
     const char *p = r->text, *end = row_end(r);
-    char separator = s->format == FORMAT_TSV ? '\t' : ',';
     int column = 0, found = 0;
     Span field, rest;
     (void)c;
-    for (; csv_field(&w->mol.arena, &p, end, separator, &field); column++) {
+    for (; csv_field(&w->mol.arena, &p, end, separator_of(s), &field); column++) {
         if (column >= s->n_columns) break;
         if (column == s->smiles_column) {
             found = 1;
@@ -4748,8 +4808,8 @@ static int read_row(const Conversion *c, const Source *s, const Record *r, Worke
         if (task >= 0) o->bad_labels += !parse_label(field, &labels[task]);
     }
     if (found) return 0;
-    return fault_at(&o->fault, 1, 0, "no SMILES field", "expected a SMILES in field %d, found %d fields",
-                    s->smiles_column + 1, column);
+    return fault_at(&o->fault, 1, 0, "no SMILES field",
+                    "expected a SMILES in field %d, found %d fields", s->smiles_column + 1, column);
 }
 
 // Reads and perceives one record; on success o says where the encoded molecule is. `in` moves over
@@ -4815,6 +4875,7 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
     }
 }
 
+// Threads a parallel loop may have.
 static int max_threads(void) {
 #ifdef _OPENMP
     return omp_get_max_threads();
@@ -4825,6 +4886,7 @@ static int max_threads(void) {
 
 // ---- columns and tasks
 
+// Appends a task unless there is one of that name.
 static void add_task(Conversion *c, Span name) {
     for (int t = 0; t < c->n_tasks; t++)
         if (span_is(name, c->task_names[t])) return;
@@ -4858,7 +4920,8 @@ static void find_tag_tasks(Conversion *c, const Record *records, int n) {
                 int is_word = 0;
                 if (c->name_tag && span_is(tag, c->name_tag)) continue;
                 if (pass == 0 && !parse_label(value, &label)) add_task(&words, tag);
-                for (int t = 0; t < words.n_tasks; t++) is_word |= span_is(tag, words.task_names[t]);
+                for (int t = 0; t < words.n_tasks; t++)
+                    is_word |= span_is(tag, words.task_names[t]);
                 if (pass == 1 && !is_word) add_task(c, tag);
             }
         }
@@ -4875,8 +4938,7 @@ static int is_number_column(const Source *s, PrepArena *arena, const Record *rec
         Span field;
         float label;
         prep_reset(arena);
-        for (int column = 0; csv_field(arena, &p, end, s->format == FORMAT_TSV ? '\t' : ',', &field);
-             column++) {
+        for (int column = 0; csv_field(arena, &p, end, separator_of(s), &field); column++) {
             if (column != wanted) continue;
             if (!parse_label(field, &label)) return 0;
             numbers += !isnan(label);
@@ -4903,7 +4965,7 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
     int n = 0;
     prep_reset(&arena);
     if (end - p >= 3 && memcmp(p, "\xEF\xBB\xBF", 3) == 0) p += 3;  // UTF-8 byte order mark
-    while (n < 4096 && csv_field(&arena, &p, end, s->format == FORMAT_TSV ? '\t' : ',', &names[n])) {
+    while (n < 4096 && csv_field(&arena, &p, end, separator_of(s), &names[n])) {
         names[n] = trim(names[n]);
         n++;
     }
@@ -4916,8 +4978,8 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
         if (c->name_tag && span_is(names[k], c->name_tag)) s->name_column = k;
         s->task_of_column[k] = -1;
     }
-    CHECK(s->smiles_column >= 0, "%s:1: expected a column \"%s\"; name the SMILES column with --smiles",
-          s->path, c->smiles_name ? c->smiles_name : "smiles");
+    CHECK(s->smiles_column >= 0, "%s:1: expected a column \"%s\"; name the SMILES column with "
+          "--smiles", s->path, c->smiles_name ? c->smiles_name : "smiles");
     CHECK(!c->name_tag || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
           c->name_tag);
     for (int k = 0; k < n && first; k++)
@@ -4959,6 +5021,7 @@ static char *describe_fault(const Source *s, int64_t line, const Fault *f) {
     return xprintf("%s:%lld: %s", s->path, at, f->text);
 }
 
+// Counts a skipped record and keeps its description if it is one of the first of its kind.
 static void count_fault(Summary *sum, const Source *s, int64_t line, const Fault *f) {
     int k = 0;
     while (k < sum->n_reasons && strcmp(sum->reasons[k].kind, f->kind) != 0) k++;
@@ -4969,6 +5032,7 @@ static void count_fault(Summary *sum, const Source *s, int64_t line, const Fault
     r->count++;
 }
 
+// Prints what was read, kept and skipped to stderr; frees the examples.
 static void print_summary(Summary *sum, int n_sources) {
     fprintf(stderr, "read %lld records from %d file%s, kept %lld (%lld atoms)\n",
             (long long)sum->n_read, n_sources, n_sources == 1 ? "" : "s", (long long)sum->n_kept,
@@ -4989,8 +5053,8 @@ static void print_summary(Summary *sum, int n_sources) {
 }
 
 // =================================================================================================
-// 21 Splits. The encoded records go to a temporary file first; when their number (and scaffolds) are
-//   known, they are copied to the parts, in input order within each.
+// 21 Splits. The encoded records go to a temporary file first; when their number (and scaffolds)
+//   are known, they are copied to the parts, in input order within each.
 // =================================================================================================
 
 enum { PARTS_MAX = 3 };
@@ -5004,6 +5068,7 @@ typedef struct {
     size_t count, room;
 } Pool;
 
+// Opens the temporary file beside the outputs.
 static void pool_open(Pool *p, const char *path) {
     char *name = xprintf("%s.records", path);
     *p = (Pool){0};
@@ -5011,6 +5076,7 @@ static void pool_open(Pool *p, const char *path) {
     free(name);
 }
 
+// Appends a record and, for scaffold splits, its key.
 static void pool_append(Pool *p, const uint8_t *record, size_t size, const ScaffoldKey *key) {
     if (p->count + 2 > p->room) {
         p->room = p->room ? 2 * p->room : 4096;
@@ -5037,7 +5103,7 @@ static void pool_close(Pool *p) {
     free(p->key);
 }
 
-// Parts by position in `order` (NULL: input order): the first fraction[0], the next fraction[1], ...
+// Parts by position in `order` (NULL: input order): first fraction[0], then fraction[1], ...
 static void split_by_order(uint8_t *part, size_t n, const uint32_t *order, const double *fraction,
                            int n_parts) {
     double edge = 0;
@@ -5052,6 +5118,7 @@ static void split_by_order(uint8_t *part, size_t n, const uint32_t *order, const
 typedef struct { ScaffoldKey key; size_t first, size; } ScaffoldGroup;
 typedef struct { ScaffoldKey key; size_t molecule; } ScaffoldEntry;
 
+// By scaffold, then by position.
 static int compare_scaffold_entries(const void *a, const void *b) {
     const ScaffoldEntry *x = a, *y = b;
     if (x->key.a != y->key.a) return x->key.a < y->key.a ? -1 : 1;
@@ -5066,8 +5133,8 @@ static int compare_scaffold_groups(const void *a, const void *b) {
     return (x->first < y->first) - (x->first > y->first);
 }
 
-// Parts by scaffold (MoleculeNet, OGB): whole groups go to the first part that they do not overfill,
-// what fits none goes to the last.
+// Parts by scaffold (MoleculeNet, OGB): whole groups go to the first part that they do not
+// overfill, what fits none goes to the last.
 static void split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
                               const double *fraction, int n_parts) {
     ScaffoldEntry *entries = xmalloc(n, sizeof *entries);
@@ -5176,6 +5243,7 @@ static void print_json_string(const char *text, int n) {
     putchar('"');
 }
 
+// One molecule as a line of JSON, numbers with enough digits to be read back exactly.
 static void print_json(const Molecule *m) {
     printf("{\"name\":");
     print_json_string(m->name, m->name_length);
@@ -5218,7 +5286,8 @@ static void dump_dataset(const char *path, const char *range) {
         CHECK(colon && from >= 0, "--range: expected A:B, found \"%s\"", range);
         if (colon[1]) {
             to = strtoll(colon + 1, &end, 10);
-            CHECK(*end == 0 && to >= from, "--range: expected A:B with A <= B, found \"%s\"", range);
+            CHECK(*end == 0 && to >= from, "--range: expected A:B with A <= B, found \"%s\"",
+                  range);
         }
     }
     dataset_open(&d, path);
@@ -5254,7 +5323,8 @@ static int parse_fractions(const char *text, double *f) {
     double sum = 0;
     for (const char *p = text;; p++) {
         char *end;
-        CHECK(n < PARTS_MAX, "--split: expected at most %d fractions, found \"%s\"", PARTS_MAX, text);
+        CHECK(n < PARTS_MAX, "--split: expected at most %d fractions, found \"%s\"", PARTS_MAX,
+              text);
         f[n] = strtod(p, &end);
         CHECK(end != p && f[n] >= 0 && f[n] <= 1 && (*end == ',' || *end == 0),
               "--split: expected fractions such as 0.8,0.1,0.1, found \"%s\"", text);
@@ -5276,12 +5346,14 @@ typedef struct {
     int open;
 } Output;
 
+// Starts writing; the tasks are known now.
 static void output_open(Output *out, const PrepOptions *opt, const Conversion *c) {
     if (out->n_parts > 1) pool_open(&out->pool, opt->output);
     else dataset_create(&out->writer, opt->output, c->n_tasks, c->task_names);
     out->open = 1;
 }
 
+// Splits if asked to, and gives the outputs their names.
 static void output_finish(Output *out, const PrepOptions *opt, const Conversion *c) {
     if (out->n_parts == 1) {
         fprintf(stderr, "%zu molecules -> %s\n", out->writer.count, opt->output);
@@ -5317,7 +5389,8 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->n_kept++;
             sum->n_atoms += o->n_atoms;
             sum->bad_labels += o->bad_labels;
-            if (out->n_parts > 1) pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
+            if (out->n_parts > 1)
+                pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
         } else {
             if (c->strict) {
@@ -5374,31 +5447,40 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
 
 static PrepOptions prep_opt;
 
+#define HEADING(text) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, 0}
+#define TEXT(name, field, argument, help) {name, OPT_TEXT, &prep_opt.field, 0, 0, argument, help, 0}
+#define FLAG(name, field, help) {name, OPT_FLAG, &prep_opt.field, 0, 0, NULL, help, 0}
+
 static const Option PREP_OPTION_TABLE[] = {
-    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "Input and output", 0},
-    {"-o", OPT_TEXT, &prep_opt.output, 0, 0, "FILE", "the dataset to write; {} becomes the part's name", 0},
-    {"--format", OPT_TEXT, &prep_opt.format, 0, 0, "FORMAT", "sdf, smi, csv or tsv, if the file name does not say it", 0},
-    {"--strict", OPT_FLAG, &prep_opt.strict, 0, 0, NULL, "stop at the first record that cannot be used", 0},
-    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "What a record holds", 0},
-    {"--smiles", OPT_TEXT, &prep_opt.smiles, 0, 0, "COLUMN", "CSV column of the SMILES (default: smiles)", 0},
-    {"--labels", OPT_TEXT, &prep_opt.labels, 0, 0, "A,B,C", "CSV columns or SD tags to learn; all: every one with numbers", 0},
-    {"--name", OPT_TEXT, &prep_opt.name, 0, 0, "COLUMN", "CSV column or SD tag of the name (default: SD title, SMILES)", 0},
-    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "What becomes of a molecule", 0},
-    {"--max-atoms", OPT_INT, &prep_opt.max_atoms, 1, RAW_ATOMS_MAX, "N", "skip larger molecules", 0},
-    {"--keep-hydrogens", OPT_FLAG, &prep_opt.keep_hydrogens, 0, 0, NULL, "keep explicit hydrogen atoms as atoms", 0},
-    {"--orient", OPT_TEXT, &prep_opt.orient, 0, 0, "HOW", "keep the frame of the file, or turn to principal axes", 0},
-    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "Splitting", 0},
-    {"--split", OPT_TEXT, &prep_opt.split, 0, 0, "0.8,0.1,0.1", "write train, valid and test parts (two numbers: no test)", 0},
-    {"--split-by", OPT_TEXT, &prep_opt.split_by, 0, 0, "HOW", "scaffold, random or order", 0},
+    HEADING("Input and output"),
+    TEXT("-o", output, "FILE", "the dataset to write; {} becomes the part's name"),
+    TEXT("--format", format, "FORMAT", "sdf, smi, csv or tsv, if the file name does not say it"),
+    FLAG("--strict", strict, "stop at the first record that cannot be used"),
+    HEADING("What a record holds"),
+    TEXT("--smiles", smiles, "COLUMN", "CSV column of the SMILES (default smiles)"),
+    TEXT("--labels", labels, "A,B,C", "CSV columns or SD tags to learn; all: all with numbers"),
+    TEXT("--name", name, "COLUMN", "CSV column or SD tag of the name (default SD title, SMILES)"),
+    HEADING("What becomes of a molecule"),
+    {"--max-atoms", OPT_INT, &prep_opt.max_atoms, 1, MAX_ATOMS, "N", "skip larger molecules", 0},
+    FLAG("--keep-hydrogens", keep_hydrogens, "keep explicit hydrogen atoms as atoms"),
+    TEXT("--orient", orient, "HOW", "keep the frame of the file, or principal: turn to its axes"),
+    HEADING("Splitting"),
+    TEXT("--split", split, "0.8,0.1,0.1", "write train, valid, test parts (two numbers: no test)"),
+    TEXT("--split-by", split_by, "HOW", "scaffold, random or order"),
     {"--seed", OPT_INT, &prep_opt.seed, 0, 9e15, "N", "of the random split", 0},
-    {NULL, OPT_FLAG, NULL, 0, 0, NULL, "Looking into a dataset", 0},
-    {"--dump", OPT_TEXT, &prep_opt.dump, 0, 0, "FILE.bin", "print its molecules as JSON, one a line", 0},
-    {"--range", OPT_TEXT, &prep_opt.range, 0, 0, "A:B", "only molecules A to B-1, counted from 0", 0},
-    {"--help", OPT_FLAG, &prep_opt.help, 0, 0, NULL, "this text", 0},
+    HEADING("Looking into a dataset"),
+    TEXT("--dump", dump, "FILE.bin", "print its molecules as JSON, one a line"),
+    TEXT("--range", range, "A:B", "only molecules A to B-1, counted from 0"),
+    FLAG("--help", help, "this text"),
 };
+
+#undef HEADING
+#undef TEXT
+#undef FLAG
 
 enum { N_PREP_OPTIONS = sizeof PREP_OPTION_TABLE / sizeof PREP_OPTION_TABLE[0] };
 
+// Prints what the program is for, examples and options.
 static void print_help(void) {
     printf(
         "data_prep - molecule files in, one dataset file for moleblend out\n\n"
@@ -5406,12 +5488,14 @@ static void print_help(void) {
         "  ./data_prep -o tox.{}.bin --split 0.8,0.1,0.1 --labels all tox21.csv\n"
         "  gzip -dc big.sdf.gz | ./data_prep -o big.bin --format sdf -\n"
         "  ./data_prep --dump train.bin --range 0:2\n\n"
-        "Reads .sdf and .mol (V2000, V3000), .smi, and .csv or .tsv with a SMILES column. Computes\n"
-        "the atom and bond features that OGB takes from RDKit 2022.09; keeps 3D positions of SD\n"
-        "files. Records that cannot be used are skipped, counted and named at the end.\n");
+        "Reads .sdf and .mol (V2000, V3000), .smi, and .csv or .tsv with a SMILES column.\n"
+        "Computes the atom and bond features that OGB takes from RDKit 2022.09; keeps the 3D\n"
+        "positions of SD files. Records that cannot be used are skipped, counted, and named at\n"
+        "the end.\n");
     options_print(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0);
 }
 
+// Dies if the options make no sense together.
 static void check_options(int n_inputs) {
     const PrepOptions *o = &prep_opt;
     CHECK(n_inputs > 0, "no input; see --help");
@@ -5421,9 +5505,11 @@ static void check_options(int n_inputs) {
     CHECK(strcmp(o->split_by, "scaffold") == 0 || strcmp(o->split_by, "random") == 0 ||
           strcmp(o->split_by, "order") == 0,
           "--split-by: expected scaffold, random or order, found \"%s\"", o->split_by);
-    CHECK(o->split || !strstr(o->output, "{}"), "-o: {} stands for a part's name; give --split too");
+    CHECK(o->split || !strstr(o->output, "{}"),
+          "-o: {} stands for a part's name; give --split too");
 }
 
+// Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
     prep_opt = PREP_DEFAULTS;
     const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
