@@ -14,8 +14,8 @@ refused. Records with more than --max-atoms atoms are left out.
 
 Every record is handed to data_prep under its number as its name, so none can be mistaken.
 --variant compares other records made from the given ones: `smiles` writes each molecule as a random
-SMILES, `renumber` shuffles its atoms and bonds and turns it in space, `hydrogens` also adds hydrogens
-with coordinates (the last two need .sdf or .mol).
+SMILES, `renumber` shuffles its atoms and turns it in space, `hydrogens` also adds hydrogens with
+coordinates (the last two need .sdf or .mol).
 --speed times both programs on one file, one thread each: RDKit reading, perceiving and computing
 the OGB arrays, against data_prep writing a dataset file.
 """
@@ -37,7 +37,7 @@ import numpy as np
 from rdkit import Chem, RDLogger, rdBase
 
 from ogb_features import (ATOM_LISTS, ATOM_NAMES, BOND_LISTS, BOND_NAMES, molecule_features,
-                          read_molblock)
+                          ogb_graph, read_molblock)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CHUNK = 20000  # records handed to data_prep at once
@@ -364,9 +364,7 @@ def speed(path, options, folder):
         for mol in mols:
             if mol is None:
                 continue
-            atoms, bonds = molecule_features(mol)
-            np.array(atoms, dtype=np.int64)
-            np.array(list(bonds.values()), dtype=np.int64)
+            ogb_graph(mol)
             if mol.GetNumConformers():
                 mol.GetConformer().GetPositions()
         theirs.append(time.perf_counter() - start)
