@@ -53,7 +53,7 @@ train.bin valid.bin: data/sample.sdf data_prep
 
 test: all build/test
 	cp build/test test
-	./test
+	OMP_WAIT_POLICY=passive ./test
 
 bench: all build/bench
 	build/bench

@@ -208,25 +208,42 @@ typedef struct {
     int active;                  // 0: no dropout (evaluation)
 } Draws;
 
-// mask (n): 0 with probability p, else 1 / (1 - p). Named (purpose, place, row).
-static void dropout_row(float *mask, int n, double p, const Draws *draws, uint32_t purpose,
-                        uint32_t place, uint32_t row) {
-    int blocks = (n + 3) / 4;  // a Philox block gives four draws: block k serves k + 0, 1, 2, 3 blocks
-    uint32_t limit = (uint32_t)(p * 4294967296.0);
-    float keep = (float)(1.0 / (1.0 - p));
-    float part[4][64];
-    for (int first = 0; first < blocks; first += 64) {
-        int count = min_int(64, blocks - first);
-        uint32_t base = row * (uint32_t)blocks + (uint32_t)first;
+// words (4, BLOCKS): philox() of the counters `first`, `first` + 1, ... A round of all blocks is one
+// loop, which compilers vectorise; that makes a draw ten times faster than calling philox().
+enum { BLOCKS = 64 };
+static void philox_blocks(uint32_t words[4][BLOCKS], int count, Philox first, uint64_t key) {
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    for (int k = 0; k < count; k++) {
+        words[0][k] = first.word[0] + (uint32_t)k;
+        for (int w = 1; w < 4; w++) words[w][k] = first.word[w];
+    }
+    for (int round = 0; round < 10; round++, k0 += PHILOX_WEYL0, k1 += PHILOX_WEYL1) {
 #pragma omp simd
         for (int k = 0; k < count; k++) {
-            Philox name = {{base + (uint32_t)k, place, draws->step, purpose}};
-            Philox draw = philox(name, draws->seed);
-            for (int w = 0; w < 4; w++) part[w][k] = draw.word[w] < limit ? 0.0f : keep;
+            uint64_t p = (uint64_t)PHILOX_MUL0 * words[0][k], q = (uint64_t)PHILOX_MUL1 * words[2][k];
+            words[0][k] = (uint32_t)(q >> 32) ^ words[1][k] ^ k0;
+            words[2][k] = (uint32_t)(p >> 32) ^ words[3][k] ^ k1;
+            words[1][k] = (uint32_t)q;
+            words[3][k] = (uint32_t)p;
         }
+    }
+}
+
+// mask (n): 0 with probability p, else 1 / (1 - p). Named (purpose, place, row): number k is word
+// k / blocks of Philox block k mod blocks of the row.
+static void dropout_row(float *mask, int n, double p, const Draws *draws, uint32_t purpose,
+                        uint32_t place, uint32_t row) {
+    int blocks = (n + 3) / 4;
+    uint32_t limit = (uint32_t)(p * 4294967296.0), words[4][BLOCKS];
+    float keep = (float)(1.0 / (1.0 - p));
+    for (int first = 0; first < blocks; first += BLOCKS) {
+        int count = min_int(BLOCKS, blocks - first);
+        uint32_t index = row * (uint32_t)blocks + (uint32_t)first;
+        philox_blocks(words, count, (Philox){{index, place, draws->step, purpose}}, draws->seed);
         for (int w = 0; w < 4; w++) {
-            int at = w * blocks + first;
-            if (at < n) memcpy(mask + at, part[w], (size_t)min_int(count, n - at) * sizeof(float));
+            int at = w * blocks + first, end = min_int(count, n - at);
+#pragma omp simd
+            for (int k = 0; k < end; k++) mask[at + k] = words[w][k] < limit ? 0.0f : keep;
         }
     }
 }
@@ -1199,7 +1216,7 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
     acts->memory = xmalloc(count, sizeof *acts->memory);
     acts->row_loss = xmalloc(room.A, sizeof *acts->row_loss);
     size_t width = (size_t)bias_width((int)room.N), D = (size_t)round_up(c.dim / c.heads, VEC);
-    size_t attention = 4 * width * width + 6 * width * D + width;
+    size_t attention = 4 * width * width + 6 * width * D;
     size_t pair_rows = width * 256 + (size_t)PAIR_WIDTH * 512;
     Work *w = &acts->work;
     w->threads = thread_count();
@@ -1741,54 +1758,51 @@ typedef struct {
     int stride;         // of the rows of q, k, v
     double p;           // dropout of the probabilities
     const Draws *draws;
-    uint32_t purpose, place, row;  // names of the masks: row + s for row s
+    uint32_t purpose, place, row;  // name of the mask
 } HeadTask;
 
-// mask (W) of row s; all ones without dropout.
-static void attention_mask(float *mask, const HeadTask *task, int s) {
+// mask (n, W) of the task; all ones without dropout.
+static void attention_mask(float *mask, const HeadTask *task) {
     if (task->draws->active && task->p > 0) {
-        dropout_row(mask, task->W, task->p, task->draws, task->purpose, task->place,
-                    task->row + (uint32_t)s);
+        dropout_row(mask, task->n * task->W, task->p, task->draws, task->purpose, task->place, task->row);
     } else {
-        for (int j = 0; j < task->W; j++) mask[j] = 1.0f;
+        for (int k = 0; k < task->n * task->W; k++) mask[k] = 1.0f;
     }
 }
 
-// prob (n, W) and dropped (n, W) = mask * prob. bias rows are bias_W apart. scratch: W * (D + 1).
+// prob (n, W) and dropped (n, W) = mask * prob. bias rows are bias_W apart. scratch: W * (n + D).
 static void attention_prob_forward(float *prob, float *dropped, const float *q, const float *k,
                                    const float *bias, int bias_W, const HeadTask *task,
                                    float *scratch) {
     int n = task->n, W = task->W, D = task->D;
-    float *mask = scratch, *kt = mask + W, scale = 1.0f / sqrtf((float)D);
+    float *mask = scratch, *kt = mask + (size_t)n * W, scale = 1.0f / sqrtf((float)D);
     copy_transposed(kt, W, k, task->stride, n, D);
     small_product(dropped, W, q, task->stride, 1, kt, W, n, W, D);
+    attention_mask(mask, task);
     for (int s = 0; s < n; s++) {
         float *prob_s = prob + (size_t)s * W, *dropped_s = dropped + (size_t)s * W;
-        const float *bias_s = bias + (size_t)s * bias_W;
+        const float *bias_s = bias + (size_t)s * bias_W, *mask_s = mask + (size_t)s * W;
         for (int j = 0; j < W; j++) prob_s[j] = dropped_s[j] * scale + bias_s[j];
         for (int j = n; j < W; j++) prob_s[j] = SCORE_MASK;
         softmax_row(prob_s, W);
-        attention_mask(mask, task, s);
-        for (int j = 0; j < W; j++) dropped_s[j] = prob_s[j] * mask[j];
+        for (int j = 0; j < W; j++) dropped_s[j] = prob_s[j] * mask_s[j];
     }
 }
 
 // dscore (n, W), holding the gradient of the dropped probabilities, becomes that of the scores,
-// and is added to dbias; dropped (n, W) is made again. scratch: W.
+// and is added to dbias; dropped (n, W) is made again. scratch: n * W.
 static void attention_prob_backward(float *dscore, float *dropped, float *dbias, int bias_W,
                                     const float *prob, const HeadTask *task, float *scratch) {
     int n = task->n, W = task->W;
-    float *mask = scratch;
+    attention_mask(scratch, task);
     for (int s = 0; s < n; s++) {
-        const float *prob_s = prob + (size_t)s * W;
+        const float *prob_s = prob + (size_t)s * W, *mask_s = scratch + (size_t)s * W;
         float *d = dscore + (size_t)s * W, *dropped_s = dropped + (size_t)s * W;
-        float *dbias_s = dbias + (size_t)s * bias_W;
-        attention_mask(mask, task, s);
-        float sum = 0;
+        float *dbias_s = dbias + (size_t)s * bias_W, sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < W; j++) {
-            dropped_s[j] = prob_s[j] * mask[j];  // forward: dropped = mask * prob
-            d[j] *= mask[j];
+            dropped_s[j] = prob_s[j] * mask_s[j];  // forward: dropped = mask * prob
+            d[j] *= mask_s[j];
             sum += d[j] * prob_s[j];
         }
         for (int j = 0; j < W; j++) d[j] = prob_s[j] * (d[j] - sum);  // forward: prob = softmax
@@ -1820,7 +1834,7 @@ static void attention_forward(float *context, float *prob, const float *qkv, con
         size_t b = task_id / (size_t)H, first = (size_t)batch->atom_start[b] + b;
         int h = (int)(task_id % (size_t)H), N = batch->n_atoms[b], S = N + 1, W = bias_width(N);
         HeadTask task = {S, W, D, 3 * C, p, draws, RNG_ATTENTION_DROP + (uint32_t)l,
-                         draws->first_place + (uint32_t)b, (uint32_t)(h * S)};
+                         draws->first_place + (uint32_t)b, (uint32_t)h};
         const float *q = qkv + first * 3 * (size_t)C + (size_t)h * D, *k = q + C, *v = k + C;
         float *dropped = work_thread(w), *copy = dropped + (size_t)S * W;
         float *out = copy + (size_t)S * width, *scratch = out + (size_t)S * width;
@@ -1844,7 +1858,7 @@ static void attention_backward(float *dqkv, float *dbias, const float *dcontext,
         size_t b = task_id / (size_t)H, first = (size_t)batch->atom_start[b] + b;
         int h = (int)(task_id % (size_t)H), N = batch->n_atoms[b], S = N + 1, W = bias_width(N);
         HeadTask task = {S, W, D, 3 * C, p, draws, RNG_ATTENTION_DROP + (uint32_t)l,
-                         draws->first_place + (uint32_t)b, (uint32_t)(h * S)};
+                         draws->first_place + (uint32_t)b, (uint32_t)h};
         size_t slice = first * 3 * (size_t)C + (size_t)h * D, at = bias_at(batch, H, b, h);
         const float *q = qkv + slice, *k = q + C, *v = k + C;
         const float *dout = dcontext + first * (size_t)C + (size_t)h * D;
@@ -2194,7 +2208,7 @@ static HeadTask noise_task(const Batch *batch, int C, int H, size_t b, int h, do
                            const Draws *draws) {
     int N = batch->n_atoms[b];
     return (HeadTask){N, bias_width(N), C / H, 3 * C, p, draws, RNG_DENOISE_DROP,
-                      draws->first_place + (uint32_t)b, (uint32_t)(h * N)};
+                      draws->first_place + (uint32_t)b, (uint32_t)h};
 }
 
 // noise_out (A, 3).

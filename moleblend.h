@@ -184,20 +184,25 @@ enum RngPurpose {  // part of every draw's name; changing a number changes every
     RNG_PATH_DROP = 3 << 8,        // + layer, two draws each
 };
 
+#define PHILOX_MUL0 0xD2511F53u
+#define PHILOX_MUL1 0xCD9E8D57u
+#define PHILOX_WEYL0 0x9E3779B9u
+#define PHILOX_WEYL1 0xBB67AE85u
+
 typedef struct { uint32_t word[4]; } Philox;
 
 static inline Philox philox(Philox counter, uint64_t key) {
     uint32_t a = counter.word[0], b = counter.word[1], c = counter.word[2], d = counter.word[3];
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
     for (int round = 0; round < 10; round++) {
-        uint64_t p = (uint64_t)0xD2511F53u * a, q = (uint64_t)0xCD9E8D57u * c;
+        uint64_t p = (uint64_t)PHILOX_MUL0 * a, q = (uint64_t)PHILOX_MUL1 * c;
         uint32_t next_a = (uint32_t)(q >> 32) ^ b ^ k0, next_c = (uint32_t)(p >> 32) ^ d ^ k1;
         b = (uint32_t)q;
         d = (uint32_t)p;
         a = next_a;
         c = next_c;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+        k0 += PHILOX_WEYL0;
+        k1 += PHILOX_WEYL1;
     }
     return (Philox){{a, b, c, d}};
 }

@@ -487,6 +487,13 @@ static void test_random(void) {
         test_check(memcmp(&got, &known[k].expected, sizeof got) == 0, "Philox4x32-10, known answer %d", k);
     }
     test_check(crc32_add(0, (const uint8_t *)"123456789", 9) == 0xcbf43926u, "CRC-32 check value");
+    uint32_t words[4][BLOCKS];
+    Philox counter = {{5, 6, 7, 8}};
+    philox_blocks(words, BLOCKS, counter, 99);
+    int equal = 1;
+    for (uint32_t k = 0; k < BLOCKS; k++, counter.word[0]++)
+        for (int i = 0; i < 4; i++) equal = equal && words[i][k] == philox(counter, 99).word[i];
+    test_check(equal, "philox_blocks() is philox()");
     double sum = 0, square = 0;
     for (uint32_t k = 0; k < 20000; k++) {
         double x = (double)rng_normal(1, RNG_NOISE, 0, 0, k);
@@ -1505,7 +1512,7 @@ static void test_messages(void) {
         {"./moleblend show build/test_train.bin 2", 0, "one blend"},
         {"./moleblend show build/test_train.bin 40", 1, "expected the index of a molecule, 0 to 39"},
         {"./data_prep --help", 0, "--split"},
-        {"./data_prep", 1, "data_prep: "},
+        {"./data_prep no_such.sdf -o build/x.bin", 1, "data_prep: no_such.sdf"},
     };
     write_test_dataset("build/test_train.bin", 40);
     for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)

@@ -1,0 +1,223 @@
+// bench.c - speed of the kernels and of whole training steps, next to the machine's FMA peak.
+//
+//   make bench                        all tables below
+//   build/bench peak|gemm|functions|step|memory|growth [options of `step`]
+//
+// Each figure is the best of several repetitions; shares are of the peak measured in the same run.
+// Useful arithmetic of a step: 3 passes (forward, input gradient, weight gradient) of 2 operations
+// per multiply-add of the encoder's and heads' matrices; see step_flops(). The molecules are drawn
+// at random with 4 to 24 heavy atoms, mean 14, as in PCQM4Mv2.
+
+#define MB_PROGRAM "bench"
+#define MOLEBLEND_TEST
+#include "../moleblend.c"
+
+static void use_threads(int n) {
+#ifdef _OPENMP
+    omp_set_num_threads(n);
+#else
+    (void)n;
+#endif
+}
+
+// `rounds` of twelve independent chains of fused multiply-adds, in registers (the loop compiles to
+// twelve vfmadd and a branch). Returns something that depends on all of them.
+static float fma_chains(long rounds, float scale) {
+    enum { CHAINS = 12 };
+    vec acc[CHAINS], x, y;
+    float lanes[VEC], sum = 0;
+    for (int v = 0; v < VEC; v++) lanes[v] = scale;
+    memcpy(&x, lanes, sizeof x);
+    memcpy(&y, lanes, sizeof y);
+    for (int k = 0; k < CHAINS; k++) acc[k] = x * (float)k;
+    for (long r = 0; r < rounds; r++) {
+#pragma GCC unroll 12
+        for (int k = 0; k < CHAINS; k++) acc[k] = acc[k] * x + y;
+    }
+    for (int k = 0; k < CHAINS; k++) {
+        memcpy(lanes, &acc[k], sizeof acc[k]);
+        for (int v = 0; v < VEC; v++) sum += lanes[v];
+    }
+    return sum;
+}
+
+// The machine's peak of fused multiply-adds on this many threads, GFLOP/s.
+static double fma_peak(int threads) {
+    volatile long rounds = 3000000;  // volatile: not known to the compiler
+    volatile float scale = 0.7f, sink = 0;
+    double best = 0;
+    use_threads(threads);
+    for (int repeat = 0; repeat < 8; repeat++) {
+        float sum = 0;
+        double start = now_seconds();
+#pragma omp parallel reduction(+ : sum)
+        sum += fma_chains(rounds, scale);
+        sink = sink + sum;
+        double rate = 12.0 * VEC * 2 * (double)rounds * threads / (now_seconds() - start) / 1e9;
+        best = fmax(best, rate);
+    }
+    return best;
+}
+
+static Work bench_work(int widest) {
+    Work w = {thread_count(), NULL, NULL, NULL, 0};
+    w.packed_a = xmalloc((size_t)w.threads * MC * KC, sizeof(float));
+    w.packed_b = xmalloc((size_t)round_up(widest, NR) * KC, sizeof(float));
+    return w;
+}
+
+static void bench_gemm(double peak) {
+    static const int shapes[][3] = {{1024, 768, 768}, {1024, 2304, 768}, {256, 768, 768}, {64, 768, 768},
+                                    {16, 768, 768}, {960, 256, 256}, {64, 256, 256}};
+    static const char *const names[] = {"X W^T", "dY W", "dY^T X"};
+    Work w = bench_work(2304);
+    float *A = xmalloc(1 << 22, 4), *B = xmalloc(1 << 22, 4), *C = xmalloc(1 << 22, 4);
+    for (int k = 0; k < 1 << 22; k++) A[k] = (float)(k % 7) - 3, B[k] = (float)(k % 5) - 2;
+    printf("  gemm  M    N    K            ");
+    for (int mode = 0; mode < 3; mode++) printf("  %8s GFLOP/s", names[mode]);
+    printf("\n");
+    for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++) {
+        int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2];
+        printf("    %5d %4d %4d            ", M, N, K);
+        for (int mode = 0; mode < 3; mode++) {
+            int ta = mode == 2, tb = mode == 0, repeats = (int)(3e9 / (2.0 * M * N * K)) + 3;
+            double best = 1e9;
+            for (int r = 0; r < repeats; r++) {
+                double start = now_seconds();
+                gemm(&w, ta, tb, M, N, K, A, ta ? M : K, B, tb ? K : N, NULL, 0, C, N);
+                best = fmin(best, now_seconds() - start);
+            }
+            double rate = 2.0 * M * N * K / best / 1e9;
+            printf("     %5.0f (%3.0f %%)", rate, 100 * rate / peak);
+        }
+        printf("\n");
+    }
+    free(A), free(B), free(C), free(w.packed_a), free(w.packed_b);
+}
+
+// A random molecule of N atoms: a chain with branches, rings and positions.
+static void bench_molecule(Molecule *m, int N, uint32_t seed) {
+    int n_bonds = 0;
+    molecule_resize(m, N, 2 * N, 0, 0);
+    for (int i = 0; i < N; i++) {
+        for (int k = 0; k < ATOM_FEATURES; k++)
+            m->atom_feat[i * ATOM_FEATURES + k] = (uint8_t)(rng_bits(seed, 50, (uint32_t)k, 0, (uint32_t)i) %
+                                                            (uint32_t)min_int(9, ATOM_FEATURE_SIZES[k]));
+        for (int back = 1; back <= 5; back += 4) {  // a bond to the atom before; rings of six
+            if (i < back || (back == 5 && i % 8 != 7)) continue;
+            m->bonds[2 * n_bonds] = (uint16_t)(i - back);
+            m->bonds[2 * n_bonds + 1] = (uint16_t)i;
+            m->bond_code[n_bonds++] = (uint8_t)(rng_bits(seed, 51, 0, 0, (uint32_t)i) % 48);
+        }
+        for (int k = 0; k < 3; k++)
+            m->pos[3 * i + k] = 2.0f * rng_normal(seed, 52, 0, 0, (uint32_t)(3 * i + k));
+    }
+    m->n_bonds = n_bonds;
+    m->has_pos = 1;
+}
+
+typedef struct { Model model; Batch batch; Acts acts; } Bench;
+
+// B molecules of `atoms` atoms, or if 0 of 4 to 24.
+static void bench_open(Bench *bench, Config c, size_t B, int atoms) {
+    static const Blend blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0};
+    Draws draws = {1, 0, 0, 1};
+    Sizes room = {0};
+    Molecule m = {0};
+    int *sizes = xmalloc(B, sizeof *sizes);
+    for (size_t b = 0; b < B; b++) {
+        sizes[b] = atoms ? atoms : 4 + (int)(rng_bits(3, 53, 0, 0, (uint32_t)b) % 21);
+        sizes_add(&room, sizes[b]);
+    }
+    model_create(&bench->model, c, 1);
+    model_init(&bench->model, 1);
+    batch_alloc(&bench->batch, room, 0);
+    acts_alloc(&bench->acts, c, room);
+    memcpy(bench->batch.n_atoms, sizes, B * sizeof *sizes);
+    batch_layout(&bench->batch, B);
+    for (size_t b = 0; b < B; b++) {
+        bench_molecule(&m, sizes[b], (uint32_t)b);
+        batch_set(&bench->batch, b, &m, &bench->batch.finder[0]);
+        batch_draw(&bench->batch, b, &blend, &draws);
+        batch_geometry(&bench->batch, b);
+    }
+    batch_count(&bench->batch);
+    molecule_free(&m);
+    free(sizes);
+}
+
+static void bench_close(Bench *bench) {
+    model_free(&bench->model);
+    batch_free(&bench->batch);
+    acts_free(&bench->acts);
+}
+
+// Useful operations of one pass over the batch. Counted: the matrices of the encoder (T rows), of
+// the denoising head and the pair maps (A rows), the bilinear heads, the 3D bias (Q rows), and
+// attention; multiply and add are two. A training step is three passes.
+static double pass_flops(const Bench *bench) {
+    Config c = bench->model.config;
+    double T = (double)bench->batch.T, A = (double)bench->batch.A, P = (double)bench->batch.P;
+    double Q = (double)bench->batch.Q, C = c.dim, F = c.ffn, G = c.kernels, squares = 0;
+    for (size_t b = 0; b < bench->batch.B; b++) squares += pow(bench->batch.n_atoms[b] + 1, 2);
+    double encoder = c.layers * (2 * T * (4 * C * C + 2 * C * F) + 4 * squares * C);
+    double heads = 2 * A * 3 * C * C + 2 * A * 192 * C + 2 * (A * 32 + P) * 32 * 134;
+    return encoder + heads + 2 * Q * G * (G + c.heads) + 2 * A * G * C;
+}
+
+static void bench_step(Config c, size_t B, int atoms, double peak, const char *name) {
+    static const LossWeights weights = {{0, 6, 0.1, 0.1, 0.5}};
+    static const Dropout drop = {0.1, 0.1, 0.1, 0};
+    static const Adam adam = {1e-5, 0.9, 0.999, 1e-8, 0, 5};
+    Bench bench;
+    double best = 1e9, forward = 1e9, loss[LOSSES];
+    bench_open(&bench, c, B, atoms);
+    double flops = pass_flops(&bench);
+    int repeats = min_int(60, (int)(4e11 / flops) + 3);
+    for (int r = 0; r < repeats; r++) {
+        Draws draws = {1, (uint32_t)r, 0, 1};
+        double start = now_seconds();
+        pretrain_gradients(loss, &bench.acts, &bench.model, &bench.batch, &weights, &drop, &draws);
+        adamw_step(&bench.model, &adam, r + 1);
+        best = fmin(best, now_seconds() - start);
+        start = now_seconds();
+        draws.active = 0;
+        encoder_forward(&bench.acts, &bench.model, &bench.batch, &drop, &draws);
+        forward = fmin(forward, now_seconds() - start);
+    }
+    double rate = 3 * flops / best / 1e9;
+    printf("    %-8s batch %4zu, %5.1f atoms: %8.1f ms  %7.1f molecules/s  %5.2f GFLOP each  %4.0f GFLOP/s"
+           " (%2.0f %%)   forward only %7.1f molecules/s\n",
+           name, B, (double)bench.batch.A / (double)B, 1e3 * best, (double)B / best,
+           3 * flops / 1e9 / (double)B, rate, 100 * rate / peak, (double)B / forward);
+    bench_close(&bench);
+}
+
+int main(int argc, char **argv) {
+    static const Config small = {6, 256, 256, 8, 64, 0}, base = {12, 768, 768, 32, 128, 0};
+    const char *part = argc > 1 ? argv[1] : "all";
+    int all = strcmp(part, "all") == 0, most = thread_count();
+    printf("vectors of %d floats, register tile %d x %d, %d thread%s\n", VEC, MR, NR, most,
+           most > 1 ? "s" : "");
+    for (int threads = 1; threads <= most; threads += most > 1 ? most - 1 : 1) {
+        double peak = fma_peak(threads);
+        printf("%d thread%s: FMA peak %.0f GFLOP/s\n", threads, threads > 1 ? "s" : "", peak);
+        if (all || !strcmp(part, "gemm")) bench_gemm(peak);
+        if (all || !strcmp(part, "step")) {
+            printf("  training step (and the encoder alone)\n");
+            bench_step(small, 64, 0, peak, "small");
+            bench_step(base, 64, 0, peak, "base");
+        }
+        if ((all || !strcmp(part, "step")) && threads == most) bench_step(base, 256, 0, peak, "base");
+    }
+    if (!strcmp(part, "growth")) {
+        static const int atoms[] = {10, 50, 100, 250, 500};
+        static const size_t batch[] = {1, 4, 16, 64, 256, 1024};
+        double peak = fma_peak(most);
+        printf("  time as molecules grow (small, batch 8)\n");
+        for (int k = 0; k < 5; k++) bench_step(small, 8, atoms[k], peak, "small");
+        printf("  time as the batch grows (small)\n");
+        for (int k = 0; k < 6; k++) bench_step(small, batch[k], 0, peak, "small");
+    }
+    return 0;
+}
