@@ -482,6 +482,17 @@ static double parse_decimal(Span s) {
     return strtod(copy, NULL);
 }
 
+// What a careless reader makes of s: blanks skipped, then digits as far as they go, a minus before
+// them if allowed. 0 if there are none.
+static int leading_int(Span s, int minus) {
+    int k = 0, v = 0, negative;
+    while (k < s.n && s.p[k] == ' ') k++;
+    negative = minus && k < s.n && s.p[k] == '-';
+    for (k += negative; k < s.n && s.p[k] >= '0' && s.p[k] <= '9' && v < 100000000; k++)
+        v = 10 * v + (s.p[k] - '0');
+    return negative ? -v : v;
+}
+
 // Strict whole number of a trimmed span. Returns 0 if s is anything else.
 static int parse_whole(Span s, int *value) {
     s = trim(s);
@@ -520,17 +531,13 @@ typedef struct {
 // signs and blanks are allowed there, and if all are blanks it reads on into the next field.
 // Returns 0 if there is anything else.
 static int column_int(Span line, int at, int width, int *value) {
-    int stop = at + width < line.n ? at + width : line.n, i = at, v = 0, negative = 0;
+    int stop = at + width < line.n ? at + width : line.n, i = at;
     for (int k = at; k < stop; k++) {
         char c = line.p[k];
         if (!((c >= '0' && c <= '9') || c == ' ' || c == '-' || c == '+')) return 0;
     }
     while (i < line.n && line.p[i] == ' ') i++;
-    if (i > at + width) stop = line.n;
-    if (i < stop && line.p[i] == '-') negative = 1, i++;
-    for (; i < stop && line.p[i] >= '0' && line.p[i] <= '9' && v < 100000000; i++)
-        v = 10 * v + (line.p[i] - '0');
-    *value = negative ? -v : v;
+    *value = leading_int((Span){line.p + at, (i > at + width ? line.n : stop) - at}, 1);
     return 1;
 }
 
@@ -586,8 +593,10 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
     struct { int at, width, value; const char *name; } f[] = {
         {34, 2, 0, "mass difference"}, {36, 3, 0, "charge"}, {42, 3, 0, "hydrogen count"},
         {48, 3, 0, "valence"}, {60, 3, -1, "atom map number"}, {39, 3, 0, "parity"},
-        {45, 3, 0, "stereo care"}};
-    for (int k = 0; k < 7; k++)
+        {45, 3, 0, "stereo care flag"}, {54, 3, 0, "reaction role"},
+        {57, 3, 0, "reaction component"}, {63, 3, 0, "inversion flag"},
+        {66, 3, 0, "exact change flag"}};
+    for (int k = 0; k < 11; k++)
         if (!optional_int(line, f[k].at, f[k].width, &f[k].value))
             return fault_at(b->fault, b->in.line, f[k].at + 1, "malformed mol block",
                             "expected a %s in columns %d-%d, found \"%.*s\"", f[k].name,
@@ -660,7 +669,7 @@ static int v2_bond_line(MolBlock *b, Span line) {
         return fault_at(b->fault, b->in.line, line.n + 1, "malformed mol block",
                         "expected a bond line of at least 9 columns, found %d", line.n);
     for (int k = 0; k < 3; k++)
-        if (!column_int(line, 3 * k, 3, &v[k]) || v[k] < 0)
+        if (!column_int(line, 3 * k, 3, &v[k]) || memchr(line.p + 3 * k, '-', 3))
             return fault_at(b->fault, b->in.line, 3 * k + 1, "malformed mol block",
                             "expected a number in columns %d-%d, found \"%.3s\"", 3 * k + 1,
                             3 * k + 3, line.p + 3 * k);
@@ -684,11 +693,16 @@ static int v2_bond_line(MolBlock *b, Span line) {
     return 0;
 }
 
-// Integer of a property line in [at, at + width); blanks give 0 unless `needed`.
+// Integer of a property line in [at, at + width); unless `needed`, blanks give 0 and signs are
+// taken lightly.
 static int property_int(MolBlock *b, Span line, int at, int width, int needed, int *value) {
     Span field = {line.p + at, line.n - at < width ? line.n - at : width};
+    int loose = !needed && at <= line.n;
     *value = 0;
-    if (at <= line.n && (parse_whole(field, value) || (!needed && trim(field).n == 0))) return 0;
+    if (at <= line.n && parse_whole(field, value)) return 0;
+    for (int k = 0; k < field.n; k++) loose &= strchr("0123456789 +-", field.p[k]) != NULL;
+    if (loose) *value = leading_int(field, 1);
+    if (loose) return 0;
     return fault_at(b->fault, b->in.line, at + 1, "malformed mol block",
                     "expected a number in columns %d-%d, found \"%.*s\"", at + 1, at + width,
                     at <= line.n ? field.n : 0, line.p + (at <= line.n ? at : 0));
@@ -779,8 +793,15 @@ static int v2_property(MolBlock *b, Span line, int *charged) {
                                             "ZBO", "ZCH", "HYD"};
     Span skipped;
     int count;
-    if (line.n && (line.p[0] == 'A' || line.p[0] == 'G')) {
-        next_line(&b->in, &skipped);  // the alias or abbreviation itself
+    if (starts_with(line, "G")) {
+        next_line(&b->in, &skipped);  // the abbreviation itself
+    } else if (starts_with(line, "A") || starts_with(line, "V")) {
+        if (property_int(b, line, 3, 3, 1, &count)) return -1;
+        if (line.n < 7 - 2 * (line.p[0] == 'A') || line.p[1] != ' ' || count < 1 ||
+            count > b->m->n_atoms)
+            return fault_at(b->fault, b->in.line, 1, "malformed mol block",
+                            "expected an alias or value of an atom from 1 to %d", b->m->n_atoms);
+        if (line.p[0] == 'A') next_line(&b->in, &skipped);  // the alias itself
     } else if (starts_with(line, "S  SKP")) {
         if (property_int(b, line, 6, 3, 0, &count)) return -1;
         while (count-- > 0 && next_line(&b->in, &skipped)) {}
@@ -991,7 +1012,7 @@ static int v3_atom_with_label(MolBlock *b, int label, int add) {
 // "index symbol x y z map NAME=value ...".
 static int v3_atom_line(MolBlock *b, Span line) {
     Span *token;
-    int n = v3_tokens(b, line, &token), label = 0, map = 0, at = 1;
+    int n = v3_tokens(b, line, &token), map, at = 1;
     if (n > 2 && word_is(token[1], "NOT")) {  // "NOT [C,N]" is one symbol in two tokens
         token[2].n += (int)(token[2].p - token[1].p);
         token[2].p = token[1].p;
@@ -1005,10 +1026,10 @@ static int v3_atom_line(MolBlock *b, Span line) {
         return fault_at(b->fault, b->in.line, (int)(token[at].p - line.p) + 8, "unknown element",
                         "expected an element symbol, found \"%.*s\"",
                         token[at].n < 20 ? token[at].n : 20, token[at].p);
-    if (!parse_whole(token[0], &label)) label = 0;
-    v3_atom_with_label(b, label, i);
+    v3_atom_with_label(b, leading_int(token[0], 0), i);
     for (int axis = 0; axis < 3; axis++) b->m->xyz[i][axis] = parse_decimal(token[at + 1 + axis]);
-    if (parse_whole(token[at + 4], &map) && map > 0) b->m->atoms[i].map = map;
+    map = leading_int(token[at + 4], 1);
+    if (map > 0) b->m->atoms[i].map = map;
     for (int k = at + 5; k < n; k++)
         if (v3_atom_property(b, &b->m->atoms[i], token[k])) return -1;
     return 0;
@@ -1021,8 +1042,7 @@ static int v3_bond_line(MolBlock *b, Span line) {
     if (n < 4)
         return fault_at(b->fault, b->in.line, 0, "malformed mol block",
                         "expected index, type and two atoms, found %d fields", n);
-    for (int k = 0; k < 4; k++)
-        if (!parse_whole(token[k], &v[k])) v[k] = 0;
+    for (int k = 0; k < 4; k++) v[k] = leading_int(token[k], 0);
     for (int k = 0; k < 2; k++) {
         end[k] = v3_atom_with_label(b, v[2 + k], -1);
         if (end[k] < 0)
@@ -1039,8 +1059,8 @@ static int v3_bond_line(MolBlock *b, Span line) {
         int cfg = 0;
         if (!v3_assignment(token[k], &name, &value)) return v3_bad(b, token[k], "NAME=value");
         if (word_is(name, "CFG")) {
-            if (!parse_whole(value, &cfg) || cfg < 0 || cfg > 3)
-                return v3_bad(b, token[k], "a configuration of 0 to 3");
+            cfg = leading_int(value, 0);
+            if (cfg > 3) return v3_bad(b, token[k], "a configuration of 0 to 3");
             if (cfg == 1) bond->direction = DIR_WEDGE;
             if (cfg == 3) bond->direction = DIR_DASH;
             if (cfg == 1 || cfg == 3) b->m->wedged = 1;
@@ -1145,7 +1165,7 @@ static int read_mol_block(ChemMol *m, Lines *rest, Span *title, Fault *fault) {
 // =================================================================================================
 
 // A ring number at an atom. Bonds are made of pairs of them when all atoms are there.
-typedef struct { int atom, number, order, direction, query, unspecified, column, bond; } RingMark;
+typedef struct { int atom, number, order, direction, unspecified, column, bond; } RingMark;
 
 typedef struct {
     ChemMol *m;
@@ -1369,7 +1389,7 @@ static int smiles_ring_number(SmilesReader *s) {
     return value;
 }
 
-// Notes a ring number at the active atom. If it comes after branches, the order in which RDKit
+// Notes a ring number at the active atom (there ~ means no more than no symbol). If it comes after branches, the order in which RDKit
 // sees the neighbours of a stereo centre differs from the order they are written in.
 static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     int column = s->pos, number = smiles_ring_number(s), degree = 0, i = s->active;
@@ -1377,7 +1397,7 @@ static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     if (s->n_marks == s->mark_room)
         s->marks = prep_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
     s->marks[s->n_marks++] = (RingMark){i, number, symbol.given ? symbol.order : ORDER_NONE,
-                                        symbol.direction, symbol.query,
+                                        symbol.direction,
                                         symbol.given ? symbol.unspecified : 1, column, -1};
     s->marks[s->n_marks - 1].order |= symbol.reversed << 8;
     ChemAtom *a = &s->m->atoms[i];
@@ -1401,9 +1421,8 @@ static void smiles_ring_bond(ChemMol *m, RingMark *first, RingMark *second) {
     RingMark *says = first->unspecified ? second : first, *other = says == first ? second : first;
     int order = says->order & 255, begin = says->atom, end = other->atom;
     if (says->order >> 8) begin = other->atom, end = says->atom;
-    if (order == ORDER_NONE && !says->query) order = default_order(m, begin, end);
+    if (order == ORDER_NONE) order = default_order(m, begin, end);
     ChemBond *b = mol_add_bond(m, begin, end, order);
-    b->query = (uint8_t)says->query;
     b->unspecified = (uint8_t)says->unspecified;
     int direction = says->direction;
     if (direction == DIR_NONE && other->direction != DIR_NONE)
