@@ -158,7 +158,8 @@ def finetune(options):
             out.write(json.dumps(row) + "\n")
         metric = TASKS[task][2]
         print(f"{k + 1}/{len(wanted)} {task} {start} lr {lr:g} seed {seed}: "
-              f"valid {row['valid']:g}, test {metric} {row['test'].get(metric)}, {row['seconds']:.0f} s", flush=True)
+              f"valid {row['valid']:g}, test {metric} {row['test'].get(metric)}, "
+              f"{row['seconds']:.0f} s", flush=True)
     table(options)
 
 
