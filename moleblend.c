@@ -75,7 +75,8 @@ enum {
 #define SCORE_MASK (-1e30f)       // score of a lane past the end of a row: its exp is 0
 
 // =================================================================================================
-// 2 Vector arithmetic: elementary functions that compilers vectorise (no table, no branch, no call),
+// 2 Vector arithmetic: elementary functions that compilers vectorise (no table, no branch, no
+// call),
 //   accurate to a few units in the last place; test.c compares them with libm.
 // =================================================================================================
 
@@ -208,8 +209,8 @@ typedef struct {
     int active;                  // 0: no dropout (evaluation)
 } Draws;
 
-// words (4, BLOCKS): philox() of the counters `first`, `first` + 1, ... A round of all blocks is one
-// loop, which compilers vectorise; that makes a draw ten times faster than calling philox().
+// words (4, BLOCKS): philox() of the counters `first`, `first` + 1, ... A round of all blocks is
+// one loop, which compilers vectorise; that makes a draw ten times faster than calling philox().
 enum { BLOCKS = 64 };
 static void philox_blocks(uint32_t words[4][BLOCKS], int count, Philox first, uint64_t key) {
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
@@ -220,7 +221,8 @@ static void philox_blocks(uint32_t words[4][BLOCKS], int count, Philox first, ui
     for (int round = 0; round < 10; round++, k0 += PHILOX_WEYL0, k1 += PHILOX_WEYL1) {
 #pragma omp simd
         for (int k = 0; k < count; k++) {
-            uint64_t p = (uint64_t)PHILOX_MUL0 * words[0][k], q = (uint64_t)PHILOX_MUL1 * words[2][k];
+            uint64_t p = (uint64_t)PHILOX_MUL0 * words[0][k],
+                     q = (uint64_t)PHILOX_MUL1 * words[2][k];
             words[0][k] = (uint32_t)(q >> 32) ^ words[1][k] ^ k0;
             words[2][k] = (uint32_t)(p >> 32) ^ words[3][k] ^ k1;
             words[1][k] = (uint32_t)q;
@@ -274,7 +276,9 @@ typedef struct {
     size_t thread_size;
 } Work;
 
-static float *work_thread(const Work *w) { return w->thread + (size_t)thread_id() * w->thread_size; }
+static float *work_thread(const Work *w) {
+    return w->thread + (size_t)thread_id() * w->thread_size;
+}
 
 #ifdef MOLEBLEND_TEST
 // The specification: C (M, N) = A (M, K) @ B (K, N), + C if add, else + bias (N) per row if given.
@@ -295,7 +299,8 @@ static void gemm_reference(int trans_a, int trans_b, int M, int N, int K, const 
 
 // out (count / width panels of (K, width)) = `count` columns of X (K, count), each panel's row of
 // `width` numbers contiguous, zero past the edge. trans: X is stored as (count, K).
-ALWAYS_INLINE void pack(float *out, int width, const float *X, int ldx, int trans, int count, int K) {
+ALWAYS_INLINE void pack(float *out, int width, const float *X, int ldx, int trans, int count,
+                        int K) {
     for (int first = 0; first < count; first += width, out += (size_t)width * K) {
         int n = min_int(width, count - first);
         if (n < width) {
@@ -412,11 +417,14 @@ static void small_product(float *out, int ldo, const float *a, int a_row, int a_
                           int ldb, int m, int n, int K) {
     int i = 0;
     for (; i + 8 <= m; i += 8)
-        small_rows(8, out + (size_t)i * ldo, ldo, a + (size_t)i * a_row, a_row, a_col, b, ldb, n, K);
+        small_rows(8, out + (size_t)i * ldo, ldo, a + (size_t)i * a_row, a_row, a_col, b, ldb, n,
+                   K);
     for (; i + 4 <= m; i += 4)
-        small_rows(4, out + (size_t)i * ldo, ldo, a + (size_t)i * a_row, a_row, a_col, b, ldb, n, K);
+        small_rows(4, out + (size_t)i * ldo, ldo, a + (size_t)i * a_row, a_row, a_col, b, ldb, n,
+                   K);
     for (; i < m; i++)
-        small_rows(1, out + (size_t)i * ldo, ldo, a + (size_t)i * a_row, a_row, a_col, b, ldb, n, K);
+        small_rows(1, out + (size_t)i * ldo, ldo, a + (size_t)i * a_row, a_row, a_col, b, ldb, n,
+                   K);
 }
 
 // out (rows, width) = x (rows, n), zero in the columns n..width-1.
@@ -459,8 +467,8 @@ static void linear_forward(const Work *w, float *out, const float *x, const floa
 // dweight = dout^T x, dbias = column sums of dout; dx (may be NULL) = dout weight, + dx if add_dx.
 // A weight is used once in a step, so its gradient is stored, not added.
 static void linear_backward(const Work *w, float *dx, int add_dx, float *dweight, float *dbias,
-                            const float *dout, const float *x, const float *weight, int rows, int IC,
-                            int OC) {
+                            const float *dout, const float *x, const float *weight, int rows,
+                            int IC, int OC) {
     gemm(w, 1, 0, OC, IC, rows, dout, OC, x, IC, NULL, 0, dweight, IC);
     column_sums(dbias, dout, OC, rows, OC);
     if (dx) gemm(w, 0, 0, rows, IC, OC, dout, OC, weight, IC, NULL, add_dx, dx, IC);
@@ -622,7 +630,7 @@ static int tensor_table(Config c, TensorInfo *info) {
     size_t offset = 0;
 #define ADD(field, name, rows, columns, rule, l, place)                                            \
     {                                                                                              \
-        size_t count = mul_size(max_size((size_t)(rows), 1), (size_t)(columns));                         \
+        size_t count = mul_size(max_size((size_t)(rows), 1), (size_t)(columns));                   \
         if (info)                                                                                  \
             info[n] = (TensorInfo){name, l, rows, columns, rule, offset, count, place};            \
         offset += count;                                                                           \
@@ -653,8 +661,8 @@ static int tensor_table(Config c, TensorInfo *info) {
 
 // Dies unless the sizes make a model.
 static void config_check(Config c) {
-    CHECK(c.layers >= 1 && c.layers <= MAX_LAYERS, "--layers: expected 1 to %d, found %d", MAX_LAYERS,
-          c.layers);
+    CHECK(c.layers >= 1 && c.layers <= MAX_LAYERS, "--layers: expected 1 to %d, found %d",
+          MAX_LAYERS, c.layers);
     CHECK(c.dim >= 1 && c.dim <= MAX_DIM, "--dim: expected 1 to %d, found %d", MAX_DIM, c.dim);
     CHECK(c.ffn >= 1 && c.ffn <= MAX_DIM, "--ffn: expected 1 to %d, found %d", MAX_DIM, c.ffn);
     CHECK(c.heads >= 1 && c.dim % c.heads == 0,
@@ -759,7 +767,7 @@ typedef struct {
     X(uint8_t, path, P *PATH_BONDS)    /* bond codes, PATH_NONE */                                 \
     X(uint8_t, pair_use, P)            /* USE_ bits */                                             \
     X(float, distance, P)              /* of the noised positions */                               \
-    X(float, direction, 3 * P)         /* per molecule (3, N, N): (pos_j - pos_i) / (distance + eps) */ \
+    X(float, direction, 3 * P)         /* per molecule (3, N, N), (pos_j - pos_i) / (distance + e) */ \
     X(float, labels, B *Y)
 
 // Scratch of relations(), one per thread.
@@ -908,7 +916,8 @@ static void paths_from(PathFinder *f, uint16_t *spd_i, int i, int N) {
                 spd_i[j] = (uint16_t)length;
                 f->queue[tail++] = j;
             }
-            if (spd_i[j] == length) f->via[j] = min_int(f->via[j], p == i ? -1 : max_int(f->via[p], p));
+            if (spd_i[j] == length)
+                f->via[j] = min_int(f->via[j], p == i ? -1 : max_int(f->via[p], p));
             if (p == i) first_i[j] = f->code[e];
         }
     }
@@ -977,7 +986,8 @@ static void batch_draw(Batch *batch, size_t b, const Blend *blend, const Draws *
     double total = edge + (has_pos ? blend->pair_3d : 0);
     double atom_2d = blend->atom_2d / (blend->atom_2d + blend->atom_3d);
     for (size_t k = 0; k < N * N; k++) {
-        double u = (double)rng_uniform(draws->seed, RNG_BLEND, draws->step, place, (uint32_t)k) * total;
+        double u =
+            (double)rng_uniform(draws->seed, RNG_BLEND, draws->step, place, (uint32_t)k) * total;
         batch->pair_use[p0 + k] = u < spd ? USE_SPD : u < edge || !has_pos ? USE_EDGE : USE_3D;
         if (blend->all) batch->pair_use[p0 + k] = USE_SPD | USE_EDGE | (has_pos ? USE_3D : 0);
     }
@@ -987,8 +997,9 @@ static void batch_draw(Batch *batch, size_t b, const Blend *blend, const Draws *
         if (blend->all) batch->atom_use[a0 + i] = USE_SPD | (has_pos ? USE_3D : 0);
     }
     for (size_t k = 0; has_pos && k < 3 * N; k++)
-        batch->noise[3 * a0 + k] = (float)blend->noise * rng_normal(draws->seed, RNG_NOISE, draws->step,
-                                                                    place, (uint32_t)k);
+        batch->noise[3 * a0 + k] =
+            (float)blend->noise *
+            rng_normal(draws->seed, RNG_NOISE, draws->step, place, (uint32_t)k);
 }
 
 // Uses the same relations for every pair and atom of molecule b (fine-tuning): `use` is a set of
@@ -1289,8 +1300,8 @@ static float path_scale(double p, const Draws *draws, int layer, int which, size
 // path_scale(p, draws, layer, which, molecule).
 static void residual_norm_forward(float *out, float *hat, float *rstd, const float *residual,
                                   const float *branch, const float *weight, const float *bias,
-                                  const Batch *batch, int C, double p, const Draws *draws, int layer,
-                                  int which) {
+                                  const Batch *batch, int C, double p, const Draws *draws,
+                                  int layer, int which) {
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < batch->T; t++) {
         const float *residual_t = residual + t * (size_t)C;
@@ -1310,8 +1321,8 @@ static void residual_norm_forward(float *out, float *hat, float *rstd, const flo
 // parts: (ceil(T / NORM_ROWS), 2 C) partial sums. dresidual may be dout.
 static void residual_norm_backward(float *dresidual, float *dbranch, float *dweight, float *dbias,
                                    float *parts, const float *dout, const float *hat,
-                                   const float *rstd, const float *weight, const Batch *batch, int C,
-                                   double p, const Draws *draws, int layer, int which) {
+                                   const float *rstd, const float *weight, const Batch *batch,
+                                   int C, double p, const Draws *draws, int layer, int which) {
     int chunks = ((int)batch->T + NORM_ROWS - 1) / NORM_ROWS;
 #pragma omp parallel for schedule(static)
     for (int chunk = 0; chunk < chunks; chunk++) {
@@ -1320,8 +1331,8 @@ static void residual_norm_backward(float *dresidual, float *dbranch, float *dwei
         int end = min_int((chunk + 1) * NORM_ROWS, (int)batch->T);
         for (int t = chunk * NORM_ROWS; t < end; t++) {
             size_t at = (size_t)t * C;
-            norm_row_backward(dresidual + at, dweight_part, dbias_part, dout + at, hat + at, rstd[t],
-                              weight, C);
+            norm_row_backward(dresidual + at, dweight_part, dbias_part, dout + at, hat + at,
+                              rstd[t], weight, C);
             if (!dbranch) continue;
             float scale = path_scale(p, draws, layer, which, (size_t)batch->molecule[t]);
             for (int c = 0; c < C; c++) dbranch[at + c] = scale * dresidual[at + c];
@@ -1372,7 +1383,8 @@ static void path_bias_backward(Acts *acts, Model *model) {
         for (int f = 0; f < BOND_FEATURES; f++) {
             int row = BOND_ROW_OFFSET + FEATURE_ROWS * f + value[f];
             for (int h = 0; h < H; h++)
-                model->g.bond_table[(size_t)row * H + h] += de[(size_t)code * H + h] / BOND_FEATURES;
+                model->g.bond_table[(size_t)row * H + h] +=
+                    de[(size_t)code * H + h] / BOND_FEATURES;
         }
     }
 }
@@ -1386,7 +1398,8 @@ static void gauss_rows(const Batch *batch, size_t i, size_t j, int *u, int *v) {
     *v = batch->atom_feat[j * ATOM_FEATURES] + GAUSS_ROW_OFFSET + FEATURE_ROWS;
 }
 
-static float gauss_argument(const Model *model, const Batch *batch, size_t i, size_t j, size_t pair) {
+static float gauss_argument(const Model *model, const Batch *batch, size_t i, size_t j,
+                            size_t pair) {
     int u, v;
     gauss_rows(batch, i, j, &u, &v);
     const Tensors *p = &model->p;
@@ -1444,7 +1457,8 @@ ALWAYS_INLINE float gauss_row_backward(float *restrict dmean, float *restrict ds
 #pragma omp simd reduction(+ : dx)
     for (int k = 0; k < G; k++) {
         float z = (x - mean[k]) * inverse[k];
-        float slope = ((a ? a[k] : 0.0f) + (b ? b[k] : 0.0f)) * exp_fast(-0.5f * z * z) * height[k] *
+        float slope = ((a ? a[k] : 0.0f) + (b ? b[k] : 0.0f)) * exp_fast(-0.5f * z * z) *
+                      height[k] *
                       inverse[k];  // forward: g = exp(-0.5 z^2) * height, height ~ 1 / s
         dx -= slope * z;
         dmean[k] += slope * z;
@@ -1501,7 +1515,8 @@ static void gauss_backward(Acts *acts, Model *model, const Batch *batch) {
 // ---- b_3d = W2 gelu(W1 g + c1) + c2 of the pairs that use 3D, and geo = W_p gauss_sum + c_p
 
 static void geometry_forward(Acts *acts, const Model *model, const Batch *batch) {
-    int G = model->config.kernels, H = model->config.heads, C = model->config.dim, Q = (int)batch->Q;
+    int G = model->config.kernels, H = model->config.heads, C = model->config.dim,
+        Q = (int)batch->Q;
     const Tensors *p = &model->p;
     gauss_forward(acts, model, batch);
     linear_forward(&acts->work, acts->mlp_pre, acts->gauss, p->mlp1_w, p->mlp1_b, Q, G, G);
@@ -1512,15 +1527,17 @@ static void geometry_forward(Acts *acts, const Model *model, const Batch *batch)
         for (int k = 0; k < G; k++) acts->mlp_hidden[at + k] = gelu(acts->mlp_pre[at + k]);
     }
     linear_forward(&acts->work, acts->mlp_out, acts->mlp_hidden, p->mlp2_w, p->mlp2_b, Q, G, H);
-    linear_forward(&acts->work, acts->geo, acts->gauss_sum, p->geo_w, p->geo_b, (int)batch->A, G, C);
+    linear_forward(&acts->work, acts->geo, acts->gauss_sum, p->geo_w, p->geo_b, (int)batch->A, G,
+                   C);
 }
 
 // From dmlp_out (Q, H) and geo (A, C; holding its own gradient).
 static void geometry_backward(Acts *acts, Model *model, const Batch *batch) {
-    int G = model->config.kernels, H = model->config.heads, C = model->config.dim, Q = (int)batch->Q;
+    int G = model->config.kernels, H = model->config.heads, C = model->config.dim,
+        Q = (int)batch->Q;
     Tensors *p = &model->p, *g = &model->g;
-    linear_backward(&acts->work, acts->dgauss_sum, 0, g->geo_w, g->geo_b, acts->geo, acts->gauss_sum,
-                    p->geo_w, (int)batch->A, G, C);
+    linear_backward(&acts->work, acts->dgauss_sum, 0, g->geo_w, g->geo_b, acts->geo,
+                    acts->gauss_sum, p->geo_w, (int)batch->A, G, C);
     linear_backward(&acts->work, acts->dmlp_hidden, 0, g->mlp2_w, g->mlp2_b, acts->dmlp_out,
                     acts->mlp_hidden, p->mlp2_w, Q, G, H);
 #pragma omp parallel for schedule(static)
@@ -1699,7 +1716,8 @@ static void embedding_backward(Acts *acts, Model *model, const Batch *batch) {
 }
 
 // =================================================================================================
-// 7 Encoder layers (post-norm): mid = LN1(x + path(Wo attention(x))), x' = LN2(mid + path(ffn(mid)))
+// 7 Encoder layers (post-norm): mid = LN1(x + path(Wo attention(x))), x' = LN2(mid +
+// path(ffn(mid)))
 // =================================================================================================
 
 // Rates of the model's random regularisers; all 0 in evaluation (draws->active = 0).
@@ -1739,7 +1757,8 @@ static void gelu_forward(float *out, const float *pre, const Work *w, const Batc
 
 // dpre = mask * dout * gelu'(pre). dpre may be dout.
 static void gelu_backward(float *dpre, float *dout, const float *pre, const Work *w,
-                          const Batch *batch, int n, double p, const Draws *draws, uint32_t purpose) {
+                          const Batch *batch, int n, double p, const Draws *draws,
+                          uint32_t purpose) {
     dropout_rows(dout, w, batch, n, p, draws, purpose);
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < batch->T; t++) {
@@ -1749,7 +1768,8 @@ static void gelu_backward(float *dpre, float *dout, const float *pre, const Work
     }
 }
 
-// ---- attention of one molecule and head: prob = softmax(q k^T / sqrt(D) + bias), out = drop(prob) v
+// ---- attention of one molecule and head: prob = softmax(q k^T / sqrt(D) + bias), out = drop(prob)
+// v
 //      A task reads (n, D) slices of (T, 3 C) matrices, of row stride `stride`, and works in its
 //      thread's scratch on copies whose rows are padded to whole vectors.
 
@@ -1764,7 +1784,8 @@ typedef struct {
 // mask (n, W) of the task; all ones without dropout.
 static void attention_mask(float *mask, const HeadTask *task) {
     if (task->draws->active && task->p > 0) {
-        dropout_row(mask, task->n * task->W, task->p, task->draws, task->purpose, task->place, task->row);
+        dropout_row(mask, task->n * task->W, task->p, task->draws, task->purpose, task->place,
+                    task->row);
     } else {
         for (int k = 0; k < task->n * task->W; k++) mask[k] = 1.0f;
     }
@@ -1843,8 +1864,8 @@ static void attention_forward(float *context, float *prob, const float *qkv, con
         copy_padded(copy, width, v, 3 * C, S, D);
         small_product(out, width, dropped, W, 1, copy, width, S, width, S);
         for (int s = 0; s < S; s++)
-            memcpy(context + (first + (size_t)s) * (size_t)C + (size_t)h * D, out + (size_t)s * width,
-                   sizeof(float) * (size_t)D);
+            memcpy(context + (first + (size_t)s) * (size_t)C + (size_t)h * D,
+                   out + (size_t)s * width, sizeof(float) * (size_t)D);
     }
 }
 
@@ -1871,8 +1892,8 @@ static void attention_backward(float *dqkv, float *dbias, const float *dcontext,
         copy_padded(copy, width, dout, C, S, D);
         small_product(out, width, dropped, 1, W, copy, width, S, width, S);
         for (int s = 0; s < S; s++)
-            memcpy(dqkv + slice + 2 * (size_t)C + (size_t)s * 3 * (size_t)C, out + (size_t)s * width,
-                   sizeof(float) * (size_t)D);
+            memcpy(dqkv + slice + 2 * (size_t)C + (size_t)s * 3 * (size_t)C,
+                   out + (size_t)s * width, sizeof(float) * (size_t)D);
         attention_qk_backward(dqkv + slice, dqkv + slice + C, dscore, q, k, &task, scratch);
     }
 }
@@ -1918,7 +1939,8 @@ static void layer_backward(Acts *a, Model *model, const Batch *batch, const Drop
                            a->norm2_hat + tc, a->norm2_rstd + lt, p->norm2_w, batch, C, path, draws,
                            l, 1);
     gelu_forward(a->ffn_hidden, a->ffn_pre + tf, w, batch, F, drop->activation, draws, purpose);
-    linear_backward(w, a->dffn, 0, g->ffn2_w, g->ffn2_b, a->branch, a->ffn_hidden, p->ffn2_w, T, F, C);
+    linear_backward(w, a->dffn, 0, g->ffn2_w, g->ffn2_b, a->branch, a->ffn_hidden, p->ffn2_w, T, F,
+                    C);
     gelu_backward(a->dffn, a->dffn, a->ffn_pre + tf, w, batch, F, drop->activation, draws, purpose);
     linear_backward(w, a->dmid, 1, g->ffn1_w, g->ffn1_b, a->dffn, a->mid + tc, p->ffn1_w, T, C, F);
     // forward: mid = LN1(x + out(attention(qkv(x))))
@@ -1960,8 +1982,9 @@ static void encoder_backward(Acts *a, Model *model, const Batch *batch, const Dr
 
 // =================================================================================================
 // 8 Heads and losses (paper 3.3). Three relation heads see every ordered pair of atoms through the
-//   outer product of two 32-vectors, r of atom i and c of atom j; the denoising head is an attention
-//   over the atoms. A head's loss and gradient are computed while its outputs are still in cache.
+//   outer product of two 32-vectors, r of atom i and c of atom j; the denoising head is an
+//   attention over the atoms. A head's loss and gradient are computed while its outputs are still
+//   in cache.
 // =================================================================================================
 
 enum { LOSS_TOTAL, LOSS_NOISE, LOSS_SPD, LOSS_EDGE, LOSS_3D, LOSSES };
@@ -2014,7 +2037,8 @@ static void pair_maps_backward(Acts *a, Model *model, int A) {
 // ---- losses of the pairs (i, 0..N-1) of molecule b. logits (N, width) become their own gradients,
 //      times `scale`; the sum of the losses is returned, for the 3D loss divided by the molecule's
 //      number of pairs.
-typedef double PairLoss(float *logits, int width, const Batch *batch, size_t b, int i, double scale);
+typedef double PairLoss(float *logits, int width, const Batch *batch, size_t b, int i,
+                        double scale);
 
 // Cross-entropy of one softmax over n classes: x (n) becomes its gradient times scale. target < 0:
 // not counted.
@@ -2030,7 +2054,8 @@ static double cross_entropy(float *x, int n, int target, double scale) {
     return loss;
 }
 
-static double spd_loss(float *logits, int width, const Batch *batch, size_t b, int i, double scale) {
+static double spd_loss(float *logits, int width, const Batch *batch, size_t b, int i,
+                       double scale) {
     int N = batch->n_atoms[b];
     const uint16_t *spd = batch->spd + batch->pair_start[b] + (size_t)i * N;
     double loss = 0;
@@ -2039,7 +2064,8 @@ static double spd_loss(float *logits, int width, const Batch *batch, size_t b, i
     return loss;
 }
 
-static double edge_loss(float *logits, int width, const Batch *batch, size_t b, int i, double scale) {
+static double edge_loss(float *logits, int width, const Batch *batch, size_t b, int i,
+                        double scale) {
     int N = batch->n_atoms[b];
     const uint8_t *path = batch->path + (batch->pair_start[b] + (size_t)i * N) * PATH_BONDS;
     double loss = 0;
@@ -2099,7 +2125,8 @@ static double pair_head_row(Acts *a, const PairHead *head, const Batch *batch, s
                             float *dc, float *scratch) {
     int N = batch->n_atoms[b], width = round_up(head->outputs, VEC), stride = 6 * PAIR_WIDTH;
     size_t atom = (size_t)batch->atom_start[b] + (size_t)i;
-    const float *c = a->pair_map + (atom - (size_t)i) * (size_t)stride + (head->map + 1) * PAIR_WIDTH;
+    const float *c =
+        a->pair_map + (atom - (size_t)i) * (size_t)stride + (head->map + 1) * PAIR_WIDTH;
     const float *U = a->pair_row + atom * (size_t)(PAIR_WIDTH * width);
     float *logits = scratch, *ut = logits + (size_t)N * width, *part = ut + width * PAIR_WIDTH;
     small_product(logits, width, c, stride, 1, U, width, N, width, PAIR_WIDTH);
@@ -2107,8 +2134,9 @@ static double pair_head_row(Acts *a, const PairHead *head, const Batch *batch, s
         for (int k = 0; k < head->outputs; k++) logits[(size_t)j * width + k] += head->bias[k];
     if (head->logits)
         for (int j = 0; j < N; j++)
-            memcpy(head->logits + (batch->pair_start[b] + (size_t)i * N + (size_t)j) * head->outputs,
-                   logits + (size_t)j * width, sizeof(float) * (size_t)head->outputs);
+            memcpy(
+                head->logits + (batch->pair_start[b] + (size_t)i * N + (size_t)j) * head->outputs,
+                logits + (size_t)j * width, sizeof(float) * (size_t)head->outputs);
     double loss = head->loss(logits, width, batch, b, i, head->scale);
     if (!head->dweight) return loss;
     // forward: logits (N, width) = c (N, R) @ U (R, width) + bias
@@ -2147,8 +2175,8 @@ static double pair_head(Acts *a, const PairHead *head, const Batch *batch) {
         for (int i = 0; i < N; i++)
             a->row_loss[a0 + (size_t)i] = pair_head_row(a, head, batch, b, i, dc, scratch);
         for (int j = 0; j < N && head->dweight; j++)
-            memcpy(a->dpair_map + (a0 + (size_t)j) * 6 * R + (head->map + 1) * R, dc + (size_t)j * R,
-                   sizeof(float) * R);
+            memcpy(a->dpair_map + (a0 + (size_t)j) * 6 * R + (head->map + 1) * R,
+                   dc + (size_t)j * R, sizeof(float) * R);
     }
     double loss = 0;
     for (int i = 0; i < A; i++) loss += a->row_loss[i];
@@ -2168,7 +2196,8 @@ static double pair_head(Acts *a, const PairHead *head, const Batch *batch) {
 }
 
 // ---- the 3D head's four maps as one: no non-linearity stands between linear (1024 -> 256) and the
-//      three axes (256 -> 1), so weight (3, 1024) = axes (3, 256) @ d3_w, bias = axes @ d3_b + axis_b
+//      three axes (256 -> 1), so weight (3, 1024) = axes (3, 256) @ d3_w, bias = axes @ d3_b +
+//      axis_b
 
 static void d3_compose(Acts *a, float bias[3], const Model *model) {
     const Tensors *p = &model->p;
@@ -2185,7 +2214,8 @@ static void d3_split(Acts *a, const float dbias[3], Model *model) {
     const Tensors *p = &model->p;
     Tensors *g = &model->g;
     float *axis_b[3] = {g->d3_axis1_b, g->d3_axis2_b, g->d3_axis3_b};
-    gemm(&a->work, 1, 0, D3_INNER, RR, 3, p->d3_axis1_w, D3_INNER, a->dd3_weight, RR, NULL, 0, g->d3_w,
+    gemm(&a->work, 1, 0, D3_INNER, RR, 3, p->d3_axis1_w, D3_INNER, a->dd3_weight, RR, NULL, 0,
+         g->d3_w,
          RR);  // forward: weight = axes @ d3_w
     gemm(&a->work, 0, 1, 3, D3_INNER, RR, a->dd3_weight, RR, p->d3_w, RR, NULL, 0, g->d3_axis1_w,
          D3_INNER);
@@ -2243,7 +2273,8 @@ static void noise_head_forward(Acts *a, const Model *model, const Batch *batch, 
             }
         }
     }
-    const float *axis_b[3] = {model->p.noise_axis1_b, model->p.noise_axis2_b, model->p.noise_axis3_b};
+    const float *axis_b[3] = {model->p.noise_axis1_b, model->p.noise_axis2_b,
+                              model->p.noise_axis3_b};
 #pragma omp parallel for schedule(static)
     for (size_t b = 0; b < batch->B; b++) {
         size_t a0 = (size_t)batch->atom_start[b], N = (size_t)batch->n_atoms[b];
@@ -2316,7 +2347,8 @@ static void noise_head_backward(Acts *a, Model *model, const Batch *batch, doubl
     int C = model->config.dim, H = model->config.heads, D = C / H;
 #pragma omp parallel for schedule(dynamic, 4)
     for (size_t task_id = 0; task_id < batch->B * (size_t)H; task_id++)
-        noise_task_backward(a, model, batch, task_id / (size_t)H, (int)(task_id % (size_t)H), p, draws);
+        noise_task_backward(a, model, batch, task_id / (size_t)H, (int)(task_id % (size_t)H), p,
+                            draws);
 #pragma omp parallel for schedule(static)
     for (int h = 0; h < H; h++) {  // dw_a = sum over atoms of dforce_a(j) v_j
         for (int axis = 0; axis < 3; axis++) {
@@ -2325,13 +2357,15 @@ static void noise_head_backward(Acts *a, Model *model, const Batch *batch, doubl
             for (size_t b = 0; b < batch->B; b++) {
                 size_t a0 = (size_t)batch->atom_start[b], N = (size_t)batch->n_atoms[b];
                 const float *v = a->noise_qkv + (3 * a0 + 2) * (size_t)C + (size_t)h * D;
-                const float *dforce = a->noise_dforce + 3 * (a0 * (size_t)H + (size_t)h * N) + axis * N;
+                const float *dforce =
+                    a->noise_dforce + 3 * (a0 * (size_t)H + (size_t)h * N) + axis * N;
                 for (size_t j = 0; j < N; j++)
                     for (int d = 0; d < D; d++) dw[d] += dforce[j] * v[j * 3 * (size_t)C + d];
             }
         }
     }
-    float sums[3], *axis_b[3] = {model->g.noise_axis1_b, model->g.noise_axis2_b, model->g.noise_axis3_b};
+    float sums[3],
+        *axis_b[3] = {model->g.noise_axis1_b, model->g.noise_axis2_b, model->g.noise_axis3_b};
     column_sums(sums, a->noise_dout, 3, (int)batch->A, 3);
     for (int axis = 0; axis < 3; axis++) axis_b[axis][0] = sums[axis];
     linear_backward(&a->work, a->dhidden, 1, model->g.noise_q_w, model->g.noise_q_b, a->noise_dqkv,
@@ -2345,7 +2379,8 @@ static void gather_atoms(float *hidden, const float *x, const Batch *batch, int 
 #pragma omp parallel for schedule(static)
     for (size_t b = 0; b < batch->B; b++) {
         size_t a0 = (size_t)batch->atom_start[b], N = (size_t)batch->n_atoms[b];
-        memcpy(hidden + a0 * (size_t)C, x + (a0 + b + 1) * (size_t)C, sizeof(float) * N * (size_t)C);
+        memcpy(hidden + a0 * (size_t)C, x + (a0 + b + 1) * (size_t)C,
+               sizeof(float) * N * (size_t)C);
     }
 }
 
@@ -2355,7 +2390,8 @@ static void scatter_atoms(float *dx, const float *dhidden, const Batch *batch, i
     for (size_t b = 0; b < batch->B; b++) {
         size_t a0 = (size_t)batch->atom_start[b], N = (size_t)batch->n_atoms[b];
         memset(dx + (a0 + b) * (size_t)C, 0, sizeof(float) * (size_t)C);
-        memcpy(dx + (a0 + b + 1) * (size_t)C, dhidden + a0 * (size_t)C, sizeof(float) * N * (size_t)C);
+        memcpy(dx + (a0 + b + 1) * (size_t)C, dhidden + a0 * (size_t)C,
+               sizeof(float) * N * (size_t)C);
     }
 }
 
@@ -2404,7 +2440,8 @@ static void pretrain_heads(double loss[LOSSES], Acts *a, Model *model, const Bat
     scatter_atoms(a->dx, a->dhidden, batch, C);
 }
 
-// ---- the fine-tuning head: out = W2 gelu(W1 x + b1) + b2 on a token, read out as the graph token's,
+// ---- the fine-tuning head: out = W2 gelu(W1 x + b1) + b2 on a token, read out as the graph
+// token's,
 //      or as the mean or sum over the atoms
 
 typedef enum { READ_CLS, READ_MEAN, READ_SUM } Readout;
@@ -2432,11 +2469,12 @@ static void task_head_forward(float *logits, Acts *a, const Model *model, const 
     for (size_t b = 0; b < batch->B && readout == READ_CLS; b++)
         memcpy(a->hidden + b * (size_t)C, x + ((size_t)batch->atom_start[b] + b) * (size_t)C,
                sizeof(float) * (size_t)C);
-    linear_forward(&a->work, a->head_pre, a->hidden, model->p.head1_w, model->p.head1_b, rows, C, C);
+    linear_forward(&a->work, a->head_pre, a->hidden, model->p.head1_w, model->p.head1_b, rows, C,
+                   C);
 #pragma omp parallel for simd schedule(static)
     for (size_t k = 0; k < (size_t)rows * (size_t)C; k++) a->head_hidden[k] = gelu(a->head_pre[k]);
-    linear_forward(&a->work, a->head_out, a->head_hidden, model->p.head2_w, model->p.head2_b, rows, C,
-                   Y);
+    linear_forward(&a->work, a->head_out, a->head_hidden, model->p.head2_w, model->p.head2_b, rows,
+                   C, Y);
     for (size_t b = 0; b < batch->B; b++) {
         size_t first = readout == READ_CLS ? b : (size_t)batch->atom_start[b];
         size_t count = readout == READ_CLS ? 1 : (size_t)batch->n_atoms[b];
@@ -2494,7 +2532,8 @@ static double task_loss(float *dlogits, const float *logits, const Batch *batch,
             double sigmoid = x >= 0 ? 1 / (1 + exp_minus) : exp_minus / (1 + exp_minus);
             dlogits[k] = (float)((sigmoid - label) / (double)count);
         } else {
-            double std = (double)task->std[k % Y], error = x * std + (double)task->mean[k % Y] - label;
+            double std = (double)task->std[k % Y],
+                   error = x * std + (double)task->mean[k % Y] - label;
             loss += error * error;
             dlogits[k] = (float)(2 * error * std / (double)count);
         }
@@ -2658,8 +2697,8 @@ static void task_metrics(double metric[METRICS], TaskKind kind, const float *sco
 }
 
 // Means over the tasks in which a metric is defined; NaN if there is none.
-static void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores, const float *labels,
-                         size_t n, size_t Y) {
+static void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores,
+                         const float *labels, size_t n, size_t Y) {
     double sum[METRICS] = {0}, count[METRICS] = {0}, metric[METRICS];
     for (size_t y = 0; y < Y; y++) {
         task_metrics(metric, kind, scores, labels, n, Y, y);
@@ -2674,7 +2713,8 @@ static void mean_metrics(double mean[METRICS], TaskKind kind, const float *score
 
 // Forward and backward pass of one pretraining batch: losses and gradients.
 static void pretrain_gradients(double loss[LOSSES], Acts *acts, Model *model, const Batch *batch,
-                               const LossWeights *weights, const Dropout *drop, const Draws *draws) {
+                               const LossWeights *weights, const Dropout *drop,
+                               const Draws *draws) {
     memset(model->grads, 0, sizeof(float) * model->table_count);  // the rest is stored, not added
     encoder_forward(acts, model, batch, drop, draws);
     pretrain_heads(loss, acts, model, batch, weights, drop, draws, 1, NULL);
@@ -2832,7 +2872,8 @@ static void json_tensor(JsonReader *r, TensorEntry *t, const uint8_t *data, size
     for (int k = 0; k < t->rank; k++) t->count = mul_size(t->count, t->shape[k]);
     size_t size = dtype_size(t->dtype);
     CHECK(size, "%s: tensor %s: unknown type \"%s\"", r->path, t->name, t->dtype);
-    CHECK(range[0] <= range[1] && range[1] <= data_size && range[1] - range[0] == mul_size(t->count, size),
+    CHECK(range[0] <= range[1] && range[1] <= data_size &&
+              range[1] - range[0] == mul_size(t->count, size),
           "%s: damaged tensor file: the data of %s does not fit its shape or the file", r->path,
           t->name);
     t->data = data + range[0];
@@ -2925,7 +2966,8 @@ MB_PRINTF(2, 3) static void text_add(Text *t, const char *fmt, ...) {
     va_copy(again, args);
     size_t n = (size_t)vsnprintf(NULL, 0, fmt, args);
     va_end(args);
-    if (t->length + n + 1 > t->room) t->text = xrealloc(t->text, t->room = 2 * (t->length + n + 1), 1);
+    if (t->length + n + 1 > t->room)
+        t->text = xrealloc(t->text, t->room = 2 * (t->length + n + 1), 1);
     vsnprintf(t->text + t->length, n + 1, fmt, again);
     va_end(again);
     t->length += n;
@@ -2971,7 +3013,8 @@ static void tensor_file_write(const char *path, const Model *model, const ArenaN
         for (int i = 0; i < model->n_tensors; i++) {
             const TensorInfo *t = &model->info[i];
             char name[128];
-            const char *module = strstr(t->pattern, "proj_out.") ? "encoder." : "encoder.molecule_encoder.";
+            const char *module =
+                strstr(t->pattern, "proj_out.") ? "encoder." : "encoder.molecule_encoder.";
             text_add(&head, ",\"%s%s%s\":{\"dtype\":\"F32\",\"shape\":[", arenas[s].prefix, module,
                      tensor_name(t, name));
             if (t->rows) text_add(&head, "%zu,", t->rows);
@@ -2981,7 +3024,8 @@ static void tensor_file_write(const char *path, const Model *model, const ArenaN
         }
     }
     if (extra)
-        text_add(&head, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%zu,%zu],\"data_offsets\":[%zu,%zu]}",
+        text_add(&head,
+                 ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%zu,%zu],\"data_offsets\":[%zu,%zu]}",
                  extra->name, extra->rows, extra->columns, offset,
                  offset + 4 * extra->rows * extra->columns);
     text_add(&head, "}");
@@ -3001,7 +3045,8 @@ static void tensor_file_write(const char *path, const Model *model, const ArenaN
 // ---- reading a model
 
 // One dimension of a tensor that a model must have.
-static int tensor_dimension(const TensorFile *f, const char *prefix, const char *official, int axis) {
+static int tensor_dimension(const TensorFile *f, const char *prefix, const char *official,
+                            int axis) {
     const TensorEntry *t = tensor_find_official(f, prefix, official);
     CHECK(t, "%s: not a MoleBLEND model: expected a tensor %s", f->path, official);
     CHECK(t->rank == 2 && t->shape[axis] >= 1 && t->shape[axis] <= 1 << 20,
@@ -3030,7 +3075,8 @@ static Config tensor_file_config(const TensorFile *f, const char *prefix) {
 
 // Copies one tensor of a file into an arena of the model's layout. Returns 0 if the file has none
 // of that name; dies if it has another shape or type.
-static int tensor_load(float *arena, const TensorInfo *info, const TensorFile *f, const char *prefix) {
+static int tensor_load(float *arena, const TensorInfo *info, const TensorFile *f,
+                       const char *prefix) {
     char name[128];
     const TensorEntry *t = tensor_find_official(f, prefix, tensor_name(info, name));
     if (!t) return 0;
@@ -3071,8 +3117,17 @@ typedef struct {
 } Options;
 
 static Options opt = {
-    .size = "small", .task = "regression", .readout = "cls", .modality = "2d", .steps = 1500, .batch = 64, .warmup = -1,
-    .seed = 1, .save_every = 500, .epochs = 40, .seeds = 1,
+    .size = "small",
+    .task = "regression",
+    .readout = "cls",
+    .modality = "2d",
+    .steps = 1200,
+    .batch = 64,
+    .warmup = -1,
+    .seed = 1,
+    .save_every = 500,
+    .epochs = 40,
+    .seeds = 1,
     .blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0},
     .weights = {{0, 6, 0.1, 0.1, 0.5}},
     .drop = {0.1, 0.1, 0.1, 0},
@@ -3135,8 +3190,9 @@ static Sizes ids_sizes(const Dataset *data, const uint32_t *ids, size_t B) {
     return s;
 }
 
-// The molecules of update `step`: sample step * batch + k is entry (sample mod n) of the permutation
-// of its epoch, so batches run across the ends of epochs and any step can be entered at once.
+// The molecules of update `step`: sample step * batch + k is entry (sample mod n) of the
+// permutation of its epoch, so batches run across the ends of epochs and any step can be entered at
+// once.
 static void run_ids(Run *run, int64_t step) {
     int64_t n = (int64_t)run->train.count;
     for (int64_t k = 0; k < opt.batch; k++) {
@@ -3174,8 +3230,8 @@ static void evaluate_pretraining(double mean[LOSSES], Run *run, const Dataset *d
         run_reserve(run, ids_sizes(data, ids, B), 0);
         batch_load(&run->batch, data, ids, B, &opt.blend, 0, &draws);
         encoder_forward(&run->acts, &run->model, &run->batch, &opt.drop, &draws);
-        pretrain_heads(loss, &run->acts, &run->model, &run->batch, &opt.weights, &opt.drop, &draws, 0,
-                       NULL);
+        pretrain_heads(loss, &run->acts, &run->model, &run->batch, &opt.weights, &opt.drop, &draws,
+                       0, NULL);
         const double n[LOSSES] = {0, (double)run->batch.noise_count, (double)run->batch.spd_count,
                                   (double)run->batch.edge_count, (double)run->batch.d3_count};
         for (int k = 1; k < LOSSES; k++) {
@@ -3218,9 +3274,11 @@ static void chance_losses(double chance[LOSSES], Run *run, const Dataset *data) 
     class_counts(known, run, &run->train);
     class_counts(seen, run, data);
     for (int g = 0; g <= PATH_BONDS; g++) {  // group 0: SPD, then a slot each
-        int first = g ? SPD_CLASSES + (g - 1) * EDGE_CLASSES : 0, n = g ? EDGE_CLASSES : SPD_CLASSES;
+        int first = g ? SPD_CLASSES + (g - 1) * EDGE_CLASSES : 0,
+            n = g ? EDGE_CLASSES : SPD_CLASSES;
         double total = 0;
-        for (int k = first; k < first + n; k++) total += known[k] + 1;  // + 1: unseen is not impossible
+        for (int k = first; k < first + n; k++)
+            total += known[k] + 1;  // + 1: unseen is not impossible
         for (int k = first; k < first + n; k++) {
             sum[g > 0] -= seen[k] * log((known[k] + 1) / total);
             count[g > 0] += seen[k];
@@ -3257,13 +3315,15 @@ static char *run_description(const Run *run) {
     text_add(&t, "layers %d dim %d ffn %d heads %d kernels %d", c.layers, c.dim, c.ffn, c.heads,
              c.kernels);
     text_add(&t, " molecules %zu steps %lld batch %lld warmup %lld seed %lld", run->train.count,
-             (long long)opt.steps, (long long)opt.batch, (long long)run->warmup, (long long)opt.seed);
+             (long long)opt.steps, (long long)opt.batch, (long long)run->warmup,
+             (long long)opt.seed);
     text_add(&t, " lr %g betas %g %g eps %g decay %g clip %g", opt.adam.lr, opt.adam.beta1,
              opt.adam.beta2, opt.adam.eps, opt.adam.weight_decay, opt.adam.clip);
     text_add(&t, " dropout %g %g %g %g", opt.drop.attention, opt.drop.activation, opt.drop.path,
              opt.drop.embedding);
     text_add(&t, " blend %g %g %g %g %g %d noise %g", opt.blend.pair_spd, opt.blend.pair_edge,
-             opt.blend.pair_3d, opt.blend.atom_2d, opt.blend.atom_3d, opt.blend.all, opt.blend.noise);
+             opt.blend.pair_3d, opt.blend.atom_2d, opt.blend.atom_3d, opt.blend.all,
+             opt.blend.noise);
     text_add(&t, " weights %g %g %g %g", opt.weights.weight[1], opt.weights.weight[2],
              opt.weights.weight[3], opt.weights.weight[4]);
     return t.text;
@@ -3330,8 +3390,8 @@ static void run_load(Run *run) {
     const char *then = tensor_meta(&f, "run"), *step = tensor_meta(&f, "step");
     CHECK(then && step, "%s: not the state of a run (no metadata)", run->state_path);
     CHECK(strcmp(now, then) == 0,
-          "%s: --resume needs the same data and options; expected \"%s\", found \"%s\"", run->state_path,
-          then, now);
+          "%s: --resume needs the same data and options; expected \"%s\", found \"%s\"",
+          run->state_path, then, now);
     free(now);
     run->step = strtoll(step, NULL, 10);
     const TensorEntry *log = tensor_find(&f, "log");
@@ -3404,21 +3464,22 @@ static void run_open(Run *run, const char *train_path) {
     }
     run_plan(run);
     Config c = run->model.config;
-    fprintf(stderr,
-            "model   %d layers, %d wide, ffn %d, %d heads, %d kernels: %.2f M parameters, seed %lld\n"
-            "data    %s: %zu molecules; %s: %zu\n"
-            "memory  %.0f MiB parameters, gradients and moments, %.0f MiB activations\n"
-            "run     %lld steps of %lld molecules (%.1f epochs) on %d thread%s%s\n",
-            c.layers, c.dim, c.ffn, c.heads, c.kernels, (double)run->model.count / 1e6,
-            (long long)opt.seed, train_path, run->train.count, opt.valid ? opt.valid : "no validation",
-            run->valid.count, 16.0 * (double)run->model.count / (1 << 20),
-            (double)run->acts.memory_bytes / (1 << 20), (long long)opt.steps, (long long)opt.batch,
-            (double)opt.steps * (double)opt.batch / (double)run->train.count, thread_count(),
-            thread_count() > 1 ? "s" : "",
+    fprintf(
+        stderr,
+        "model   %d layers, %d wide, ffn %d, %d heads, %d kernels: %.2f M parameters, seed %lld\n"
+        "data    %s: %zu molecules; %s: %zu\n"
+        "memory  %.0f MiB parameters, gradients and moments, %.0f MiB activations\n"
+        "run     %lld steps of %lld molecules (%.1f epochs) on %d thread%s%s\n",
+        c.layers, c.dim, c.ffn, c.heads, c.kernels, (double)run->model.count / 1e6,
+        (long long)opt.seed, train_path, run->train.count, opt.valid ? opt.valid : "no validation",
+        run->valid.count, 16.0 * (double)run->model.count / (1 << 20),
+        (double)run->acts.memory_bytes / (1 << 20), (long long)opt.steps, (long long)opt.batch,
+        (double)opt.steps * (double)opt.batch / (double)run->train.count, thread_count(),
+        thread_count() > 1 ? "s" : "",
 #ifdef _OPENMP
-            ""
+        ""
 #else
-            " (built without OpenMP)"
+        " (built without OpenMP)"
 #endif
     );
     if (opt.resume) fprintf(stderr, "resumed after step %lld\n", (long long)run->step);
@@ -3469,7 +3530,8 @@ static void run_print(const Run *run, Progress *progress) {
     fflush(stdout);
 }
 
-// ---- fine-tuning (METHOD section 10): no noise, no blend; the epoch best on the validation set is kept
+// ---- fine-tuning (METHOD section 10): no noise, no blend; the epoch best on the validation set is
+// kept
 
 typedef struct {
     Run run;              // model, buffers, training and validation set
@@ -3574,7 +3636,8 @@ static void transfer_load(const Model *model, const char *path, int quiet) {
     }
     CHECK(loaded > 0, "%s: no tensor of the encoder is there", path);
     if (!quiet)
-        fprintf(stderr, "init    %s: %d encoder tensors loaded, %d missing, %d left behind (heads)\n", path,
+        fprintf(stderr,
+                "init    %s: %d encoder tensors loaded, %d missing, %d left behind (heads)\n", path,
                 loaded, fresh, f.count - loaded);
     tensor_file_close(&f);
 }
@@ -3585,7 +3648,8 @@ static double finetune_epoch(Finetune *ft, int64_t epoch, uint64_t seed) {
     int64_t n = (int64_t)run->train.count, per_epoch = (n + opt.batch - 1) / opt.batch;
     int64_t steps = per_epoch * opt.epochs;
     int64_t warmup = opt.warmup >= 0 ? opt.warmup : steps / 10 + 1;
-    float *logits = xmalloc(2 * mul_size((size_t)opt.batch, (size_t)run->train.n_tasks), sizeof *logits);
+    float *logits =
+        xmalloc(2 * mul_size((size_t)opt.batch, (size_t)run->train.n_tasks), sizeof *logits);
     float *dlogits = logits + (size_t)opt.batch * (size_t)run->train.n_tasks;
     double sum = 0;
     rng_permutation(run->order, run->train.count, seed, RNG_SHUFFLE, (uint32_t)epoch);
@@ -3598,8 +3662,8 @@ static double finetune_epoch(Finetune *ft, int64_t epoch, uint64_t seed) {
         adam.lr = learning_rate(opt.adam.lr, step, warmup, steps);
         run_reserve(run, ids_sizes(&run->train, ids, (size_t)B), run->train.n_tasks);
         batch_load(&run->batch, &run->train, ids, (size_t)B, NULL, ft->task.use, &draws);
-        double loss = finetune_gradients(logits, dlogits, &run->acts, &run->model, &run->batch, &ft->task,
-                                         &opt.drop, &draws);
+        double loss = finetune_gradients(logits, dlogits, &run->acts, &run->model, &run->batch,
+                                         &ft->task, &opt.drop, &draws);
         check_finite(&run->model, loss, step + 1);
         check_finite(&run->model, adamw_step(&run->model, &adam, step + 1), step + 1);
         sum += loss * (double)B / (double)n;
@@ -3630,8 +3694,8 @@ static void finetune_run(Finetune *ft, uint64_t seed, int quiet) {
             memcpy(ft->best, model->params, sizeof(float) * model->count);
         }
         char text[96];
-        snprintf(text, sizeof text, "seed %llu epoch %lld: loss %.4f, valid %.4f", (unsigned long long)seed,
-                 (long long)epoch + 1, loss, fabs(now));
+        snprintf(text, sizeof text, "seed %llu epoch %lld: loss %.4f, valid %.4f",
+                 (unsigned long long)seed, (long long)epoch + 1, loss, fabs(now));
         progress_show(&progress, (double)epoch + 1, (double)opt.epochs,
                       (double)(epoch + 1) * (double)run->train.count, "molecules", text,
                       epoch + 1 == opt.epochs);
@@ -3699,7 +3763,8 @@ static void finetune_report(double mean[METRICS], Finetune *ft, int each) {
 
 static void same_tasks(const Dataset *a, const Dataset *b) {
     int same = a->n_tasks == b->n_tasks;
-    for (int t = 0; same && t < a->n_tasks; t++) same = strcmp(a->task_names[t], b->task_names[t]) == 0;
+    for (int t = 0; same && t < a->n_tasks; t++)
+        same = strcmp(a->task_names[t], b->task_names[t]) == 0;
     CHECK(same, "%s: expected the tasks of %s", b->path, a->path);
 }
 
@@ -3737,10 +3802,10 @@ static void finetune_open(Finetune *ft, const char *train_path) {
     run->order = xmalloc(run->train.count, sizeof *run->order);
     run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
     ft->best = xmalloc(run->model.count, sizeof *ft->best);
-    fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n", c.layers,
-            c.dim, (double)run->model.count / 1e6, opt.task, opt.readout, opt.modality);
-    fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n", run->train.count,
-            run->valid.count, ft->test.count, c.tasks, c.tasks > 1 ? "s" : "");
+    fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n",
+            c.layers, c.dim, (double)run->model.count / 1e6, opt.task, opt.readout, opt.modality);
+    fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n",
+            run->train.count, run->valid.count, ft->test.count, c.tasks, c.tasks > 1 ? "s" : "");
 }
 
 // =================================================================================================
@@ -3842,8 +3907,8 @@ static void model_close(Run *run, TensorFile *f) {
 // Metadata that finetune wrote, or the end of the program.
 static const char *required_meta(const TensorFile *f, const char *key) {
     const char *text = tensor_meta(f, key);
-    CHECK(text, "%s: not a fine-tuned model (metadata %s is missing); see ./moleblend finetune", f->path,
-          key);
+    CHECK(text, "%s: not a fine-tuned model (metadata %s is missing); see ./moleblend finetune",
+          f->path, key);
     return text;
 }
 
@@ -3874,10 +3939,11 @@ static void command_predict(const char *path) {
     char *end;
     for (size_t y = 0; y < Y; y++, mean = end) stats[y] = strtof(mean, &end);
     for (size_t y = 0; y < Y; y++, std = end) stats[Y + y] = strtof(std, &end);
-    Task task = {(TaskKind)name_index("task", required_meta(&f, "task"), KIND_NAMES, 2),
-                 (Readout)name_index("readout", required_meta(&f, "readout"), READOUT_NAMES, 3),
-                 MODALITY_USE[name_index("modality", required_meta(&f, "modality"), MODALITY_NAMES, 3)],
-                 stats, stats + Y};
+    Task task = {
+        (TaskKind)name_index("task", required_meta(&f, "task"), KIND_NAMES, 2),
+        (Readout)name_index("readout", required_meta(&f, "readout"), READOUT_NAMES, 3),
+        MODALITY_USE[name_index("modality", required_meta(&f, "modality"), MODALITY_NAMES, 3)],
+        stats, stats + Y};
     printf("name");
     for (size_t y = 0; y < Y; y++) {
         size_t length = strcspn(names, "\n");
@@ -3896,7 +3962,8 @@ static void command_predict(const char *path) {
             printf("\n");
         }
     }
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write to standard output: %s", strerror(errno));
+    CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write to standard output: %s",
+          strerror(errno));
     molecule_free(&m);
     free(stats);
     free(out);
@@ -3904,8 +3971,8 @@ static void command_predict(const char *path) {
     model_close(&run, &f);
 }
 
-// ./moleblend embed data.bin --model FILE -o out.npy: (molecules, C) float32, the graph token or the
-// mean over the atoms
+// ./moleblend embed data.bin --model FILE -o out.npy: (molecules, C) float32, the graph token or
+// the mean over the atoms
 static void command_embed(const char *path) {
     static const Dropout none = {0};
     Run run = {0};
@@ -3936,7 +4003,8 @@ static void command_embed(const char *path) {
         encoder_forward(&run.acts, &run.model, &run.batch, &none, &still);
         for (size_t b = 0; b < n; b++) {
             size_t N = (size_t)run.batch.n_atoms[b], token = (size_t)run.batch.atom_start[b] + b;
-            const float *x = run.acts.x + ((size_t)run.model.config.layers * run.batch.T + token) * C;
+            const float *x =
+                run.acts.x + ((size_t)run.model.config.layers * run.batch.T + token) * C;
             for (size_t c = 0; c < C; c++) {
                 float sum = 0;
                 for (size_t t = 1; t <= N; t++) sum += x[t * C + c];
@@ -3956,9 +4024,12 @@ static void command_embed(const char *path) {
 // ---- show: what the model is given of one molecule
 
 static const char *const ELEMENTS =
-    "H  He Li Be B  C  N  O  F  Ne Na Mg Al Si P  S  Cl Ar K  Ca Sc Ti V  Cr Mn Fe Co Ni Cu Zn Ga Ge "
-    "As Se Br Kr Rb Sr Y  Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I  Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd "
-    "Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U  Np Pu Am Cm "
+    "H  He Li Be B  C  N  O  F  Ne Na Mg Al Si P  S  Cl Ar K  Ca Sc Ti V  Cr Mn Fe Co Ni Cu Zn Ga "
+    "Ge "
+    "As Se Br Kr Rb Sr Y  Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I  Xe Cs Ba La Ce Pr Nd Pm Sm Eu "
+    "Gd "
+    "Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U  Np Pu Am "
+    "Cm "
     "Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og *  ";
 
 // One matrix of a molecule: title, then a row an atom, cells of `width` characters.
@@ -3977,7 +4048,8 @@ static void show_matrix(const Batch *batch, const char *title, int kind) {
             if (use == USE_SPD && spd != SPD_UNREACHABLE) snprintf(cell, sizeof cell, "%d", spd);
             if (use == USE_3D) snprintf(cell, sizeof cell, "%.1f", (double)batch->distance[p]);
             if (use == USE_EDGE && batch->path[p * PATH_BONDS] != PATH_NONE)
-                for (int t = 0; t < PATH_BONDS && batch->path[p * PATH_BONDS + (size_t)t] < PATH_NONE; t++)
+                for (int t = 0;
+                     t < PATH_BONDS && batch->path[p * PATH_BONDS + (size_t)t] < PATH_NONE; t++)
                     snprintf(cell + t, sizeof cell - (size_t)t, "%c",
                              bond_signs[batch->path[p * PATH_BONDS + (size_t)t] / 12]);
             printf(" %5s", cell);
@@ -4010,12 +4082,14 @@ static void command_show(const char *path, const char *index_text) {
     printf("molecule %llu of %s: %s, %d atoms, %d bonds, %s\n", index, path, m->name, m->n_atoms,
            m->n_bonds, m->has_pos ? "3D" : "2D only");
     show_matrix(&batch, "shortest path (bonds; . = not connected)", USE_SPD);
-    show_matrix(&batch, "bonds of the path, the first five (- = # single, double, triple, ~ aromatic)",
+    show_matrix(&batch,
+                "bonds of the path, the first five (- = # single, double, triple, ~ aromatic)",
                 USE_EDGE);
     if (batch.has_pos[0]) show_matrix(&batch, "distance (Angstrom)", USE_3D);
     show_matrix(&batch, "one blend: what the encoder would see of each pair", 0);
     printf("\natoms' own structure: ");
-    for (int i = 0; i < batch.n_atoms[0]; i++) printf("%s ", batch.atom_use[i] == USE_3D ? "3D" : "2D");
+    for (int i = 0; i < batch.n_atoms[0]; i++)
+        printf("%s ", batch.atom_use[i] == USE_3D ? "3D" : "2D");
     printf("\n");
     batch_free(&batch);
     dataset_close(&data);
@@ -4057,7 +4131,8 @@ static void info_tensors(const char *path) {
     for (int k = 0; k < f.meta_count; k++) printf("  %s: %s\n", f.meta[2 * k], f.meta[2 * k + 1]);
     for (int k = 0; k < f.count; k++) {
         printf("  %-70s %s (", f.entries[k].name, f.entries[k].dtype);
-        for (int d = 0; d < f.entries[k].rank; d++) printf("%s%zu", d ? ", " : "", f.entries[k].shape[d]);
+        for (int d = 0; d < f.entries[k].rank; d++)
+            printf("%s%zu", d ? ", " : "", f.entries[k].shape[d]);
         printf(")\n");
     }
     tensor_file_close(&f);
@@ -4087,7 +4162,8 @@ static const Option OPTIONS[] = {
     HEADING("Files", TRAIN | READ),
     {"-o", OPT_TEXT, &opt.output, 0, 0, "FILE",
      "output (moleblend.safetensors, finetuned.safetensors or embeddings.npy)", TRAIN | EMBED},
-    {"--valid", OPT_TEXT, &opt.valid, 0, 0, "FILE", "validation set (valid.bin beside train.bin)", TRAIN},
+    {"--valid", OPT_TEXT, &opt.valid, 0, 0, "FILE", "validation set (valid.bin beside train.bin)",
+     TRAIN},
     {"--test", OPT_TEXT, &opt.test, 0, 0, "FILE", "test set (test.bin beside train.bin)", FINETUNE},
     {"--init", OPT_TEXT, &opt.init, 0, 0, "FILE", "start from this checkpoint", TRAIN},
     {"--model", OPT_TEXT, &opt.model, 0, 0, "FILE", "checkpoint to use", READ},
@@ -4095,7 +4171,8 @@ static const Option OPTIONS[] = {
     {"--save-every", OPT_INT, &opt.save_every, 1, 1e9, "N", "steps between checkpoints", PRETRAIN},
     HEADING("Model", TRAIN),
     {"--size", OPT_TEXT, &opt.size, 0, 0, "NAME", "tiny, small, or base (the paper's)", TRAIN},
-    {"--layers", OPT_INT, &opt.layers, 1, MAX_LAYERS, "N", "0: from --size; so the next four", TRAIN},
+    {"--layers", OPT_INT, &opt.layers, 1, MAX_LAYERS, "N", "0: from --size; so the next four",
+     TRAIN},
     {"--dim", OPT_INT, &opt.dim, 1, MAX_DIM, "N", "width of a token", TRAIN},
     {"--ffn", OPT_INT, &opt.ffn, 1, MAX_DIM, "N", "width of the feed-forward layer", TRAIN},
     {"--heads", OPT_INT, &opt.heads, 1, 256, "N", "attention heads, a divisor of --dim", TRAIN},
@@ -4103,31 +4180,37 @@ static const Option OPTIONS[] = {
     HEADING("Training", TRAIN | READ | SHOW),
     {"--steps", OPT_INT, &opt.steps, 1, 1e9, "N", "updates", PRETRAIN},
     {"--epochs", OPT_INT, &opt.epochs, 1, 1e6, "N", "passes over the training set", FINETUNE},
-    {"--patience", OPT_INT, &opt.patience, 0, 1e6, "N", "stop after N epochs without gain; 0: never",
+    {"--patience", OPT_INT, &opt.patience, 0, 1e6, "N",
+     "stop after N epochs without gain; 0: never", FINETUNE},
+    {"--seeds", OPT_INT, &opt.seeds, 1, 1000, "N", "repeat with N seeds, mean and deviation",
      FINETUNE},
-    {"--seeds", OPT_INT, &opt.seeds, 1, 1000, "N", "repeat with N seeds, mean and deviation", FINETUNE},
     {"--batch-size", OPT_INT, &opt.batch, 1, 1e6, "N", "molecules at a time", TRAIN | READ},
     {"--lr", OPT_NUMBER, &opt.adam.lr, 0, 10, "X", "peak learning rate", TRAIN},
-    {"--warmup", OPT_INT, &opt.warmup, -1, 1e9, "N", "steps; -1: 1/20 (finetune: 1/10) of all", TRAIN},
+    {"--warmup", OPT_INT, &opt.warmup, -1, 1e9, "N", "steps; -1: 1/20 (finetune: 1/10) of all",
+     TRAIN},
     {"--seed", OPT_INT, &opt.seed, 0, 9e15, "N", "names every random draw", TRAIN | SHOW},
-    {"--threads", OPT_INT, &opt.threads, 0, 1024, "N", "0: all cores; results are the same", TRAIN | READ},
+    {"--threads", OPT_INT, &opt.threads, 0, 1024, "N", "0: all cores; results are the same",
+     TRAIN | READ},
     {"--beta1", OPT_NUMBER, &opt.adam.beta1, 0, 0.999999, "X", "AdamW", TRAIN},
     {"--beta2", OPT_NUMBER, &opt.adam.beta2, 0, 0.999999, "X", "AdamW", TRAIN},
     {"--eps", OPT_NUMBER, &opt.adam.eps, 1e-30, 1, "X", "AdamW", TRAIN},
     {"--weight-decay", OPT_NUMBER, &opt.adam.weight_decay, 0, 10, "X", "AdamW, decoupled", TRAIN},
     {"--clip", OPT_NUMBER, &opt.adam.clip, 0, 1e9, "X", "largest gradient norm; 0: any", TRAIN},
-    {"--attention-dropout", OPT_NUMBER, &opt.drop.attention, 0, 0.99, "P", "of probabilities", TRAIN},
+    {"--attention-dropout", OPT_NUMBER, &opt.drop.attention, 0, 0.99, "P", "of probabilities",
+     TRAIN},
     {"--activation-dropout", OPT_NUMBER, &opt.drop.activation, 0, 0.99, "P", "after gelu", TRAIN},
-    {"--path-dropout", OPT_NUMBER, &opt.drop.path, 0, 0.99, "P", "of the last layer's branches", TRAIN},
+    {"--path-dropout", OPT_NUMBER, &opt.drop.path, 0, 0.99, "P", "of the last layer's branches",
+     TRAIN},
     {"--embedding-dropout", OPT_NUMBER, &opt.drop.embedding, 0, 0.99, "P", "of the tokens", TRAIN},
     HEADING("Task", FINETUNE | EMBED),
     {"--task", OPT_TEXT, &opt.task, 0, 0, "NAME", "classification or regression", FINETUNE},
     {"--readout", OPT_TEXT, &opt.readout, 0, 0, "NAME", "cls, mean or sum", FINETUNE | EMBED},
     {"--modality", OPT_TEXT, &opt.modality, 0, 0, "NAME", "2d, 3d or both", FINETUNE | EMBED},
     HEADING("Method", PRETRAIN | SHOW),
-    {"--pair-spd", OPT_NUMBER, &opt.blend.pair_spd, 0, 1, "P", "how often a pair shows its path length",
+    {"--pair-spd", OPT_NUMBER, &opt.blend.pair_spd, 0, 1, "P",
+     "how often a pair shows its path length", PRETRAIN | SHOW},
+    {"--pair-edge", OPT_NUMBER, &opt.blend.pair_edge, 0, 1, "P", "the bonds of its path",
      PRETRAIN | SHOW},
-    {"--pair-edge", OPT_NUMBER, &opt.blend.pair_edge, 0, 1, "P", "the bonds of its path", PRETRAIN | SHOW},
     {"--pair-3d", OPT_NUMBER, &opt.blend.pair_3d, 0, 1, "P", "its distance", PRETRAIN | SHOW},
     {"--atom-2d", OPT_NUMBER, &opt.blend.atom_2d, 0, 1, "P", "how often an atom shows its degree",
      PRETRAIN | SHOW},
@@ -4135,9 +4218,11 @@ static const Option OPTIONS[] = {
     {"--no-blend", OPT_FLAG, &opt.blend.all, 0, 0, NULL, "show everything of every pair",
      PRETRAIN | SHOW},
     {"--noise", OPT_NUMBER, &opt.blend.noise, 0, 10, "X", "on each coordinate, Angstrom", PRETRAIN},
-    {"--weight-denoise", OPT_NUMBER, &opt.weights.weight[LOSS_NOISE], 0, 1e6, "X", "of a loss", PRETRAIN},
+    {"--weight-denoise", OPT_NUMBER, &opt.weights.weight[LOSS_NOISE], 0, 1e6, "X", "of a loss",
+     PRETRAIN},
     {"--weight-spd", OPT_NUMBER, &opt.weights.weight[LOSS_SPD], 0, 1e6, "X", "of a loss", PRETRAIN},
-    {"--weight-edge", OPT_NUMBER, &opt.weights.weight[LOSS_EDGE], 0, 1e6, "X", "of a loss", PRETRAIN},
+    {"--weight-edge", OPT_NUMBER, &opt.weights.weight[LOSS_EDGE], 0, 1e6, "X", "of a loss",
+     PRETRAIN},
     {"--weight-3d", OPT_NUMBER, &opt.weights.weight[LOSS_3D], 0, 1e6, "X", "of a loss", PRETRAIN},
     {"--help", OPT_FLAG, &opt.help, 0, 0, NULL, "this text; after a command, its own", 0},
 };
@@ -4152,19 +4237,22 @@ typedef struct {
 } Command;
 
 static const Command COMMANDS[] = {
-    {"pretrain", PRETRAIN, 1, "moleblend.safetensors", "train.bin", "pretrain (the default command)"},
+    {"pretrain", PRETRAIN, 1, "moleblend.safetensors", "train.bin",
+     "pretrain (the default command)"},
     {"finetune", FINETUNE, 1, "finetuned.safetensors", "train.bin --init FILE",
      "train on labels, from a checkpoint or from scratch"},
     {"predict", PREDICT, 1, NULL, "data.bin --model FILE", "predictions as CSV on stdout"},
-    {"embed", EMBED, 1, "embeddings.npy", "data.bin --model FILE", "a vector per molecule, NumPy format"},
+    {"embed", EMBED, 1, "embeddings.npy", "data.bin --model FILE",
+     "a vector per molecule, NumPy format"},
     {"show", SHOW, 2, NULL, "data.bin INDEX", "a molecule's relations, and one blend of them"},
     {"info", INFO, 1, NULL, "FILE", "what is in a dataset or checkpoint"},
 };
 enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
 
 static void print_help(const Command *command) {
-    printf("MoleBLEND: pretrain a Transformer on molecules by blending 2D and 3D (ICLR 2024)\n\n"
-           "  ./moleblend train.bin                         pretrain; writes moleblend.safetensors\n");
+    printf(
+        "MoleBLEND: pretrain a Transformer on molecules by blending 2D and 3D (ICLR 2024)\n\n"
+        "  ./moleblend train.bin                         pretrain; writes moleblend.safetensors\n");
     for (const Command *c = COMMANDS + 1; c < COMMANDS + N_COMMANDS; c++)
         printf("  ./moleblend %-8s %-24s  %s\n", c->name, c->usage, c->help);
     printf("\nDatasets (.bin) are made by ./data_prep from SDF, SMILES or CSV files.\n");
@@ -4203,7 +4291,8 @@ int main(int argc, char **argv) {
     if (!command) command = &COMMANDS[0];
     if (command->bit == FINETUNE) opt.adam.lr = 2e-4;
     const char *words[2] = {NULL, NULL};
-    int n_words = options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words, 2);
+    int n_words =
+        options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words, 2);
     if (opt.help) {
         print_help(named ? command : NULL);
         return 0;

@@ -145,7 +145,8 @@ static inline void out_open(OutFile *out, const char *path) {
 }
 
 static inline void out_write(OutFile *out, const void *data, size_t size) {
-    CHECK(fwrite(data, 1, size, out->file) == size, "%s: write failed: %s", out->tmp, strerror(errno));
+    CHECK(fwrite(data, 1, size, out->file) == size, "%s: write failed: %s", out->tmp,
+          strerror(errno));
 }
 
 // Makes the file durable and gives it its name.
@@ -285,8 +286,8 @@ static inline void option_store(const Option *o, const char *text) {
     } else if (o->kind == OPT_INT) {
         long long v = strtoll(text, &end, 10);
         CHECK(end != text && *end == 0 && !errno && (double)v >= o->min && (double)v <= o->max,
-              "%s: expected a whole number from %.0f to %.0f, found \"%s\"", o->name, o->min, o->max,
-              text);
+              "%s: expected a whole number from %.0f to %.0f, found \"%s\"", o->name, o->min,
+              o->max, text);
         *(int64_t *)o->value = v;
     } else {
         double v = strtod(text, &end);
@@ -343,7 +344,8 @@ static inline void options_print(const Option *table, int n, unsigned command) {
         char left[80];
         snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
         printf("  %-24s %s", left, o->help);
-        if (o->kind == OPT_INT && *(int64_t *)o->value) printf(" (default %lld)", (long long)*(int64_t *)o->value);
+        if (o->kind == OPT_INT && *(int64_t *)o->value)
+            printf(" (default %lld)", (long long)*(int64_t *)o->value);
         if (o->kind == OPT_NUMBER) printf(" (default %g)", *(double *)o->value);
         if (o->kind == OPT_TEXT && *(const char **)o->value)
             printf(" (default %s)", *(const char **)o->value);
@@ -536,7 +538,8 @@ static inline uint32_t crc32_add(uint32_t crc, const uint8_t *p, size_t n) {
 }
 
 // Bytes of a record with these counts.
-static inline size_t record_size(int n_atoms, int n_bonds, int n_tasks, int name_length, int has_pos) {
+static inline size_t record_size(int n_atoms, int n_bonds, int n_tasks, int name_length,
+                                 int has_pos) {
     return RECORD_HEADER + (size_t)n_atoms * (ATOM_FEATURES + (has_pos ? 12 : 0)) +
            (size_t)n_bonds * 5 + (size_t)n_tasks * 4 + (size_t)name_length;
 }

@@ -47,9 +47,11 @@ static double relative_error(const float *a, const float *b, size_t n) {
     return norm > 0 || isnan(norm) ? sqrt(difference / norm) : (double)INFINITY;
 }
 
-static void test_close(const float *a, const float *b, size_t n, double tolerance, const char *what) {
+static void test_close(const float *a, const float *b, size_t n, double tolerance,
+                       const char *what) {
     double error = relative_error(a, b, n);
-    test_check(error <= tolerance, "%s: relative error %.2e, tolerance %.0e", what, error, tolerance);
+    test_check(error <= tolerance, "%s: relative error %.2e, tolerance %.0e", what, error,
+               tolerance);
 }
 
 // =================================================================================================
@@ -80,8 +82,9 @@ static void report_finish(const Report *r, const char *path, int print) {
         const Family *f = &r->family[k];
         int ok = f->error <= f->tolerance;
         if (print)
-            printf("  %-24s %4d tensors   error %.1e   %3.0f %% of tolerance %.0e%s\n", f->name, f->count,
-                   f->error, 100 * f->error / f->tolerance, f->tolerance, ok ? "" : "   FAILED");
+            printf("  %-24s %4d tensors   error %.1e   %3.0f %% of tolerance %.0e%s\n", f->name,
+                   f->count, f->error, 100 * f->error / f->tolerance, f->tolerance,
+                   ok ? "" : "   FAILED");
         test_check(ok, "%s: %s: relative error %.2e, tolerance %.0e", path, f->name, f->error,
                    f->tolerance);
     }
@@ -161,7 +164,8 @@ static void formula_params(const Model *model) {
             else if (strstr(name, "gbf.bias")) x = 0.2 * v;
             else if (table) x = 0.5 * v;
             else x = bias ? 0.1 * v : 0.25 * v;
-            int padded = t->rule == INIT_TABLE || strstr(name, "gbf.mul") || strstr(name, "gbf.bias");
+            int padded =
+                t->rule == INIT_TABLE || strstr(name, "gbf.mul") || strstr(name, "gbf.bias");
             model->params[t->offset + e] = padded && e < t->columns ? 0.0f : (float)x;
         }
     }
@@ -247,8 +251,9 @@ static void golden_open(Golden *g, const char *path) {
     *g = (Golden){0};
     TensorFile *f = &g->file;
     tensor_file_open(f, path);
-    Config c = {(int)meta_number(f, "layers"), (int)meta_number(f, "dim"), (int)meta_number(f, "ffn"),
-                (int)meta_number(f, "heads"), (int)meta_number(f, "kernels"), 0};
+    Config c = {(int)meta_number(f, "layers"),  (int)meta_number(f, "dim"),
+                (int)meta_number(f, "ffn"),     (int)meta_number(f, "heads"),
+                (int)meta_number(f, "kernels"), 0};
     g->finetune = tensor_meta(f, "task") != NULL;
     if (g->finetune) {
         c.tasks = (int)meta_number(f, "n_tasks");
@@ -267,8 +272,9 @@ static void golden_open(Golden *g, const char *path) {
         g->weights = (LossWeights){{0, meta_weight(f, "denoise "), meta_weight(f, "spd "),
                                     meta_weight(f, "edge "), meta_weight(f, "d3 ")}};
     }
-    g->adam = (Adam){meta_number(f, "lr"), meta_number(f, "beta1"), meta_number(f, "beta2"),
-                     meta_number(f, "eps"), meta_number(f, "weight_decay"), meta_number(f, "clip_norm")};
+    g->adam =
+        (Adam){meta_number(f, "lr"),  meta_number(f, "beta1"),        meta_number(f, "beta2"),
+               meta_number(f, "eps"), meta_number(f, "weight_decay"), meta_number(f, "clip_norm")};
     model_create(&g->model, c, 1);
     formula_params(&g->model);  // also for tensors the file does not have because they are not used
     for (int i = 0; i < g->model.n_tensors && !tensor_meta(f, "params"); i++)
@@ -314,13 +320,15 @@ static void golden_encoder(Report *r, const Golden *g) {
         for (int l = 0; l <= g->model.config.layers; l++) {
             char name[32] = "embed";
             if (l) snprintf(name, sizeof name, "layer%d", l);
-            const float *x = g->acts.x + ((size_t)l * batch->T + (size_t)batch->atom_start[b] + b) * C;
+            const float *x =
+                g->acts.x + ((size_t)l * batch->T + (size_t)batch->atom_start[b] + b) * C;
             golden_output(r, g, b, name, x, 1e-5);
         }
     }
 }
 
-// Gradients (print: name the bad ones), as whole tensors (grad/NAME) or as five sums (gradsum/NAME).
+// Gradients (print: name the bad ones), as whole tensors (grad/NAME) or as five sums
+// (gradsum/NAME).
 static void golden_gradients(Report *r, const Golden *g, int print) {
     double norm = gradient_norm(&g->model);
     int compared = 0;
@@ -350,7 +358,8 @@ static void golden_gradients(Report *r, const Golden *g, int print) {
         size_t n = sums ? 5 : full->count;
         const float *got = sums ? a : ours, *want = sums ? b : expected;
         double error = relative_error(got, want, n);
-        if (strstr(name, "k_proj.bias")) {  // zero in exact arithmetic: compared with the norm of all
+        if (strstr(name,
+                   "k_proj.bias")) {  // zero in exact arithmetic: compared with the norm of all
             double square = 0;
             for (size_t k = 0; k < n; k++)
                 square += ((double)got[k] - (double)want[k]) * ((double)got[k] - (double)want[k]);
@@ -365,7 +374,8 @@ static void golden_gradients(Report *r, const Golden *g, int print) {
 }
 
 // The first losses and ten steps of AdamW on the same batch.
-static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logits, float *dlogits) {
+static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logits,
+                         float *dlogits) {
     static const Dropout none = {0};
     Draws still = {0};
     size_t steps = 0, columns = g->finetune ? 1 : LOSSES;
@@ -380,13 +390,14 @@ static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logi
     for (size_t s = 0; s < steps / columns; s++) {
         double now[LOSSES];
         if (g->finetune)
-            now[0] = finetune_gradients(logits, dlogits, &g->acts, &g->model, &g->batch, &g->task, &none,
-                                        &still);
+            now[0] = finetune_gradients(logits, dlogits, &g->acts, &g->model, &g->batch, &g->task,
+                                        &none, &still);
         else
             pretrain_gradients(now, &g->acts, &g->model, &g->batch, &g->weights, &none, &still);
         for (size_t k = 0; k < columns; k++) {
             float ours = (float)now[order[k]];
-            report_add(r, "losses of ten steps", relative_error(&ours, trace + s * columns + k, 1), 1e-4);
+            report_add(r, "losses of ten steps", relative_error(&ours, trace + s * columns + k, 1),
+                       1e-4);
         }
         float norm = (float)adamw_step(&g->model, &g->adam, (int64_t)s + 1);
         if (norms) report_add(r, "gradient norms", relative_error(&norm, norms + s, 1), 1e-4);
@@ -410,7 +421,8 @@ static void test_golden(const char *path, int print) {
     if (g.finetune) {
         size_t count = 0;
         float *expected = tensor_floats(&g.file, "out/logits", &count);
-        loss[0] = finetune_gradients(logits, dlogits, &g.acts, &g.model, &g.batch, &g.task, &none, &still);
+        loss[0] = finetune_gradients(logits, dlogits, &g.acts, &g.model, &g.batch, &g.task, &none,
+                                     &still);
         report_add(&report, "logits", relative_error(logits, expected, count), 1e-5);
         free(expected);
     } else {
@@ -422,12 +434,13 @@ static void test_golden(const char *path, int print) {
         for (size_t b = 0; b < B; b++) {
             size_t p0 = g.batch.pair_start[b], N = (size_t)g.batch.n_atoms[b];
             for (size_t i = 0; i < N; i++)
-                memset(out.d3 + 3 * (p0 + i * N + i), 0, 3 * sizeof(float));  // defined as zero there
+                memset(out.d3 + 3 * (p0 + i * N + i), 0,
+                       3 * sizeof(float));  // defined as zero there
             golden_output(&report, &g, b, "spd_logits", out.spd + p0 * SPD_CLASSES, 1e-5);
             golden_output(&report, &g, b, "edge_logits", out.edge + p0 * EDGE_OUTPUTS, 1e-5);
             golden_output(&report, &g, b, "d3_pred", out.d3 + 3 * p0, 1e-5);
-            golden_output(&report, &g, b, "denoise_pred", g.acts.noise_out + 3 * g.batch.atom_start[b],
-                          1e-5);
+            golden_output(&report, &g, b, "denoise_pred",
+                          g.acts.noise_out + 3 * g.batch.atom_start[b], 1e-5);
         }
         free(out.spd);
         free(out.edge);
@@ -462,14 +475,16 @@ static void test_functions(void) {
     for (int k = -8000; k <= 8000; k++) {
         float x = (float)k * 0.01f, density, y = (float)k * 0.00125f;
         double e = exp((double)x), phi = 0.5 * erfc(-(double)y / sqrt(2.0));
-        double slope = phi + (double)y * exp(-0.5 * (double)y * (double)y) / sqrt(6.283185307179586);
+        double slope =
+            phi + (double)y * exp(-0.5 * (double)y * (double)y) / sqrt(6.283185307179586);
         worst_exp = fmax(worst_exp, fabs((double)exp_fast(x) / e - 1));
         worst_cdf = fmax(worst_cdf, fabs((double)normal_cdf(y, &density) / phi - 1));
         worst_slope = fmax(worst_slope, fabs((double)gelu_slope(y) - slope));
     }
     double ulp = (double)FLT_EPSILON;
     test_check(worst_exp < 2 * ulp, "exp_fast: %.1f ulp", worst_exp / ulp);
-    test_check(worst_cdf < 50 * ulp, "normal_cdf: %.1f ulp", worst_cdf / ulp);  // e^(-x^2/2) at x = -10
+    test_check(worst_cdf < 50 * ulp, "normal_cdf: %.1f ulp",
+               worst_cdf / ulp);  // e^(-x^2/2) at x = -10
     test_check(worst_slope < 4 * ulp, "gelu_slope: %.1f ulp of 1", worst_slope / ulp);
     test_check(gelu(0.0f) == 0.0f && exp_fast(0.0f) == 1.0f, "gelu(0), exp(0)");
     test_check(exp_fast(SCORE_MASK) < 1e-37f, "masked score");
@@ -484,7 +499,8 @@ static void test_random(void) {
          {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}}};
     for (int k = 0; k < 3; k++) {
         Philox got = philox(known[k].counter, known[k].key);
-        test_check(memcmp(&got, &known[k].expected, sizeof got) == 0, "Philox4x32-10, known answer %d", k);
+        test_check(memcmp(&got, &known[k].expected, sizeof got) == 0,
+                   "Philox4x32-10, known answer %d", k);
     }
     test_check(crc32_add(0, (const uint8_t *)"123456789", 9) == 0xcbf43926u, "CRC-32 check value");
     uint32_t words[4][BLOCKS];
@@ -598,7 +614,8 @@ static void random_molecule(Molecule *m, int N, int parts, int has_pos, uint32_t
     for (int i = 0; i < N; i++) {
         uint32_t bits = rng_bits(seed, 51, 0, 0, (uint32_t)i);
         if (i >= parts && i > 0) {  // to an earlier atom of the same piece
-            int earlier = i - parts * (int)(1 + bits % (uint32_t)max_int(1, i / parts > 3 ? 3 : i / parts));
+            int earlier =
+                i - parts * (int)(1 + bits % (uint32_t)max_int(1, i / parts > 3 ? 3 : i / parts));
             m->bonds[2 * n_bonds] = (uint16_t)i;
             m->bonds[2 * n_bonds + 1] = (uint16_t)max_int(earlier, i % parts);
             m->bond_code[n_bonds++] = (uint8_t)(bits / 7 % BOND_CODES);
@@ -673,8 +690,8 @@ static void test_relations(void) {
     test_check(wrong_path == 0, "bond paths: %d slots wrong", wrong_path);
 }
 
-// A model, and a batch of random molecules: one atom, two pieces, no bonds, 2D only, one of 20 atoms,
-// two atoms at the same place.
+// A model, and a batch of random molecules: one atom, two pieces, no bonds, 2D only, one of 20
+// atoms, two atoms at the same place.
 typedef struct { Model model; Batch batch; Acts acts; Draws draws; Dropout drop; } Rig;
 
 static const Blend TEST_BLEND = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0};
@@ -741,7 +758,8 @@ static double weighted_sum(const float *x, size_t n) {
 static void weights_into(float *dx, size_t n) { fill(dx, n, 0, 1); }
 
 // Compares dx (n), the gradient of f with respect to x (n), with central differences at up to 48
-// of its elements (those with the largest gradients and some others); x moves by step * max(1, |x|).
+// of its elements (those with the largest gradients and some others); x moves by step * max(1,
+// |x|).
 static void test_gradient(Rig *rig, Scalar *f, float *x, const float *dx, size_t n, float step,
                           const char *what) {
     enum { MOST = 48 };
@@ -823,21 +841,23 @@ static void test_norm(void) {
         float scale = path_scale(rig.drop.path, &rig.draws, 1, 0, (size_t)rig.batch.molecule[t]);
         dropped += scale == 0;
         for (int c = 0; c < C; c++) {
-            in[c] = (double)a->x[t * (size_t)C + c] + (double)scale * (double)a->context[t * (size_t)C + c];
+            in[c] = (double)a->x[t * (size_t)C + c] +
+                    (double)scale * (double)a->context[t * (size_t)C + c];
             mean += in[c] / C;
         }
         for (int c = 0; c < C; c++) variance += (in[c] - mean) * (in[c] - mean) / C;
         for (int c = 0; c < C; c++)
-            plain[t * (size_t)C + c] = (float)((in[c] - mean) / sqrt(variance + 1e-5) * (double)weight[c] +
-                                               (double)bias[c]);
+            plain[t * (size_t)C + c] =
+                (float)((in[c] - mean) / sqrt(variance + 1e-5) * (double)weight[c] +
+                        (double)bias[c]);
     }
     test_close(a->mid, plain, n, 1e-6, "LayerNorm with DropPath: forward");
     test_check(dropped > 0, "DropPath dropped a branch");
     free(plain);
     weights_into(a->dmid, n);
-    residual_norm_backward(a->dx, a->branch, rig.model.g.layer[1].norm1_w, rig.model.g.layer[1].norm1_b,
-                           a->norm_parts, a->dmid, a->norm1_hat, a->norm1_rstd, weight, &rig.batch, C,
-                           rig.drop.path, &rig.draws, 1, 0);
+    residual_norm_backward(a->dx, a->branch, rig.model.g.layer[1].norm1_w,
+                           rig.model.g.layer[1].norm1_b, a->norm_parts, a->dmid, a->norm1_hat,
+                           a->norm1_rstd, weight, &rig.batch, C, rig.drop.path, &rig.draws, 1, 0);
     test_gradient(&rig, run_norm, a->x, a->dx, n, STEP, "LayerNorm: residual");
     test_gradient(&rig, run_norm, a->context, a->branch, n, STEP, "LayerNorm: branch");
     test_parameter(&rig, run_norm, rig.model.p.layer[1].norm1_w, "LayerNorm: weight");
@@ -873,8 +893,9 @@ static void test_gelu(void) {
 
 static double run_attention(Rig *rig) {
     Acts *a = &rig->acts;
-    attention_forward(a->context, a->prob, a->qkv, a->bias, &a->work, &rig->batch, rig->model.config.dim,
-                      rig->model.config.heads, rig->drop.attention, &rig->draws, 0);
+    attention_forward(a->context, a->prob, a->qkv, a->bias, &a->work, &rig->batch,
+                      rig->model.config.dim, rig->model.config.heads, rig->drop.attention,
+                      &rig->draws, 0);
     return weighted_sum(a->context, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
@@ -897,7 +918,8 @@ static void plain_attention(float *context, const Rig *rig) {
                 }
                 for (int d = h * D; d < (h + 1) * D; d++) {
                     double out = 0;
-                    for (int t = 0; t < S; t++) out += e[t] / sum * (double)qkv[t * 3 * C + 2 * C + d];
+                    for (int t = 0; t < S; t++)
+                        out += e[t] / sum * (double)qkv[t * 3 * C + 2 * C + d];
                     context[(first + (size_t)s) * C + d] = (float)out;
                 }
             }
@@ -916,7 +938,8 @@ static void test_attention(void) {
     attention_backward(a->dqkv, a->dbias, a->dcontext, a->prob, a->qkv, &a->work, &rig.batch, C, H,
                        rig.drop.attention, &rig.draws, 0);
     test_gradient(&rig, run_attention, a->qkv, a->dqkv, 3 * n, STEP, "attention: q, k, v");
-    test_gradient(&rig, run_attention, a->bias, a->dbias, rig.batch.W * (size_t)H, STEP, "attention: bias");
+    test_gradient(&rig, run_attention, a->bias, a->dbias, rig.batch.W * (size_t)H, STEP,
+                  "attention: bias");
     rig.draws.active = 0;
     run_attention(&rig);
     plain_attention(a->mid, &rig);
@@ -947,11 +970,13 @@ static void test_geometry(void) {
                 double d = 0;
                 for (int k = 0; k < 3; k++)
                     d += pow((double)(rig.batch.pos[3 * i + k] + rig.batch.noise[3 * i + k]) -
-                                 (double)(rig.batch.pos[3 * j + k] + rig.batch.noise[3 * j + k]), 2);
+                                 (double)(rig.batch.pos[3 * j + k] + rig.batch.noise[3 * j + k]),
+                             2);
                 double x = (double)(p->gauss_mul[u] + p->gauss_mul[v]) * sqrt(d) +
                            (double)(p->gauss_bias[u] + p->gauss_bias[v]);
                 for (int k = 0; k < G; k++) {
-                    double s = fabs((double)p->gauss_std[k]) + 0.01, z = (x - (double)p->gauss_mean[k]) / s;
+                    double s = fabs((double)p->gauss_std[k]) + 0.01,
+                           z = (x - (double)p->gauss_mean[k]) / s;
                     plain[q * (size_t)G + k] = (float)(exp(-0.5 * z * z) / (sqrt(2 * 3.14159) * s));
                 }
                 q++;
@@ -1053,7 +1078,8 @@ static void test_embedding(void) {
     float *dgeo = xmalloc(rig.batch.A * C, sizeof *dgeo);
     memcpy(dgeo, a->geo, rig.batch.A * C * sizeof *dgeo);
     memcpy(a->geo, geo, rig.batch.A * C * sizeof *geo);
-    test_gradient(&rig, run_embedding, a->geo, dgeo, rig.batch.A * C, 100 * STEP, "embedding: 3D structure");
+    test_gradient(&rig, run_embedding, a->geo, dgeo, rig.batch.A * C, 100 * STEP,
+                  "embedding: 3D structure");
     test_parameter(&rig, run_embedding, rig.model.p.atom_table, "embedding: atom table");
     test_parameter(&rig, run_embedding, rig.model.p.in_degree, "embedding: in degree");
     test_parameter(&rig, run_embedding, rig.model.p.out_degree, "embedding: out degree");
@@ -1068,14 +1094,14 @@ static void test_embedding(void) {
 // All heads: the total loss as a function of the encoder's output and the head parameters.
 static double run_heads(Rig *rig) {
     double loss[LOSSES];
-    pretrain_heads(loss, &rig->acts, &rig->model, &rig->batch, &TEST_WEIGHTS, &rig->drop, &rig->draws, 0,
-                   NULL);
+    pretrain_heads(loss, &rig->acts, &rig->model, &rig->batch, &TEST_WEIGHTS, &rig->drop,
+                   &rig->draws, 0, NULL);
     return loss[LOSS_TOTAL];
 }
 
 // Logits of a relation head as the release computes them: from the outer product of 1024 numbers.
-static void test_pair_logits(const Rig *rig, const float *logits, int map, int K, const float *weight,
-                             const float *bias, const char *what) {
+static void test_pair_logits(const Rig *rig, const float *logits, int map, int K,
+                             const float *weight, const float *bias, const char *what) {
     const float *maps = rig->acts.pair_map;
     size_t pair = 0;
     float *plain = xmalloc(rig->batch.P * (size_t)K, sizeof *plain);
@@ -1086,7 +1112,8 @@ static void test_pair_logits(const Rig *rig, const float *logits, int map, int K
                     double sum = (double)bias[k];
                     for (int o = 0; o < 1024; o++)
                         sum += (double)maps[i * 192 + map * 32 + o / 32] *
-                               (double)maps[j * 192 + map * 32 + 32 + o % 32] * (double)weight[k * 1024 + o];
+                               (double)maps[j * 192 + map * 32 + 32 + o % 32] *
+                               (double)weight[k * 1024 + o];
                     plain[pair * (size_t)K + (size_t)k] = (float)sum;
                 }
     test_close(logits, plain, rig->batch.P * (size_t)K, 1e-5, what);
@@ -1106,7 +1133,8 @@ static void test_noise_output(const Rig *rig) {
                                           rig->model.p.noise_axis3_b};
                 double out = (double)axis_b[axis][0];
                 for (int c = 0; c < C; c++) {
-                    const float *prob = a->noise_prob + bias_at(&rig->batch, H, b, c / D) + (size_t)i * W;
+                    const float *prob =
+                        a->noise_prob + bias_at(&rig->batch, H, b, c / D) + (size_t)i * W;
                     double y = 0;
                     for (int j = 0; j < N; j++)
                         y += (double)prob[j] * (double)a->noise_qkv[((a0 + j) * 3 + 2) * C + c] *
@@ -1126,7 +1154,8 @@ static void test_heads(void) {
     Acts *a = &rig.acts;
     const Tensors *p = &rig.model.p;
     size_t P = rig.batch.P, n = rig.batch.T * (size_t)rig.model.config.dim;
-    HeadOutputs out = {xmalloc(P * SPD_CLASSES, 4), xmalloc(P * EDGE_OUTPUTS, 4), xmalloc(P * 3, 4)};
+    HeadOutputs out = {xmalloc(P * SPD_CLASSES, 4), xmalloc(P * EDGE_OUTPUTS, 4),
+                       xmalloc(P * 3, 4)};
     double loss[LOSSES];
     pretrain_heads(loss, a, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop, &rig.draws, 0, &out);
     test_pair_logits(&rig, out.spd, 0, SPD_CLASSES, p->spd_w, p->spd_b, "SPD head: forward");
@@ -1142,10 +1171,11 @@ static void test_heads(void) {
     test_gradient(&rig, run_heads, a->bias, dbias, rig.batch.W * (size_t)rig.model.config.heads,
                   STEP, "denoising head: bias");
     free(dbias);
-    float *const tensors[] = {p->spd_row_w, p->edge_col_w, p->d3_row_b, p->d3_col_norm_w, p->spd_row_norm_b,
-                              p->spd_w, p->spd_b, p->edge_w, p->edge_b, p->d3_w, p->d3_b, p->d3_axis2_w,
-                              p->d3_axis3_b, p->noise_q_w, p->noise_v_w, p->noise_v_b, p->noise_axis1_w,
-                              p->noise_axis2_b};
+    float *const tensors[] = {p->spd_row_w,      p->edge_col_w,   p->d3_row_b,  p->d3_col_norm_w,
+                              p->spd_row_norm_b, p->spd_w,        p->spd_b,     p->edge_w,
+                              p->edge_b,         p->d3_w,         p->d3_b,      p->d3_axis2_w,
+                              p->d3_axis3_b,     p->noise_q_w,    p->noise_v_w, p->noise_v_b,
+                              p->noise_axis1_w,  p->noise_axis2_b};
     for (size_t k = 0; k < sizeof tensors / sizeof tensors[0]; k++) {
         char what[32];
         snprintf(what, sizeof what, "heads: tensor %zu", k);
@@ -1164,7 +1194,8 @@ static void test_model(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
     double loss[LOSSES];
-    pretrain_gradients(loss, &rig.acts, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop, &rig.draws);
+    pretrain_gradients(loss, &rig.acts, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop,
+                       &rig.draws);
     double norm = gradient_norm(&rig.model);
     float numeric[512], analytic[512];
     int count = 0;
@@ -1209,7 +1240,8 @@ static void test_packing(void) {
     batch_geometry(&rig.batch, 0);
     batch_count(&rig.batch);
     encoder_forward(&rig.acts, &rig.model, &rig.batch, &rig.drop, &rig.draws);
-    test_close(rig.acts.x + L * rig.batch.T * C, together, (N + 1) * C, 1e-6, "alone and in a batch");
+    test_close(rig.acts.x + L * rig.batch.T * C, together, (N + 1) * C, 1e-6,
+               "alone and in a batch");
     free(together);
     molecule_free(&m);
     rig_close(&rig);
@@ -1243,8 +1275,8 @@ static void test_large(void) {
     static const Dropout drop = {0.1, 0.1, 0.1, 0};
     pretrain_gradients(loss, &acts, &model, &batch, &TEST_WEIGHTS, &drop, &draws);
     double norm = gradient_norm(&model);
-    test_check(isfinite(loss[LOSS_TOTAL]) && isfinite(norm) && norm > 0, "500 atoms: loss %g, gradient %g",
-               loss[LOSS_TOTAL], norm);
+    test_check(isfinite(loss[LOSS_TOTAL]) && isfinite(norm) && norm > 0,
+               "500 atoms: loss %g, gradient %g", loss[LOSS_TOTAL], norm);
     molecule_free(&m);
     model_free(&model);
     batch_free(&batch);
@@ -1283,7 +1315,8 @@ static void test_metrics(void) {
     test_check(fabs(metric[METRIC_AP] - 0.7678571428571428) < 1e-9, "average precision %.9f",
                metric[METRIC_AP]);
     task_metrics(metric, TASK_REGRESSION, scores, values, 10, 1, 0);
-    test_check(fabs(metric[METRIC_RMSE] - 2.9685855183712375) < 1e-6, "RMSE %.9f", metric[METRIC_RMSE]);
+    test_check(fabs(metric[METRIC_RMSE] - 2.9685855183712375) < 1e-6, "RMSE %.9f",
+               metric[METRIC_RMSE]);
     test_check(fabs(metric[METRIC_MAE] - 2.31) < 1e-6, "MAE %.9f", metric[METRIC_MAE]);
     test_check(fabs(metric[METRIC_R2] + 0.49348585613954987) < 1e-6, "R2 %.9f", metric[METRIC_R2]);
     static const float one_class[] = {0, 0, NAN, 0, 0, 0, 0, 0, 0, 0};
@@ -1311,12 +1344,13 @@ static void test_sensitivity(const char *golden_path) {
             golden_gradients(&r, &g, 0);
         for (size_t k = 0; k < t->count; k++) g.model.grads[t->offset + k] /= 1.01f;
         int seen = 0;
-        for (int k = 0; k < r.count; k++) seen = seen || !(r.family[k].error <= r.family[k].tolerance);
+        for (int k = 0; k < r.count; k++)
+            seen = seen || !(r.family[k].error <= r.family[k].tolerance);
         noticed += seen;
         tensors++;
     }
-    test_check(noticed == tensors && tensors > 90, "a gradient off by 1 %% is noticed in %d of %d tensors",
-               noticed, tensors);
+    test_check(noticed == tensors && tensors > 90,
+               "a gradient off by 1 %% is noticed in %d of %d tensors", noticed, tensors);
     g.batch.atom_feat[3] ^= 1;
     Report r = {0};
     encoder_forward(&g.acts, &g.model, &g.batch, &none, &still);
@@ -1374,7 +1408,8 @@ static void test_dataset(void) {
                 !memcmp(m.bonds, expected.bonds, 4 * bonds) &&
                 !memcmp(m.bond_code, expected.bond_code, bonds) &&
                 (!m.has_pos || !memcmp(m.pos, expected.pos, 12 * n)) &&
-                !memcmp(m.labels, expected.labels, 4) && isnan(m.labels[1]) == isnan(expected.labels[1]);
+                !memcmp(m.labels, expected.labels, 4) &&
+                isnan(m.labels[1]) == isnan(expected.labels[1]);
     }
     test_check(same == 40, "dataset round trip: %d of 40 molecules the same", same);
     // any bytes behind a right checksum: an error or a molecule, never a crash
@@ -1385,7 +1420,8 @@ static void test_dataset(void) {
     for (uint32_t k = 0; k < 20000; k++) {
         memcpy(record, d.data + begin, size);
         for (uint32_t change = 0; change < 1 + k % 3; change++)
-            record[4 + rng_bits(k, 60, change, 0, 0) % (size - 4)] = (uint8_t)rng_bits(k, 61, change, 0, 0);
+            record[4 + rng_bits(k, 60, change, 0, 0) % (size - 4)] =
+                (uint8_t)rng_bits(k, 61, change, 0, 0);
         put_u32(record, crc32_add(0, record + 4, size - 4));
         refused += record_decode(&m, record, size, 2) != NULL;
     }
@@ -1403,11 +1439,13 @@ static void test_checkpoint(void) {
     model_create(&model, c, 1);
     model_init(&model, 9);
     const ArenaName arena = {"", model.params};
-    tensor_file_write(path, &model, &arena, 1, NULL, "{\"format\":\"pt\",\"quote\\\"d\":\"a\\\\b\"}");
+    tensor_file_write(path, &model, &arena, 1, NULL,
+                      "{\"format\":\"pt\",\"quote\\\"d\":\"a\\\\b\"}");
     tensor_file_open(&f, path);
     Config read = tensor_file_config(&f, "");
     test_check(memcmp(&c, &read, sizeof c) == 0, "sizes from a checkpoint's shapes");
-    test_check(f.meta_count == 2 && tensor_meta(&f, "quote\"d") && !strcmp(tensor_meta(&f, "quote\"d"), "a\\b"),
+    test_check(f.meta_count == 2 && tensor_meta(&f, "quote\"d") &&
+                   !strcmp(tensor_meta(&f, "quote\"d"), "a\\b"),
                "metadata with escapes");
     model_create(&again, c, 0);
     model_load(&again, again.params, &f, "");
@@ -1422,15 +1460,18 @@ static void test_checkpoint(void) {
 
 // Parameters of the table sizes of METHOD section 9, and the initial values.
 static void test_parameter_table(void) {
-    static const struct { Config c; double millions; } sizes[] = {
-        {{2, 64, 64, 4, 16, 0}, 0.85}, {{6, 256, 256, 8, 64, 0}, 4.5}, {{12, 768, 768, 32, 128, 0}, 49.5}};
+    static const struct { Config c; double millions;
+    } sizes[] = {{{2, 64, 64, 4, 16, 0}, 0.85},
+                 {{6, 256, 256, 8, 64, 0}, 4.5},
+                 {{12, 768, 768, 32, 128, 0}, 49.5}};
     for (int k = 0; k < 3; k++) {
         Model m = {.config = sizes[k].c, .n_tensors = tensor_table(sizes[k].c, NULL)};
         m.info = xmalloc((size_t)m.n_tensors, sizeof *m.info);
         tensor_table(sizes[k].c, m.info);
         const TensorInfo *last = &m.info[m.n_tensors - 1];
         double millions = (double)(last->offset + last->count) / 1e6;
-        test_check(fabs(millions / sizes[k].millions - 1) < 0.01, "size %d: %.2f M parameters", k, millions);
+        test_check(fabs(millions / sizes[k].millions - 1) < 0.01, "size %d: %.2f M parameters", k,
+                   millions);
         free(m.info);
     }
     Model m;
@@ -1438,7 +1479,8 @@ static void test_parameter_table(void) {
     model_init(&m, 1);
     const LayerTensors *l = &m.p.layer[1];
     test_check(l->k_w == l->q_w + 64 * 64 && l->v_w == l->k_w + 64 * 64 && l->v_b == l->q_b + 128 &&
-                   m.p.d3_col_w == m.p.spd_row_w + 5 * 32 * 64 && m.p.noise_v_b == m.p.noise_q_b + 128 &&
+                   m.p.d3_col_w == m.p.spd_row_w + 5 * 32 * 64 &&
+                   m.p.noise_v_b == m.p.noise_q_b + 128 &&
                    m.p.d3_axis3_w == m.p.d3_axis1_w + 2 * D3_INNER,
                "matrices used as one stand next to each other");
     test_check(m.p.atom_table[0] == 0 && m.p.gauss_mul[0] == 0 && m.p.gauss_mul[1] == 0.5f &&
@@ -1485,32 +1527,40 @@ static void test_command(const char *command, int code, const char *expected) {
     size_t n;
     int got = run_command(command);
     char *text = file_text("build/test.out", &n);
-    test_check(got == code && strstr(text, expected), "%s\n  exit code %d (expected %d), expected \"%s\" in:\n%s",
-               command, got, code, expected, text);
+    test_check(got == code && strstr(text, expected),
+               "%s\n  exit code %d (expected %d), expected \"%s\" in:\n%s", command, got, code,
+               expected, text);
     free(text);
 }
 
 static void test_messages(void) {
-    static const struct { const char *command; int code; const char *expected; } table[] = {
+    static const struct { const char *command; int code; const char *expected;
+    } table[] = {
         {"./moleblend --help", 0, "--batch-size N"},
         {"./moleblend", 1, "moleblend: expected ./moleblend train.bin"},
         {"./moleblend --stps 3 x.bin", 1, "unknown option --stps; did you mean --steps?"},
-        {"./moleblend build/test_train.bin --steps x", 1, "--steps: expected a whole number from 1"},
+        {"./moleblend build/test_train.bin --steps x", 1,
+         "--steps: expected a whole number from 1"},
         {"./moleblend build/test_train.bin --steps", 1, "--steps: expected a value (N) after it"},
-        {"./moleblend build/test_train.bin --lr nan", 1, "--lr: expected a number from 0 to 10, found \"nan\""},
+        {"./moleblend build/test_train.bin --lr nan", 1,
+         "--lr: expected a number from 0 to 10, found \"nan\""},
         {"./moleblend build/test_train.bin --size huge", 1, "--size: expected tiny, small or base"},
-        {"./moleblend build/test_train.bin --heads 7", 1, "--heads: expected a divisor of the dimension 256"},
+        {"./moleblend build/test_train.bin --heads 7", 1,
+         "--heads: expected a divisor of the dimension 256"},
         {"./moleblend no_such.bin", 1, "moleblend: no_such.bin: cannot read:"},
         {"./moleblend Makefile", 1, "Makefile: not a dataset file"},
         {"./moleblend build", 1, "build: cannot read"},
         {"./moleblend build/test_train.bin extra", 1, "expected ./moleblend train.bin"},
-        {"./moleblend build/test_train.bin --resume -o build/none.safetensors", 1, "build/none.safetensors.state: cannot read"},
-        {"./moleblend build/test_train.bin --steps 1 --size tiny -o no_dir/x.safetensors", 1, "no_dir/x.safetensors.state.tmp: cannot write"},
+        {"./moleblend build/test_train.bin --resume -o build/none.safetensors", 1,
+         "build/none.safetensors.state: cannot read"},
+        {"./moleblend build/test_train.bin --steps 1 --size tiny -o no_dir/x.safetensors", 1,
+         "no_dir/x.safetensors.state.tmp: cannot write"},
         {"./moleblend info build/test_train.bin", 0, "dataset, 40 molecules"},
         {"./moleblend info data/mini.safetensors", 0, "tensor file"},
         {"./moleblend info README.md", 1, "README.md: not a .safetensors file"},
         {"./moleblend show build/test_train.bin 2", 0, "one blend"},
-        {"./moleblend show build/test_train.bin 40", 1, "expected the index of a molecule, 0 to 39"},
+        {"./moleblend show build/test_train.bin 40", 1,
+         "expected the index of a molecule, 0 to 39"},
         {"./data_prep --help", 0, "--split"},
         {"./data_prep no_such.sdf -o build/x.bin", 1, "data_prep: no_such.sdf"},
     };
@@ -1538,15 +1588,16 @@ static void test_damage(void) {
         bad += code != 1;
         tried++;
     }
-    test_check(bad == 0, "%d of %d damaged datasets did not give exit code 1 (%d were not noticed)", bad,
-               tried, quiet);
+    test_check(bad == 0, "%d of %d damaged datasets did not give exit code 1 (%d were not noticed)",
+               bad, tried, quiet);
     free(bytes);
 }
 
 // Same bytes with 1, 2 and 3 threads, and after kill -9 and --resume.
 static void test_reproducible(void) {
-    const char *base = "./moleblend build/test_train.bin --valid build/test_train.bin --size tiny --dim 32 "
-                       "--ffn 32 --batch-size 8 --steps 60 --save-every 7 ";
+    const char *base =
+        "./moleblend build/test_train.bin --valid build/test_train.bin --size tiny --dim 32 "
+        "--ffn 32 --batch-size 8 --steps 60 --save-every 7 ";
     static const char *const threads[] = {"1", "2", "3"};
     for (int k = 0; k < 3; k++) {
         char *line = xprintf("%s --threads %s -o build/test_t%d.safetensors", base, threads[k], k);
@@ -1558,9 +1609,11 @@ static void test_reproducible(void) {
                "1, 2 and 3 threads write the same bytes");
 #if MB_POSIX
     remove("build/test_k.safetensors.state");
-    char *line = xprintf("sh -c '%s -o build/test_k.safetensors & p=$!; i=0; "
-                         "while [ ! -s build/test_k.safetensors.state ] && [ $i -lt 6000 ]; do sleep 0.01; "
-                         "i=$((i+1)); done; kill -9 $p 2> /dev/null; wait $p; true'", base);
+    char *line = xprintf(
+        "sh -c '%s -o build/test_k.safetensors & p=$!; i=0; "
+        "while [ ! -s build/test_k.safetensors.state ] && [ $i -lt 6000 ]; do sleep 0.01; "
+        "i=$((i+1)); done; kill -9 $p 2> /dev/null; wait $p; true'",
+        base);
     run_command(line);
     free(line);
     line = xprintf("%s --resume -o build/test_k.safetensors", base);
@@ -1573,7 +1626,857 @@ static void test_reproducible(void) {
     free(line);
 #endif
 }
-static void test_data_prep(void) {}
+// ==== data_prep ==================================================================================
+// Perception against RDKit 2022.09 (the tables below are what it gives with OGB's lists), readers,
+// bad input, splits, threads.
+
+// Converts one record of text. Returns 1 if it was kept: then w->molecule holds it.
+static int prep_convert(Worker *w, Format format, const char *text, size_t size, Outcome *o) {
+    static int columns[4] = {-1, -1, 0, -1};
+    char *task = "y";
+    Conversion c = {.max_atoms = 512, .n_tasks = 1, .task_names = &task};
+    Source s = {.path = "test", .format = format, .n_columns = 4, .smiles_column = 0,
+                .name_column = format == FORMAT_CSV ? 1 : -1, .task_of_column = columns};
+    Record r = {text, size, 0};
+    Lines in = {text, text + size, 0};
+    *o = (Outcome){0};
+    w->used = 0;
+    return convert_record(&c, &s, &r, w, &in, o) == 0;
+}
+
+// The molecule as in the tables: an atom is its symbol and eight hexadecimal digits (chirality,
+// degree, charge + 5, hydrogens, radicals, hybridization, aromatic, in a ring), a bond i-j: and
+// three digits (type, stereo, conjugated).
+static void prep_describe(const Molecule *m, char *text, size_t room) {
+    size_t n = 0;
+    text[0] = 0;
+    for (int i = 0; i < m->n_atoms && n < room; i++) {
+        const uint8_t *f = m->atom_feat + ATOM_FEATURES * i;
+        n += (size_t)snprintf(text + n, room - n, "%s%s%x%x%x%x%x%x%x%x", i ? " " : "",
+                              ELEMENTS[f[0] == 118 ? 0 : f[0] + 1].symbol, f[1], f[2], f[3], f[4],
+                              f[5], f[6], f[7], f[8]);
+    }
+    for (int b = 0; b < m->n_bonds && n < room; b++)
+        n += (size_t)snprintf(text + n, room - n, " %d-%d:%d%d%d", m->bonds[2 * b],
+                              m->bonds[2 * b + 1], m->bond_code[b] / 12, m->bond_code[b] / 2 % 6,
+                              m->bond_code[b] % 2);
+}
+
+// Converts `text` and compares the description with what is expected ("refused": none).
+static void prep_expect(Worker *w, Format format, const char *rule, const char *text,
+                        const char *expected) {
+    char got[4096];
+    Outcome o;
+    int kept = prep_convert(w, format, text, strlen(text), &o);
+    if (kept) prep_describe(&w->molecule, got, sizeof got);
+    else snprintf(got, sizeof got, "refused");
+    test_check(strcmp(got, expected) == 0, "%s: got %s%s%s, expected %s", rule, got,
+               kept ? "" : ": ", kept ? "" : o.fault.text, expected);
+}
+
+static const struct { const char *rule, *smiles, *expected; } PREP_SMILES[] = {
+    {"implicit hydrogens", "CCO",
+     "C04530200 C04520200 O02510200 0-1:000 1-2:000"},
+    {"charges", "[NH4+].[O-]C",
+     "N04640200 O01400200 C04530200 1-2:000"},
+    {"isotopes and map numbers", "[13CH3:1]C",
+     "C04530200 C04530200 0-1:000"},
+    {"boron and cations left of carbon", "B.[BH4-].[Na+]",
+     "B03530100 B04440200 Na00600500"},
+    {"hypervalent sulfur", "CS(=O)(=O)C",
+     "C04530200 S04500200 O01500100 O01500100 C04530200 0-1:000 1-2:100 1-3:100 1-4:000"},
+    {"hypervalent phosphorus", "CP(=O)(O)O",
+     "C04530200 P04500200 O01500100 O02510200 O02510200 0-1:000 1-2:100 1-3:000 1-4:000"},
+    {"valence too high", "C(C)(C)(C)(C)C",
+     "refused"},
+    {"charged carbon", "C[CH2+].[CH2-]C",
+     "C04530200 C03620100 C03420200 C04530200 0-1:000 2-3:000"},
+    {"metal without valences", "[Fe+2].[Fe+3]",
+     "Fe00700100 Fe00801100"},
+    {"dummy atom", "*C",
+     "*01500500 C04530200 0-1:000"},
+    {"nitro clean-up", "CN(=O)=O",
+     "C04530200 N03600100 O01400100 O01500100 0-1:000 1-2:001 1-3:101"},
+    {"azide clean-up", "CN=N#N",
+     "C04530200 N02500100 N02600000 N01400100 0-1:000 1-2:101 2-3:101"},
+    {"aromatic N-oxide clean-up", "O=n1ccccc1",
+     "O01400100 N03600111 C03510111 C03510111 C03510111 C03510111 C03510111 0-1:001 1-2:301 "
+     "2-3:301 3-4:301 4-5:301 5-6:301 6-1:301"},
+    {"perchlorate clean-up", "OCl(=O)(=O)=O",
+     "O02510200 Cl04800200 O01400200 O01400200 O01400200 0-1:000 1-2:000 1-3:000 1-4:000"},
+    {"phosphorus clean-up", "C=P(=O)C",
+     "C03520100 P03500100 O01500100 C04530200 0-1:100 1-2:100 1-3:000"},
+    {"hydrogen atoms removed", "[H]C([H])([H])O[H]",
+     "C04530200 O02510200 0-1:000"},
+    {"deuterium stays", "[2H]C",
+     "H01500500 C04530200 0-1:000"},
+    {"hydrogen molecule stays", "[H][H]",
+     "H01500500 H01500500 0-1:000"},
+    {"proton and hydride", "[H+].[H-]",
+     "H00600500 H00400500"},
+    {"hydrogen on a dummy stays", "[H]*",
+     "H01500500 *01500500 0-1:000"},
+    {"hydrogen that defines a double bond stays", "[H]/C=C/F",
+     "H01500500 C03510100 C03510100 F01500200 0-1:000 1-2:120 2-3:000"},
+    {"hydrogen hands on its direction", "[H]/C(C)=C/F",
+     "C03510100 C04530200 C03510100 F01500200 0-1:000 0-2:110 2-3:000"},
+    {"bridging hydrogen stays", "[H]1BB1",
+     "refused"},
+    {"stereo with explicit hydrogen", "[H][C@](F)(Cl)Br",
+     "C14510200 F01500200 Cl01500200 Br01500200 0-1:000 0-2:000 0-3:000"},
+    {"benzene", "c1ccccc1",
+     "C03510111 C03510111 C03510111 C03510111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 "
+     "3-4:301 4-5:301 5-0:301"},
+    {"Kekule form", "C1=CC=CC=C1",
+     "C03510111 C03510111 C03510111 C03510111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 "
+     "3-4:301 4-5:301 5-0:301"},
+    {"pyrrole needs its hydrogen", "c1cc[nH]c1",
+     "C03510111 C03510111 C03510111 N03510111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 "
+     "4-0:301"},
+    {"pyrrole without it", "c1ccnc1",
+     "refused"},
+    {"pyridine", "c1ccncc1",
+     "C03510111 C03510111 C03510111 N02500111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 "
+     "3-4:301 4-5:301 5-0:301"},
+    {"furan, thiophene", "c1ccoc1.c1ccsc1",
+     "C03510111 C03510111 C03510111 O02500111 C03510111 C03510111 C03510111 C03510111 "
+     "S02500111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 5-6:301 6-7:301 7-8:301 8-9:301 "
+     "4-0:301 9-5:301"},
+    {"azulene: outer ring only", "c1ccc2cccc2cc1",
+     "C03510111 C03510111 C03510111 C03500111 C03510111 C03510111 C03510111 C03500111 "
+     "C03510111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 4-5:301 5-6:301 6-7:301 7-8:301 "
+     "8-9:301 9-0:301 7-3:001"},
+    {"naphthalene", "c1ccc2ccccc2c1",
+     "C03510111 C03510111 C03510111 C03500111 C03510111 C03510111 C03510111 C03510111 "
+     "C03500111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 4-5:301 5-6:301 6-7:301 7-8:301 "
+     "8-9:301 9-0:301 8-3:301"},
+    {"cyclobutadiene is not", "C1=CC=C1",
+     "C03510101 C03510101 C03510101 C03510101 0-1:101 1-2:001 2-3:101 3-0:001"},
+    {"cyclooctatetraene is not", "C1=CC=CC=CC=C1",
+     "C03510101 C03510101 C03510101 C03510101 C03510101 C03510101 C03510101 C03510101 0-1:101 "
+     "1-2:001 2-3:101 3-4:001 4-5:101 5-6:001 6-7:101 7-0:001"},
+    {"tropylium, cyclopentadienide", "[CH+]1C=CC=CC=C1.[CH-]1C=CC=C1",
+     "C03610111 C03510111 C03510111 C03510111 C03510111 C03510111 C03510111 C03410111 "
+     "C03510111 C03510111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 4-5:301 5-6:301 "
+     "7-8:301 8-9:301 9-10:301 10-11:301 6-0:301 11-7:301"},
+    {"pyridone: the oxygen takes its electron", "O=c1cccc[nH]1",
+     "O01500100 C03500111 C03510111 C03510111 C03510111 C03510111 N03510111 0-1:101 1-2:301 "
+     "2-3:301 3-4:301 4-5:301 5-6:301 6-1:301"},
+    {"fulvene: a carbon shares it", "C=C1C=CC=C1",
+     "C03520100 C03500101 C03510101 C03510101 C03510101 C03510101 0-1:101 1-2:001 2-3:101 "
+     "3-4:001 4-5:101 5-1:001"},
+    {"thiophene S-oxide", "O=S1C=CC=C1",
+     "O01500100 S03500201 C03510101 C03510101 C03510101 C03510101 0-1:100 1-2:000 2-3:101 "
+     "3-4:001 4-5:101 5-1:000"},
+    {"borole ring", "B1C=CC=CC=C1",
+     "B03510101 C03510101 C03510101 C03510101 C03510101 C03510101 C03510101 0-1:000 1-2:101 "
+     "2-3:001 3-4:101 4-5:001 5-6:101 6-0:000"},
+    {"aromatic chain", "cc",
+     "refused"},
+    {"no Kekule structure", "c1cccc1",
+     "refused"},
+    {"dummy in an aromatic ring", "*1cccc1",
+     "*02500511 C03510111 C03510111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 "
+     "4-0:301"},
+    {"conjugated diene", "C=CC=C",
+     "C03520100 C03510100 C03510100 C03520100 0-1:101 1-2:001 2-3:101"},
+    {"amide and ester", "NC(=O)C.CC(=O)OC",
+     "N03520100 C03500100 O01500100 C04530200 C04530200 C03500100 O01500100 O02500100 "
+     "C04530200 0-1:001 1-2:101 1-3:000 4-5:000 5-6:101 5-7:001 7-8:000"},
+    {"enol ether oxygen is SP2", "C=CO",
+     "C03520100 C03510100 O02510100 0-1:101 1-2:001"},
+    {"allene", "C=C=C",
+     "C03520100 C02500000 C03520100 0-1:101 1-2:101"},
+    {"alkyne and nitrile", "C#CC#N",
+     "C02510000 C02500000 C02500000 N01500000 0-1:201 1-2:001 2-3:201"},
+    {"radicals", "[CH3].[CH2].[O]",
+     "C03531200 C02522200 O00502200"},
+    {"nitric oxide", "[N]=O",
+     "N01501100 O01500100 0-1:100"},
+    {"sulfur hexafluoride", "FS(F)(F)(F)(F)F",
+     "F01500200 S06500400 F01500200 F01500200 F01500200 F01500200 F01500200 0-1:000 1-2:000 "
+     "1-3:000 1-4:000 1-5:000 1-6:000"},
+    {"phosphorus pentachloride", "ClP(Cl)(Cl)(Cl)Cl",
+     "Cl01500200 P05500300 Cl01500200 Cl01500200 Cl01500200 Cl01500200 0-1:000 1-2:000 "
+     "1-3:000 1-4:000 1-5:000"},
+    {"noble gases", "[He].[Xe]",
+     "He00500500 Xe00500200"},
+    {"spiro and fused rings", "C1CC12CC2",
+     "C04520201 C04520201 C04500201 C04520201 C04520201 0-1:000 1-2:000 2-3:000 3-4:000 "
+     "2-0:000 4-2:000"},
+    {"norbornane: two rings", "C1CC2CCC1C2",
+     "C04520201 C04520201 C04510201 C04520201 C04520201 C04510201 C04520201 0-1:000 1-2:000 "
+     "2-3:000 3-4:000 4-5:000 5-6:000 5-0:000 6-2:000"},
+    {"cubane: symmetrised", "C12C3C4C1C5C2C3C45",
+     "C04510201 C04510201 C04510201 C04510201 C04510201 C04510201 C04510201 C04510201 0-1:000 "
+     "1-2:000 2-3:000 3-4:000 4-5:000 5-6:000 6-7:000 3-0:000 5-0:000 6-1:000 7-2:000 7-4:000"},
+    {"linked rings", "C1CC1CC1CC1",
+     "C04520201 C04520201 C04510201 C04520200 C04510201 C04520201 C04520201 0-1:000 1-2:000 "
+     "2-3:000 3-4:000 4-5:000 5-6:000 2-0:000 6-4:000"},
+    {"centre CCW", "N[C@](F)(Cl)Br",
+     "N03520200 C24500200 F01500200 Cl01500200 Br01500200 0-1:000 1-2:000 1-3:000 1-4:000"},
+    {"centre CW", "N[C@@](F)(Cl)Br",
+     "N03520200 C14500200 F01500200 Cl01500200 Br01500200 0-1:000 1-2:000 1-3:000 1-4:000"},
+    {"hydrogen counts last", "N[C@@H](C)C(=O)O",
+     "N03520200 C14510200 C04530200 C03500100 O01500100 O02510100 0-1:000 1-2:000 1-3:000 "
+     "3-4:101 3-5:001"},
+    {"centre first in the text", "[C@H](F)(Cl)Br",
+     "C14510200 F01500200 Cl01500200 Br01500200 0-1:000 0-2:000 0-3:000"},
+    {"ring number order", "C[C@]1(F)CCO1",
+     "C04530200 C24500201 F01500200 C04520201 C04520201 O02500201 0-1:000 1-2:000 1-3:000 "
+     "3-4:000 4-5:000 5-1:000"},
+    {"ring number after a branch", "C[C@](F)1CCO1",
+     "C04530200 C14500201 F01500200 C04520201 C04520201 O02500201 0-1:000 1-2:000 1-3:000 "
+     "3-4:000 4-5:000 5-1:000"},
+    {"equal neighbours", "C[C@H](C)F",
+     "C04530200 C04510200 C04530200 F01500200 0-1:000 1-2:000 1-3:000"},
+    {"sulfoxide", "C[S@](=O)CC",
+     "C04530200 S23500200 O01500100 C04520200 C04530200 0-1:000 1-2:100 1-3:000 3-4:000"},
+    {"sulfonium", "C[S@+](CC)CCC",
+     "C04530200 S23600200 C04520200 C04530200 C04520200 C04520200 C04530200 0-1:000 1-2:000 "
+     "2-3:000 1-4:000 4-5:000 5-6:000"},
+    {"phosphine", "C[P@](CC)CCC",
+     "C04530200 P23500200 C04520200 C04530200 C04520200 C04520200 C04530200 0-1:000 1-2:000 "
+     "2-3:000 1-4:000 4-5:000 5-6:000"},
+    {"amine inverts", "C[N@](CC)CCC",
+     "C04530200 N03500200 C04520200 C04530200 C04520200 C04520200 C04530200 0-1:000 1-2:000 "
+     "2-3:000 1-4:000 4-5:000 5-6:000"},
+    {"aziridine and bridgehead nitrogen", "C[N@]1CC1F",
+     "C04530200 N23500201 C04520201 C04510201 F01500200 0-1:000 1-2:000 2-3:000 3-4:000 "
+     "3-1:000"},
+    {"centre that depends on others", "C[C@H](F)[C@H](Cl)[C@@H](C)F",
+     "C04530200 C24510200 F01500200 C24510200 Cl01500200 C14510200 C04530200 F01500200 "
+     "0-1:000 1-2:000 1-3:000 3-4:000 3-5:000 5-6:000 5-7:000"},
+    {"ring cis and trans", "C[C@H]1CC[C@@H](C)CC1",
+     "C04530200 C14510201 C04520201 C04520201 C14510201 C04530200 C04520201 C04520201 0-1:000 "
+     "1-2:000 2-3:000 3-4:000 4-5:000 4-6:000 6-7:000 7-1:000"},
+    {"ring without partner", "C[C@H]1CCCCC1",
+     "C04530200 C04510201 C04520201 C04520201 C04520201 C04520201 C04520201 0-1:000 1-2:000 "
+     "2-3:000 3-4:000 4-5:000 5-6:000 6-1:000"},
+    {"isotope makes a centre", "[2H][C@](C)(F)O",
+     "H01500500 C24500200 C04530200 F01500200 O02510200 0-1:000 1-2:000 1-3:000 1-4:000"},
+    {"chirality class", "C[C@TH2](F)(Cl)Br",
+     "C04530200 C14500200 F01500200 Cl01500200 Br01500200 0-1:000 1-2:000 1-3:000 1-4:000"},
+    {"square planar", "F[Pt@SP1](F)(Cl)Cl",
+     "F01500200 Pt44500500 F01500200 Cl01500200 Cl01500200 0-1:000 1-2:000 1-3:000 1-4:000"},
+    {"octahedral", "F[Co@OH1](F)(F)(F)(F)Cl",
+     "F01500200 Co46501400 F01500200 F01500200 F01500200 F01500200 Cl01500200 0-1:000 1-2:000 "
+     "1-3:000 1-4:000 1-5:000 1-6:000"},
+    {"E double bond", "C/C=C/C",
+     "C04530200 C03510100 C03510100 C04530200 0-1:000 1-2:120 2-3:000"},
+    {"Z double bond", "C/C=C\\C",
+     "C04530200 C03510100 C03510100 C04530200 0-1:000 1-2:110 2-3:000"},
+    {"by CIP rank", "C/C(F)=C(/C)Cl",
+     "C04530200 C03500100 F01500200 C03500100 C04530200 Cl01500200 0-1:000 1-2:000 1-3:120 "
+     "3-4:000 3-5:000"},
+    {"one direction is enough", "F/C=C(F)/Cl",
+     "F01500200 C03510100 C03500100 F01500200 Cl01500200 0-1:000 1-2:120 2-3:000 2-4:000"},
+    {"same neighbours", "F/C=C(Cl)/Cl",
+     "F01500200 C03510100 C03500100 Cl01500200 Cl01500200 0-1:000 1-2:100 2-3:000 2-4:000"},
+    {"conjugated E,Z", "C/C=C/C=C\\C",
+     "C04530200 C03510100 C03510100 C03510100 C03510100 C04530200 0-1:000 1-2:121 2-3:001 "
+     "3-4:111 4-5:000"},
+    {"direction at a ring closure", "C1CCCCCCC/C=C/1",
+     "C04520201 C04520201 C04520201 C04520201 C04520201 C04520201 C04520201 C04520201 "
+     "C03510101 C03510101 0-1:000 1-2:000 2-3:000 3-4:000 4-5:000 5-6:000 6-7:000 7-8:000 "
+     "8-9:120 9-0:000"},
+    {"small ring has none", "C1CC/C=C\\CC1",
+     "C04520201 C04520201 C04520201 C03510101 C03510101 C04520201 C04520201 0-1:000 1-2:000 "
+     "2-3:000 3-4:100 4-5:000 5-6:000 6-0:000"},
+    {"imine and oxime", "C/C=N/O",
+     "C04530200 C03510100 N02500100 O02510100 0-1:000 1-2:121 2-3:001"},
+    {"conflicting directions", "C/C(/F)=C/F",
+     "C04530200 C03500100 F01500200 C03510100 F01500200 0-1:000 1-2:000 1-3:110 3-4:000"},
+    {"cumulene", "F/C=C=C/F",
+     "F01500200 C03510100 C02500000 C03510100 F01500200 0-1:000 1-2:101 2-3:101 3-4:000"},
+    {"stereo from Z and E", "C/C=C/[C@H](F)/C=C\\C",
+     "C04530200 C03510100 C03510100 C24510200 F01500200 C03510100 C03510100 C04530200 0-1:000 "
+     "1-2:120 2-3:000 3-4:000 3-5:000 5-6:110 6-7:000"},
+    {"dative bond", "[NH3]->[Fe]",
+     "N04530300 Fe01500200 0-1:400"},
+    {"quadruple and any bond", "[Cr]$[Cr].C~C",
+     "Cr01500000 Cr01500000 C05540300 C05540300 0-1:400 2-3:400"},
+    {"ring number of three digits", "C%(123)CC%(123)",
+     "C04520201 C04520201 C04520201 0-1:000 1-2:000 2-0:000"},
+    {"two digits", "C%12CC%12",
+     "C04520201 C04520201 C04520201 0-1:000 1-2:000 2-0:000"},
+    {"atomic number", "[#6H4]",
+     "C04540200"},
+    {"charge in words", "[Fe++].[O--]",
+     "Fe00700100 O00300200"},
+    {"CIP rank of phosphorus", "C[C@H](P(=O)(O)O)S",
+     "C04530200 C24510200 P04500200 O01500100 O02510200 O02510200 S02510200 0-1:000 1-2:000 "
+     "2-3:100 2-4:000 2-5:000 1-6:000"},
+    {"adamantane", "C1C2CC3CC1CC(C2)C3",
+     "C04520201 C04510201 C04520201 C04510201 C04520201 C04510201 C04520201 C04510201 "
+     "C04520201 C04520201 0-1:000 1-2:000 2-3:000 3-4:000 4-5:000 5-6:000 6-7:000 7-8:000 "
+     "7-9:000 5-0:000 8-1:000 9-3:000"},
+    {"porphyrin core", "c1cc2cc3ccc([nH]3)cc3ccc(cc4ccc(cc1n2)[nH]4)n3",
+     "C03510101 C03510101 C03500111 C03510111 C03500111 C03510111 C03510111 C03500111 "
+     "N03510111 C03510111 C03500111 C03510101 C03510101 C03500111 C03510111 C03500111 "
+     "C03510111 C03510111 C03500111 C03510111 C03500111 N02500111 N03510111 N02500111 0-1:101 "
+     "1-2:001 2-3:301 3-4:301 4-5:301 5-6:301 6-7:301 7-8:301 7-9:301 9-10:301 10-11:001 "
+     "11-12:101 12-13:001 13-14:301 14-15:301 15-16:301 16-17:301 17-18:301 18-19:301 "
+     "19-20:301 20-21:301 18-22:301 13-23:301 20-0:001 21-2:301 8-4:301 23-10:301 22-15:301"},
+    {"triphenylene and buried atom", "C1=CC2=CC=CC3=CC=CC1=C23",
+     "C03510101 C03510101 C03500111 C03510111 C03510111 C03510111 C03500111 C03510111 "
+     "C03510111 C03510111 C03500111 C03500111 0-1:101 1-2:001 2-3:301 3-4:301 4-5:301 5-6:301 "
+     "6-7:301 7-8:301 8-9:301 9-10:301 10-11:301 10-0:001 11-2:301 11-6:301"},
+};
+
+// Atoms "symbol,x,y,z[,mass difference,charge,valence]", bonds "i-j:type[/stereo]", properties
+// separated by |; made into V2000 and V3000 mol blocks.
+static const struct {
+    const char *rule;
+    int is_3d;
+    const char *atoms, *bonds, *properties, *expected;
+} PREP_MOLS[] = {
+    {"chirality from 3D, hydrogen removed", 1,
+     "C,0,0,0 F,0.9,0.9,0.5 Cl,-1,0.9,-0.6 Br,0.6,-1.2,-1 H,-0.5,-0.5,1",
+     "1-2:1 1-3:1 1-4:1 1-5:1", "",
+     "C14510200 F01500200 Cl01500200 Br01500200 0-1:000 0-2:000 0-3:000"},
+    {"hydrogen in the middle of the bonds", 1,
+     "C,0,0,0 F,0.9,0.9,0.5 Cl,-1,0.9,-0.6 Br,0.6,-1.2,-1 H,-0.5,-0.5,1",
+     "1-2:1 1-5:1 1-3:1 1-4:1", "",
+     "C14510200 F01500200 Cl01500200 Br01500200 0-1:000 0-2:000 0-3:000"},
+    {"flat centre in 3D has none", 1,
+     "C,0,0,0 F,1,0,0.001 Cl,-0.5,0.9,0.002 Br,-0.5,-0.9,0.003 I,0.8,0.8,0.002",
+     "1-2:1 1-3:1 1-4:1 1-5:1", "",
+     "C04500200 F01500200 Cl01500200 Br01500200 I01500200 0-1:000 0-2:000 0-3:000 0-4:000"},
+    {"wedge", 0,
+     "C,0,0,0 F,1,0,0 Cl,-0.5,0.9,0 Br,-0.5,-0.9,0",
+     "1-2:1/1 1-3:1 1-4:1", "",
+     "C24510200 F01500200 Cl01500200 Br01500200 0-1:000 0-2:000 0-3:000"},
+    {"dash", 0,
+     "C,0,0,0 F,1,0,0 Cl,-0.5,0.9,0 Br,-0.5,-0.9,0",
+     "1-2:1/6 1-3:1 1-4:1", "",
+     "C14510200 F01500200 Cl01500200 Br01500200 0-1:000 0-2:000 0-3:000"},
+    {"wedge at its wide end means nothing", 0,
+     "C,0,0,0 F,1,0,0 Cl,-0.5,0.9,0 Br,-0.5,-0.9,0",
+     "2-1:1/1 1-3:1 1-4:1", "",
+     "C04510200 F01500200 Cl01500200 Br01500200 1-0:000 0-2:000 0-3:000"},
+    {"wedge with four neighbours", 0,
+     "C,0,0,0 F,1,0,0 Cl,-0.5,0.9,0 Br,-0.5,-0.9,0 I,0,1,0",
+     "1-2:1/1 1-3:1 1-4:1 1-5:1", "",
+     "C24500200 F01500200 Cl01500200 Br01500200 I01500200 0-1:000 0-2:000 0-3:000 0-4:000"},
+    {"contradicting wedges", 0,
+     "C,0,0,0 F,1,0,0 Cl,-0.5,0.9,0 Br,-0.5,-0.9,0",
+     "1-2:1/1 1-3:1/6 1-4:1", "",
+     "C04510200 F01500200 Cl01500200 Br01500200 0-1:000 0-2:000 0-3:000"},
+    {"wavy bond takes it back", 0,
+     "C,0,0,0 F,1,0,0 Cl,-0.5,0.9,0 Br,-0.5,-0.9,0",
+     "1-2:1/1 1-3:1/4 1-4:1", "",
+     "C04510200 F01500200 Cl01500200 Br01500200 0-1:000 0-2:000 0-3:000"},
+    {"Z from a drawing", 0,
+     "C,-0.67,0,0 C,0.67,0,0 C,-1.5,1.2,0 C,1.5,1.2,0",
+     "1-2:2 1-3:1 2-4:1", "",
+     "C03510100 C03510100 C04530200 C04530200 0-1:110 0-2:000 1-3:000"},
+    {"E from a drawing", 0,
+     "C,-0.67,0,0 C,0.67,0,0 C,-1.5,1.2,0 C,1.5,-1.2,0",
+     "1-2:2 1-3:1 2-4:1", "",
+     "C03510100 C03510100 C04530200 C04530200 0-1:120 0-2:000 1-3:000"},
+    {"crossed double bond", 0,
+     "C,-0.67,0,0 C,0.67,0,0 C,-1.5,1.2,0 C,1.5,1.2,0",
+     "1-2:2/3 1-3:1 2-4:1", "",
+     "C03510100 C03510100 C04530200 C04530200 0-1:150 0-2:000 1-3:000"},
+    {"wavy bond at a double bond", 0,
+     "C,-0.67,0,0 C,0.67,0,0 C,-1.5,1.2,0 C,1.5,1.2,0",
+     "1-2:2 3-1:1/4 2-4:1", "",
+     "C03510100 C03510100 C04530200 C04530200 0-1:150 2-0:000 1-3:000"},
+    {"linear double bond", 0,
+     "C,-0.67,0,0 C,0.67,0,0 C,-1.5,1.2,0 C,2.2,0,0",
+     "1-2:2 1-3:1 2-4:1", "",
+     "C03510100 C03510100 C04530200 C04530200 0-1:150 0-2:000 1-3:000"},
+    {"no coordinates", 0,
+     "C,0,0,0 C,0,0,0 C,0,0,0 C,0,0,0",
+     "1-2:2 1-3:1 2-4:1", "",
+     "C03510100 C03510100 C04530200 C04530200 0-1:150 0-2:000 1-3:000"},
+    {"charge column and M  CHG", 0,
+     "N,0,0,0,0,3,0 O,1,0,0,0,5,0",
+     "1-2:1", "",
+     "N04630200 O01400200 0-1:000"},
+    {"M  CHG replaces all charges", 0,
+     "N,0,0,0,0,3,0 O,1,0,0",
+     "1-2:1", "M  CHG  1   2  -1",
+     "N03520200 O01400200 0-1:000"},
+    {"M  RAD and M  ISO", 0,
+     "C,0,0,0 H,1,0,0 C,-1,0,0",
+     "1-2:1 1-3:1", "M  RAD  1   1   2|M  ISO  1   2   2",
+     "C03511200 H01500500 C04530200 0-1:000 0-2:000"},
+    {"valence field", 0,
+     "C,0,0,0,0,0,3 N,1,0,0,0,0,15 Fe,5,0,0,0,0,2",
+     "1-2:1", "",
+     "C03521200 N01502200 Fe02520300 0-1:000"},
+    {"D, T and mass difference", 0,
+     "D,0,0,0 C,1,0,0,1,0,0 T,2,0,0",
+     "1-2:1 2-3:1", "",
+     "H01500500 C04520200 H01500500 0-1:000 1-2:000"},
+    {"dummies", 0,
+     "R1,0,0,0 C,1,0,0 A,2,0,0 *,3,0,0",
+     "1-2:1 2-3:1 2-4:1", "",
+     "*01500500 C04510200 *01500500 *01500500 0-1:000 1-2:000 1-3:000"},
+    {"atom list", 0,
+     "L,0,0,0 C,1,0,0",
+     "1-2:1", "M  ALS   1  2 F N   O   ",
+     "N03520200 C04530200 0-1:000"},
+    {"aromatic bonds", 0,
+     "C,1,0,0 C,0.5,0.87,0 C,-0.5,0.87,0 C,-1,0,0 C,-0.5,-0.87,0 N,0.5,-0.87,0",
+     "1-2:4 2-3:4 3-4:4 4-5:4 5-6:4 6-1:4", "",
+     "C03510111 C03510111 C03510111 C03510111 C03510111 N02500111 0-1:301 1-2:301 2-3:301 "
+     "3-4:301 4-5:301 5-0:301"},
+    {"query bonds", 0,
+     "C,-0.67,0,0 C,0.67,0,0 C,-1.5,1.2,0 C,1.5,1.2,0",
+     "1-2:5 1-3:8 2-4:6", "",
+     "C02500200 C02500200 C05540300 C01500100 0-1:400 0-2:400 1-3:400"},
+    {"zero-order bond, hydrogens stated", 0,
+     "N,0,0,0 B,1,0,0",
+     "1-2:1", "M  ZBO  1   1   0|M  HYD  1   1   3",
+     "N04530200 B04530100 0-1:400"},
+    {"two-letter symbol in capitals", 0,
+     "CL,0,0,0 C,1,0,0",
+     "1-2:1", "",
+     "Cl01500200 C04530200 0-1:000"},
+    {"square planar from 3D", 1,
+     "Pt,0,0,0 Cl,2,0,0.01 Cl,-2,0,0 N,0,2,0 N,0,-2,0",
+     "1-2:1 1-3:1 1-4:1 1-5:1", "",
+     "Pt44500500 Cl01500200 Cl01500200 N03520200 N03520200 0-1:000 0-2:000 0-3:000 0-4:000"},
+};
+
+// Atoms of row k of PREP_MOLS as lines of a mol block. Returns how many; *plain: V3000 can say it.
+static int prep_atom_lines(char *out, size_t room, int k, int v3000, int *plain) {
+    int n_atoms = 0, used, more, v[3];
+    char symbol[4];
+    double x, y, z;
+    size_t n = 0;
+    *plain = PREP_MOLS[k].properties[0] == 0;
+    for (const char *p = PREP_MOLS[k].atoms;
+         sscanf(p, "%3[^,],%lf,%lf,%lf%n", symbol, &x, &y, &z, &used) == 4;) {
+        v[0] = v[1] = v[2] = 0;
+        p += used;
+        if (*p == ',' && sscanf(p, ",%d,%d,%d%n", &v[0], &v[1], &v[2], &more) == 3) p += more;
+        p += *p == ' ';
+        if (v[0]) *plain = 0;
+        n_atoms++;
+        if (v3000)
+            n += (size_t)snprintf(out + n, room - n,
+                                  "M  V30 %d %s %g %g %g 0 CHG=%d -\nM  V30 VAL=%d\n", n_atoms,
+                                  symbol, x, y, z, v[1] ? 4 - v[1] : 0, v[2] == 15 ? -1 : v[2]);
+        else
+            n += (size_t)snprintf(out + n, room - n, "%10.4f%10.4f%10.4f %-3s%2d%3d  0  0  0%3d\n",
+                                  x, y, z, symbol, v[0], v[1], v[2]);
+    }
+    return n_atoms;
+}
+
+// Its bonds. Returns how many.
+static int prep_bond_lines(char *out, size_t room, int k, int v3000) {
+    static const int cfg[] = {0, 1, 0, 2, 2, 0, 3};  // of V3000, for each bond stereo of V2000
+    int n_bonds = 0, used, i, j, type, stereo;
+    size_t n = 0;
+    out[0] = 0;
+    for (const char *p = PREP_MOLS[k].bonds; sscanf(p, "%d-%d:%d%n", &i, &j, &type, &used) == 3;) {
+        p += used;
+        stereo = *p == '/' ? p[1] - '0' : 0;
+        p += *p == '/' ? 2 : 0;
+        p += *p == ' ';
+        n_bonds++;
+        if (v3000)
+            n += (size_t)snprintf(out + n, room - n, "M  V30 %d %d %d %d CFG=%d\n", n_bonds, type,
+                                  i, j, cfg[stereo]);
+        else
+            n += (size_t)snprintf(out + n, room - n, "%3d%3d%3d%3d\n", i, j, type, stereo);
+    }
+    return n_bonds;
+}
+
+// Row k of PREP_MOLS as a mol block with a data item; returns whether V3000 can say the same.
+static int prep_mol_block(char *out, size_t room, int k, int v3000) {
+    char atoms[2048], bonds[1024], properties[200];
+    int plain, n_atoms = prep_atom_lines(atoms, sizeof atoms, k, v3000, &plain);
+    int n_bonds = prep_bond_lines(bonds, sizeof bonds, k, v3000);
+    const char *dimension = PREP_MOLS[k].is_3d ? "3D" : "2D";
+    snprintf(properties, sizeof properties, "%s%s", PREP_MOLS[k].properties,
+             *PREP_MOLS[k].properties ? "\n" : "");
+    for (char *c = properties; *c; c++)
+        if (*c == '|') *c = '\n';
+    if (v3000)
+        snprintf(out, room, "name\n  test              %s\n\n  0  0  0     0  0            999 V3000\n"
+                 "M  V30 BEGIN CTAB\nM  V30 COUNTS %d %d 0 0 0\nM  V30 BEGIN ATOM\n%s"
+                 "M  V30 END ATOM\nM  V30 BEGIN BOND\n%sM  V30 END BOND\nM  V30 END CTAB\n"
+                 "M  END\n> <y>\n2.5\n\n", dimension, n_atoms, n_bonds, atoms, bonds);
+    else
+        snprintf(out, room, "name\n  test              %s\n\n%3d%3d  0  0  0  0  0  0  0  0999 V2000\n"
+                 "%s%s%sM  END\n> <y>\n2.5\n\n", dimension, n_atoms, n_bonds, atoms, bonds,
+                 properties);
+    return plain;
+}
+
+// Every rule of perception, from SMILES and from mol blocks in both versions, with LF and CRLF.
+static void test_perception(Worker *w) {
+    char block[8192], crlf[8192], v2[2048], v3[2048];
+    Outcome o;
+    for (size_t k = 0; k < sizeof PREP_SMILES / sizeof *PREP_SMILES; k++)
+        prep_expect(w, FORMAT_SMI, PREP_SMILES[k].rule, PREP_SMILES[k].smiles,
+                    PREP_SMILES[k].expected);
+    for (int k = 0; k < (int)(sizeof PREP_MOLS / sizeof *PREP_MOLS); k++) {
+        prep_mol_block(block, sizeof block, k, 0);
+        prep_expect(w, FORMAT_SDF, PREP_MOLS[k].rule, block, PREP_MOLS[k].expected);
+        Molecule *m = &w->molecule;
+        test_check(m->labels[0] == 2.5f && strcmp(m->name, "name") == 0, "%s: label and name",
+                   PREP_MOLS[k].rule);
+        test_check(m->has_pos == PREP_MOLS[k].is_3d || strstr(PREP_MOLS[k].rule, "linear"),
+                   "%s: positions", PREP_MOLS[k].rule);
+        size_t n = 0;
+        for (char *c = block; *c; c++) {
+            if (*c == '\n') crlf[n++] = '\r';
+            crlf[n++] = *c;
+        }
+        crlf[n] = 0;
+        prep_expect(w, FORMAT_SDF, "CRLF", crlf, PREP_MOLS[k].expected);
+        if (!prep_mol_block(block, sizeof block, k, 1)) continue;
+        prep_describe(&w->molecule, v2, sizeof v2);
+        int kept = prep_convert(w, FORMAT_SDF, block, strlen(block), &o);
+        prep_describe(&w->molecule, v3, sizeof v3);
+        test_check(kept && strcmp(v2, v3) == 0, "%s as V3000: got %s, expected %s",
+                   PREP_MOLS[k].rule, kept ? v3 : o.fault.text, v2);
+    }
+}
+
+#define HEAD "x\n\n\n"
+#define ATOM "    0.0000    0.0000    0.0000 C   0  0\n"
+#define COUNTS1 "  1  0  0     0  0            999 V2000\n"
+#define COUNTS2 "  2  1  0     0  0            999 V2000\n"
+#define V3HEAD HEAD "  0  0  0     0  0            999 V3000\nM  V30 BEGIN CTAB\n"
+#define V3ATOM "M  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0\nM  V30 END ATOM\n"
+
+// Bad records: where the fault is, and what the message says.
+static const struct {
+    Format format;
+    const char *text;
+    int line, column;
+    const char *message;
+} PREP_FAULTS[] = {
+    {FORMAT_SMI, "C(", 1, 3, "expected an atom, found the end"},
+    {FORMAT_SMI, "C(C", 1, 4, "expected ), found the end"},
+    {FORMAT_SMI, "CC)", 1, 3, "expected an atom, a bond or a branch, found \")\""},
+    {FORMAT_SMI, "C1CC", 1, 2, "ring 1 is not closed"},
+    {FORMAT_SMI, "C11", 1, 3, "ring 1 bonds an atom to itself"},
+    {FORMAT_SMI, "C1CC1C12CC12", 1, 8, "ring 1 bonds two atoms a second time"},
+    {FORMAT_SMI, "CxC", 1, 2, "expected an atom, found \"x\""},
+    {FORMAT_SMI, "C=", 1, 3, "expected an atom, found the end"},
+    {FORMAT_SMI, "=C", 1, 1, "expected an atom, found \"=\""},
+    {FORMAT_SMI, "C.", 1, 3, "expected an atom, found the end"},
+    {FORMAT_SMI, "[C", 1, 3, "expected ], found the end"},
+    {FORMAT_SMI, "[Xx]", 1, 2, "expected an element symbol, found \"X\""},
+    {FORMAT_SMI, "[#119]", 1, 6, "expected an atomic number up to 118, found \"]\""},
+    {FORMAT_SMI, "[C+++]", 1, 5, "expected ], found \"+\""},
+    {FORMAT_SMI, "[C@SP4]", 1, 4, "expected a chirality class with a number it has, found \"S\""},
+    {FORMAT_SMI, "[99999999999C]", 1, 2, "expected a number below 2147483648, found \"9\""},
+    {FORMAT_SMI, "C%1", 1, 2, "expected % and two digits, found \"%\""},
+    {FORMAT_SMI, "C%(", 1, 2, "expected %( up to five digits ), found \"%\""},
+    {FORMAT_SMI, "C(C)(C)(C)(C)C", 0, 0, "atom 1 (C): valence 5 is greater than permitted"},
+    {FORMAT_SMI, "c1cccc1", 0, 0, "the aromatic ring system of atom 1 has no Kekule structure"},
+    {FORMAT_SMI, "cC", 0, 0, "atom 1 (C) is marked aromatic but in no ring"},
+    {FORMAT_CSV, ",a,1", 1, 1, "the SMILES is empty"},
+    {FORMAT_CSV, "\"C,a,1", 1, 2, "expected an atom, found \",\""},
+    {FORMAT_SDF, "x\n", 2, 1, "expected a counts line, found \"\""},
+    {FORMAT_SDF, HEAD "  x  0\n", 4, 1, "expected a number in columns 1-3, found \"  x\""},
+    {FORMAT_SDF, HEAD "  1  0  0     0  0            999 V4000\n", 4, 35,
+     "expected V2000 or V3000, found \"V4000\""},
+    {FORMAT_SDF, HEAD COUNTS1, 4, 0, "expected 1 atom lines, found 0"},
+    {FORMAT_SDF, HEAD COUNTS1 "    0.0\n", 5, 8,
+     "expected an atom line of at least 34 columns, found 7"},
+    {FORMAT_SDF, HEAD COUNTS1 "    0.0000    nan       0.0000 C   0\n", 5, 15,
+     "expected a coordinate, found \"    nan   \""},
+    {FORMAT_SDF, HEAD COUNTS1 "    0.0000    0.0000    0.0000 Qq  0\n", 5, 32,
+     "expected an element symbol, found \"Qq\""},
+    {FORMAT_SDF, HEAD COUNTS1 "    0.0000    0.0000    0.0000 C   0 +x\n", 5, 37,
+     "expected a charge in columns 37-39, found \" +x\""},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  3  1\n", 7, 4, "expected an atom from 1 to 2, found 3"},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  1  1\nM  END\n", 0, 0,
+     "atoms 1 and 1: a second bond, or one to itself"},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  2\n", 7, 7,
+     "expected a bond line of at least 9 columns, found 6"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "\nM  END\n", 6, 1,
+     "expected a property line or M  END, found a blank line"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "M  CHG  1   2   1\nM  END\n", 6, 0,
+     "M  CHG names atom 2, expected 1 to 1"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "M  RAD  1   1   9\n", 6, 0,
+     "expected a radical of 1, 2 or 3 on atom 1, found 9"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "M  CHG  1   1   1\n", 6, 0,
+     "expected M  END, found the end of the record"},
+    {FORMAT_SDF, HEAD "  0  0  0     0  0            999 V2000\nM  END\n", 0, 0,
+     "the molecule has no atoms"},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1\n", 6, 0, "expected COUNTS atoms bonds, found \"COUNTS 1\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 99999 0\n", 6, 0,
+     "99999 atoms, 0 bonds (at most 65535 atoms can be read)"},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0\n", 8, 0,
+     "expected index, symbol, x, y, z and map number, found 4 fields"},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 Zz 0 0 0 0\n", 8, 10,
+     "expected an element symbol, found \"Zz\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 1\n" V3ATOM "M  V30 BEGIN BOND\nM  V30 1 1 1 2\n", 11, 14,
+     "expected the index of an atom, found \"2\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\n" V3ATOM "M  END\n", 10, 1,
+     "expected \"M  V30 \", found \"M  END\""},
+};
+
+static void test_faults(Worker *w) {
+    Outcome o;
+    for (size_t k = 0; k < sizeof PREP_FAULTS / sizeof *PREP_FAULTS; k++) {
+        const char *text = PREP_FAULTS[k].text;
+        int kept = prep_convert(w, PREP_FAULTS[k].format, text, strlen(text), &o);
+        test_check(!kept && o.fault.line == PREP_FAULTS[k].line &&
+                   o.fault.column == PREP_FAULTS[k].column &&
+                   strcmp(o.fault.text, PREP_FAULTS[k].message) == 0,
+                   "\"%s\": got %s at %d:%d, expected %s at %d:%d", text,
+                   kept ? "a molecule" : o.fault.text, o.fault.line, o.fault.column,
+                   PREP_FAULTS[k].message, PREP_FAULTS[k].line, PREP_FAULTS[k].column);
+    }
+}
+
+// Numbers are rounded as strtod rounds them.
+static void test_decimals(void) {
+    int wrong = 0, wrong_fixed = 0;
+    char text[64];
+    double x;
+    for (uint32_t k = 0; k < 20000; k++) {
+        double v = ((double)rng_bits(1, RNG_SHUFFLE, 0, 0, k) - 2e9) * pow(10, -(double)(k % 12));
+        snprintf(text, sizeof text, "%*.*f", (int)(k % 20), (int)(k % 18), v);
+        wrong += parse_decimal((Span){text, (int)strlen(text)}) != strtod(text, NULL);
+        snprintf(text, sizeof text, "%10.4f ", fmod(v, 999));
+        if (fixed_decimal(text, &x)) wrong_fixed += x != strtod(text, NULL) || signbit(x) != (text[4] == '-' || strchr(text, '-') != NULL);
+    }
+    test_check(wrong == 0 && wrong_fixed == 0, "%d and %d numbers differ from strtod", wrong,
+               wrong_fixed);
+    static const char *const odd[] = {"1e3", " +2.5x", "-.5", "5.", "", "abc", "1.7976931348623157e308",
+                                      "123456789012345678901234567890", "0.1234567890123456789"};
+    for (int k = 0; k < 9; k++)
+        test_check(parse_decimal((Span){odd[k], (int)strlen(odd[k])}) == strtod(odd[k], NULL),
+                   "parse_decimal(\"%s\")", odd[k]);
+}
+
+// Writes text to a file, reads it back as records, and returns how many there are; sizes into n.
+static int prep_cut(const char *name, const char *text, size_t length, size_t *sizes) {
+    static Record records[CHUNK_RECORDS];
+    Source s;
+    int n = 0, got;
+    FILE *f = fopen(name, "wb");
+    CHECK(f && fwrite(text, 1, length, f) == length && fclose(f) == 0, "%s: cannot write", name);
+    source_open(&s, name, NULL);
+    while ((got = next_records(&s, records)) > 0)
+        for (int k = 0; k < got; k++) sizes[n++] = records[k].size;
+    source_close(&s);
+    remove(name);
+    return n;
+}
+
+static void test_records(void) {
+    static const struct { const char *file, *text; int n; size_t last; } cases[] = {
+        {"test.tmp.sdf", "a\n$$$$\nb\n$$$$\n", 2, 7}, {"test.tmp.sdf", "a\n$$$$\nb", 2, 1},
+        {"test.tmp.sdf", "a\r\n$$$$\r\nb\r\n$$$$", 2, 7}, {"test.tmp.sdf", "a\n$$$$\n\n \n", 1, 7},
+        {"test.tmp.sdf", "a$$$$\n$$$\n$$$$x\nb\n", 2, 2}, {"test.tmp.sdf", "", 0, 0},
+        {"test.tmp.csv", "a,b\nc,\"d\ne\"\nf", 3, 1}, {"test.tmp.csv", "a,\"\"\"\n\",b\r\nc\n", 2, 2},
+        {"test.tmp.csv", "a,b\"c\nd\"\n", 2, 3}, {"test.tmp.tsv", "a\t\"b\nc\"\nd\n", 2, 2},
+        {"test.tmp.smi", "C\nCC", 2, 2}, {"test.tmp.smi", "C\r\n\r\nCC\r\n", 3, 4}};
+    static size_t sizes[1 << 16];
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
+        int n = prep_cut(cases[k].file, cases[k].text, strlen(cases[k].text), sizes);
+        test_check(n == cases[k].n && (n == 0 || sizes[n - 1] == cases[k].last),
+                   "\"%s\": %d records, the last of %zu bytes", cases[k].text, n,
+                   n ? sizes[n - 1] : 0);
+    }
+    size_t length = 0, sum = 0, room = 3 * (size_t)CHUNK_BYTES;  // records across buffer borders
+    char *text = xmalloc(room, 1);
+    int n = 0;
+    for (; length + 70000 < room; n++) {
+        size_t size = 5 + rng_bits(2, RNG_SHUFFLE, 0, 0, (uint32_t)n) % 3000;
+        memset(text + length, n % 100 == 7 ? '$' : 'x', size);
+        memcpy(text + length + size, "\n$$$$\n", 6);
+        text[length] = 'a';
+        length += size + 6;
+    }
+    int got = prep_cut("test.tmp.sdf", text, length, sizes);
+    for (int k = 0; k < got; k++) sum += sizes[k];
+    test_check(got == n && sum == length, "%d records of %d, %zu bytes of %zu", got, n, sum, length);
+    free(text);
+}
+
+// CSV cells, labels, tags, what follows a SMILES.
+static void test_fields(Worker *w) {
+    static const struct { const char *text; float label; int ok; } labels[] = {
+        {"1.5", 1.5f, 1}, {" -2e3 ", -2000, 1}, {"", NAN, 1}, {"NaN", NAN, 1}, {"n/a", NAN, 1},
+        {"active", NAN, 0}, {"1e99", NAN, 0}, {"inf", NAN, 0}, {"0x10", NAN, 0}, {"1 2", NAN, 0}};
+    for (int k = 0; k < 10; k++) {
+        float label;
+        int ok = parse_label((Span){labels[k].text, (int)strlen(labels[k].text)}, &label);
+        test_check(ok == labels[k].ok && (isnan(labels[k].label) ? isnan(label)
+                                                                 : label == labels[k].label),
+                   "label \"%s\"", labels[k].text);
+    }
+    Outcome o;
+    const char *row = "CCO,\"the \"\"name\"\"\",3.5,x\r\n";
+    test_check(prep_convert(w, FORMAT_CSV, row, strlen(row), &o) && w->molecule.n_atoms == 3 &&
+               w->molecule.labels[0] == 3.5f && strcmp(w->molecule.name, "the \"name\"") == 0,
+               "a CSV row with quotes: %s", w->molecule.name);
+    const char *line = "CC |c:0| ethane\n";
+    test_check(prep_convert(w, FORMAT_SMI, line, strlen(line), &o) &&
+               strcmp(w->molecule.name, "ethane") == 0, "name behind a CXSMILES extension");
+    Span name, value;
+    const char *tags = "> <A>\n1\n2\n\n>  25 <B> (x)\n\n> <C>\n$$$$\n";
+    Lines in = {tags, tags + strlen(tags), 0};
+    int n = 0;
+    for (; next_tag(&in, &name, &value); n++)
+        test_check(span_is(name, n == 0 ? "A" : n == 1 ? "B" : "C") &&
+                   span_is(value, n == 0 ? "1" : ""), "tag %d", n);
+    test_check(n == 3, "%d tags of 3", n);
+    static const char *const paths[][3] = {
+        {"x.{}.bin", "valid", "x.valid.bin"}, {"{}.bin", "test", "test.bin"},
+        {"train.bin", "valid", "valid.bin"}, {"a.d/data.bin", "train", "a.d/data.train.bin"},
+        {"train/x", "test", "train/x.test"}};
+    for (int k = 0; k < 5; k++) {
+        char *path = part_path(paths[k][0], paths[k][1]);
+        test_check(strcmp(path, paths[k][2]) == 0, "part path %s, expected %s", path, paths[k][2]);
+        free(path);
+    }
+}
+
+// A turned molecule gets the same positions in its principal frame, which is right-handed.
+static void test_orientation(Worker *w) {
+    ChemMol *m = &w->mol;
+    double pos[2][6][3], error = 0, moment[2] = {0};
+    for (int turn = 0; turn < 2; turn++) {
+        mol_clear(m);
+        for (int i = 0; i < 6; i++) {
+            mol_add_atom(m, 6);
+            double p[3];
+            for (int k = 0; k < 3; k++)
+                p[k] = rng_uniform(3, RNG_NOISE, 0, 0, (uint32_t)(3 * i + k)) * (3.0 - k);
+            double c = cos(1.0), s = sin(1.0);
+            double q[3] = {c * p[0] - s * p[1] + 5, s * p[0] + c * p[1] - 2, p[2] + 1};
+            double r[3] = {q[0], c * q[1] - s * q[2], s * q[1] + c * q[2]};
+            memcpy(m->xyz[i], turn ? r : p, sizeof r);
+        }
+        orient_principal(m);
+        memcpy(pos[turn], m->xyz, sizeof pos[turn]);
+    }
+    for (int i = 0; i < 6; i++)
+        for (int k = 0; k < 3; k++) {
+            error = fmax(error, fabs(pos[0][i][k] - pos[1][i][k]));
+            if (k < 2) moment[k] += pos[0][i][k] * pos[0][i][k] * pos[0][i][k];
+        }
+    test_check(error < 1e-9, "principal frame: a turned molecule differs by %.1e", error);
+    test_check(moment[0] > 0 && moment[1] > 0, "principal frame: third moments");
+}
+
+// Scaffolds: which molecules share one, and the split of the groups.
+static void test_scaffolds(Worker *w) {
+    static const char *const groups[][4] = {
+        {"CCO", "C=CC", "[Na+]", NULL},
+        {"c1ccccc1", "Cc1ccccc1", "OC(=O)c1ccc(N)cc1", "C[C@H](N)c1ccccc1"},
+        {"C1CCCCC1", "CC1CCCCC1", "C[C@H]1CC[C@@H](C)CC1", NULL},
+        {"O=C1CCCCC1", "CC1CCCCC1=O", NULL, NULL},
+        {"c1ccccc1Cc1ccccc1", "Cc1ccccc1C(C)c1ccccc1O", NULL, NULL},
+        {"c1ccc2ccccc2c1", "Cc1ccc2ccccc2c1", NULL, NULL},
+        {"C1CCC2CCCCC2C1", NULL, NULL, NULL}, {"C1CCCC1C1CCCC1", NULL, NULL, NULL},
+        {"c1cc[nH]c1", "Cn1cccc1", NULL, NULL}, {"n1ccccc1", NULL, NULL, NULL}};
+    ScaffoldKey key[10][4], all[10];
+    Outcome o;
+    for (int g = 0; g < 10; g++) {
+        for (int k = 0; k < 4 && groups[g][k]; k++) {
+            prep_convert(w, FORMAT_SMI, groups[g][k], strlen(groups[g][k]), &o);
+            key[g][k] = scaffold_key(&w->mol);
+            test_check(key[g][k].a == key[g][0].a && key[g][k].b == key[g][0].b,
+                       "scaffolds of %s and %s", groups[g][0], groups[g][k]);
+        }
+        for (int h = 0; h < g; h++)
+            test_check(key[g][0].a != key[h][0].a || key[g][0].b != key[h][0].b,
+                       "scaffolds of %s and %s are equal", groups[g][0], groups[h][0]);
+    }
+    const int group_of[10] = {0, 1, 0, 2, 1, 0, 3, 1, 0, 4};
+    const uint8_t expected[10] = {0, 0, 0, 2, 0, 0, 1, 0, 0, 0};  // 4 + 3 + the last single one
+    const double fraction[3] = {0.8, 0.1, 0.1};
+    uint8_t part[10];
+    for (int i = 0; i < 10; i++) all[i] = key[group_of[i]][0];
+    split_by_scaffold(part, all, 10, fraction, 3);
+    test_check(memcmp(part, expected, 10) == 0, "scaffold split %d%d%d%d%d%d%d%d%d%d", part[0],
+               part[1], part[2], part[3], part[4], part[5], part[6], part[7], part[8], part[9]);
+}
+
+// Fractions of the other splits; the same seed gives the same parts.
+static void test_split_fractions(void) {
+    enum { N = 1001 };
+    const double fraction[3] = {0.8, 0.1, 0.1};
+    uint8_t part[N], again[N];
+    uint32_t order[N];
+    int count[3] = {0}, changes = 0;
+    split_by_order(part, N, NULL, fraction, 3);
+    for (int i = 0; i < N; i++) {
+        count[part[i]]++;
+        changes += i > 0 && part[i] != part[i - 1];
+    }
+    test_check(count[0] == 800 && count[1] == 100 && count[2] == 101 && changes == 2,
+               "split by order: %d, %d, %d", count[0], count[1], count[2]);
+    rng_permutation(order, N, 7, RNG_SPLIT, 0);
+    split_by_order(part, N, order, fraction, 3);
+    rng_permutation(order, N, 7, RNG_SPLIT, 0);
+    split_by_order(again, N, order, fraction, 3);
+    test_check(memcmp(part, again, N) == 0, "the same seed gives the same split");
+    rng_permutation(order, N, 8, RNG_SPLIT, 0);
+    split_by_order(again, N, order, fraction, 3);
+    test_check(memcmp(part, again, N) != 0, "another seed gives another split");
+}
+
+// Records come out the same with any number of threads.
+static void test_threads(void) {
+    enum { N = (int)(sizeof PREP_SMILES / sizeof *PREP_SMILES) };
+    static Record records[20 * N];
+    static Outcome outcomes[20 * N];
+    uint32_t crc[3];
+    Conversion c = {.max_atoms = 512};
+    Source s = {.path = "test", .format = FORMAT_SMI, .name_column = -1};
+    for (int k = 0; k < 20 * N; k++)
+        records[k] = (Record){PREP_SMILES[k % N].smiles, strlen(PREP_SMILES[k % N].smiles), 0};
+    for (int t = 0; t < 3; t++) {
+#ifdef _OPENMP
+        int before = omp_get_max_threads();
+        omp_set_num_threads(1 << t);
+#endif
+        Worker *workers = xmalloc(8, sizeof *workers);
+        convert_records(&c, &s, records, 20 * N, workers, outcomes);
+        crc[t] = 0;
+        for (int k = 0; k < 20 * N; k++)
+            if (outcomes[k].ok)
+                crc[t] = crc32_add(crc[t], workers[outcomes[k].worker].bytes + outcomes[k].offset,
+                                   outcomes[k].size);
+        for (int k = 0; k < 8; k++) {
+            mol_free(&workers[k].mol);
+            molecule_free(&workers[k].molecule);
+            free(workers[k].bytes);
+        }
+        free(workers);
+#ifdef _OPENMP
+        omp_set_num_threads(before);
+#endif
+    }
+    test_check(crc[0] == crc[1] && crc[1] == crc[2], "1, 2 and 4 threads: %08x %08x %08x",
+               (unsigned)crc[0], (unsigned)crc[1], (unsigned)crc[2]);
+}
+
+static void test_data_prep(void) {
+    Worker w = {0};
+    test_perception(&w);
+    test_faults(&w);
+    test_decimals();
+    test_records();
+    test_fields(&w);
+    test_orientation(&w);
+    test_scaffolds(&w);
+    test_split_fractions();
+    test_threads();
+    mol_free(&w.mol);
+    molecule_free(&w.molecule);
+    free(w.bytes);
+}
 
 // =================================================================================================
 // Main
@@ -1586,16 +2489,31 @@ int main(int argc, char **argv) {
         printf("usage: ./test [--golden FILE.safetensors...]\n");
         return strcmp(argv[1], "--help") != 0;
     } else {
-        static const struct { const char *name; void (*run)(void); } tests[] = {
-            {"functions", test_functions}, {"random numbers", test_random}, {"matrix products", test_gemm},
-            {"relations", test_relations}, {"parameter table", test_parameter_table},
-            {"linear", test_linear}, {"LayerNorm", test_norm}, {"gelu", test_gelu},
-            {"attention", test_attention}, {"geometry", test_geometry}, {"bias", test_bias},
-            {"embedding", test_embedding}, {"heads", test_heads}, {"fine-tuning head", test_task_head},
-            {"model", test_model}, {"packing", test_packing}, {"500 atoms", test_large},
-            {"metrics", test_metrics}, {"dataset", test_dataset}, {"checkpoint", test_checkpoint}, {"data_prep", test_data_prep},
-            {"messages", test_messages}, {"damaged files", test_damage},
-            {"reproducible", test_reproducible}};
+        static const struct { const char *name; void (*run)(void);
+        } tests[] = {{"functions", test_functions},
+                     {"random numbers", test_random},
+                     {"matrix products", test_gemm},
+                     {"relations", test_relations},
+                     {"parameter table", test_parameter_table},
+                     {"linear", test_linear},
+                     {"LayerNorm", test_norm},
+                     {"gelu", test_gelu},
+                     {"attention", test_attention},
+                     {"geometry", test_geometry},
+                     {"bias", test_bias},
+                     {"embedding", test_embedding},
+                     {"heads", test_heads},
+                     {"fine-tuning head", test_task_head},
+                     {"model", test_model},
+                     {"packing", test_packing},
+                     {"500 atoms", test_large},
+                     {"metrics", test_metrics},
+                     {"dataset", test_dataset},
+                     {"checkpoint", test_checkpoint},
+                     {"data_prep", test_data_prep},
+                     {"messages", test_messages},
+                     {"damaged files", test_damage},
+                     {"reproducible", test_reproducible}};
         for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {
             int passed = tests_passed, failed = tests_failed;
             double start = now_seconds();
@@ -1604,7 +2522,8 @@ int main(int argc, char **argv) {
                    tests_failed - failed, now_seconds() - start);
             fflush(stdout);
         }
-        static const char *const golden[] = {"data/mini.safetensors", "data/mini_finetune_cls.safetensors",
+        static const char *const golden[] = {"data/mini.safetensors",
+                                             "data/mini_finetune_cls.safetensors",
                                              "data/mini_finetune_reg.safetensors"};
         for (int k = 0; k < 3; k++) test_golden(golden[k], 0);
         test_sensitivity(golden[0]);

@@ -1,7 +1,7 @@
 // bench.c - speed of the kernels and of whole training steps, next to the machine's FMA peak.
 //
 //   make bench                        all tables below
-//   build/bench peak|gemm|functions|step|memory|growth [options of `step`]
+//   build/bench peak|gemm|step|small|base|growth
 //
 // Each figure is the best of several repetitions; shares are of the peak measured in the same run.
 // Useful arithmetic of a step: 3 passes (forward, input gradient, weight gradient) of 2 operations
@@ -67,8 +67,9 @@ static Work bench_work(int widest) {
 }
 
 static void bench_gemm(double peak) {
-    static const int shapes[][3] = {{1024, 768, 768}, {1024, 2304, 768}, {256, 768, 768}, {64, 768, 768},
-                                    {16, 768, 768}, {960, 256, 256}, {64, 256, 256}};
+    static const int shapes[][3] = {{1024, 768, 768}, {1024, 2304, 768}, {256, 768, 768},
+                                    {64, 768, 768},   {16, 768, 768},    {960, 256, 256},
+                                    {64, 256, 256}};
     static const char *const names[] = {"X W^T", "dY W", "dY^T X"};
     Work w = bench_work(2304);
     float *A = xmalloc(1 << 22, 4), *B = xmalloc(1 << 22, 4), *C = xmalloc(1 << 22, 4);
@@ -101,8 +102,9 @@ static void bench_molecule(Molecule *m, int N, uint32_t seed) {
     molecule_resize(m, N, 2 * N, 0, 0);
     for (int i = 0; i < N; i++) {
         for (int k = 0; k < ATOM_FEATURES; k++)
-            m->atom_feat[i * ATOM_FEATURES + k] = (uint8_t)(rng_bits(seed, 50, (uint32_t)k, 0, (uint32_t)i) %
-                                                            (uint32_t)min_int(9, ATOM_FEATURE_SIZES[k]));
+            m->atom_feat[i * ATOM_FEATURES + k] =
+                (uint8_t)(rng_bits(seed, 50, (uint32_t)k, 0, (uint32_t)i) %
+                          (uint32_t)min_int(9, ATOM_FEATURE_SIZES[k]));
         for (int back = 1; back <= 5; back += 4) {  // a bond to the atom before; rings of six
             if (i < back || (back == 5 && i % 8 != 7)) continue;
             m->bonds[2 * n_bonds] = (uint16_t)(i - back);
@@ -186,10 +188,12 @@ static void bench_step(Config c, size_t B, int atoms, double peak, const char *n
         forward = fmin(forward, now_seconds() - start);
     }
     double rate = 3 * flops / best / 1e9;
-    printf("    %-8s batch %4zu, %5.1f atoms: %8.1f ms  %7.1f molecules/s  %5.2f GFLOP each  %4.0f GFLOP/s"
-           " (%2.0f %%)   forward only %7.1f molecules/s\n",
-           name, B, (double)bench.batch.A / (double)B, 1e3 * best, (double)B / best,
-           3 * flops / 1e9 / (double)B, rate, 100 * rate / peak, (double)B / forward);
+    printf(
+        "    %-8s batch %4zu, %5.1f atoms: %8.1f ms  %7.1f molecules/s  %5.2f GFLOP each  %4.0f "
+        "GFLOP/s"
+        " (%2.0f %%)   forward only %7.1f molecules/s\n",
+        name, B, (double)bench.batch.A / (double)B, 1e3 * best, (double)B / best,
+        3 * flops / 1e9 / (double)B, rate, 100 * rate / peak, (double)B / forward);
     bench_close(&bench);
 }
 
@@ -203,12 +207,10 @@ int main(int argc, char **argv) {
         double peak = fma_peak(threads);
         printf("%d thread%s: FMA peak %.0f GFLOP/s\n", threads, threads > 1 ? "s" : "", peak);
         if (all || !strcmp(part, "gemm")) bench_gemm(peak);
-        if (all || !strcmp(part, "step")) {
-            printf("  training step (and the encoder alone)\n");
-            bench_step(small, 64, 0, peak, "small");
-            bench_step(base, 64, 0, peak, "base");
-        }
-        if ((all || !strcmp(part, "step")) && threads == most) bench_step(base, 256, 0, peak, "base");
+        int step = all || !strcmp(part, "step");
+        if (step || !strcmp(part, "small")) bench_step(small, 64, 0, peak, "small");
+        if (step || !strcmp(part, "base")) bench_step(base, 64, 0, peak, "base");
+        if (step && threads == most) bench_step(base, 256, 0, peak, "base");
     }
     if (!strcmp(part, "growth")) {
         static const int atoms[] = {10, 50, 100, 250, 500};
