@@ -1389,8 +1389,8 @@ static int smiles_ring_number(SmilesReader *s) {
     return value;
 }
 
-// Notes a ring number at the active atom (there ~ means no more than no symbol). If it comes after branches, the order in which RDKit
-// sees the neighbours of a stereo centre differs from the order they are written in.
+// Notes a ring number at the active atom (a ~ before it means nothing). If it comes after branches,
+// the order in which RDKit sees the neighbours of a stereo centre differs from the written one.
 static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     int column = s->pos, number = smiles_ring_number(s), degree = 0, i = s->active;
     if (number < 0) return -1;
