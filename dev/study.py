@@ -56,6 +56,14 @@ def call(command):
     subprocess.run(command, check=True)
 
 
+def size_options(size):
+    """The options of a model size: a name, or layers,dim,ffn,heads,kernels."""
+    if "," not in size:
+        return ["--size", size]
+    names = ("--layers", "--dim", "--ffn", "--heads", "--kernels")
+    return [word for pair in zip(names, size.split(",")) for word in pair]
+
+
 def unpacked(path, work):
     """The path of a plain copy of a file in the work folder, or the file itself."""
     if not path.endswith((".gz", ".xz")):
@@ -111,9 +119,9 @@ def pretrain(options):
             continue
         start = time.time()
         with open(at(name + ".txt"), "w") as out:
-            command = [PROGRAM, at("qm9.train.bin"), "--valid", at("qm9.valid.bin"), "--size",
-                       options.size, "--steps", str(options.steps), "--batch-size",
-                       str(options.batch), "--lr", str(options.pretrain_lr), "--seed", "1", "-o",
+            command = [PROGRAM, at("qm9.train.bin"), "--valid", at("qm9.valid.bin"),
+                       *size_options(options.size), "--steps", str(options.steps),
+                       "--batch-size", str(options.pretrain_batch), "--lr", str(options.pretrain_lr), "--seed", "1", "-o",
                        at(name + ".unfinished.safetensors"), *extra]
             print("$ " + " ".join(command), file=sys.stderr, flush=True)
             subprocess.run(command, check=True, stdout=out)
@@ -129,8 +137,8 @@ def finetune_once(options, task, start, lr, seed):
                "--test", at(task + ".test.bin"), "--task", kind, "--modality", modality,
                "--readout", options.readout, "--epochs", str(options.epochs),
                "--patience", str(options.patience), "--batch-size", str(options.batch),
-               "--lr", repr(lr), "--seed", str(seed), "-o", at("study.tuned.safetensors")]
-    command += ["--init", at(STARTS[start])] if STARTS[start] else ["--size", options.size]
+               "--lr", repr(lr), "--seed", str(seed), "-o", at(f"study.{os.getpid()}.safetensors")]
+    command += ["--init", at(STARTS[start])] if STARTS[start] else size_options(options.size)
     begin = time.time()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
@@ -227,9 +235,11 @@ def main():
     parser.add_argument("--qm9-labelled", metavar="FILE", help="molecules with quantum labels")
     parser.add_argument("--qm9-labels", metavar="FILE", help="CSV: id, gap_eV, dipole_D")
     parser.add_argument("--moleculenet", metavar="FOLDER", help="esol.csv and so on")
-    parser.add_argument("--size", default="small")
+    parser.add_argument("--size", default="small",
+                        help="a name, or layers,dim,ffn,heads,kernels (default small)")
     parser.add_argument("--steps", type=int, default=4000, help="of pretraining (default 4000)")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--pretrain-batch", type=int, default=128)
     parser.add_argument("--pretrain-lr", type=float, default=1e-3)
     parser.add_argument("--again", action="store_true", help="pretrain even if it has been done")
     parser.add_argument("--tasks", default=",".join(TASKS))
