@@ -104,6 +104,8 @@ static int element_number(const char *text, int n) {
             case 'C': return 6;
             case 'N': return 7;
             case 'O': return 8;
+            case 'F': return 9;
+            case 'S': return 16;
         }
     }
     for (int z = 1; z <= Z_MAX && n >= 1 && n <= 2; z++) {
@@ -566,46 +568,49 @@ static int r_group_number(Span s) {
 
 // Adds the atom a symbol of an atom line stands for. Returns its index, or -1 for no element.
 static int add_symbol(ChemMol *m, Span s, int v3000) {
-    int wild = is_query_symbol(s) || span_is(s, "*") || (!v3000 && span_is(s, "R"));
-    int group = r_group_number(s), z, isotope = 0;
-    if (wild || group >= 0 || span_is(s, "R") || span_is(s, "R#") || span_is(s, "Pol") ||
-        span_is(s, "Mod") || (!v3000 && (span_is(s, "L") || span_is(s, "LP")))) {
-        int i = mol_add_atom(m, 0);
-        m->atoms[i].query = m->atoms[i].no_implicit = (uint8_t)wild;  // queries get no hydrogens
-        if (group > 0) m->atoms[i].isotope = (uint16_t)group;
+    char symbol[2] = {s.n > 0 ? s.p[0] : 0, s.n > 1 ? s.p[1] : 0};
+    if (symbol[1] >= 'A' && symbol[1] <= 'Z') symbol[1] = (char)(symbol[1] - 'A' + 'a');
+    int z = element_number(symbol, s.n), group = r_group_number(s);
+    if (z >= 0) return mol_add_atom(m, z);
+    if (span_is(s, "D") || span_is(s, "T")) {
+        int i = mol_add_atom(m, 1);
+        m->atoms[i].isotope = s.p[0] == 'D' ? 2 : 3;
         return i;
     }
-    if (span_is(s, "D")) z = 1, isotope = 2;
-    else if (span_is(s, "T")) z = 1, isotope = 3;
-    else {
-        char symbol[2] = {s.n > 0 ? s.p[0] : 0, s.n > 1 ? s.p[1] : 0};
-        if (symbol[1] >= 'A' && symbol[1] <= 'Z') symbol[1] = (char)(symbol[1] - 'A' + 'a');
-        z = element_number(symbol, s.n);
-        if (z < 0) return -1;
-    }
-    int i = mol_add_atom(m, z);
-    m->atoms[i].isotope = (uint16_t)isotope;
+    int wild = is_query_symbol(s) || span_is(s, "*") || (!v3000 && span_is(s, "R"));
+    if (!wild && group < 0 && !span_is(s, "R") && !span_is(s, "R#") && !span_is(s, "Pol") &&
+        !span_is(s, "Mod") && (v3000 || !(span_is(s, "L") || span_is(s, "LP"))))
+        return -1;
+    int i = mol_add_atom(m, 0);
+    m->atoms[i].query = m->atoms[i].no_implicit = (uint8_t)wild;  // queries get no hydrogens
+    if (group > 0) m->atoms[i].isotope = (uint16_t)group;
     return i;
 }
 
-// Fields of an atom line after the symbol.
+// Fields of an atom line after the symbol; mostly all of them are 0.
 static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
-    struct { int at, width, value; const char *name; } f[] = {
-        {34, 2, 0, "mass difference"}, {36, 3, 0, "charge"}, {42, 3, 0, "hydrogen count"},
-        {48, 3, 0, "valence"}, {60, 3, -1, "atom map number"}, {39, 3, 0, "parity"},
-        {45, 3, 0, "stereo care flag"}, {54, 3, 0, "reaction role"},
-        {57, 3, 0, "reaction component"}, {63, 3, 0, "inversion flag"},
-        {66, 3, 0, "exact change flag"}};
-    for (int k = 0; k < 11; k++)
-        if (!optional_int(line, f[k].at, f[k].width, &f[k].value))
-            return fault_at(b->fault, b->in.line, f[k].at + 1, "malformed mol block",
-                            "expected a %s in columns %d-%d, found \"%.*s\"", f[k].name,
-                            f[k].at + 1, f[k].at + f[k].width, f[k].width, line.p + f[k].at);
-    if (f[0].value) a->isotope = (uint16_t)(ELEMENTS[a->z].isotope + f[0].value);
-    if (f[1].value) a->charge = (int8_t)(4 - f[1].value);
-    if (f[2].value >= 1) a->query = a->no_implicit = 1;  // a hydrogen count makes it a query
-    a->field_valence = f[3].value;
-    a->map = f[4].value;
+    enum { MASS, CHARGE, H_COUNT, VALENCE, MAP, UNUSED };
+    static const struct { int at, width, slot; const char *name; } fields[] = {
+        {34, 2, MASS, "mass difference"}, {36, 3, CHARGE, "charge"},
+        {42, 3, H_COUNT, "hydrogen count"}, {48, 3, VALENCE, "valence"},
+        {60, 3, MAP, "atom map number"}, {39, 3, UNUSED, "parity"},
+        {45, 3, UNUSED, "stereo care flag"}, {54, 3, UNUSED, "reaction role"},
+        {57, 3, UNUSED, "reaction component"}, {63, 3, UNUSED, "inversion flag"},
+        {66, 3, UNUSED, "exact change flag"}};
+    int value[UNUSED + 1] = {[MAP] = -1}, k = 34;
+    while (k < line.n && (line.p[k] == ' ' || line.p[k] == '0')) k++;
+    if (k == line.n && (k < 63 || memcmp(line.p + 60, "  0", 3) == 0)) return 0;
+    for (k = 0; k < 11; k++)
+        if (!optional_int(line, fields[k].at, fields[k].width, &value[fields[k].slot]))
+            return fault_at(b->fault, b->in.line, fields[k].at + 1, "malformed mol block",
+                            "expected a %s in columns %d-%d, found \"%.*s\"", fields[k].name,
+                            fields[k].at + 1, fields[k].at + fields[k].width, fields[k].width,
+                            line.p + fields[k].at);
+    if (value[MASS]) a->isotope = (uint16_t)(ELEMENTS[a->z].isotope + value[MASS]);
+    if (value[CHARGE]) a->charge = (int8_t)(4 - value[CHARGE]);
+    if (value[H_COUNT] >= 1) a->query = a->no_implicit = 1;  // a hydrogen count makes it a query
+    a->field_valence = value[VALENCE];
+    a->map = value[MAP];
     return 0;
 }
 
@@ -3385,8 +3390,8 @@ static int tetrahedral_class(const ChemMol *m, int i, int total) {
 // centre is found out later.
 static void chirality_from_3d(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
-        int degree = stereo_degree(m, i), total = degree + atom_hydrogens(&m->atoms[i]);
-        int found = CHI_NONE;
+        int found = CHI_NONE, degree = mol_degree(m, i) < 3 ? 0 : stereo_degree(m, i);
+        int total = degree + atom_hydrogens(&m->atoms[i]);
         if (degree >= 3 && total <= 6) {
             found = nontetrahedral_class(m, i);
             if (found == CHI_NONE) found = tetrahedral_class(m, i, total);
