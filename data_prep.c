@@ -4757,6 +4757,13 @@ typedef struct {
     size_t used, room;
 } Worker;
 
+// Frees everything w owns.
+static void worker_free(Worker *w) {
+    mol_free(&w->mol);
+    molecule_free(&w->molecule);
+    free(w->bytes);
+}
+
 // What became of a record.
 typedef struct {
     int worker, ok, n_atoms, bad_labels;
@@ -5035,6 +5042,7 @@ typedef struct {
     Reason reasons[32];
     int n_reasons;
     int64_t n_read, n_kept, n_atoms, bad_labels;
+    uint8_t *labelled;       // (n_tasks) whether some record has a value
 } Summary;
 
 // "FILE:LINE: reason", with the column if it is known.
@@ -5072,7 +5080,7 @@ static void print_summary(Summary *sum, int n_sources) {
         }
     }
     if (sum->bad_labels)
-        fprintf(stderr, "%lld labels are not numbers and count as missing\n",
+        fprintf(stderr, "labels that are not numbers, taken as missing: %lld\n",
                 (long long)sum->bad_labels);
 }
 
@@ -5402,6 +5410,13 @@ static void output_finish(Output *out, const PrepOptions *opt, const Conversion 
     free(part);
 }
 
+// Label t of an encoded record.
+static float record_label(const uint8_t *record, int t) {
+    int has_pos = (int)get_u16(record + 8);
+    size_t before = record_size((int)get_u16(record + 4), (int)get_u16(record + 6), t, 0, has_pos);
+    return get_f32(record + before);
+}
+
 // Counts the outcomes of a chunk and writes what was kept.
 static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *workers, Output *out,
                            const Conversion *c, Summary *sum) {
@@ -5413,6 +5428,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->n_kept++;
             sum->n_atoms += o->n_atoms;
             sum->bad_labels += o->bad_labels;
+            for (int t = 0; t < c->n_tasks; t++) sum->labelled[t] |= !isnan(record_label(record, t));
             if (out->n_parts > 1)
                 pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
@@ -5453,7 +5469,10 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
             find_tag_tasks(c, records, n);
         }
         first_chunk = 0;
-        if (!out->open) output_open(out, opt, c);
+        if (!out->open) {
+            sum->labelled = xmalloc((size_t)c->n_tasks, 1);
+            output_open(out, opt, c);
+        }
         for (int t = 0; t < max_threads(); t++) workers[t].used = 0;
         for (int k = skip, run; k < n; k = run) {  // runs of records between blank lines
             for (run = k; run < n && !is_no_record(s, &records[run], s->line + run - k);) run++;
@@ -5533,6 +5552,13 @@ static void check_options(int n_inputs) {
           "-o: {} stands for a part's name; give --split too");
 }
 
+// A label that no record has is a name misspelt.
+static void check_labels(const Conversion *c, Summary *sum) {
+    for (int t = 0; t < c->n_tasks; t++)
+        CHECK(sum->labelled[t], "--labels: no record has a value for \"%s\"", c->task_names[t]);
+    free(sum->labelled);
+}
+
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
     prep_opt = PREP_DEFAULTS;
@@ -5568,12 +5594,9 @@ int main(int argc, char **argv) {
     }
     print_summary(&sum, n_inputs);
     CHECK(sum.n_kept > 0, "%s: no molecule could be read", inputs[0]);
+    check_labels(&c, &sum);
     output_finish(&out, &prep_opt, &c);
-    for (int t = 0; t < max_threads(); t++) {
-        mol_free(&workers[t].mol);
-        molecule_free(&workers[t].molecule);
-        free(workers[t].bytes);
-    }
+    for (int t = 0; t < max_threads(); t++) worker_free(&workers[t]);
     for (int t = 0; t < c.n_tasks; t++) free(c.task_names[t]);
     free(c.task_names);
     free(workers);
