@@ -322,9 +322,13 @@ ALWAYS_INLINE void pack(float *out, int width, const float *X, int ldx, int tran
     }
 }
 
-// tile (MR, NR) = a (K, MR)^T @ b (K, NR), both packed.
-ALWAYS_INLINE void gemm_kernel(float *tile, const float *a, const float *b, int K) {
-    vec acc[MR][NV] = {{{0}}};
+// out (MR, NR) = start (MR, NR) + a (K, MR)^T @ b (K, NR); a and b packed, row strides ldo and lds
+// (0: every row starts as the same numbers).
+ALWAYS_INLINE void gemm_kernel(float *out, int ldo, const float *start, int lds, const float *a,
+                               const float *b, int K) {
+    vec acc[MR][NV];
+    for (int r = 0; r < MR; r++)
+        for (int v = 0; v < NV; v++) acc[r][v] = *(const vec *)(start + (size_t)r * lds + v * VEC);
     for (int k = 0; k < K; k++, a += MR, b += NR) {
         vec row[NV];
 #pragma GCC unroll 4
@@ -335,22 +339,25 @@ ALWAYS_INLINE void gemm_kernel(float *tile, const float *a, const float *b, int 
             for (int v = 0; v < NV; v++) acc[r][v] += a[r] * row[v];
     }
     for (int r = 0; r < MR; r++)
-        for (int v = 0; v < NV; v++) *(vec *)(tile + r * NR + v * VEC) = acc[r][v];
+        for (int v = 0; v < NV; v++) *(vec *)(out + (size_t)r * ldo + v * VEC) = acc[r][v];
 }
 
-// C (rows, cols) = tile (+ C if add, else + bias if given).
-ALWAYS_INLINE void gemm_store(float *C, int ldc, const float *tile, int rows, int cols, int add,
-                              const float *bias) {
-    for (int r = 0; r < rows; r++) {
-        float *c = C + (size_t)r * ldc;
-        const float *t = tile + (size_t)r * NR;
-        if (add)
-            for (int j = 0; j < cols; j++) c[j] += t[j];
-        else if (bias)
-            for (int j = 0; j < cols; j++) c[j] = t[j] + bias[j];
-        else
-            for (int j = 0; j < cols; j++) c[j] = t[j];
+// A tile of C at c, of rows x cols numbers: C = a^T b, + C if add, else + bias if given. A whole
+// tile is made in place, one at the edge of C beside it.
+ALWAYS_INLINE void gemm_tile(float *c, int ldc, int rows, int cols, int add, const float *bias,
+                             const float *a, const float *b, int K) {
+    static const float zeros[NR];
+    if (rows == MR && cols == NR) {
+        gemm_kernel(c, ldc, add ? c : bias ? bias : zeros, add ? ldc : 0, a, b, K);
+        return;
     }
+    float tile[MR * NR];
+    gemm_kernel(tile, NR, zeros, 0, a, b, K);
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < cols; j++) {
+            float *out = c + (size_t)r * ldc + j;
+            *out = tile[r * NR + j] + (add ? *out : bias ? bias[j] : 0.0f);
+        }
 }
 
 // Same contract as gemm_reference(). The sum over k runs in blocks of KC, in order, whatever the
@@ -384,10 +391,9 @@ static void gemm(const Work *w, int trans_a, int trans_b, int M, int N, int K, c
             pack(a, MR, A0 + (size_t)i0 * (trans_a ? 1 : (size_t)lda), lda, !trans_a, m, kc);
             for (int p = p0; p < min_int(p0 + group_panels, panels); p++) {
                 for (int i = 0; i < m; i += MR) {
-                    float tile[MR * NR];
-                    gemm_kernel(tile, a + (size_t)i * kc, w->packed_b + (size_t)p * NR * kc, kc);
-                    gemm_store(C + (size_t)(i0 + i) * ldc + p * NR, ldc, tile, min_int(MR, m - i),
-                               min_int(NR, N - p * NR), add_now, bias ? bias + p * NR : NULL);
+                    gemm_tile(C + (size_t)(i0 + i) * ldc + p * NR, ldc, min_int(MR, m - i),
+                              min_int(NR, N - p * NR), add_now, bias ? bias + p * NR : NULL,
+                              a + (size_t)i * kc, w->packed_b + (size_t)p * NR * kc, kc);
                 }
             }
         }

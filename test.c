@@ -2100,12 +2100,14 @@ static int prep_mol_block(char *out, size_t room, int k, int v3000) {
     for (char *c = properties; *c; c++)
         if (*c == '|') *c = '\n';
     if (v3000)
-        snprintf(out, room, "name\n  test              %s\n\n  0  0  0     0  0            999 V3000\n"
-                 "M  V30 BEGIN CTAB\nM  V30 COUNTS %d %d 0 0 0\nM  V30 BEGIN ATOM\n%s"
+        snprintf(out, room, "name\n  test              %s\n\n"
+                 "  0  0  0     0  0            999 V3000\nM  V30 BEGIN CTAB\n"
+                 "M  V30 COUNTS %d %d 0 0 0\nM  V30 BEGIN ATOM\n%s"
                  "M  V30 END ATOM\nM  V30 BEGIN BOND\n%sM  V30 END BOND\nM  V30 END CTAB\n"
                  "M  END\n> <y>\n2.5\n\n", dimension, n_atoms, n_bonds, atoms, bonds);
     else
-        snprintf(out, room, "name\n  test              %s\n\n%3d%3d  0  0  0  0  0  0  0  0999 V2000\n"
+        snprintf(out, room, "name\n  test              %s\n\n"
+                 "%3d%3d  0  0  0  0  0  0  0  0999 V2000\n"
                  "%s%s%sM  END\n> <y>\n2.5\n\n", dimension, n_atoms, n_bonds, atoms, bonds,
                  properties);
     return plain;
@@ -2161,7 +2163,7 @@ static const struct {
     {FORMAT_SMI, "CC)", 1, 3, "expected an atom, a bond or a branch, found \")\""},
     {FORMAT_SMI, "C1CC", 1, 2, "ring 1 is not closed"},
     {FORMAT_SMI, "C11", 1, 3, "ring 1 bonds an atom to itself"},
-    {FORMAT_SMI, "C1CC1C12CC12", 1, 8, "ring 1 bonds two atoms a second time"},
+    {FORMAT_SMI, "C1CC1C12CC12", 1, 8, "ring 2 bonds two atoms a second time"},
     {FORMAT_SMI, "CxC", 1, 2, "expected an atom, found \"x\""},
     {FORMAT_SMI, "C=", 1, 3, "expected an atom, found the end"},
     {FORMAT_SMI, "=C", 1, 1, "expected an atom, found \"=\""},
@@ -2179,7 +2181,7 @@ static const struct {
     {FORMAT_SMI, "cC", 0, 0, "atom 1 (C) is marked aromatic but in no ring"},
     {FORMAT_CSV, ",a,1", 1, 1, "the SMILES is empty"},
     {FORMAT_CSV, "\"C,a,1", 1, 2, "expected an atom, found \",\""},
-    {FORMAT_SDF, "x\n", 2, 1, "expected a counts line, found \"\""},
+    {FORMAT_SDF, "x\n", 1, 1, "expected a counts line, found \"\""},
     {FORMAT_SDF, HEAD "  x  0\n", 4, 1, "expected a number in columns 1-3, found \"  x\""},
     {FORMAT_SDF, HEAD "  1  0  0     0  0            999 V4000\n", 4, 35,
      "expected V2000 or V3000, found \"V4000\""},
@@ -2192,7 +2194,8 @@ static const struct {
      "expected an element symbol, found \"Qq\""},
     {FORMAT_SDF, HEAD COUNTS1 "    0.0000    0.0000    0.0000 C   0 +x\n", 5, 37,
      "expected a charge in columns 37-39, found \" +x\""},
-    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  3  1\n", 7, 4, "expected an atom from 1 to 2, found 3"},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  3  1\n", 7, 4,
+     "expected an atom from 1 to 2, found 3"},
     {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  1  1\nM  END\n", 0, 0,
      "atoms 1 and 1: a second bond, or one to itself"},
     {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  2\n", 7, 7,
@@ -2207,7 +2210,8 @@ static const struct {
      "expected M  END, found the end of the record"},
     {FORMAT_SDF, HEAD "  0  0  0     0  0            999 V2000\nM  END\n", 0, 0,
      "the molecule has no atoms"},
-    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1\n", 6, 0, "expected COUNTS atoms bonds, found \"COUNTS 1\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1\n", 6, 0,
+     "expected COUNTS atoms bonds, found \"COUNTS 1\""},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 99999 0\n", 6, 0,
      "99999 atoms, 0 bonds (at most 65535 atoms can be read)"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0\n", 8, 0,
@@ -2220,6 +2224,7 @@ static const struct {
      "expected \"M  V30 \", found \"M  END\""},
 };
 
+// Bad records give the fault, line and column of the table.
 static void test_faults(Worker *w) {
     Outcome o;
     for (size_t k = 0; k < sizeof PREP_FAULTS / sizeof *PREP_FAULTS; k++) {
@@ -2244,12 +2249,14 @@ static void test_decimals(void) {
         snprintf(text, sizeof text, "%*.*f", (int)(k % 20), (int)(k % 18), v);
         wrong += parse_decimal((Span){text, (int)strlen(text)}) != strtod(text, NULL);
         snprintf(text, sizeof text, "%10.4f ", fmod(v, 999));
-        if (fixed_decimal(text, &x)) wrong_fixed += x != strtod(text, NULL) || signbit(x) != (text[4] == '-' || strchr(text, '-') != NULL);
+        if (fixed_decimal(text, &x))
+            wrong_fixed += x != strtod(text, NULL) || !signbit(x) != !strchr(text, '-');
     }
     test_check(wrong == 0 && wrong_fixed == 0, "%d and %d numbers differ from strtod", wrong,
                wrong_fixed);
-    static const char *const odd[] = {"1e3", " +2.5x", "-.5", "5.", "", "abc", "1.7976931348623157e308",
-                                      "123456789012345678901234567890", "0.1234567890123456789"};
+    static const char *const odd[] = {"1e3", " +2.5x", "-.5", "5.", "", "abc",
+                                      "1.7976931348623157e308", "123456789012345678901234567890",
+                                      "0.1234567890123456789"};
     for (int k = 0; k < 9; k++)
         test_check(parse_decimal((Span){odd[k], (int)strlen(odd[k])}) == strtod(odd[k], NULL),
                    "parse_decimal(\"%s\")", odd[k]);
@@ -2270,12 +2277,14 @@ static int prep_cut(const char *name, const char *text, size_t length, size_t *s
     return n;
 }
 
+// Files are cut into the right records, whatever their line ends.
 static void test_records(void) {
     static const struct { const char *file, *text; int n; size_t last; } cases[] = {
         {"test.tmp.sdf", "a\n$$$$\nb\n$$$$\n", 2, 7}, {"test.tmp.sdf", "a\n$$$$\nb", 2, 1},
         {"test.tmp.sdf", "a\r\n$$$$\r\nb\r\n$$$$", 2, 7}, {"test.tmp.sdf", "a\n$$$$\n\n \n", 1, 7},
         {"test.tmp.sdf", "a$$$$\n$$$\n$$$$x\nb\n", 2, 2}, {"test.tmp.sdf", "", 0, 0},
-        {"test.tmp.csv", "a,b\nc,\"d\ne\"\nf", 3, 1}, {"test.tmp.csv", "a,\"\"\"\n\",b\r\nc\n", 2, 2},
+        {"test.tmp.csv", "a,b\nc,\"d\ne\"\nf", 3, 1},
+        {"test.tmp.csv", "a,\"\"\"\n\",b\r\nc\n", 2, 2},
         {"test.tmp.csv", "a,b\"c\nd\"\n", 2, 3}, {"test.tmp.tsv", "a\t\"b\nc\"\nd\n", 2, 2},
         {"test.tmp.smi", "C\nCC", 2, 2}, {"test.tmp.smi", "C\r\n\r\nCC\r\n", 3, 4}};
     static size_t sizes[1 << 16];
@@ -2297,7 +2306,8 @@ static void test_records(void) {
     }
     int got = prep_cut("test.tmp.sdf", text, length, sizes);
     for (int k = 0; k < got; k++) sum += sizes[k];
-    test_check(got == n && sum == length, "%d records of %d, %zu bytes of %zu", got, n, sum, length);
+    test_check(got == n && sum == length, "%d records of %d, %zu bytes of %zu", got, n, sum,
+               length);
     free(text);
 }
 
@@ -2350,7 +2360,7 @@ static void test_orientation(Worker *w) {
             mol_add_atom(m, 6);
             double p[3];
             for (int k = 0; k < 3; k++)
-                p[k] = rng_uniform(3, RNG_NOISE, 0, 0, (uint32_t)(3 * i + k)) * (3.0 - k);
+                p[k] = (3.0 - k) * (double)rng_uniform(3, RNG_NOISE, 0, 0, (uint32_t)(3 * i + k));
             double c = cos(1.0), s = sin(1.0);
             double q[3] = {c * p[0] - s * p[1] + 5, s * p[0] + c * p[1] - 2, p[2] + 1};
             double r[3] = {q[0], c * q[1] - s * q[2], s * q[1] + c * q[2]};
@@ -2462,6 +2472,7 @@ static void test_threads(void) {
                (unsigned)crc[0], (unsigned)crc[1], (unsigned)crc[2]);
 }
 
+// All tests of data_prep.
 static void test_data_prep(void) {
     Worker w = {0};
     test_perception(&w);
