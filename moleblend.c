@@ -3760,7 +3760,7 @@ static void finetune_report(double mean[METRICS], Finetune *ft, int each) {
         task_metrics(metric, ft->task.kind, out, labels, data->count, Y, y);
         printf("%-24s", data->task_names[y]);
         for (int k = 0; k < METRICS; k++)
-            if (!isnan(mean[k])) printf("  %s %.4f", METRIC_NAMES[k], metric[k]);
+            if (!isnan(mean[k])) printf("  %s %.6f", METRIC_NAMES[k], metric[k]);
         printf("\n");
     }
     free(out);
@@ -3859,7 +3859,7 @@ static void command_finetune(const char *train_path) {
         printf("seed %lld: best epoch %lld, valid %.4f; %s", (long long)(opt.seed + s),
                (long long)ft.best_epoch + 1, fabs(ft.best_metric), part);
         for (int k = 0; k < METRICS; k++) {
-            if (!isnan(mean[k])) printf("  %s %.4f", METRIC_NAMES[k], mean[k]);
+            if (!isnan(mean[k])) printf("  %s %.6f", METRIC_NAMES[k], mean[k]);
             sum[k] += mean[k];
             square[k] += mean[k] * mean[k];
         }

@@ -1561,6 +1561,28 @@ static void test_messages(void) {
         {"./moleblend show build/test_train.bin 2", 0, "one blend"},
         {"./moleblend show build/test_train.bin 40", 1,
          "expected the index of a molecule, 0 to 39"},
+        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --task "
+         "classification --size tiny",
+         1, "expected labels 0 and 1 for --task classification"},
+        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs 2 --size "
+         "tiny "
+         "--modality both --readout mean -o build/test_ft.safetensors",
+         0, "R2"},
+        {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors", 0,
+         "name,logP,\"with,comma\"\nmol ,"},
+        {"./moleblend predict build/test_train.bin --model build/test_model.safetensors", 1,
+         "not a fine-tuned model"},
+        {"./moleblend predict build/test_train.bin", 1, "--model: expected a checkpoint"},
+        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs 1 "
+         "--init build/test_model.safetensors -o build/test_ft2.safetensors --seeds 2",
+         0, "over 2 seeds"},
+        {"./moleblend embed build/test_train.bin --model build/test_model.safetensors -o "
+         "build/test.npy",
+         0, "embedded"},
+        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --readout max", 1,
+         "--readout: expected cls, mean or sum, found \"max\""},
+        {"./moleblend build/test_train.bin --init data/mini.safetensors --steps 1", 1,
+         "is missing"},
         {"./data_prep --help", 0, "--split"},
         {"./data_prep no_such.sdf -o build/x.bin", 1, "data_prep: no_such.sdf"},
     };
@@ -2458,11 +2480,7 @@ static void test_threads(void) {
             if (outcomes[k].ok)
                 crc[t] = crc32_add(crc[t], workers[outcomes[k].worker].bytes + outcomes[k].offset,
                                    outcomes[k].size);
-        for (int k = 0; k < 8; k++) {
-            mol_free(&workers[k].mol);
-            molecule_free(&workers[k].molecule);
-            free(workers[k].bytes);
-        }
+        for (int k = 0; k < 8; k++) worker_free(&workers[k]);
         free(workers);
 #ifdef _OPENMP
         omp_set_num_threads(before);
@@ -2484,9 +2502,7 @@ static void test_data_prep(void) {
     test_scaffolds(&w);
     test_split_fractions();
     test_threads();
-    mol_free(&w.mol);
-    molecule_free(&w.molecule);
-    free(w.bytes);
+    worker_free(&w);
 }
 
 // =================================================================================================
