@@ -1189,7 +1189,8 @@ typedef struct { int given, order, direction, query, unspecified, reversed; } Bo
 // The fault of a character that is not what was expected.
 static int smiles_fault(SmilesReader *s, int at, const char *expected) {
     char found[16] = "the end";
-    if (at < s->n) snprintf(found, sizeof found, "\"%c\"", s->text[at]);
+    int c = at < s->n ? (unsigned char)s->text[at] : ' ';
+    if (at < s->n) snprintf(found, sizeof found, c > 32 && c < 127 ? "\"%c\"" : "byte %d", c);
     return fault_at(s->fault, 1, at + 1, "malformed SMILES", "expected %s, found %s", expected,
                     found);
 }
@@ -4481,7 +4482,7 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
 
 typedef enum { FORMAT_NONE, FORMAT_SDF, FORMAT_SMI, FORMAT_CSV, FORMAT_TSV } Format;
 
-enum { CHUNK_BYTES = 4 << 20, RECORD_BYTES_MAX = 64 << 20, CHUNK_RECORDS = 8192 };
+enum { CHUNK_BYTES = 4 << 20, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192 };
 
 typedef struct {
     const char *path;
@@ -5428,7 +5429,8 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->n_kept++;
             sum->n_atoms += o->n_atoms;
             sum->bad_labels += o->bad_labels;
-            for (int t = 0; t < c->n_tasks; t++) sum->labelled[t] |= !isnan(record_label(record, t));
+            for (int t = 0; t < c->n_tasks; t++)
+                sum->labelled[t] |= !isnan(record_label(record, t));
             if (out->n_parts > 1)
                 pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
