@@ -3,7 +3,7 @@
 
     python3 dev/torch_moleblend.py --golden FILE.safetensors... [--float64]
     python3 dev/torch_moleblend.py --bench train.bin [--size base --batch 64 --threads 1 --steps 10]
-                                   [--inference] [--compile] [--sdpa]
+                                   [--inference] [--compile] [--sdpa] [--beside ./moleblend]
     python3 dev/torch_moleblend.py --evaluate valid.bin --model moleblend.safetensors
 
 Everything is dense, as in the official code: molecules are padded to the longest of the batch, the
@@ -18,6 +18,8 @@ import json
 import math
 import os
 import struct
+import subprocess
+import tempfile
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -793,11 +795,13 @@ def bench(options):
     if options.compile:
         part = "encode" if options.inference else "forward"
         setattr(model, part, torch.compile(getattr(model, part), dynamic=True))
-    seconds = []
-    for batch in batches:
+    seconds, beside = [], []
+    for k, batch in enumerate(batches):
         start = time.perf_counter()
         step(batch)
         seconds.append(time.perf_counter() - start)
+        if options.beside and k >= options.warmup:
+            beside.append(moleblend_rate(options))
     timed = sorted(seconds[options.warmup:])
     median = timed[len(timed) // 2]
     what = ["inference" if options.inference else "training", options.size,
@@ -807,6 +811,23 @@ def bench(options):
     print(f"{', '.join(what)}: median {1000 * median:.0f} ms a batch, "
           f"{options.batch / median:.1f} molecules/s (best {options.batch / timed[0]:.1f}), "
           f"peak memory {peak_memory_mb():.0f} MB, torch {torch.__version__}", flush=True)
+    if beside:
+        rate = sorted(beside)[len(beside) // 2]
+        print(f"moleblend in turns with it: median {rate:.1f} molecules/s "
+              f"(best {max(beside):.1f}); {rate * median / options.batch:.1f} times as fast", flush=True)
+
+
+def moleblend_rate(options):
+    """Molecules/s of a training step of the C program: the median step of a short run."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = os.path.join(folder, "bench.safetensors")
+        command = [options.beside, options.bench, "--size", options.size, "--batch-size",
+                   str(options.batch), "--steps", "6", "--lr", "1e-5", "-o", target,
+                   "--threads", str(torch.get_num_threads())]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with open(target.replace(".safetensors", ".log.csv")) as log:
+            rates = sorted(float(line.split(",")[-1]) for line in list(log)[2:])
+    return rates[len(rates) // 2]
 
 
 def evaluate(options):
@@ -859,6 +880,8 @@ def main():
                         help="--bench: leave out larger ones (a single one pads the whole batch; "
                         "PCQM4Mv2 has 20 at most: 9 to 20 of the bundled sample are like it)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--beside", metavar="PROGRAM", help="--bench: also time moleblend, in "
+                        "turns; give it a dataset without outsizes (data_prep --max-atoms 20)")
     parser.add_argument("--inference", action="store_true", help="time the encoder's forward only")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--sdpa", action="store_true", help="scaled_dot_product_attention")
