@@ -814,7 +814,8 @@ def bench(options):
     if beside:
         rate = sorted(beside)[len(beside) // 2]
         print(f"moleblend in turns with it: median {rate:.1f} molecules/s "
-              f"(best {max(beside):.1f}); {rate * median / options.batch:.1f} times as fast", flush=True)
+              f"(best {max(beside):.1f}); {rate * median / options.batch:.1f} times as fast",
+              flush=True)
 
 
 def moleblend_rate(options):
