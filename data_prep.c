@@ -512,7 +512,21 @@ static int parse_whole(Span s, int *value) {
 
 // =================================================================================================
 // 5 Mol blocks: three header lines, a counts line, then atoms and bonds in fixed columns (V2000) or
-//   in free format (V3000). What an SD file has after `M  END` is section 19's.
+//   in free format (V3000). What an SD file has after `M  END` is section 19's. Water in V2000:
+//
+//     water                                                    title
+//       program           3D                                   columns 21-22: 2D or 3D
+//                                                              comment
+//       3  2  0  0  0  0  0  0  0  0999 V2000                  atoms, bonds
+//        -0.0344    0.9775    0.0076 O   0  0  0  0  0  0      x, y, z, symbol, mass, charge, ...
+//         0.0648    0.0206    0.0015 H   0  0  0  0  0  0
+//         0.8718    1.3008    0.0007 H   0  0  0  0  0  0
+//       1  2  1  0                                             atom, atom, type, stereo
+//       1  3  1  0
+//     M  END                                                   after property lines, such as M  CHG
+//
+//   Many programs write such blocks and few write them by the book, so what is accepted here is
+//   what RDKit accepts in its strict mode, down to columns that are blank or run into each other.
 // =================================================================================================
 
 enum { RAW_ATOMS_MAX = 65535 };  // atoms of a record before hydrogens are removed
@@ -1552,7 +1566,13 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
 
 // =================================================================================================
 // 7 Valence. The explicit valence of an atom is what its bonds and stated hydrogens use; implicit
-//   hydrogens fill it up to the next allowed valence, shifted by the charge.
+//   hydrogens fill it up to the next allowed valence, shifted by the charge:
+//
+//     C in C-O     uses 1, allowed 4                     3 hydrogens
+//     N in [N+]    a charge of +1 right of carbon adds   N+ is allowed 4
+//     B in [B-]    left of carbon a - adds               B- is allowed 4
+//     S in S(=O)   uses 2, allowed 2, 4, 6               none: 2 is allowed
+//     P in P(O)(O)(O)O  uses 4, allowed 3, 5, 7          1 hydrogen
 // =================================================================================================
 
 // How a charge shifts the allowed valences: left of carbon, and for carbon cations, a positive
@@ -1846,7 +1866,8 @@ static void remove_hydrogens(ChemMol *m, int count_all) {
 //   searches from atoms of degree two (one a chain) or, if there is none, of degree three find the
 //   smallest rings through them, and these atoms are trimmed too. Surplus rings are weeded out, and
 //   those that could take the place of an equally large member come back at the end, so that
-//   the result does not depend on the numbering ("symmetrised").
+//   the result does not depend on the numbering ("symmetrised"). Cubane has 12 - 8 + 1 = 5 rings
+//   in a smallest set, but six equal faces: the sixth comes back.
 //
 //   Which Kekule structure and which fused systems are tried first depends on the order of rings,
 //   and the order of atoms in them: hence the care about order below.
@@ -2524,6 +2545,12 @@ static int find_rings(ChemMol *m, Fault *fault) {
 // 11 Kekule structure. Aromatic bonds become alternating single and double ones: every atom that
 //   must have a double bond gets exactly one. The search walks through a fused system, takes the
 //   first partner it can and returns to the last choice when an atom is left alone.
+//
+//   Which atoms must? Counting aromatic bonds as single, an atom is short of its valence by one if
+//   it takes part in a double bond: the carbons of pyrrole do, its N-H does not, and without the
+//   stated hydrogen (c1ccnc1) its nitrogen would too: then five atoms cannot pair, and the
+//   molecule is refused. Later steps start from the Kekule structure, never from the input's idea
+//   of what is aromatic.
 // =================================================================================================
 
 enum { BACKTRACKS_MAX = 100, DUMMY_TRIALS_MAX = 1 << 12 };
@@ -2955,8 +2982,16 @@ static void assign_radicals(ChemMol *m) {
     }
 }
 
-// ---- aromaticity: rings whose atoms can all take part and offer 4n+2 electrons between them, one
-//   ring at a time, then fused pairs, and so on
+// ---- aromaticity (RDKit's own model): a ring is aromatic if every atom of it can take part and
+//   they offer 4n+2 electrons between them (Hueckel). An atom offers
+//
+//     one    C=C in the ring, pyridine N          two    pyrrole N-H, furan O, thiophene S
+//     none   C=O (oxygen keeps the electron), tropylium C+      one or two    a dummy atom
+//
+//   Rings are tried one by one, then fused pairs, triples, up to six rings at once. A fused set is
+//   counted along its outside: in azulene neither ring obeys the rule alone, but the ten atoms
+//   together do, and the bond between the rings stays as it is. Bonds that become aromatic are
+//   those on the outside of some aromatic set.
 
 // Electrons an atom can give to a pi system; -1 if it cannot be part of one.
 static int pi_electrons(const ChemMol *m, int i) {
@@ -3287,6 +3322,15 @@ static void restore_hydrogens(ChemMol *m) {
 // 13 Stereo centres. Chirality is relative to the order of an atom's bonds: seen from the first,
 //   the others run clockwise (CW, SMILES @@) or counterclockwise (CCW, @). A hydrogen that is only
 //   a count comes last.
+//
+//              b
+//              |          looking from a: b, c, d counterclockwise: CCW;
+//        a --- X          swapping any two neighbours in the list makes it CW
+//             / |
+//            c  d
+//
+//   So whatever reorders the bonds of a centre must count the swaps: an odd number inverts it.
+//   In this section every atom with a suitable shape is marked; section 15 keeps the real centres.
 // =================================================================================================
 
 #define PI 3.14159265358979323846
@@ -3508,7 +3552,18 @@ static int chirality_from_wedges(ChemMol *m, Fault *fault) {
 
 // =================================================================================================
 // 14 Double bonds. The geometry around one is first written down as directions of its neighbouring
-//   single bonds, which adjacent double bonds share; section 15 reads them.
+//   single bonds, which adjacent double bonds share; section 15 reads them. As in SMILES, seen
+//   from the double bond two directions that are alike mean the same side:
+//
+//               F       F/C=C/F: both single bonds lead up to the right. Seen from the double
+//              /        bond the first goes down (to F), the second up: opposite sides, E.
+//       C === C         In F/C=C\F both go down: the same side, Z.
+//      /
+//     F
+//
+//   Directions are needed on one single bond at either end; where two double bonds share a single
+//   bond (as in a diene), the one direction serves both. Hence an order in which double bonds are
+//   worked on, and a walk from each one to its neighbours.
 // =================================================================================================
 
 enum { STEREO_RING_MIN = 8 };  // double bonds in smaller rings have no choice
@@ -3722,7 +3777,12 @@ static void clear_wedges(ChemMol *m) {
 // 15 CIP ranks (Labute's approximation): atoms are ranked by element and isotope, then again and
 //   again by the ranks of their neighbours, each counted twice its bond order. A centre is real
 //   if its neighbours' ranks differ, a double bond if they differ at both ends. Centres and double
-//   bonds found this way refine the ranks, and may show others to be real.
+//   bonds found this way refine the ranks, and may show others to be real: in
+//   C[C@H](F)[C@H](Cl)[C@@H](C)F the middle carbon has two neighbours that differ only in being
+//   R and S, which is known after the first round.
+//
+//   This is not the full Cahn-Ingold-Prelog rule (no trees, no duplicate atoms), and it need not
+//   be: what matters is which neighbours are equal, and that Z and E come out as RDKit's do.
 // =================================================================================================
 
 // An atom with what it is compared by: an invariant, or its neighbours' ranks, highest first.
@@ -4133,7 +4193,7 @@ static void drop_false_centres(ChemMol *m, const int *rank) {
 
 // Decides which marked centres and double bonds are real, and labels the double bonds.
 static void assign_stereo(ChemMol *m) {
-    int bonds = prepare_bond_stereo(m), atoms = 0, tags = 0, changed;
+    int bonds = prepare_bond_stereo(m), atoms = 1, tags = 0, changed;  // what is left to label
     for (int i = 0; i < m->n_atoms; i++) {
         m->atoms[i].cip = 0;
         tags |= m->atoms[i].chirality != CHI_NONE;
@@ -4141,7 +4201,6 @@ static void assign_stereo(ChemMol *m) {
     if (!tags && !bonds) return;  // nothing to label; ranks alone change nothing
     int *rank = prep_ints(&m->arena, m->n_atoms);
     first_cip_ranks(m, rank);
-    atoms = 1;
     do {
         changed = 0;
         if (atoms) changed |= label_centres(m, rank, &atoms);
@@ -4165,7 +4224,10 @@ static void clean_chirality(ChemMol *m) {
 }
 
 // =================================================================================================
-// 16 Perception, in RDKit's order
+// 16 Perception, in RDKit's order, which matters: hydrogens go before the valence check, so that
+//   what it sees are heavy atoms; radicals are counted on the Kekule structure, before aromaticity
+//   needs them; chirality that hybridization contradicts is dropped after aromaticity has settled
+//   hybridization; and stereo comes last, because it needs rings, hydrogens and bond orders.
 // =================================================================================================
 
 // Everything that makes a molecule out of atoms and bonds, except stereo.
