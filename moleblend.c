@@ -365,15 +365,15 @@ ALWAYS_INLINE void gemm_tile(float *c, int ldc, int rows, int cols, int add, con
 static void gemm(const Work *w, int trans_a, int trans_b, int M, int N, int K, const float *A,
                  int lda, const float *B, int ldb, const float *bias, int add, float *C, int ldc) {
     if (M == 0 || N == 0) return;
-    int panels = (N + NR - 1) / NR, threads = w->threads;
+    int panels = (N + NR - 1) / NR;
+    int threads = (double)M * N * K > 1e5 ? w->threads : 1;  // waking threads costs microseconds
     int row_blocks = (M + MC - 1) / MC;  // as many for every thread, if there are enough rows
     row_blocks = min_int(round_up(row_blocks, threads), (M + MR - 1) / MR);
     int block_rows = round_up((M + row_blocks - 1) / row_blocks, MR);
     row_blocks = (M + block_rows - 1) / block_rows;
     int column_groups = min_int((threads + row_blocks - 1) / row_blocks, panels);
     int group_panels = (panels + column_groups - 1) / column_groups;
-    int worth_it = (double)M * N * K > 1e5;  // else waking the threads costs more than they save
-#pragma omp parallel num_threads(worth_it ? threads : 1)
+#pragma omp parallel num_threads(threads)
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += KC) {
         int kc = min_int(KC, K - k0), add_now = add || k0 > 0;
         const float *A0 = A + (trans_a ? (size_t)k0 * lda : (size_t)k0);
