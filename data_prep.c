@@ -259,7 +259,9 @@ typedef struct {
     int *first, *adj;       // bonds of atom i: adj[first[i]..first[i+1]), in the order of creation
     int *atom_rings;        // number of rings an atom is in
     RingList rings;
-    int has_xyz, is_3d, wedged, had_aromatic;
+    int has_xyz, is_3d, wedged;
+    int any_aromatic;       // 0: no atom or bond is, no need to look
+    int had_aromatic;       // the input had some
     PrepArena arena;
 } ChemMol;
 
@@ -268,6 +270,7 @@ static void mol_clear(ChemMol *m) {
     prep_reset(&m->arena);
     m->n_atoms = m->n_bonds = 0;
     m->has_xyz = m->is_3d = m->wedged = m->had_aromatic = 0;
+    m->any_aromatic = 1;
     m->rings = (RingList){0};
 }
 
@@ -380,6 +383,7 @@ static int invert_chirality(int chirality) {
 
 // Whether an atom is aromatic itself or has an aromatic bond (mol blocks mark only bonds).
 static int is_aromatic_atom(const ChemMol *m, int i) {
+    if (!m->any_aromatic) return 0;
     if (m->atoms[i].aromatic) return 1;
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
         const ChemBond *b = &m->bonds[m->adj[k]];
@@ -681,6 +685,18 @@ static void set_bond_type(ChemBond *bond, int type) {
     if (type > 7) bond->query = QUERY_ANY;
 }
 
+// A number of up to three digits in three columns, blanks in front. Returns 0 if it is not one.
+static int three_digits(const char *p, int *value) {
+    int v = 0, k = 0;
+    while (k < 2 && p[k] == ' ') k++;
+    for (; k < 3; k++) {
+        if (p[k] < '0' || p[k] > '9') return 0;
+        v = 10 * v + (p[k] - '0');
+    }
+    *value = v;
+    return 1;
+}
+
 // A bond line: two atoms, type, stereo mark, (unused), topology, in three columns each.
 static int v2_bond_line(MolBlock *b, Span line) {
     int v[3], stereo = 0, topology = 0;
@@ -688,7 +704,8 @@ static int v2_bond_line(MolBlock *b, Span line) {
         return fault_at(b->fault, b->in.line, line.n + 1, "malformed mol block",
                         "expected a bond line of at least 9 columns, found %d", line.n);
     for (int k = 0; k < 3; k++)
-        if (!column_int(line, 3 * k, 3, &v[k]) || memchr(line.p + 3 * k, '-', 3))
+        if (!three_digits(line.p + 3 * k, &v[k]) &&
+            (!column_int(line, 3 * k, 3, &v[k]) || memchr(line.p + 3 * k, '-', 3)))
             return fault_at(b->fault, b->in.line, 3 * k + 1, "malformed mol block",
                             "expected a number in columns %d-%d, found \"%.3s\"", 3 * k + 1,
                             3 * k + 3, line.p + 3 * k);
@@ -1658,6 +1675,14 @@ static int set_implicit_hydrogens(ChemMol *m, int i) {
 // Valence and hydrogens of every atom, whatever they are.
 static void update_valences(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
+        ChemAtom *a = &m->atoms[i];
+        if (a->z == 1 && !a->charge && !a->stated_h && !a->radicals && !a->no_implicit &&
+            mol_degree(m, i) == 1 && m->bonds[m->adj[m->first[i]]].order == ORDER_SINGLE &&
+            !m->bonds[m->adj[m->first[i]]].query) {
+            a->valence = 1;  // half of all atoms are this
+            a->implicit_h = 0;
+            continue;
+        }
         set_valence(m, i);
         set_implicit_hydrogens(m, i);
     }
@@ -1915,8 +1940,15 @@ static int compare_falling(const void *a, const void *b) {
 // Index in s->all of the ring with these atoms, which is entered if new (*is_new).
 static int ring_identity(RingSearch *s, const int *atoms, int n, int *is_new) {
     int *sorted = s->queue;  // free between searches
-    memcpy(sorted, atoms, (size_t)n * sizeof(int));
-    qsort(sorted, (size_t)n, sizeof(int), compare_falling);
+    if (n > 32) {
+        memcpy(sorted, atoms, (size_t)n * sizeof(int));
+        qsort(sorted, (size_t)n, sizeof(int), compare_falling);
+    } else {
+        for (int i = 0, k; i < n; i++) {
+            for (k = i; k > 0 && sorted[k - 1] < atoms[i]; k--) sorted[k] = sorted[k - 1];
+            sorted[k] = atoms[i];
+        }
+    }
     *is_new = 0;
     for (int r = 0; r < s->all.n; r++)
         if (ring_size(&s->all, r) == n && ring_atoms(&s->all, r)[0] == sorted[0] &&
@@ -2910,18 +2942,10 @@ static int kekulize_rings(ChemMol *m, Fault *fault) {
 // Replaces aromatic bonds by a Kekule structure and takes all aromatic flags off. The hydrogen of a
 // pyrrole nitrogen, which had to be stated, becomes an implicit one.
 static int kekulize(ChemMol *m, Fault *fault) {
-    int aromatic = 0, n_free = 0, *before = prep_ints(&m->arena, m->n_atoms);
-    for (int b = 0; b < m->n_bonds; b++) {
-        if (m->bonds[b].query & QUERY_ORDER) continue;
-        n_free++;
-        aromatic |= m->bonds[b].aromatic;
-    }
-    for (int i = 0; i < m->n_atoms; i++) {
-        set_implicit_hydrogens(m, i);
-        before[i] = total_valence(&m->atoms[i]);
-        aromatic |= is_aromatic_atom(m, i);
-    }
-    if (!aromatic) return 0;
+    if (!m->any_aromatic) return 0;
+    int n_free = 0, *before = prep_ints(&m->arena, m->n_atoms);
+    for (int b = 0; b < m->n_bonds; b++) n_free += !(m->bonds[b].query & QUERY_ORDER);
+    for (int i = 0; i < m->n_atoms; i++) before[i] = total_valence(&m->atoms[i]);
     m->had_aromatic = 1;
     if (n_free && kekulize_rings(m, fault)) return -1;
     for (int b = 0; b < m->n_bonds; b++)
@@ -3108,6 +3132,7 @@ static void test_subset(AromaticSearch *s, const int *subset, int n) {
         for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++)
             s->atom_count[s->rings.atoms[k]]++;
     if (!obeys_hueckel(s, subset, n)) return;
+    m->any_aromatic = 1;
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
             m->atoms[s->rings.atoms[k]].aromatic = 1;
@@ -3245,19 +3270,21 @@ static int is_conjugation_candidate(const ChemMol *m, int i) {
 // Aromatic bonds are conjugated; so is a multiple bond and its single-bonded neighbour if the atom
 // beyond can take part.
 static void assign_conjugation(ChemMol *m) {
-    uint8_t *candidate = prep_flags(&m->arena, m->n_atoms);
     for (int b = 0; b < m->n_bonds; b++) m->bonds[b].conjugated = m->bonds[b].aromatic;
-    for (int i = 0; i < m->n_atoms; i++) candidate[i] = (uint8_t)is_conjugation_candidate(m, i);
     for (int i = 0; i < m->n_atoms; i++) {
-        int degree = total_degree(m, i);
-        if (!candidate[i] || degree < 2 || degree > 3) continue;
+        int degree = total_degree(m, i), multiple_bonds = 0;
+        for (int k = m->first[i]; k < m->first[i + 1]; k++)
+            multiple_bonds |= twice_contribution(&m->bonds[m->adj[k]], i) >= 3;
+        if (!multiple_bonds || degree < 2 || degree > 3) continue;
+        if (!is_conjugation_candidate(m, i)) continue;
         for (int k = m->first[i]; k < m->first[i + 1]; k++) {
             ChemBond *multiple = &m->bonds[m->adj[k]];
             if (twice_contribution(multiple, i) < 3) continue;
             for (int q = m->first[i]; q < m->first[i + 1]; q++) {
                 ChemBond *beside = &m->bonds[m->adj[q]];
                 int j = bond_other(beside, i);
-                if (beside == multiple || total_degree(m, j) > 3 || !candidate[j]) continue;
+                if (beside == multiple || (multiple->conjugated && beside->conjugated)) continue;
+                if (total_degree(m, j) > 3 || !is_conjugation_candidate(m, j)) continue;
                 multiple->conjugated = beside->conjugated = 1;
             }
         }
@@ -4175,30 +4202,37 @@ static int prepare_bond_stereo(ChemMol *m) {
     return any;
 }
 
-// Takes the chirality off atoms that turned out to be no centres, and the hydrogen that was stated
+// Takes the chirality off an atom that turned out to be no centre, and the hydrogen that was stated
 // only for its sake.
+static void drop_false_centre(ChemMol *m, int i) {
+    ChemAtom *a = &m->atoms[i];
+    if (a->chirality == CHI_NONE || is_nontetrahedral(a) || a->cip) return;
+    a->chirality = CHI_NONE;
+    if (a->stated_h != 1 || a->charge || a->aromatic) return;
+    a->stated_h = a->no_implicit = 0;
+    set_valence(m, i);
+    set_implicit_hydrogens(m, i);
+}
+
+// The same for all atoms, except those that are cis or trans to another one on a ring.
 static void drop_false_centres(ChemMol *m, const int *rank) {
     const uint8_t *special = find_ring_stereo(m, rank);
-    for (int i = 0; i < m->n_atoms; i++) {
-        ChemAtom *a = &m->atoms[i];
-        if (a->chirality == CHI_NONE || is_nontetrahedral(a) || a->cip) continue;
-        if (special[i] && a->ring_stereo) continue;
-        a->chirality = CHI_NONE;
-        if (a->stated_h != 1 || a->charge || a->aromatic) continue;
-        a->stated_h = a->no_implicit = 0;
-        set_valence(m, i);
-        set_implicit_hydrogens(m, i);
-    }
+    for (int i = 0; i < m->n_atoms; i++)
+        if (!special[i] || !m->atoms[i].ring_stereo) drop_false_centre(m, i);
 }
 
 // Decides which marked centres and double bonds are real, and labels the double bonds.
 static void assign_stereo(ChemMol *m) {
     int bonds = prepare_bond_stereo(m), atoms = 1, tags = 0, changed;  // what is left to label
     for (int i = 0; i < m->n_atoms; i++) {
-        m->atoms[i].cip = 0;
-        tags |= m->atoms[i].chirality != CHI_NONE;
+        ChemAtom *a = &m->atoms[i];
+        a->cip = 0;
+        tags |= a->chirality != CHI_NONE && (mol_degree(m, i) >= 3 || a->z >= 15);
     }
-    if (!tags && !bonds) return;  // nothing to label; ranks alone change nothing
+    if (!tags && !bonds) {  // nothing to label; ranks alone change nothing
+        for (int i = 0; i < m->n_atoms; i++) drop_false_centre(m, i);
+        return;
+    }
     int *rank = prep_ints(&m->arena, m->n_atoms);
     first_cip_ranks(m, rank);
     do {
@@ -4260,7 +4294,13 @@ static void apply_valence_fields(ChemMol *m) {
 static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
     int heavy = 0, bad;
     if (m->n_atoms == 0) return fault_at(fault, 0, 0, "no atoms", "the molecule has no atoms");
-    for (int i = 0; i < m->n_atoms; i++) heavy += m->atoms[i].z != 1;
+    m->any_aromatic = 0;
+    for (int i = 0; i < m->n_atoms; i++) {
+        heavy += m->atoms[i].z != 1;
+        m->any_aromatic |= m->atoms[i].aromatic;
+    }
+    for (int b = 0; b < m->n_bonds; b++)
+        m->any_aromatic |= m->bonds[b].aromatic || m->bonds[b].order == ORDER_AROMATIC;
     if (heavy > max_atoms || m->n_atoms > RAW_ATOMS_MAX)
         return fault_at(fault, 0, 0, "too many atoms", "%d heavy atoms, --max-atoms is %d", heavy,
                         max_atoms);
@@ -4544,7 +4584,7 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
 
 typedef enum { FORMAT_NONE, FORMAT_SDF, FORMAT_SMI, FORMAT_CSV, FORMAT_TSV } Format;
 
-enum { CHUNK_BYTES = 4 << 20, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192 };
+enum { CHUNK_BYTES = 1 << 20, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192 };
 
 typedef struct {
     const char *path;
