@@ -1123,26 +1123,25 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
     X(bias, W *H)                            /* per molecule (H, S, W) */                          \
     X(embed_hat, T *C)                       /* normalised, before weight and bias */              \
     X(embed_rstd, T)                                                                               \
-    X(x, (L + 1) * T * C)                    /* input of layer l; x[L] is the output */            \
     X(qkv, L *T * 3 * C)                                                                           \
     X(prob, L *W *H)                         /* attention probabilities before dropout */          \
     X(context, L *T *C)                                                                            \
     X(norm1_hat, L *T *C)                                                                          \
     X(norm1_rstd, L *T)                                                                            \
-    X(mid, L *T *C)                          /* between attention and feed-forward */              \
     X(ffn_pre, L *T *F)                                                                            \
     X(norm2_hat, L *T *C)                                                                          \
     X(norm2_rstd, L *T)
 
 // Scratch of both passes: gradients, and what is used up at once.
 #define SCRATCH_ARRAYS(X)                                                                          \
+    X(x, T *C)                               /* input of a layer; in the end the output */         \
+    X(mid, T *C)                             /* between attention and feed-forward */              \
     X(branch, T *C)                          /* output of a residual branch, and its gradient */   \
     X(ffn_hidden, T *F)                                                                            \
     X(dffn, T *F)                                                                                  \
     X(dx, T *C)                                                                                    \
     X(dmid, T *C)                                                                                  \
     X(dcontext, T *C)                                                                              \
-    X(dqkv, T * 3 * C)                                                                             \
     X(dbias, W *H)                                                                                 \
     X(geo, A *C)                             /* (A, C) 3D structure, and its gradient */           \
     X(dgauss_sum, A *G)                                                                            \
@@ -1320,6 +1319,18 @@ static void residual_norm_forward(float *out, float *hat, float *rstd, const flo
             memcpy(hat_t, residual_t, sizeof(float) * (size_t)C);
         }
         norm_row_forward(out + t * (size_t)C, hat_t, &rstd[t], hat_t, weight, bias, C, NORM_EPS);
+    }
+}
+
+// out (T, C) of a LayerNorm again, from what it saved: cheaper than keeping it (a tenth of the
+// activations' memory for half a percent of the time).
+static void norm_restore(float *out, const float *hat, const float *weight, const float *bias,
+                         const Batch *batch, int C) {
+#pragma omp parallel for schedule(static)
+    for (size_t t = 0; t < batch->T; t++) {
+        size_t at = t * (size_t)C;
+#pragma omp simd
+        for (int c = 0; c < C; c++) out[at + c] = hat[at + c] * weight[c] + bias[c];
     }
 }
 
@@ -1646,7 +1657,7 @@ static void bias_backward(Acts *acts, Model *model, const Batch *batch) {
     for (int h = 0; h < H; h++) bias_backward_head(acts, model, batch, h);
 }
 
-// ---- atom embeddings (paper 3.1): x[0] = LayerNorm(tokens); tokens are kept nowhere else
+// ---- atom embeddings (paper 3.1): x = LayerNorm(tokens)
 
 // token (C) of atom a: its nine features, and its 2D structure (degrees) or 3D structure (geo).
 static void atom_embedding(float *restrict token, const Model *model, const Batch *batch,
@@ -1837,17 +1848,22 @@ static void attention_prob_backward(float *dscore, float *dropped, float *dbias,
     }
 }
 
-// dq (n, D) = dscore k / sqrt(D), dk = dscore^T q / sqrt(D). scratch: 2 n * D padded.
+// dq (n, D) = dscore k / sqrt(D), dk = dscore^T q / sqrt(D); dq, dk may be q, k. scratch: 3 n * D
+// padded.
 static void attention_qk_backward(float *dq, float *dk, const float *dscore, const float *q,
                                   const float *k, const HeadTask *task, float *scratch) {
     int n = task->n, W = task->W, D = task->D, width = round_up(D, VEC);
-    float *copy = scratch, *out = copy + (size_t)n * width, scale = 1.0f / sqrtf((float)D);
+    size_t size = (size_t)n * width;
+    float *copies[2] = {scratch, scratch + size}, *out = scratch + 2 * size;
+    float *target[2] = {dq, dk}, scale = 1.0f / sqrtf((float)D);
+    copy_padded(copies[0], width, k, task->stride, n, D);
+    copy_padded(copies[1], width, q, task->stride, n, D);
     for (int side = 0; side < 2; side++) {
-        copy_padded(copy, width, side ? q : k, task->stride, n, D);
-        small_product(out, width, dscore, side ? 1 : W, side ? W : 1, copy, width, n, width, n);
+        small_product(out, width, dscore, side ? 1 : W, side ? W : 1, copies[side], width, n, width,
+                      n);
         for (int s = 0; s < n; s++)
             for (int d = 0; d < D; d++)
-                (side ? dk : dq)[(size_t)s * task->stride + d] = scale * out[(size_t)s * width + d];
+                target[side][(size_t)s * task->stride + d] = scale * out[(size_t)s * width + d];
     }
 }
 
@@ -1875,7 +1891,8 @@ static void attention_forward(float *context, float *prob, const float *qkv, con
     }
 }
 
-// dqkv (T, 3 C) is stored, dbias is added to.
+// dqkv (T, 3 C) is stored, dbias is added to. dqkv may be qkv: a task is the only reader of the
+// slices that it writes, and writes dv after v, dq and dk after q and k were read.
 static void attention_backward(float *dqkv, float *dbias, const float *dcontext, const float *prob,
                                const float *qkv, const Work *w, const Batch *batch, int C, int H,
                                double p, const Draws *draws, int l) {
@@ -1904,7 +1921,7 @@ static void attention_backward(float *dqkv, float *dbias, const float *dcontext,
     }
 }
 
-// x[l + 1] from x[l].
+// x (T, C), the input of layer l, becomes its output.
 static void layer_forward(Acts *a, const Model *model, const Batch *batch, const Dropout *drop,
                           const Draws *draws, int l) {
     const LayerTensors *p = &model->p.layer[l];
@@ -1912,23 +1929,37 @@ static void layer_forward(Acts *a, const Model *model, const Batch *batch, const
     const Work *w = &a->work;
     int C = c->dim, F = c->ffn, T = (int)batch->T;
     size_t tc = (size_t)l * T * C, tf = (size_t)l * T * F, lt = (size_t)l * T;
-    float *x = a->x + tc, *qkv = a->qkv + 3 * tc, *prob = a->prob + (size_t)l * batch->W * c->heads;
+    float *qkv = a->qkv + 3 * tc, *prob = a->prob + (size_t)l * batch->W * c->heads;
     double path = path_rate(drop, l, c->layers);
-    linear_forward(w, qkv, x, p->q_w, p->q_b, T, C, 3 * C);
+    linear_forward(w, qkv, a->x, p->q_w, p->q_b, T, C, 3 * C);
     attention_forward(a->context + tc, prob, qkv, a->bias, w, batch, C, c->heads, drop->attention,
                       draws, l);
     linear_forward(w, a->branch, a->context + tc, p->out_w, p->out_b, T, C, C);
-    residual_norm_forward(a->mid + tc, a->norm1_hat + tc, a->norm1_rstd + lt, x, a->branch,
-                          p->norm1_w, p->norm1_b, batch, C, path, draws, l, 0);
-    linear_forward(w, a->ffn_pre + tf, a->mid + tc, p->ffn1_w, p->ffn1_b, T, C, F);
+    residual_norm_forward(a->mid, a->norm1_hat + tc, a->norm1_rstd + lt, a->x, a->branch, p->norm1_w,
+                          p->norm1_b, batch, C, path, draws, l, 0);
+    linear_forward(w, a->ffn_pre + tf, a->mid, p->ffn1_w, p->ffn1_b, T, C, F);
     gelu_forward(a->ffn_hidden, a->ffn_pre + tf, w, batch, F, drop->activation, draws,
                  RNG_ACTIVATION_DROP + (uint32_t)l);
     linear_forward(w, a->branch, a->ffn_hidden, p->ffn2_w, p->ffn2_b, T, F, C);
-    residual_norm_forward(x + (size_t)T * C, a->norm2_hat + tc, a->norm2_rstd + lt, a->mid + tc,
-                          a->branch, p->norm2_w, p->norm2_b, batch, C, path, draws, l, 1);
+    residual_norm_forward(a->x, a->norm2_hat + tc, a->norm2_rstd + lt, a->mid, a->branch, p->norm2_w,
+                          p->norm2_b, batch, C, path, draws, l, 1);
 }
 
-// dx, the gradient of x[l + 1], becomes that of x[l].
+// x (T, C) = the input of layer l again: the output of the LayerNorm before it.
+static void layer_input(Acts *a, const Model *model, const Batch *batch, const Dropout *drop,
+                        const Draws *draws, int l) {
+    int C = model->config.dim;
+    if (l > 0) {
+        const LayerTensors *before = &model->p.layer[l - 1];
+        norm_restore(a->x, a->norm2_hat + (size_t)(l - 1) * batch->T * (size_t)C, before->norm2_w,
+                     before->norm2_b, batch, C);
+    } else {
+        norm_restore(a->x, a->embed_hat, model->p.embed_norm_w, model->p.embed_norm_b, batch, C);
+        dropout_rows(a->x, &a->work, batch, C, drop->embedding, draws, RNG_EMBED_DROP);
+    }
+}
+
+// dx, the gradient of the layer's output, becomes that of its input; qkv[l] is used up.
 static void layer_backward(Acts *a, Model *model, const Batch *batch, const Dropout *drop,
                            const Draws *draws, int l) {
     const LayerTensors *p = &model->p.layer[l];
@@ -1937,10 +1968,11 @@ static void layer_backward(Acts *a, Model *model, const Batch *batch, const Drop
     const Work *w = &a->work;
     int C = c->dim, F = c->ffn, T = (int)batch->T;
     size_t tc = (size_t)l * T * C, tf = (size_t)l * T * F, lt = (size_t)l * T;
-    const float *qkv = a->qkv + 3 * tc, *prob = a->prob + (size_t)l * batch->W * c->heads;
+    float *qkv = a->qkv + 3 * tc;
+    const float *prob = a->prob + (size_t)l * batch->W * c->heads;
     double path = path_rate(drop, l, c->layers);
     uint32_t purpose = RNG_ACTIVATION_DROP + (uint32_t)l;
-    // forward: x[l + 1] = LN2(mid + ffn2(hidden)), hidden = drop(gelu(ffn1(mid)))
+    // forward: x' = LN2(mid + ffn2(hidden)), hidden = drop(gelu(ffn1(mid)))
     residual_norm_backward(a->dmid, a->branch, g->norm2_w, g->norm2_b, a->norm_parts, a->dx,
                            a->norm2_hat + tc, a->norm2_rstd + lt, p->norm2_w, batch, C, path, draws,
                            l, 1);
@@ -1948,19 +1980,21 @@ static void layer_backward(Acts *a, Model *model, const Batch *batch, const Drop
     linear_backward(w, a->dffn, 0, g->ffn2_w, g->ffn2_b, a->branch, a->ffn_hidden, p->ffn2_w, T, F,
                     C);
     gelu_backward(a->dffn, a->dffn, a->ffn_pre + tf, w, batch, F, drop->activation, draws, purpose);
-    linear_backward(w, a->dmid, 1, g->ffn1_w, g->ffn1_b, a->dffn, a->mid + tc, p->ffn1_w, T, C, F);
+    norm_restore(a->mid, a->norm1_hat + tc, p->norm1_w, p->norm1_b, batch, C);
+    linear_backward(w, a->dmid, 1, g->ffn1_w, g->ffn1_b, a->dffn, a->mid, p->ffn1_w, T, C, F);
     // forward: mid = LN1(x + out(attention(qkv(x))))
     residual_norm_backward(a->dx, a->branch, g->norm1_w, g->norm1_b, a->norm_parts, a->dmid,
                            a->norm1_hat + tc, a->norm1_rstd + lt, p->norm1_w, batch, C, path, draws,
                            l, 0);
     linear_backward(w, a->dcontext, 0, g->out_w, g->out_b, a->branch, a->context + tc, p->out_w, T,
                     C, C);
-    attention_backward(a->dqkv, a->dbias, a->dcontext, prob, qkv, w, batch, C, c->heads,
-                       drop->attention, draws, l);
-    linear_backward(w, a->dx, 1, g->q_w, g->q_b, a->dqkv, a->x + tc, p->q_w, T, C, 3 * C);
+    attention_backward(qkv, a->dbias, a->dcontext, prob, qkv, w, batch, C, c->heads, drop->attention,
+                       draws, l);
+    layer_input(a, model, batch, drop, draws, l);
+    linear_backward(w, a->dx, 1, g->q_w, g->q_b, qkv, a->x, p->q_w, T, C, 3 * C);
 }
 
-// The whole encoder: from a batch to x[L] (T, C).
+// The whole encoder: from a batch to its output x (T, C).
 static void encoder_forward(Acts *a, const Model *model, const Batch *batch, const Dropout *drop,
                             const Draws *draws) {
     Sizes s = {batch->B, batch->T, batch->A, batch->P, batch->W, (size_t)batch->N};
@@ -1973,7 +2007,7 @@ static void encoder_forward(Acts *a, const Model *model, const Batch *batch, con
     for (int l = 0; l < model->config.layers; l++) layer_forward(a, model, batch, drop, draws, l);
 }
 
-// From dx, the gradient of x[L], to that of every encoder parameter. dbias holds what the heads
+// From dx, the gradient of x, to that of every encoder parameter. dbias holds what the heads
 // have added to the gradient of the attention bias. Tables must have been zeroed.
 static void encoder_backward(Acts *a, Model *model, const Batch *batch, const Dropout *drop,
                              const Draws *draws) {
@@ -2404,8 +2438,8 @@ static void scatter_atoms(float *dx, const float *dhidden, const Batch *batch, i
 // Copies of the heads' outputs for the tests, each may be NULL: (P, 11), (P, 120), (P, 3).
 typedef struct { float *spd, *edge, *d3; } HeadOutputs;
 
-// Losses of the encoder's output x[L]; with `backward`, also the gradients of the heads, dx (of
-// x[L]) and dbias. The losses are means over what the batch counts; a loss with nothing to count
+// Losses of the encoder's output x; with `backward`, also the gradients of the heads, dx (of x)
+// and dbias. The losses are means over what the batch counts; a loss with nothing to count
 // is 0.
 static void pretrain_heads(double loss[LOSSES], Acts *a, Model *model, const Batch *batch,
                            const LossWeights *weights, const Dropout *drop, const Draws *draws,
@@ -2421,7 +2455,7 @@ static void pretrain_heads(double loss[LOSSES], Acts *a, Model *model, const Bat
         scale[k] = weights->weight[k] / count[k];
     }
     float d3_bias[3], dd3_bias[3];
-    gather_atoms(a->hidden, a->x + (size_t)model->config.layers * batch->T * (size_t)C, batch, C);
+    gather_atoms(a->hidden, a->x, batch, C);
     pair_maps_forward(a, model, A);
     d3_compose(a, d3_bias, model);
     PairHead spd = {SPD_CLASSES, 0, p->spd_w, p->spd_b, g->spd_w, g->spd_b, spd_loss,
@@ -2470,10 +2504,9 @@ static int head_rows(const Batch *batch, Readout readout) {
 static void task_head_forward(float *logits, Acts *a, const Model *model, const Batch *batch,
                               Readout readout) {
     int C = model->config.dim, Y = model->config.tasks, rows = head_rows(batch, readout);
-    const float *x = a->x + (size_t)model->config.layers * batch->T * (size_t)C;
-    if (readout != READ_CLS) gather_atoms(a->hidden, x, batch, C);
+    if (readout != READ_CLS) gather_atoms(a->hidden, a->x, batch, C);
     for (size_t b = 0; b < batch->B && readout == READ_CLS; b++)
-        memcpy(a->hidden + b * (size_t)C, x + ((size_t)batch->atom_start[b] + b) * (size_t)C,
+        memcpy(a->hidden + b * (size_t)C, a->x + ((size_t)batch->atom_start[b] + b) * (size_t)C,
                sizeof(float) * (size_t)C);
     linear_forward(&a->work, a->head_pre, a->hidden, model->p.head1_w, model->p.head1_b, rows, C,
                    C);
@@ -4009,8 +4042,7 @@ static void command_embed(const char *path) {
         encoder_forward(&run.acts, &run.model, &run.batch, &none, &still);
         for (size_t b = 0; b < n; b++) {
             size_t N = (size_t)run.batch.n_atoms[b], token = (size_t)run.batch.atom_start[b] + b;
-            const float *x =
-                run.acts.x + ((size_t)run.model.config.layers * run.batch.T + token) * C;
+            const float *x = run.acts.x + token * C;
             for (size_t c = 0; c < C; c++) {
                 float sum = 0;
                 for (size_t t = 1; t <= N; t++) sum += x[t * C + c];

@@ -301,7 +301,9 @@ static void golden_output(Report *r, const Golden *g, size_t b, const char *name
 }
 
 // Relations and encoder: spd, embed, attn_bias, layerN of every molecule.
-static void golden_encoder(Report *r, const Golden *g) {
+static void golden_encoder(Report *r, Golden *g) {
+    static const Dropout none = {0};
+    Draws still = {0};
     const Batch *batch = &g->batch;
     int C = g->model.config.dim, H = g->model.config.heads;
     for (size_t b = 0; b < batch->B; b++) {
@@ -320,9 +322,9 @@ static void golden_encoder(Report *r, const Golden *g) {
         for (int l = 0; l <= g->model.config.layers; l++) {
             char name[32] = "embed";
             if (l) snprintf(name, sizeof name, "layer%d", l);
-            const float *x =
-                g->acts.x + ((size_t)l * batch->T + (size_t)batch->atom_start[b] + b) * C;
-            golden_output(r, g, b, name, x, 1e-5);
+            layer_input(&g->acts, &g->model, batch, &none, &still, l);
+            golden_output(r, g, b, name,
+                          g->acts.x + ((size_t)batch->atom_start[b] + b) * (size_t)C, 1e-5);
         }
     }
 }
@@ -935,11 +937,18 @@ static void test_attention(void) {
     weights_into(a->dcontext, n);
     memset(a->dbias, 0, rig.batch.W * (size_t)H * sizeof *a->dbias);
     run_attention(&rig);
-    attention_backward(a->dqkv, a->dbias, a->dcontext, a->prob, a->qkv, &a->work, &rig.batch, C, H,
+    float *dqkv = xmalloc(3 * n, sizeof *dqkv), *qkv = xmalloc(3 * n, sizeof *qkv);
+    attention_backward(dqkv, a->dbias, a->dcontext, a->prob, a->qkv, &a->work, &rig.batch, C, H,
                        rig.drop.attention, &rig.draws, 0);
-    test_gradient(&rig, run_attention, a->qkv, a->dqkv, 3 * n, STEP, "attention: q, k, v");
+    test_gradient(&rig, run_attention, a->qkv, dqkv, 3 * n, STEP, "attention: q, k, v");
     test_gradient(&rig, run_attention, a->bias, a->dbias, rig.batch.W * (size_t)H, STEP,
                   "attention: bias");
+    memcpy(qkv, a->qkv, 3 * n * sizeof *qkv);
+    attention_backward(qkv, a->dbias, a->dcontext, a->prob, qkv, &a->work, &rig.batch, C, H,
+                       rig.drop.attention, &rig.draws, 0);
+    test_check(memcmp(qkv, dqkv, 3 * n * sizeof *qkv) == 0, "attention: backward in place");
+    free(dqkv);
+    free(qkv);
     rig.draws.active = 0;
     run_attention(&rig);
     plain_attention(a->mid, &rig);
@@ -1164,7 +1173,7 @@ static void test_heads(void) {
     free(out.spd), free(out.edge), free(out.d3);
     rig.draws.active = 1;
     pretrain_heads(loss, a, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop, &rig.draws, 1, NULL);
-    float *x = a->x + (size_t)rig.model.config.layers * n;
+    float *x = a->x;
     float *dbias = xmalloc(rig.batch.W * (size_t)rig.model.config.heads, sizeof *dbias);
     memcpy(dbias, a->dbias, rig.batch.W * (size_t)rig.model.config.heads * sizeof *dbias);
     test_gradient(&rig, run_heads, x, a->dx, n, STEP, "heads: input");
@@ -1227,9 +1236,9 @@ static void test_packing(void) {
     Rig rig;
     rig_open(&rig, 0, 0);
     size_t C = (size_t)rig.model.config.dim, b = 4, N = (size_t)rig.batch.n_atoms[b];
-    size_t first = (size_t)rig.batch.atom_start[b] + b, L = (size_t)rig.model.config.layers;
+    size_t first = (size_t)rig.batch.atom_start[b] + b;
     float *together = xmalloc((N + 1) * C, sizeof *together);
-    memcpy(together, rig.acts.x + (L * rig.batch.T + first) * C, (N + 1) * C * sizeof *together);
+    memcpy(together, rig.acts.x + first * C, (N + 1) * C * sizeof *together);
     Molecule m = {0};
     rig_molecule(&m, b);
     rig.batch.n_atoms[0] = m.n_atoms;
@@ -1240,7 +1249,7 @@ static void test_packing(void) {
     batch_geometry(&rig.batch, 0);
     batch_count(&rig.batch);
     encoder_forward(&rig.acts, &rig.model, &rig.batch, &rig.drop, &rig.draws);
-    test_close(rig.acts.x + L * rig.batch.T * C, together, (N + 1) * C, 1e-6,
+    test_close(rig.acts.x, together, (N + 1) * C, 1e-6,
                "alone and in a batch");
     free(together);
     molecule_free(&m);
@@ -1297,7 +1306,7 @@ static void test_task_head(void) {
     run_task(&rig);
     weights_into(dlogits, rig.batch.B * 2);
     task_head_backward(&rig.acts, &rig.model, &rig.batch, dlogits, READ_MEAN);
-    test_gradient(&rig, run_task, rig.acts.x + (size_t)rig.model.config.layers * n, rig.acts.dx, n,
+    test_gradient(&rig, run_task, rig.acts.x, rig.acts.dx, n,
                   STEP, "fine-tuning head: input");
     test_parameter(&rig, run_task, rig.model.p.head1_w, "fine-tuning head: dense");
     test_parameter(&rig, run_task, rig.model.p.head2_b, "fine-tuning head: bias");
