@@ -605,7 +605,7 @@ static int add_symbol(ChemMol *m, Span s, int v3000) {
     return i;
 }
 
-// Fields of an atom line after the symbol; mostly all of them are 0.
+// Fields of an atom line after the symbol.
 static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
     enum { MASS, CHARGE, H_COUNT, VALENCE, MAP, UNUSED };
     static const struct { int at, width, slot; const char *name; } fields[] = {
@@ -615,10 +615,8 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
         {45, 3, UNUSED, "stereo care flag"}, {54, 3, UNUSED, "reaction role"},
         {57, 3, UNUSED, "reaction component"}, {63, 3, UNUSED, "inversion flag"},
         {66, 3, UNUSED, "exact change flag"}};
-    int value[UNUSED + 1] = {[MAP] = -1}, k = 34;
-    while (k < line.n && (line.p[k] == ' ' || line.p[k] == '0')) k++;
-    if (k == line.n && (k < 63 || memcmp(line.p + 60, "  0", 3) == 0)) return 0;
-    for (k = 0; k < 11; k++)
+    int value[UNUSED + 1] = {[MAP] = -1};
+    for (int k = 0; k < 11; k++)
         if (!optional_int(line, fields[k].at, fields[k].width, &value[fields[k].slot]))
             return fault_at(b->fault, b->in.line, fields[k].at + 1, "malformed mol block",
                             "expected a %s in columns %d-%d, found \"%.*s\"", fields[k].name,
@@ -647,6 +645,29 @@ static int fixed_decimal(const char *p, double *value) {
     }
     *value = (negative ? -v : v) / 1e4;
     if (negative && v == 0) *value = -0.0;
+    return 1;
+}
+
+static const char ZERO_FIELDS[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // after the symbol
+
+// The usual atom line, taken without looking for its end: as long as the last one, usual
+// coordinates, a symbol of one letter, nothing but zeros. Returns 0, and takes nothing, if the
+// next line is not of that kind.
+static int v2_usual_atom(MolBlock *b, int length) {
+    const char *p = b->in.at;
+    double xyz[3];
+    if (length < 34 || b->in.end - p <= length || p[length] != '\n') return 0;
+    int zeros = length - 34 - (p[length - 1] == '\r');
+    if (zeros < 0 || zeros >= (int)sizeof ZERO_FIELDS || p[30] != ' ' || p[32] != ' ' ||
+        p[33] != ' ' || memcmp(p + 34, ZERO_FIELDS, (size_t)zeros) != 0)
+        return 0;
+    for (int axis = 0; axis < 3; axis++)
+        if (!fixed_decimal(p + 10 * axis, &xyz[axis])) return 0;
+    int z = element_number(p + 31, 1);
+    if (z < 0) return 0;
+    memcpy(b->m->xyz[mol_add_atom(b->m, z)], xyz, sizeof xyz);
+    b->in.at += length + 1;
+    b->in.line++;
     return 1;
 }
 
@@ -694,6 +715,20 @@ static int three_digits(const char *p, int *value) {
         v = 10 * v + (p[k] - '0');
     }
     *value = v;
+    return 1;
+}
+
+// The usual bond line, "  1  2  1  0", as v2_usual_atom() takes atoms.
+static int v2_usual_bond(MolBlock *b) {
+    const char *p = b->in.at;
+    int i, j, type;
+    if (b->in.end - p <= 12 || p[12] != '\n' || memcmp(p + 9, "  0", 3) != 0 ||
+        !three_digits(p, &i) || !three_digits(p + 3, &j) || !three_digits(p + 6, &type) ||
+        i < 1 || i > b->m->n_atoms || j < 1 || j > b->m->n_atoms || type < 1 || type > 3)
+        return 0;
+    mol_add_bond(b->m, i - 1, j - 1, type);  // single, double, triple are 1, 2, 3 here and there
+    b->in.at += 13;
+    b->in.line++;
     return 1;
 }
 
@@ -876,14 +911,19 @@ static int v2_properties(MolBlock *b) {
 
 // Atoms, bonds and properties of a V2000 block, as many as the counts line says.
 static int v2_body(MolBlock *b) {
-    Span line;
+    Span line = {0};
+    int length = 0;  // of the last atom line, with a CR
     for (int k = 0; k < b->n_atoms; k++) {
+        const char *start = b->in.at;
+        if (v2_usual_atom(b, length)) continue;
         if (!next_line(&b->in, &line))
             return fault_at(b->fault, b->in.line, 0, "malformed mol block",
                             "expected %d atom lines, found %d", b->n_atoms, k);
         if (v2_atom_line(b, line)) return -1;
+        length = (int)(b->in.at - start) - 1;
     }
     for (int k = 0; k < b->n_bonds; k++) {
+        if (v2_usual_bond(b)) continue;
         if (!next_line(&b->in, &line))
             return fault_at(b->fault, b->in.line, 0, "malformed mol block",
                             "expected %d bond lines, found %d", b->n_bonds, k);

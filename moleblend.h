@@ -140,6 +140,7 @@ static inline void out_open(OutFile *out, const char *path) {
     out->tmp = xprintf("%s.tmp", path);
     out->file = fopen(out->tmp, "wb");
     CHECK(out->file, "%s: cannot write: %s", out->tmp, strerror(errno));
+    setvbuf(out->file, NULL, _IOFBF, 1 << 16);
     out->next = mb_unfinished;
     mb_unfinished = out;
 }
