@@ -48,7 +48,8 @@ build/test: test.c moleblend.c data_prep.c moleblend.h Makefile
 build/bench: dev/bench.c moleblend.c moleblend.h Makefile
 	$(CC) $(ALL) -Wno-unused-function dev/bench.c -o $@ $(LIBS)
 
-train.bin valid.bin: data/sample.sdf data_prep
+valid.bin: train.bin
+train.bin: data/sample.sdf data_prep
 	./data_prep -o '{}.bin' --split 0.9,0.1 --split-by random --labels logP,TPSA data/sample.sdf
 
 test: all build/test

@@ -80,7 +80,7 @@ enum {
 //   accurate to a few units in the last place; test.c compares them with libm.
 // =================================================================================================
 
-#if defined(__GNUC__) || defined(__clang__)
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(PLAIN_C)
 #if defined(__AVX512F__)
 enum { VEC = 16, MR = 8, NV = 3 };  // floats in a vector; register tile of gemm, see section 3
 #elif defined(__AVX__)
@@ -92,7 +92,7 @@ enum { VEC = 4, MR = 4, NV = 2 };
 #endif
 typedef float vec __attribute__((vector_size(VEC * sizeof(float)), aligned(4), may_alias));
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
-#else  // any C11 compiler: the same code on vectors of one float
+#else  // any C11 compiler (or -DPLAIN_C): the same code on vectors of one float
 enum { VEC = 1, MR = 4, NV = 4 };
 typedef float vec;
 #define ALWAYS_INLINE static inline
@@ -404,7 +404,10 @@ static void gemm(const Work *w, int trans_a, int trans_b, int M, int N, int K, c
 ALWAYS_INLINE void small_rows(int rows, float *out, int ldo, const float *a, int a_row, int a_col,
                               const float *b, int ldb, int n, int K) {
     for (int j = 0; j < n; j += VEC) {
-        vec acc[8] = {{0}};
+        const vec zero = {0};
+        vec acc[8];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) acc[r] = zero;
         for (int k = 0; k < K; k++) {
             vec row = *(const vec *)(b + (size_t)k * ldb + j);
 #pragma GCC unroll 8
