@@ -4035,17 +4035,17 @@ static char cip_label(const ChemMol *m, int i, const int *rank) {
     return ccw ? 'S' : 'R';
 }
 
-// Labels the centres whose neighbours differ. *open: some possible centres are without a label.
+// Labels the centres whose neighbours differ. *open: some that may be centres are without a label.
 // Returns whether any label is new.
 static int label_centres(ChemMol *m, const int *rank, int *open) {
     int changed = 0;
     *open = 0;
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
-        if (a->cip || !is_possible_centre(m, i)) continue;
-        if (a->chirality != CHI_NONE && a->chirality != CHI_OTHER) a->cip = cip_label(m, i, rank);
+        if (a->cip || a->chirality == CHI_NONE) continue;  // what is not marked never gets a label
+        if (a->chirality != CHI_OTHER && is_possible_centre(m, i)) a->cip = cip_label(m, i, rank);
         if (a->cip) changed = 1;
-        else *open = 1;
+        else if (mol_degree(m, i) >= 3 || a->z >= 15) *open = 1;
     }
     return changed;
 }
