@@ -2838,8 +2838,12 @@ static char *json_string(JsonReader *r) {
             const char *known = strchr(from, c);
             if (c == 'u') {
                 unsigned code = 0;
-                if (r->end - r->at < 4 || sscanf(r->at, "%4x", &code) != 1) json_fail(r, "\\uXXXX");
-                r->at += 4;
+                for (int digit = 0; digit < 4; digit++, r->at++) {
+                    if (r->at == r->end || !isxdigit((unsigned char)*r->at)) json_fail(r, "\\uXXXX");
+                    int value = isdigit((unsigned char)*r->at) ? *r->at - '0'
+                                                               : tolower(*r->at) - 'a' + 10;
+                    code = code * 16 + (unsigned)value;
+                }
                 c = code > 0 && code < 128 ? (char)code : '?';
             } else if (known && c) {
                 c = to[known - from];
@@ -2926,7 +2930,8 @@ static void json_metadata(JsonReader *r, TensorFile *f) {
     json_expect(r, '{');
     if (json_take(r, '}')) return;
     do {
-        f->meta = xrealloc(f->meta, 2 * ((size_t)f->meta_count + 1), sizeof *f->meta);
+        if ((f->meta_count & (f->meta_count - 1)) == 0)
+            f->meta = xrealloc(f->meta, 2 * (2 * (size_t)f->meta_count + 1), sizeof *f->meta);
         f->meta[2 * f->meta_count] = json_string(r);
         json_expect(r, ':');
         f->meta[2 * f->meta_count + 1] = json_string(r);
@@ -2953,7 +2958,8 @@ static void tensor_file_open(TensorFile *f, const char *path) {
             json_metadata(&r, f);
             continue;
         }
-        f->entries = xrealloc(f->entries, (size_t)f->count + 1, sizeof *f->entries);
+        if ((f->count & (f->count - 1)) == 0)  // full at every power of two
+            f->entries = xrealloc(f->entries, 2 * (size_t)f->count + 1, sizeof *f->entries);
         f->entries[f->count] = (TensorEntry){.name = name};
         json_tensor(&r, &f->entries[f->count++], data, f->size - 8 - (size_t)length);
     } while (json_take(&r, ','));

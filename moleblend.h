@@ -805,6 +805,13 @@ static inline void dataset_open(Dataset *d, const char *path) {
     CHECK(crc == get_u32(h + 60), "%s: damaged header (checksum)", path);
     CHECK(crc32_add(0, d->index, 8 * d->count) == get_u32(d->index + 8 * d->count),
           "%s: damaged index (checksum)", path);
+    for (size_t i = 0; i < d->count; i++) {
+        uint64_t entry = get_u64(d->index + 8 * i), begin = entry >> 16, next = index;
+        if (i + 1 < d->count) next = get_u64(d->index + 8 * (i + 1)) >> 16;
+        CHECK(begin >= at && next >= begin && next <= index &&
+                  next - begin >= RECORD_HEADER + (entry & 0xffff) * ATOM_FEATURES,
+              "%s: damaged index (molecule %zu does not fit its record)", path, i);
+    }
 }
 
 static inline void dataset_close(Dataset *d) {
@@ -823,8 +830,6 @@ static inline void dataset_read(const Dataset *d, size_t i, Molecule *m) {
     uint64_t begin = get_u64(d->index + 8 * i) >> 16;
     uint64_t end = i + 1 < d->count ? get_u64(d->index + 8 * (i + 1)) >> 16
                                     : (uint64_t)(d->index - d->data);
-    CHECK(begin >= DATASET_HEADER && begin <= end && end <= d->size,
-          "%s: molecule %zu: damaged index", d->path, i);
     const char *wrong = record_decode(m, d->data + begin, (size_t)(end - begin), d->n_tasks);
     if (!wrong && m->n_atoms != dataset_atoms(d, i)) wrong = "atom count differs from the index";
     if (!wrong && (m->n_atoms > d->max_atoms || m->n_bonds > d->max_bonds))
