@@ -665,7 +665,8 @@ static int v2_usual_atom(MolBlock *b, int length) {
         if (!fixed_decimal(p + 10 * axis, &xyz[axis])) return 0;
     int z = element_number(p + 31, 1);
     if (z < 0) return 0;
-    memcpy(b->m->xyz[mol_add_atom(b->m, z)], xyz, sizeof xyz);
+    int i = mol_add_atom(b->m, z);
+    memcpy(b->m->xyz[i], xyz, sizeof xyz);
     b->in.at += length + 1;
     b->in.line++;
     return 1;
