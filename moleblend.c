@@ -367,10 +367,8 @@ static void gemm(const Work *w, int trans_a, int trans_b, int M, int N, int K, c
     if (M == 0 || N == 0) return;
     int panels = (N + NR - 1) / NR;
     int threads = (double)M * N * K > 1e5 ? w->threads : 1;  // waking threads costs microseconds
-    int row_blocks = (M + MC - 1) / MC;  // as many for every thread, if there are enough rows
-    row_blocks = min_int(round_up(row_blocks, threads), (M + MR - 1) / MR);
-    int block_rows = round_up((M + row_blocks - 1) / row_blocks, MR);
-    row_blocks = (M + block_rows - 1) / block_rows;
+    int row_panels = (M + MR - 1) / MR, row_blocks = round_up((M + MC - 1) / MC, threads);
+    row_blocks = min_int(row_blocks, row_panels);
     int column_groups = min_int((threads + row_blocks - 1) / row_blocks, panels);
     int group_panels = (panels + column_groups - 1) / column_groups;
 #pragma omp parallel num_threads(threads)
@@ -383,9 +381,11 @@ static void gemm(const Work *w, int trans_a, int trans_b, int M, int N, int K, c
             pack(w->packed_b + (size_t)p * NR * kc, NR,
                  B0 + (size_t)p * NR * (trans_b ? (size_t)ldb : 1), ldb, trans_b,
                  min_int(NR, N - p * NR), kc);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int task = 0; task < row_blocks * column_groups; task++) {
-            int i0 = task % row_blocks * block_rows, m = min_int(block_rows, M - i0);
+            int block = task % row_blocks;  // blocks differ by one panel of rows at most
+            int i0 = (int)((size_t)block * row_panels / row_blocks) * MR;
+            int m = min_int((int)((size_t)(block + 1) * row_panels / row_blocks) * MR, M) - i0;
             int p0 = task / row_blocks * group_panels;
             float *a = w->packed_a + (size_t)thread_id() * MC * KC;
             pack(a, MR, A0 + (size_t)i0 * (trans_a ? 1 : (size_t)lda), lda, !trans_a, m, kc);
