@@ -310,8 +310,21 @@ ALWAYS_INLINE void pack(float *out, int width, const float *X, int ldx, int tran
                     out[(size_t)k * width + c] =
                         trans ? X[(size_t)(first + c) * ldx + k] : X[(size_t)k * ldx + first + c];
         } else if (trans) {
-            for (int c0 = 0; c0 < width; c0 += 8)  // eight rows at a time: whole cache lines
-                for (int k = 0; k < K; k++)
+            enum { LINE = 16 };  // a cache line of four rows of X at a time, written as fours
+            int done = 0;
+            for (; width == NR && done + LINE <= K; done += LINE) {
+                for (int c = 0; c < width; c += 4) {
+                    const float *x = X + (size_t)(first + c) * ldx + done;
+#pragma GCC unroll 16
+                    for (int k = 0; k < LINE; k++) {
+                        const float four[4] = {x[k], x[k + (size_t)ldx], x[k + 2 * (size_t)ldx],
+                                               x[k + 3 * (size_t)ldx]};
+                        memcpy(out + (size_t)(done + k) * width + c, four, sizeof four);
+                    }
+                }
+            }
+            for (int c0 = 0; c0 < width; c0 += 8)  // the rest, and A: eight rows at a time
+                for (int k = done; k < K; k++)
                     for (int c = c0; c < min_int(c0 + 8, width); c++)
                         out[(size_t)k * width + c] = X[(size_t)(first + c) * ldx + k];
         } else {

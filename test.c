@@ -2467,6 +2467,29 @@ static void test_split_fractions(void) {
     test_check(memcmp(part, again, N) != 0, "another seed gives another split");
 }
 
+// Arrays grow while a record is read: long chains as SMILES and as a mol block, in fresh memory.
+static void test_growth(void) {
+    enum { N = 500 };
+    char *text = xmalloc(N * 100, 1), smiles[N + 1];
+    size_t n = (size_t)sprintf(text, "\n\n\n%3d%3d  0  0  0  0  0  0  0  0999 V2000\n", N, N - 1);
+    for (int i = 0; i < N; i++)
+        n += (size_t)sprintf(text + n, "%10.4f    0.0000    0.0000 C   0  0\n", 1.5 * i);
+    for (int i = 1; i < N; i++) n += (size_t)sprintf(text + n, "%3d%3d  1  0\n", i, i + 1);
+    sprintf(text + n, "M  END\n");
+    memset(smiles, 'C', N);
+    smiles[N] = 0;
+    for (int k = 0; k < 2; k++) {
+        Worker w = {0};
+        Outcome o;
+        const char *record = k ? smiles : text;
+        int kept = prep_convert(&w, k ? FORMAT_SMI : FORMAT_SDF, record, strlen(record), &o);
+        test_check(kept && w.molecule.n_atoms == N && w.molecule.n_bonds == N - 1,
+                   "a chain of %d atoms from a %s", N, k ? "SMILES" : "mol block");
+        worker_free(&w);
+    }
+    free(text);
+}
+
 // Records come out the same with any number of threads.
 static void test_threads(void) {
     enum { N = (int)(sizeof PREP_SMILES / sizeof *PREP_SMILES) };
@@ -2510,6 +2533,7 @@ static void test_data_prep(void) {
     test_orientation(&w);
     test_scaffolds(&w);
     test_split_fractions();
+    test_growth();
     test_threads();
     worker_free(&w);
 }
