@@ -5709,7 +5709,7 @@ int main(int argc, char **argv) {
     prep_opt = PREP_DEFAULTS;
     const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
     int n_inputs = options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc);
-    if (prep_opt.help || argc == 1) {
+    if (prep_opt.help) {
         print_help();
         return 0;
     }

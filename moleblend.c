@@ -730,7 +730,7 @@ static void model_free(Model *model) {
     *model = (Model){0};
 }
 
-// Random initial parameters (METHOD: N(0, 0.02^2), biases 0, LayerNorms 1 and 0, Gaussians spread
+// Random initial parameters (N(0, 0.02^2), biases 0, LayerNorms 1 and 0, Gaussians spread
 // over 0..3 Angstrom). A tensor's draws are named by its place in the table.
 static void tensor_init(const Model *model, int i, uint64_t seed) {
     const TensorInfo *t = &model->info[i];
@@ -789,7 +789,7 @@ typedef struct {
     X(uint8_t, path, P *PATH_BONDS)    /* bond codes, PATH_NONE */                                 \
     X(uint8_t, pair_use, P)            /* USE_ bits */                                             \
     X(float, distance, P)              /* of the noised positions */                               \
-    X(float, direction, 3 * P)         /* per molecule (3, N, N), (pos_j - pos_i) / (distance + e) */ \
+    X(float, direction, 3 * P)         /* per molecule (3, N, N): from i to j, of length < 1 */    \
     X(float, labels, B *Y)
 
 // Scratch of relations(), one per thread.
@@ -1951,14 +1951,14 @@ static void layer_forward(Acts *a, const Model *model, const Batch *batch, const
     attention_forward(a->context + tc, prob, qkv, a->bias, w, batch, C, c->heads, drop->attention,
                       draws, l);
     linear_forward(w, a->branch, a->context + tc, p->out_w, p->out_b, T, C, C);
-    residual_norm_forward(a->mid, a->norm1_hat + tc, a->norm1_rstd + lt, a->x, a->branch, p->norm1_w,
-                          p->norm1_b, batch, C, path, draws, l, 0);
+    residual_norm_forward(a->mid, a->norm1_hat + tc, a->norm1_rstd + lt, a->x, a->branch,
+                          p->norm1_w, p->norm1_b, batch, C, path, draws, l, 0);
     linear_forward(w, a->ffn_pre + tf, a->mid, p->ffn1_w, p->ffn1_b, T, C, F);
     gelu_forward(a->ffn_hidden, a->ffn_pre + tf, w, batch, F, drop->activation, draws,
                  RNG_ACTIVATION_DROP + (uint32_t)l);
     linear_forward(w, a->branch, a->ffn_hidden, p->ffn2_w, p->ffn2_b, T, F, C);
-    residual_norm_forward(a->x, a->norm2_hat + tc, a->norm2_rstd + lt, a->mid, a->branch, p->norm2_w,
-                          p->norm2_b, batch, C, path, draws, l, 1);
+    residual_norm_forward(a->x, a->norm2_hat + tc, a->norm2_rstd + lt, a->mid, a->branch,
+                          p->norm2_w, p->norm2_b, batch, C, path, draws, l, 1);
 }
 
 // x (T, C) = the input of layer l again: the output of the LayerNorm before it.
@@ -2004,8 +2004,8 @@ static void layer_backward(Acts *a, Model *model, const Batch *batch, const Drop
                            l, 0);
     linear_backward(w, a->dcontext, 0, g->out_w, g->out_b, a->branch, a->context + tc, p->out_w, T,
                     C, C);
-    attention_backward(qkv, a->dbias, a->dcontext, prob, qkv, w, batch, C, c->heads, drop->attention,
-                       draws, l);
+    attention_backward(qkv, a->dbias, a->dcontext, prob, qkv, w, batch, C, c->heads,
+                       drop->attention, draws, l);
     layer_input(a, model, batch, drop, draws, l);
     linear_backward(w, a->dx, 1, g->q_w, g->q_b, qkv, a->x, p->q_w, T, C, 3 * C);
 }
@@ -2852,7 +2852,8 @@ static char *json_string(JsonReader *r) {
             if (c == 'u') {
                 unsigned code = 0;
                 for (int digit = 0; digit < 4; digit++, r->at++) {
-                    if (r->at == r->end || !isxdigit((unsigned char)*r->at)) json_fail(r, "\\uXXXX");
+                    if (r->at == r->end || !isxdigit((unsigned char)*r->at))
+                        json_fail(r, "\\uXXXX");
                     int value = isdigit((unsigned char)*r->at) ? *r->at - '0'
                                                                : tolower(*r->at) - 'a' + 10;
                     code = code * 16 + (unsigned)value;
@@ -3195,7 +3196,7 @@ static Options opt = {
     .adam = {1e-3, 0.9, 0.999, 1e-8, 0, 5},  // a fine-tuning run begins with lr 2e-4
 };
 
-// The sizes of METHOD's table; any of them can be replaced by its own option.
+// The named sizes (base: the paper's); any of them can be replaced by its own option.
 static Config options_config(void) {
     static const struct { const char *name; Config config; } sizes[] = {
         {"tiny", {2, 64, 64, 4, 16, 0}},
@@ -3591,7 +3592,7 @@ static void run_print(const Run *run, Progress *progress) {
     fflush(stdout);
 }
 
-// ---- fine-tuning (METHOD section 10): no noise, no blend; the epoch best on the validation set is
+// ---- fine-tuning (paper 4): no noise, no blend; the epoch best on the validation set is
 // kept
 
 typedef struct {

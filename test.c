@@ -971,7 +971,7 @@ static void test_geometry(void) {
     run_geometry(&rig);
     float *plain = xmalloc(rig.batch.Q * (size_t)G, sizeof *plain);
     size_t q = 0, pair = 0;
-    for (size_t b = 0; b < rig.batch.B; b++)  // METHOD section 3, with libm
+    for (size_t b = 0; b < rig.batch.B; b++)  // the definition, with libm
         for (int i = rig.batch.atom_start[b]; i < rig.batch.atom_start[b + 1]; i++)
             for (int j = rig.batch.atom_start[b]; j < rig.batch.atom_start[b + 1]; j++, pair++) {
                 if (!(rig.batch.pair_use[pair] & USE_3D)) continue;
@@ -1014,7 +1014,7 @@ static double run_bias(Rig *rig) {
     return weighted_sum(rig->acts.bias, rig->batch.W * (size_t)rig->model.config.heads);
 }
 
-// METHOD section 3: b_edge of a pair, from the tables, slot by slot.
+// The definition of b_edge of a pair, from the tables, slot by slot.
 static double plain_edge_bias(const Rig *rig, size_t pair, int h) {
     int H = rig->model.config.heads, spd = rig->batch.spd[pair];
     double sum = 0;
@@ -1129,7 +1129,7 @@ static void test_pair_logits(const Rig *rig, const float *logits, int map, int K
     free(plain);
 }
 
-// The denoising head's output as METHOD states it, with y_a formed; without dropout.
+// The denoising head's output as the paper states it, with y_a formed; without dropout.
 static void test_noise_output(const Rig *rig) {
     int C = rig->model.config.dim, H = rig->model.config.heads, D = C / H;
     const Acts *a = &rig->acts;
@@ -1467,7 +1467,7 @@ static void test_checkpoint(void) {
     model_free(&again);
 }
 
-// Parameters of the table sizes of METHOD section 9, and the initial values.
+// Parameters of the named sizes, and the initial values.
 static void test_parameter_table(void) {
     static const struct { Config c; double millions;
     } sizes[] = {{{2, 64, 64, 4, 16, 0}, 0.85},
@@ -1592,6 +1592,7 @@ static void test_messages(void) {
          "--readout: expected cls, mean or sum, found \"max\""},
         {"./moleblend build/test_train.bin --init data/mini.safetensors --steps 1", 1,
          "is missing"},
+        {"./data_prep", 1, "data_prep: "},
         {"./data_prep --help", 0, "--split"},
         {"./data_prep no_such.sdf -o build/x.bin", 1, "data_prep: no_such.sdf"},
     };
