@@ -5711,6 +5711,7 @@ int main(int argc, char **argv) {
     int n_inputs = options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc);
     if (prep_opt.help) {
         print_help();
+        free(inputs);
         return 0;
     }
     if (prep_opt.dump) {
