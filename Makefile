@@ -43,10 +43,10 @@ data_prep: data_prep.c moleblend.h Makefile
 	$(CC) $(ALL) data_prep.c -o $@ $(LIBS)
 
 build/test: test.c moleblend.c data_prep.c moleblend.h Makefile
-	$(CC) $(ALL) -Wno-unused-function test.c -o $@ $(LIBS)
+	$(CC) $(ALL) test.c -o $@ $(LIBS)
 
 build/bench: dev/bench.c moleblend.c moleblend.h Makefile
-	$(CC) $(ALL) -Wno-unused-function dev/bench.c -o $@ $(LIBS)
+	$(CC) $(ALL) dev/bench.c -o $@ $(LIBS)
 
 valid.bin: train.bin
 train.bin: data/sample.sdf data_prep

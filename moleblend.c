@@ -38,6 +38,10 @@
 #endif
 #include "moleblend.h"
 
+#if !defined(_OPENMP) && (defined(__GNUC__) || defined(__clang__))
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // without OpenMP its pragmas mean nothing
+#endif
+
 // =================================================================================================
 // 1 Constants. Values that the official release writes into its code carry the module's name.
 // =================================================================================================

@@ -8,6 +8,9 @@
 // their command lines (messages, exit codes, resuming) runs ./moleblend and ./data_prep.
 // A comparison is |a - b| <= tolerance * |b| in the Euclidean norm, and fails on NaN.
 
+#if defined(__GNUC__) || defined(__clang__)
+#pragma GCC diagnostic ignored "-Wunused-function"  // not every function has a test of its own
+#endif
 #define MB_PROGRAM "test"
 #define MOLEBLEND_TEST
 #define DATA_PREP_TEST

@@ -8,6 +8,9 @@
 // per multiply-add of the encoder's and heads' matrices; see step_flops(). The molecules are drawn
 // at random with 4 to 24 heavy atoms, mean 14, as in PCQM4Mv2.
 
+#if defined(__GNUC__) || defined(__clang__)
+#pragma GCC diagnostic ignored "-Wunused-function"  // most of moleblend.c is not used here
+#endif
 #define MB_PROGRAM "bench"
 #define MOLEBLEND_TEST
 #include "../moleblend.c"
