@@ -80,8 +80,7 @@ enum {
 
 // =================================================================================================
 // 2 Vector arithmetic: elementary functions that compilers vectorise (no table, no branch, no
-// call),
-//   accurate to a few units in the last place; test.c compares them with libm.
+//   call), accurate to a few units in the last place; test.c compares them with libm.
 // =================================================================================================
 
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(PLAIN_C)
@@ -1753,8 +1752,8 @@ static void embedding_backward(Acts *acts, Model *model, const Batch *batch) {
 }
 
 // =================================================================================================
-// 7 Encoder layers (post-norm): mid = LN1(x + path(Wo attention(x))), x' = LN2(mid +
-// path(ffn(mid)))
+// 7 Encoder layers (post-norm): mid = LN1(x + path(Wo attention(x))), x' = LN2(mid + path(ffn(mid)))
+//   path() is DropPath. Only what the backward pass cannot make again cheaply is kept.
 // =================================================================================================
 
 // Rates of the model's random regularisers; all 0 in evaluation (draws->active = 0).
