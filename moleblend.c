@@ -1752,7 +1752,8 @@ static void embedding_backward(Acts *acts, Model *model, const Batch *batch) {
 }
 
 // =================================================================================================
-// 7 Encoder layers (post-norm): mid = LN1(x + path(Wo attention(x))), x' = LN2(mid + path(ffn(mid)))
+// 7 Encoder layers, post-norm:
+//     mid = LN1(x + path(Wo attention(x))),  x' = LN2(mid + path(W2 gelu(W1 mid)))
 //   path() is DropPath. Only what the backward pass cannot make again cheaply is kept.
 // =================================================================================================
 
