@@ -130,6 +130,20 @@ static int thread_id(void) {
 #endif
 }
 
+// `count` zeroed floats that begin at a cache line, so that no vector straddles two: 3 % of a
+// training step. The caller frees.
+static float *floats_alloc(size_t count) {
+#ifdef _WIN32  // has no aligned_alloc()
+    return xmalloc(count, sizeof(float));
+#else
+    enum { LINE = 64 };
+    size_t bytes = mul_size(count / (LINE / sizeof(float)) + 1, LINE);
+    float *x = aligned_alloc(LINE, bytes);
+    CHECK(x, "out of memory: %.1f MiB were refused", (double)bytes / (1 << 20));
+    return memset(x, 0, bytes);
+#endif
+}
+
 // e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2; e^r by a polynomial fitted to 3e-9. x is
 // clamped to the range of normal floats, so e^-1e30 is 1e-38, harmless in every sum here.
 ALWAYS_INLINE float exp_fast(float x) {
@@ -490,7 +504,7 @@ static void linear_forward(const Work *w, float *out, const float *x, const floa
 }
 
 // dweight = dout^T x, dbias = column sums of dout; dx (may be NULL) = dout weight, + dx if add_dx.
-// A weight is used once in a step, so its gradient is stored, not added.
+// dx may be x. A weight is used once in a step, so its gradient is stored, not added.
 static void linear_backward(const Work *w, float *dx, int add_dx, float *dweight, float *dbias,
                             const float *dout, const float *x, const float *weight, int rows,
                             int IC, int OC) {
@@ -699,7 +713,7 @@ static void config_check(Config c) {
 
 // An arena of `count` zeroed floats, and pointers to its tensors.
 static float *tensors_alloc(const Model *model, Tensors *tensors) {
-    float *arena = xmalloc(model->count, sizeof *arena);
+    float *arena = floats_alloc(model->count);
     for (int i = 0; tensors && i < model->n_tensors; i++) {
         float *at = arena + model->info[i].offset;
         memcpy((char *)tensors + model->info[i].field, &at, sizeof at);
@@ -1137,14 +1151,14 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
     X(gauss_sum, A *G)                       /* sum over j of g(i, j) */                           \
     X(gauss, P *G)                           /* (Q, G) g of the pairs that use 3D */               \
     X(mlp_pre, P *G)                         /* (Q, G) */                                          \
-    X(mlp_hidden, P *G)                      /* (Q, G) */                                          \
+    X(mlp_hidden, P *G)                      /* (Q, G), and its gradient, and that of gauss */     \
     X(mlp_out, P *H)                         /* (Q, H) */                                          \
     X(bias, W *H)                            /* per molecule (H, S, W) */                          \
     X(embed_hat, T *C)                       /* normalised, before weight and bias */              \
     X(embed_rstd, T)                                                                               \
     X(qkv, L *T * 3 * C)                                                                           \
     X(prob, L *W *H)                         /* attention probabilities before dropout */          \
-    X(context, L *T *C)                                                                            \
+    X(context, L *T *C)                      /* and its gradient */                                \
     X(norm1_hat, L *T *C)                                                                          \
     X(norm1_rstd, L *T)                                                                            \
     X(ffn_pre, L *T *F)                                                                            \
@@ -1156,16 +1170,13 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
     X(x, T *C)                               /* input of a layer; in the end the output */         \
     X(mid, T *C)                             /* between attention and feed-forward */              \
     X(branch, T *C)                          /* output of a residual branch, and its gradient */   \
-    X(ffn_hidden, T *F)                                                                            \
-    X(dffn, T *F)                                                                                  \
+    X(ffn_hidden, T *F)                      /* and its gradient */                                \
     X(dx, T *C)                                                                                    \
     X(dmid, T *C)                                                                                  \
-    X(dcontext, T *C)                                                                              \
     X(dbias, W *H)                                                                                 \
     X(geo, A *C)                             /* (A, C) 3D structure, and its gradient */           \
     X(dgauss_sum, A *G)                                                                            \
     X(dmlp_out, P *H)                                                                              \
-    X(dmlp_hidden, P *G)                                                                           \
     X(dgauss_const, A * 2 * G)               /* per atom: d mean, d s */                           \
     X(ddistance, P)                          /* gradient of a pair's Gaussian argument x */        \
     X(dpath_bias, PATH_BONDS *PATH_CODES *H)                                                       \
@@ -1182,8 +1193,8 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
     X(dpair_map, A * 6 * R)                                                                        \
     X(pair_weight, R *R *PairWidth)          /* (R, R * width) a head's map, see pair_head() */    \
     X(dpair_weight, R *R *PairWidth)                                                               \
-    X(pair_row, A *R *PairWidth)             /* (A, R, width) */                                   \
-    X(dpair_row, A *R *PairWidth)                                                                  \
+    X(pair_row, PairRows *R *PairWidth)      /* (atoms of a group, R, width) */                    \
+    X(dpair_row, PairRows *R *PairWidth)                                                           \
     X(pair_dbias, A *PairWidth)                                                                    \
     X(d3_weight, 3 * R *R)                   /* the 3D head's four maps as one */                  \
     X(dd3_weight, 3 * R *R)                                                                        \
@@ -1200,7 +1211,10 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
     X(head_out, T *Y)                                                                              \
     X(dhead_out, T *Y)
 
-enum { NORM_ROWS = 32 };  // rows that share a partial sum of LayerNorm's weight gradients
+enum {
+    NORM_ROWS = 32,   // rows that share a partial sum of LayerNorm's weight gradients
+    PAIR_GROUP = 128, // atoms whose rows of pairs a relation head works on at a time
+};
 
 typedef struct {
 #define X(field, count) float *field;
@@ -1220,6 +1234,7 @@ static size_t acts_place(Acts *acts, float *at, Config c, Sizes s, int with_head
     const size_t G = (size_t)c.kernels, Y = (size_t)c.tasks, R = PAIR_WIDTH;
     const size_t T = s.T, A = s.A, P = s.P, W = s.W;
     const size_t Widest = max_size(C, 6 * R), PairWidth = (size_t)round_up(EDGE_OUTPUTS, VEC);
+    const size_t PairRows = max_size(s.N, PAIR_GROUP);
     size_t used = 0;
 #define X(field, count)                                                                            \
     {                                                                                              \
@@ -1248,7 +1263,7 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
     CHECK(room.P < SIZE_MAX / 4096 && (double)room.W * c.heads * c.layers < 1e12,
           "a batch of %zu molecules with %zu atoms is too large", room.B, room.A);
     size_t count = acts_place(acts, NULL, c, room, 1);
-    acts->memory = xmalloc(count, sizeof *acts->memory);
+    acts->memory = floats_alloc(count);
     acts->row_loss = xmalloc(room.A, sizeof *acts->row_loss);
     size_t width = (size_t)bias_width((int)room.N), D = (size_t)round_up(c.dim / c.heads, VEC);
     size_t attention = 4 * width * width + 6 * width * D;
@@ -1257,9 +1272,9 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
     w->threads = thread_count();
     w->thread_size = max_size(attention, pair_rows) + (size_t)c.ffn + (size_t)c.kernels + 64;
     w->thread_size = (w->thread_size + 15) / 16 * 16;
-    w->thread = xmalloc(mul_size((size_t)w->threads, w->thread_size), sizeof(float));
-    w->packed_a = xmalloc((size_t)w->threads * MC * KC, sizeof(float));
-    w->packed_b = xmalloc((size_t)widest_product(c) * KC, sizeof(float));
+    w->thread = floats_alloc(mul_size((size_t)w->threads, w->thread_size));
+    w->packed_a = floats_alloc((size_t)w->threads * MC * KC);
+    w->packed_b = floats_alloc((size_t)widest_product(c) * KC);
     acts->memory_bytes = sizeof(float) * (count + (size_t)w->threads * (w->thread_size + MC * KC) +
                                           (size_t)widest_product(c) * KC);
 }
@@ -1503,7 +1518,7 @@ ALWAYS_INLINE float gauss_row_backward(float *restrict dmean, float *restrict ds
     return dx;
 }
 
-// From dgauss_sum (A, G) and dmlp_hidden (Q, G; holding the gradient of gauss) to those of
+// From dgauss_sum (A, G) and mlp_hidden (Q, G; holding the gradient of gauss) to those of
 // gauss_mean, gauss_std, gauss_mul, gauss_bias.
 static void gauss_backward(Acts *acts, Model *model, const Batch *batch) {
     int G = model->config.kernels;
@@ -1518,7 +1533,7 @@ static void gauss_backward(Acts *acts, Model *model, const Batch *batch) {
             const float *dsum = batch->atom_use[i] & USE_3D ? acts->dgauss_sum + i * GG : NULL;
             for (size_t j = a0; j < a0 + N; j++, pair++) {
                 const float *dg =
-                    batch->pair_use[pair] & USE_3D ? acts->dmlp_hidden + used++ * GG : NULL;
+                    batch->pair_use[pair] & USE_3D ? acts->mlp_hidden + used++ * GG : NULL;
                 acts->ddistance[pair] = 0;
                 if (dsum || dg)
                     acts->ddistance[pair] =
@@ -1574,17 +1589,17 @@ static void geometry_backward(Acts *acts, Model *model, const Batch *batch) {
     Tensors *p = &model->p, *g = &model->g;
     linear_backward(&acts->work, acts->dgauss_sum, 0, g->geo_w, g->geo_b, acts->geo,
                     acts->gauss_sum, p->geo_w, (int)batch->A, G, C);
-    linear_backward(&acts->work, acts->dmlp_hidden, 0, g->mlp2_w, g->mlp2_b, acts->dmlp_out,
+    linear_backward(&acts->work, acts->mlp_hidden, 0, g->mlp2_w, g->mlp2_b, acts->dmlp_out,
                     acts->mlp_hidden, p->mlp2_w, Q, G, H);
 #pragma omp parallel for schedule(static)
     for (int q = 0; q < Q; q++) {
         size_t at = (size_t)q * G;
 #pragma omp simd
         for (int k = 0; k < G; k++) {  // forward: mlp_hidden = gelu(mlp_pre)
-            acts->mlp_pre[at + k] = acts->dmlp_hidden[at + k] * gelu_slope(acts->mlp_pre[at + k]);
+            acts->mlp_pre[at + k] = acts->mlp_hidden[at + k] * gelu_slope(acts->mlp_pre[at + k]);
         }
     }
-    linear_backward(&acts->work, acts->dmlp_hidden, 0, g->mlp1_w, g->mlp1_b, acts->mlp_pre,
+    linear_backward(&acts->work, acts->mlp_hidden, 0, g->mlp1_w, g->mlp1_b, acts->mlp_pre,
                     acts->gauss, p->mlp1_w, Q, G, G);
     gauss_backward(acts, model, batch);
 }
@@ -1792,16 +1807,15 @@ static void gelu_forward(float *out, const float *pre, const Work *w, const Batc
     dropout_rows(out, w, batch, n, p, draws, purpose);
 }
 
-// dpre = mask * dout * gelu'(pre). dpre may be dout.
-static void gelu_backward(float *dpre, float *dout, const float *pre, const Work *w,
-                          const Batch *batch, int n, double p, const Draws *draws,
-                          uint32_t purpose) {
-    dropout_rows(dout, w, batch, n, p, draws, purpose);
+// d, the gradient of out, becomes that of pre: mask * d * gelu'(pre).
+static void gelu_backward(float *d, const float *pre, const Work *w, const Batch *batch, int n,
+                          double p, const Draws *draws, uint32_t purpose) {
+    dropout_rows(d, w, batch, n, p, draws, purpose);
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < batch->T; t++) {
         size_t at = t * (size_t)n;
 #pragma omp simd
-        for (int c = 0; c < n; c++) dpre[at + c] = dout[at + c] * gelu_slope(pre[at + c]);
+        for (int c = 0; c < n; c++) d[at + c] *= gelu_slope(pre[at + c]);
     }
 }
 
@@ -1997,18 +2011,18 @@ static void layer_backward(Acts *a, Model *model, const Batch *batch, const Drop
                            a->norm2_hat + tc, a->norm2_rstd + lt, p->norm2_w, batch, C, path, draws,
                            l, 1);
     gelu_forward(a->ffn_hidden, a->ffn_pre + tf, w, batch, F, drop->activation, draws, purpose);
-    linear_backward(w, a->dffn, 0, g->ffn2_w, g->ffn2_b, a->branch, a->ffn_hidden, p->ffn2_w, T, F,
-                    C);
-    gelu_backward(a->dffn, a->dffn, a->ffn_pre + tf, w, batch, F, drop->activation, draws, purpose);
+    linear_backward(w, a->ffn_hidden, 0, g->ffn2_w, g->ffn2_b, a->branch, a->ffn_hidden, p->ffn2_w,
+                    T, F, C);
+    gelu_backward(a->ffn_hidden, a->ffn_pre + tf, w, batch, F, drop->activation, draws, purpose);
     norm_restore(a->mid, a->norm1_hat + tc, p->norm1_w, p->norm1_b, batch, C);
-    linear_backward(w, a->dmid, 1, g->ffn1_w, g->ffn1_b, a->dffn, a->mid, p->ffn1_w, T, C, F);
+    linear_backward(w, a->dmid, 1, g->ffn1_w, g->ffn1_b, a->ffn_hidden, a->mid, p->ffn1_w, T, C, F);
     // forward: mid = LN1(x + out(attention(qkv(x))))
     residual_norm_backward(a->dx, a->branch, g->norm1_w, g->norm1_b, a->norm_parts, a->dmid,
                            a->norm1_hat + tc, a->norm1_rstd + lt, p->norm1_w, batch, C, path, draws,
                            l, 0);
-    linear_backward(w, a->dcontext, 0, g->out_w, g->out_b, a->branch, a->context + tc, p->out_w, T,
-                    C, C);
-    attention_backward(qkv, a->dbias, a->dcontext, prob, qkv, w, batch, C, c->heads,
+    linear_backward(w, a->context + tc, 0, g->out_w, g->out_b, a->branch, a->context + tc, p->out_w,
+                    T, C, C);
+    attention_backward(qkv, a->dbias, a->context + tc, prob, qkv, w, batch, C, c->heads,
                        drop->attention, draws, l);
     layer_input(a, model, batch, drop, draws, l);
     linear_backward(w, a->dx, 1, g->q_w, g->q_b, qkv, a->x, p->q_w, T, C, 3 * C);
@@ -2179,15 +2193,14 @@ typedef struct {
     float *logits;        // (P, outputs) copied there if not NULL
 } PairHead;
 
-// One atom's row of pairs. U = pair_row (R, width) of atom i; c (N, R) of row stride 6 R; dc (N, R)
-// is added to.
+// One atom's row of pairs. U (R, width) of atom i and its gradient dU; c (N, R) of row stride 6 R;
+// dc (N, R) is added to.
 static double pair_head_row(Acts *a, const PairHead *head, const Batch *batch, size_t b, int i,
-                            float *dc, float *scratch) {
+                            const float *U, float *dU, float *dc, float *scratch) {
     int N = batch->n_atoms[b], width = round_up(head->outputs, VEC), stride = 6 * PAIR_WIDTH;
     size_t atom = (size_t)batch->atom_start[b] + (size_t)i;
     const float *c =
         a->pair_map + (atom - (size_t)i) * (size_t)stride + (head->map + 1) * PAIR_WIDTH;
-    const float *U = a->pair_row + atom * (size_t)(PAIR_WIDTH * width);
     float *logits = scratch, *ut = logits + (size_t)N * width, *part = ut + width * PAIR_WIDTH;
     small_product(logits, width, c, stride, 1, U, width, N, width, PAIR_WIDTH);
     for (int j = 0; j < N; j++)
@@ -2200,8 +2213,7 @@ static double pair_head_row(Acts *a, const PairHead *head, const Batch *batch, s
     double loss = head->loss(logits, width, batch, b, i, head->scale);
     if (!head->dweight) return loss;
     // forward: logits (N, width) = c (N, R) @ U (R, width) + bias
-    small_product(a->dpair_row + atom * (size_t)(PAIR_WIDTH * width), width, c, 1, stride, logits,
-                  width, PAIR_WIDTH, width, N);
+    small_product(dU, width, c, 1, stride, logits, width, PAIR_WIDTH, width, N);
     copy_transposed(ut, PAIR_WIDTH, U, width, PAIR_WIDTH, head->outputs);
     small_product(part, PAIR_WIDTH, logits, width, 1, ut, PAIR_WIDTH, N, PAIR_WIDTH, head->outputs);
     for (int k = 0; k < N * PAIR_WIDTH; k++) dc[k] += part[k];
@@ -2212,39 +2224,60 @@ static double pair_head_row(Acts *a, const PairHead *head, const Batch *batch, s
     return loss;
 }
 
+// The molecules b0..b1-1: row_loss of their atoms, and if head->dweight the gradients of their
+// pair maps and dpair_weight, which is added to from the second group on.
+static void pair_head_group(Acts *a, const PairHead *head, const Batch *batch, size_t b0,
+                            size_t b1) {
+    enum { R = PAIR_WIDTH };
+    int width = round_up(head->outputs, VEC), columns = R * width;
+    size_t first = (size_t)batch->atom_start[b0];
+    int atoms = batch->atom_start[b1] - batch->atom_start[b0];
+    const float *r = a->pair_map + first * 6 * R + head->map * R;
+    float *dr = a->dpair_map + first * 6 * R + head->map * R;
+    gemm(&a->work, 0, 0, atoms, columns, R, r, 6 * R, a->pair_weight, columns, NULL, 0, a->pair_row,
+         columns);
+#pragma omp parallel for schedule(dynamic)
+    for (size_t b = b0; b < b1; b++) {
+        int N = batch->n_atoms[b];
+        size_t a0 = (size_t)batch->atom_start[b];
+        float *dc = work_thread(&a->work), *scratch = dc + (size_t)N * R;
+        memset(dc, 0, sizeof(float) * (size_t)N * R);
+        for (int i = 0; i < N; i++) {
+            size_t at = (a0 - first + (size_t)i) * (size_t)columns;
+            a->row_loss[a0 + (size_t)i] = pair_head_row(a, head, batch, b, i, a->pair_row + at,
+                                                        a->dpair_row + at, dc, scratch);
+        }
+        for (int j = 0; j < N && head->dweight; j++)
+            memcpy(a->dpair_map + (a0 + (size_t)j) * 6 * R + (head->map + 1) * R,
+                   dc + (size_t)j * R, sizeof(float) * R);
+    }
+    if (!head->dweight) return;
+    gemm(&a->work, 0, 1, atoms, R, columns, a->dpair_row, columns, a->pair_weight, columns, NULL, 0,
+         dr, 6 * R);  // forward: U = r @ pair_weight
+    gemm(&a->work, 1, 0, R, columns, atoms, r, 6 * R, a->dpair_row, columns, NULL, b0 > 0,
+         a->dpair_weight, columns);
+}
+
 // Sum of a relation head's losses; its gradients, and those of its pair maps, if head->dweight.
 // A linear map of an outer product is bilinear: U_i = r_i W (R, width) once per atom, then U_i c_j
 // per pair - 1/32 of the arithmetic of forming the 1024-vectors.
 static double pair_head(Acts *a, const PairHead *head, const Batch *batch) {
     enum { R = PAIR_WIDTH };
-    int width = round_up(head->outputs, VEC), columns = R * width, A = (int)batch->A;
-    const float *r = a->pair_map + head->map * R;
+    int width = round_up(head->outputs, VEC), A = (int)batch->A;
 #pragma omp parallel for schedule(static)
     for (int ab = 0; ab < R * R; ab++)  // pair_weight[a][b][k] = weight[k][32 a + b]
         for (int k = 0; k < width; k++)
             a->pair_weight[(size_t)ab * width + k] =
                 k < head->outputs ? head->weight[(size_t)k * R * R + ab] : 0.0f;
-    gemm(&a->work, 0, 0, A, columns, R, r, 6 * R, a->pair_weight, columns, NULL, 0, a->pair_row,
-         columns);
-#pragma omp parallel for schedule(dynamic)
-    for (size_t b = 0; b < batch->B; b++) {
-        int N = batch->n_atoms[b];
-        size_t a0 = (size_t)batch->atom_start[b];
-        float *dc = work_thread(&a->work), *scratch = dc + (size_t)N * R;
-        memset(dc, 0, sizeof(float) * (size_t)N * R);
-        for (int i = 0; i < N; i++)
-            a->row_loss[a0 + (size_t)i] = pair_head_row(a, head, batch, b, i, dc, scratch);
-        for (int j = 0; j < N && head->dweight; j++)
-            memcpy(a->dpair_map + (a0 + (size_t)j) * 6 * R + (head->map + 1) * R,
-                   dc + (size_t)j * R, sizeof(float) * R);
+    for (size_t b = 0, end; b < batch->B; b = end) {
+        int limit = batch->atom_start[b] + PAIR_GROUP;
+        for (end = b + 1; end < batch->B && batch->atom_start[end + 1] <= limit; end++) {
+        }
+        pair_head_group(a, head, batch, b, end);
     }
     double loss = 0;
     for (int i = 0; i < A; i++) loss += a->row_loss[i];
     if (!head->dweight) return loss;
-    gemm(&a->work, 0, 1, A, R, columns, a->dpair_row, columns, a->pair_weight, columns, NULL, 0,
-         a->dpair_map + head->map * R, 6 * R);  // forward: U = r @ pair_weight
-    gemm(&a->work, 1, 0, R, columns, A, r, 6 * R, a->dpair_row, columns, NULL, 0, a->dpair_weight,
-         columns);
 #pragma omp parallel for schedule(static)
     for (int k = 0; k < head->outputs; k++)
         for (int ab = 0; ab < R * R; ab++)

@@ -814,13 +814,15 @@ static void test_linear(void) {
     rig_open(&rig, 0, 1);
     const LayerTensors *p = &rig.model.p.layer[0];
     int T = (int)rig.batch.T, C = rig.model.config.dim, F = rig.model.config.ffn;
-    weights_into(rig.acts.dffn, (size_t)T * F);
+    float *dout = xmalloc((size_t)T * F, sizeof *dout);
+    weights_into(dout, (size_t)T * F);
     run_linear(&rig);
     linear_backward(&rig.acts.work, rig.acts.dx, 0, rig.model.g.layer[0].ffn1_w,
-                    rig.model.g.layer[0].ffn1_b, rig.acts.dffn, rig.acts.x, p->ffn1_w, T, C, F);
+                    rig.model.g.layer[0].ffn1_b, dout, rig.acts.x, p->ffn1_w, T, C, F);
     test_parameter(&rig, run_linear, p->ffn1_w, "linear: weight");
     test_parameter(&rig, run_linear, p->ffn1_b, "linear: bias");
     test_gradient(&rig, run_linear, rig.acts.x, rig.acts.dx, (size_t)T * C, STEP, "linear: input");
+    free(dout);
     rig_close(&rig);
 }
 
@@ -881,10 +883,12 @@ static void test_gelu(void) {
     rig_open(&rig, 0, 1);
     int F = rig.model.config.ffn;
     size_t n = rig.batch.T * (size_t)F;
-    weights_into(rig.acts.dffn, n);
-    gelu_backward(rig.acts.dffn, rig.acts.dffn, rig.acts.ffn_pre, &rig.acts.work, &rig.batch, F,
-                  rig.drop.activation, &rig.draws, RNG_ACTIVATION_DROP);
-    test_gradient(&rig, run_gelu, rig.acts.ffn_pre, rig.acts.dffn, n, STEP, "gelu and dropout");
+    float *d = xmalloc(n, sizeof *d);
+    weights_into(d, n);
+    gelu_backward(d, rig.acts.ffn_pre, &rig.acts.work, &rig.batch, F, rig.drop.activation,
+                  &rig.draws, RNG_ACTIVATION_DROP);
+    test_gradient(&rig, run_gelu, rig.acts.ffn_pre, d, n, STEP, "gelu and dropout");
+    free(d);
     rig.draws.active = 0;
     run_gelu(&rig);
     double worst = 0;
@@ -937,17 +941,17 @@ static void test_attention(void) {
     Acts *a = &rig.acts;
     int C = rig.model.config.dim, H = rig.model.config.heads;
     size_t n = rig.batch.T * (size_t)C;
-    weights_into(a->dcontext, n);
+    weights_into(a->dmid, n);
     memset(a->dbias, 0, rig.batch.W * (size_t)H * sizeof *a->dbias);
     run_attention(&rig);
     float *dqkv = xmalloc(3 * n, sizeof *dqkv), *qkv = xmalloc(3 * n, sizeof *qkv);
-    attention_backward(dqkv, a->dbias, a->dcontext, a->prob, a->qkv, &a->work, &rig.batch, C, H,
+    attention_backward(dqkv, a->dbias, a->dmid, a->prob, a->qkv, &a->work, &rig.batch, C, H,
                        rig.drop.attention, &rig.draws, 0);
     test_gradient(&rig, run_attention, a->qkv, dqkv, 3 * n, STEP, "attention: q, k, v");
     test_gradient(&rig, run_attention, a->bias, a->dbias, rig.batch.W * (size_t)H, STEP,
                   "attention: bias");
     memcpy(qkv, a->qkv, 3 * n * sizeof *qkv);
-    attention_backward(qkv, a->dbias, a->dcontext, a->prob, qkv, &a->work, &rig.batch, C, H,
+    attention_backward(qkv, a->dbias, a->dmid, a->prob, qkv, &a->work, &rig.batch, C, H,
                        rig.drop.attention, &rig.draws, 0);
     test_check(memcmp(qkv, dqkv, 3 * n * sizeof *qkv) == 0, "attention: backward in place");
     free(dqkv);

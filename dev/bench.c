@@ -64,8 +64,8 @@ static double fma_peak(int threads) {
 
 static Work bench_work(int widest) {
     Work w = {thread_count(), NULL, NULL, NULL, 0};
-    w.packed_a = xmalloc((size_t)w.threads * MC * KC, sizeof(float));
-    w.packed_b = xmalloc((size_t)round_up(widest, NR) * KC, sizeof(float));
+    w.packed_a = floats_alloc((size_t)w.threads * MC * KC);
+    w.packed_b = floats_alloc((size_t)round_up(widest, NR) * KC);
     return w;
 }
 
@@ -75,7 +75,7 @@ static void bench_gemm(double peak) {
                                     {64, 256, 256}};
     static const char *const names[] = {"X W^T", "dY W", "dY^T X"};
     Work w = bench_work(2304);
-    float *A = xmalloc(1 << 22, 4), *B = xmalloc(1 << 22, 4), *C = xmalloc(1 << 22, 4);
+    float *A = floats_alloc(1 << 22), *B = floats_alloc(1 << 22), *C = floats_alloc(1 << 22);
     for (int k = 0; k < 1 << 22; k++) A[k] = (float)(k % 7) - 3, B[k] = (float)(k % 5) - 2;
     printf("  gemm  M    N    K            ");
     for (int mode = 0; mode < 3; mode++) printf("  %8s GFLOP/s", names[mode]);

@@ -4,6 +4,7 @@
     python3 dev/torch_moleblend.py --golden FILE.safetensors... [--float64]
     python3 dev/torch_moleblend.py --bench train.bin [--size base --batch 64 --threads 1 --steps 10]
                                    [--inference] [--compile] [--sdpa] [--beside ./moleblend]
+                                   [--official FOLDER]
     python3 dev/torch_moleblend.py --evaluate valid.bin --model moleblend.safetensors
 
 Everything is dense, as in the official code: molecules are padded to the longest of the batch, the
@@ -626,6 +627,14 @@ class Worst:
             self.rows[family] = (error, what)
 
 
+def make_encoder(cfg, official, heads=True):
+    """Ours, or that of the release in the folder `official`."""
+    if not official:
+        return MoleculeEncoder(cfg, heads)
+    from official import official_encoder
+    return official_encoder(official, cfg, heads)
+
+
 def golden_molecules(tensors, count, labels):
     get = lambda i, key: tensors.get(f"mol/{i}/{key}")
     return [Molecule(get(i, "atom_feat").astype("i8"), get(i, "bonds"),
@@ -634,7 +643,7 @@ def golden_molecules(tensors, count, labels):
                      get(i, "blend"), get(i, "feat_blend")) for i in range(count)]
 
 
-def check_golden(path, dtype):
+def check_golden(path, dtype, official=None):
     """Runs one golden file and prints the largest error of each family. True if all are small."""
     from safetensors import safe_open
     with safe_open(path, "np") as f:
@@ -651,7 +660,7 @@ def check_golden(path, dtype):
         losses_of = lambda out: finetuning_loss(out, batch["labels"], meta["task"], mean,
                                                 std).view(1)
     else:
-        model = MoleculeEncoder(cfg)
+        model = make_encoder(cfg, official)
         losses_of = lambda out: pretraining_losses(out, batch)
     model.eval()  # every dropout is off in these files
     padded = {f"{name}.weight" for name, module in model.named_modules()
@@ -774,9 +783,10 @@ def bench(options):
         draw(batch)
     atoms = sum(int(b["mask"].sum()) for b in batches) / (len(batches) * options.batch)
     longest = sum(b["mask"].shape[1] for b in batches) / len(batches)
-    model = MoleculeEncoder(cfg, heads=not options.inference)
+    model = make_encoder(cfg, options.official, heads=not options.inference)
     parameters = list(model.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0, fused=True)
+    fused = {"fused": True} if int(torch.__version__.split(".")[0]) > 1 else {}
+    optimiser = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0, **fused)
 
     def train_step(batch):
         optimiser.zero_grad()
@@ -807,7 +817,7 @@ def bench(options):
     what = ["inference" if options.inference else "training", options.size,
             f"batch {options.batch}", f"{torch.get_num_threads()} threads",
             f"{atoms:.1f} atoms a molecule (padded to {longest:.1f})"]
-    what += [name for name in ("compile", "sdpa") if getattr(options, name)]
+    what += [name for name in ("compile", "sdpa", "official") if getattr(options, name)]
     print(f"{', '.join(what)}: median {1000 * median:.0f} ms a batch, "
           f"{options.batch / median:.1f} molecules/s (best {options.batch / timed[0]:.1f}), "
           f"peak memory {peak_memory_mb():.0f} MB, torch {torch.__version__}", flush=True)
@@ -867,6 +877,8 @@ def main():
     task.add_argument("--golden", nargs="+", metavar="FILE", help="check against golden files")
     task.add_argument("--bench", metavar="DATA", help="time training steps on a dataset")
     task.add_argument("--evaluate", metavar="DATA", help="losses of a checkpoint on a dataset")
+    parser.add_argument("--official", metavar="FOLDER", help="use the official modules, from a "
+                        "clone of the release in FOLDER (see official.py)")
     parser.add_argument("--model", metavar="FILE", help="checkpoint for --evaluate")
     parser.add_argument("--float64", action="store_true", help="compute --golden in float64")
     parser.add_argument("--size", choices=SIZES, default="base")
@@ -891,7 +903,7 @@ def main():
         torch.set_num_threads(options.threads)
     if options.golden:
         dtype = torch.float64 if options.float64 else torch.float32
-        if not all([check_golden(path, dtype) for path in options.golden]):
+        if not all([check_golden(path, dtype, options.official) for path in options.golden]):
             raise SystemExit(1)
     elif options.bench:
         bench(options)
