@@ -45,6 +45,9 @@ data_prep: data_prep.c moleblend.h Makefile
 build/test: test.c moleblend.c data_prep.c moleblend.h Makefile
 	$(CC) $(ALL) test.c -o $@ $(LIBS)
 
+build/bench_openblas: dev/bench.c moleblend.c moleblend.h Makefile
+	$(CC) $(ALL) -DOPENBLAS dev/bench.c -o $@ $(LIBS) -lopenblas
+
 build/bench: dev/bench.c moleblend.c moleblend.h Makefile
 	$(CC) $(ALL) dev/bench.c -o $@ $(LIBS)
 

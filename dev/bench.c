@@ -2,6 +2,8 @@
 //
 //   make bench                        all tables below
 //   build/bench peak|gemm|step|small|base|growth
+//   make build/bench_openblas && build/bench_openblas gemm     the products, and OpenBLAS' next to
+//                                                              them (needs libopenblas-dev)
 //
 // Each figure is the best of several repetitions; shares are of the peak measured in the same run.
 // Useful arithmetic of a step: 3 passes (forward, input gradient, weight gradient) of 2 operations
@@ -15,11 +17,18 @@
 #define MOLEBLEND_TEST
 #include "../moleblend.c"
 
+#ifdef OPENBLAS
+#include <cblas.h>
+#endif
+
 static void use_threads(int n) {
 #ifdef _OPENMP
     omp_set_num_threads(n);
 #else
     (void)n;
+#endif
+#ifdef OPENBLAS
+    openblas_set_num_threads(n);
 #endif
 }
 
@@ -69,31 +78,58 @@ static Work bench_work(int widest) {
     return w;
 }
 
+// Shapes (M, N, K) of products: encoder layers of `base` and `small`, the edge head's.
+static const int SHAPES[][3] = {{1024, 768, 768}, {1024, 2304, 768}, {256, 768, 768},
+                                {64, 768, 768},   {16, 768, 768},    {960, 256, 256},
+                                {64, 256, 256},   {128, 4096, 32},   {128, 32, 4096}};
+enum { N_SHAPES = sizeof SHAPES / sizeof SHAPES[0], MODES = 3 };
+static const char *const MODE_NAMES[MODES] = {"X W^T", "dY W", "dY^T X"};
+
+// One product, by gemm() or (ours = 0) by OpenBLAS.
+static void one_product(int ours, const Work *w, int mode, const int shape[3], const float *A,
+                        const float *B, float *C) {
+    int M = shape[0], N = shape[1], K = shape[2], ta = mode == 2, tb = mode == 0;
+    if (ours) gemm(w, ta, tb, M, N, K, A, ta ? M : K, B, tb ? K : N, NULL, 0, C, N);
+#ifdef OPENBLAS
+    if (!ours)
+        cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
+                    M, N, K, 1, A, ta ? M : K, B, tb ? K : N, 0, C, N);
+#endif
+}
+
+// GFLOP/s of the fastest of many repetitions.
+static double product_rate(int ours, const Work *w, int mode, const int shape[3], const float *A,
+                           const float *B, float *C) {
+    double flops = 2.0 * shape[0] * shape[1] * shape[2], best = 1e9;
+    for (int r = 0; r < (int)(3e9 / flops) + 3; r++) {
+        double start = now_seconds();
+        one_product(ours, w, mode, shape, A, B, C);
+        best = fmin(best, now_seconds() - start);
+    }
+    return flops / best / 1e9;
+}
+
 static void bench_gemm(double peak) {
-    static const int shapes[][3] = {{1024, 768, 768}, {1024, 2304, 768}, {256, 768, 768},
-                                    {64, 768, 768},   {16, 768, 768},    {960, 256, 256},
-                                    {64, 256, 256}};
-    static const char *const names[] = {"X W^T", "dY W", "dY^T X"};
-    Work w = bench_work(2304);
+    Work w = bench_work(4096);
     float *A = floats_alloc(1 << 22), *B = floats_alloc(1 << 22), *C = floats_alloc(1 << 22);
     for (int k = 0; k < 1 << 22; k++) A[k] = (float)(k % 7) - 3, B[k] = (float)(k % 5) - 2;
     printf("  gemm  M    N    K            ");
-    for (int mode = 0; mode < 3; mode++) printf("  %8s GFLOP/s", names[mode]);
+    for (int mode = 0; mode < MODES; mode++) printf("  %8s GFLOP/s", MODE_NAMES[mode]);
     printf("\n");
-    for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++) {
-        int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2];
-        printf("    %5d %4d %4d            ", M, N, K);
-        for (int mode = 0; mode < 3; mode++) {
-            int ta = mode == 2, tb = mode == 0, repeats = (int)(3e9 / (2.0 * M * N * K)) + 3;
-            double best = 1e9;
-            for (int r = 0; r < repeats; r++) {
-                double start = now_seconds();
-                gemm(&w, ta, tb, M, N, K, A, ta ? M : K, B, tb ? K : N, NULL, 0, C, N);
-                best = fmin(best, now_seconds() - start);
-            }
-            double rate = 2.0 * M * N * K / best / 1e9;
+    for (int s = 0; s < N_SHAPES; s++) {
+        printf("    %5d %4d %4d            ", SHAPES[s][0], SHAPES[s][1], SHAPES[s][2]);
+        for (int mode = 0; mode < MODES; mode++) {
+            double rate = product_rate(1, &w, mode, SHAPES[s], A, B, C);
             printf("     %5.0f (%3.0f %%)", rate, 100 * rate / peak);
         }
+#ifdef OPENBLAS
+        printf("   OpenBLAS");
+        for (int mode = 0; mode < MODES; mode++) {
+            double theirs = product_rate(0, &w, mode, SHAPES[s], A, B, C);
+            double rate = product_rate(1, &w, mode, SHAPES[s], A, B, C);  // once more, beside it
+            printf("  %5.0f (ours %.2f x)", theirs, rate / theirs);
+        }
+#endif
         printf("\n");
     }
     free(A), free(B), free(C), free(w.packed_a), free(w.packed_b);
