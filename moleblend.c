@@ -1165,22 +1165,25 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
     X(norm2_hat, L *T *C)                                                                          \
     X(norm2_rstd, L *T)
 
-// Scratch of both passes: gradients, and what is used up at once.
+// Used by the encoder and the heads: gradients, and what is used up at once.
 #define SCRATCH_ARRAYS(X)                                                                          \
     X(x, T *C)                               /* input of a layer; in the end the output */         \
-    X(mid, T *C)                             /* between attention and feed-forward */              \
-    X(branch, T *C)                          /* output of a residual branch, and its gradient */   \
-    X(ffn_hidden, T *F)                      /* and its gradient */                                \
     X(dx, T *C)                                                                                    \
-    X(dmid, T *C)                                                                                  \
+    X(branch, T *C)                          /* output of a residual branch, and its gradient */   \
     X(dbias, W *H)                                                                                 \
+    X(norm_parts, (T / NORM_ROWS + 1) * 2 * Widest)
+
+// Of the encoder alone, before the heads and again after them; they stand where HEAD_ARRAYS do.
+#define ENCODER_ARRAYS(X)                                                                          \
+    X(mid, T *C)                             /* between attention and feed-forward */              \
+    X(dmid, T *C)                                                                                  \
+    X(ffn_hidden, T *F)                      /* and its gradient */                                \
     X(geo, A *C)                             /* (A, C) 3D structure, and its gradient */           \
     X(dgauss_sum, A *G)                                                                            \
     X(dmlp_out, P *H)                                                                              \
     X(dgauss_const, A * 2 * G)               /* per atom: d mean, d s */                           \
     X(ddistance, P)                          /* gradient of a pair's Gaussian argument x */        \
-    X(dpath_bias, PATH_BONDS *PATH_CODES *H)                                                       \
-    X(norm_parts, (T / NORM_ROWS + 1) * 2 * Widest)
+    X(dpath_bias, PATH_BONDS *PATH_CODES *H)
 
 // Of the heads, which run forward and backward in one go.
 #define HEAD_ARRAYS(X)                                                                             \
@@ -1198,16 +1201,15 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
     X(pair_dbias, A *PairWidth)                                                                    \
     X(d3_weight, 3 * R *R)                   /* the 3D head's four maps as one */                  \
     X(dd3_weight, 3 * R *R)                                                                        \
-    X(noise_qkv, A * 3 * C)                                                                        \
-    X(noise_dqkv, A * 3 * C)                                                                       \
+    X(noise_qkv, A * 3 * C)                  /* and its gradient */                                \
     X(noise_prob, W *H)                                                                            \
     X(noise_force, A *H * 3)                 /* (A, H, 3) w_a . v of a head's channels */          \
     X(noise_dforce, A *H * 3)                                                                      \
     X(noise_part, A *H * 3)                  /* (A, H, 3) a head's share of the output */          \
     X(noise_out, A * 3)                                                                            \
     X(noise_dout, A * 3)                                                                           \
-    X(head_pre, T *C)                        /* fine-tuning head */                                \
-    X(head_hidden, T *C)                                                                           \
+    X(head_pre, Y > 0 ? T *C : 0)            /* fine-tuning head */                                \
+    X(head_hidden, Y > 0 ? T *C : 0)                                                               \
     X(head_out, T *Y)                                                                              \
     X(dhead_out, T *Y)
 
@@ -1220,6 +1222,7 @@ typedef struct {
 #define X(field, count) float *field;
     SAVED_ARRAYS(X)
     SCRATCH_ARRAYS(X)
+    ENCODER_ARRAYS(X)
     HEAD_ARRAYS(X)
 #undef X
     double *row_loss;     // (A) losses of an atom's row of pairs
@@ -1229,7 +1232,7 @@ typedef struct {
 } Acts;
 
 // Points the arrays of acts into memory from `at` on (NULL: only counts); returns the floats used.
-static size_t acts_place(Acts *acts, float *at, Config c, Sizes s, int with_heads) {
+static size_t acts_place(Acts *acts, float *at, Config c, Sizes s) {
     const size_t L = (size_t)c.layers, C = (size_t)c.dim, F = (size_t)c.ffn, H = (size_t)c.heads;
     const size_t G = (size_t)c.kernels, Y = (size_t)c.tasks, R = PAIR_WIDTH;
     const size_t T = s.T, A = s.A, P = s.P, W = s.W;
@@ -1243,11 +1246,13 @@ static size_t acts_place(Acts *acts, float *at, Config c, Sizes s, int with_head
     }
     SAVED_ARRAYS(X)
     SCRATCH_ARRAYS(X)
-    if (with_heads) {
-        HEAD_ARRAYS(X)
-    }
+    const size_t shared = used;
+    ENCODER_ARRAYS(X)
+    const size_t encoder_end = used;
+    used = shared;
+    HEAD_ARRAYS(X)
 #undef X
-    return used;
+    return max_size(used, encoder_end);
 }
 
 // Widest packed operand of any gemm() of this model.
@@ -1262,7 +1267,7 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
     *acts = (Acts){0};
     CHECK(room.P < SIZE_MAX / 4096 && (double)room.W * c.heads * c.layers < 1e12,
           "a batch of %zu molecules with %zu atoms is too large", room.B, room.A);
-    size_t count = acts_place(acts, NULL, c, room, 1);
+    size_t count = acts_place(acts, NULL, c, room);
     acts->memory = floats_alloc(count);
     acts->row_loss = xmalloc(room.A, sizeof *acts->row_loss);
     size_t width = (size_t)bias_width((int)room.N), D = (size_t)round_up(c.dim / c.heads, VEC);
@@ -2032,7 +2037,7 @@ static void layer_backward(Acts *a, Model *model, const Batch *batch, const Drop
 static void encoder_forward(Acts *a, const Model *model, const Batch *batch, const Dropout *drop,
                             const Draws *draws) {
     Sizes s = {batch->B, batch->T, batch->A, batch->P, batch->W, (size_t)batch->N};
-    acts_place(a, a->memory, model->config, s, 1);
+    acts_place(a, a->memory, model->config, s);
     path_bias_forward(a, model);
     geometry_forward(a, model, batch);
     bias_forward(a, model, batch);
@@ -2395,7 +2400,7 @@ static double noise_loss(Acts *a, const Batch *batch, double scale) {
     return loss;
 }
 
-// One head's backward task: from noise_dout to dqkv, dbias and noise_dforce.
+// One head's backward task: from noise_dout to dbias, noise_dforce, and dq and dk in place of q, k.
 static void noise_task_backward(Acts *a, const Model *model, const Batch *batch, size_t b, int h,
                                 double p, const Draws *draws) {
     int C = model->config.dim, H = model->config.heads, D = C / H;
@@ -2404,9 +2409,8 @@ static void noise_task_backward(Acts *a, const Model *model, const Batch *batch,
     size_t slice = a0 * 3 * (size_t)C + (size_t)h * D, share = 3 * (a0 * (size_t)H + (size_t)h * N);
     HeadTask task = noise_task(batch, C, H, b, h, p, draws);
     const float *direction = batch->direction + 3 * batch->pair_start[b];
-    const float *dout = a->noise_dout + 3 * a0, *q = a->noise_qkv + slice;
-    const float *force = a->noise_force + share;
-    float *dforce = a->noise_dforce + share, *dqkv = a->noise_dqkv + slice;
+    const float *dout = a->noise_dout + 3 * a0, *force = a->noise_force + share;
+    float *dforce = a->noise_dforce + share, *q = a->noise_qkv + slice, *k = q + C;
     float *dscore = work_thread(&a->work), *dropped = dscore + (size_t)N * W;
     float *scratch = dropped + (size_t)N * W;
     memset(dscore, 0, sizeof(float) * (size_t)N * W);
@@ -2423,45 +2427,48 @@ static void noise_task_backward(Acts *a, const Model *model, const Batch *batch,
             for (int j = 0; j < N; j++)
                 dforce[(size_t)axis * N + j] += dout[3 * i + axis] * dropped[(size_t)i * W + j] *
                                                 direction[axis * plane + (size_t)i * N + j];
-    for (int j = 0; j < N; j++)
-        for (int d = 0; d < D; d++) {  // forward: force_a(j) = w_a . v_j
-            float sum = 0;
-            for (int axis = 0; axis < 3; axis++)
-                sum += dforce[(size_t)axis * N + j] *
-                       model->p.noise_axis1_w[(size_t)axis * C + (size_t)h * D + d];
-            dqkv[(size_t)j * 3 * C + 2 * C + d] = sum;
+    attention_qk_backward(q, k, dscore, q, k, &task, scratch);
+}
+
+// Head h's part of force_a(j) = w_a . v_j: dw_a = sum over atoms of dforce_a(j) v_j, and
+// dv_j = sum over a of dforce_a(j) w_a in place of v_j.
+static void noise_force_backward(Acts *a, Model *model, const Batch *batch, int h) {
+    int C = model->config.dim, H = model->config.heads, D = C / H;
+    const float *w = model->p.noise_axis1_w + (size_t)h * D;
+    float *dw = model->g.noise_axis1_w + (size_t)h * D;
+    for (int axis = 0; axis < 3; axis++) memset(dw + axis * C, 0, sizeof(float) * (size_t)D);
+    for (size_t b = 0; b < batch->B; b++) {
+        size_t a0 = (size_t)batch->atom_start[b], N = (size_t)batch->n_atoms[b];
+        const float *dforce = a->noise_dforce + 3 * (a0 * (size_t)H + (size_t)h * N);
+        for (size_t j = 0; j < N; j++) {
+            float *v = a->noise_qkv + (3 * (a0 + j) + 2) * (size_t)C + (size_t)h * D;
+            for (int d = 0; d < D; d++) {
+                float dv = 0;
+                for (int axis = 0; axis < 3; axis++) {
+                    dw[axis * C + d] += dforce[axis * N + j] * v[d];
+                    dv += dforce[axis * N + j] * w[axis * C + d];
+                }
+                v[d] = dv;
+            }
         }
-    attention_qk_backward(dqkv, dqkv + C, dscore, q, q + C, &task, scratch);
+    }
 }
 
 // From noise_dout (A, 3): adds to dhidden and dbias, stores the head's parameter gradients.
 static void noise_head_backward(Acts *a, Model *model, const Batch *batch, double p,
                                 const Draws *draws) {
-    int C = model->config.dim, H = model->config.heads, D = C / H;
+    int C = model->config.dim, H = model->config.heads;
 #pragma omp parallel for schedule(dynamic, 4)
     for (size_t task_id = 0; task_id < batch->B * (size_t)H; task_id++)
         noise_task_backward(a, model, batch, task_id / (size_t)H, (int)(task_id % (size_t)H), p,
                             draws);
 #pragma omp parallel for schedule(static)
-    for (int h = 0; h < H; h++) {  // dw_a = sum over atoms of dforce_a(j) v_j
-        for (int axis = 0; axis < 3; axis++) {
-            float *dw = model->g.noise_axis1_w + (size_t)axis * C + (size_t)h * D;
-            memset(dw, 0, sizeof(float) * (size_t)D);
-            for (size_t b = 0; b < batch->B; b++) {
-                size_t a0 = (size_t)batch->atom_start[b], N = (size_t)batch->n_atoms[b];
-                const float *v = a->noise_qkv + (3 * a0 + 2) * (size_t)C + (size_t)h * D;
-                const float *dforce =
-                    a->noise_dforce + 3 * (a0 * (size_t)H + (size_t)h * N) + axis * N;
-                for (size_t j = 0; j < N; j++)
-                    for (int d = 0; d < D; d++) dw[d] += dforce[j] * v[j * 3 * (size_t)C + d];
-            }
-        }
-    }
-    float sums[3],
-        *axis_b[3] = {model->g.noise_axis1_b, model->g.noise_axis2_b, model->g.noise_axis3_b};
+    for (int h = 0; h < H; h++) noise_force_backward(a, model, batch, h);
+    float *axis_b[3] = {model->g.noise_axis1_b, model->g.noise_axis2_b, model->g.noise_axis3_b};
+    float sums[3];
     column_sums(sums, a->noise_dout, 3, (int)batch->A, 3);
     for (int axis = 0; axis < 3; axis++) axis_b[axis][0] = sums[axis];
-    linear_backward(&a->work, a->dhidden, 1, model->g.noise_q_w, model->g.noise_q_b, a->noise_dqkv,
+    linear_backward(&a->work, a->dhidden, 1, model->g.noise_q_w, model->g.noise_q_b, a->noise_qkv,
                     a->hidden, model->p.noise_q_w, (int)batch->A, C, 3 * C);
 }
 

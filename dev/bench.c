@@ -230,9 +230,10 @@ static void bench_step(Config c, size_t B, int atoms, double peak, const char *n
     printf(
         "    %-8s batch %4zu, %5.1f atoms: %8.1f ms  %7.1f molecules/s  %5.2f GFLOP each  %4.0f "
         "GFLOP/s"
-        " (%2.0f %%)   forward only %7.1f molecules/s\n",
+        " (%2.0f %%)   forward only %7.1f molecules/s   memory %4.0f MB\n",
         name, B, (double)bench.batch.A / (double)B, 1e3 * best, (double)B / best,
-        3 * flops / 1e9 / (double)B, rate, 100 * rate / peak, (double)B / forward);
+        3 * flops / 1e9 / (double)B, rate, 100 * rate / peak, (double)B / forward,
+        ((double)bench.model.count * 16 + (double)bench.acts.memory_bytes) / 1e6);
     bench_close(&bench);
 }
 
