@@ -696,20 +696,20 @@ static void test_relations(void) {
 }
 
 // A model, and a batch of random molecules: one atom, two pieces, no bonds, 2D only, one of 20
-// atoms, two atoms at the same place.
+// atoms, two atoms at the same place, two larger ones (in all more than PAIR_GROUP atoms).
 typedef struct { Model model; Batch batch; Acts acts; Draws draws; Dropout drop; } Rig;
 
 static const Blend TEST_BLEND = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0};
 static const LossWeights TEST_WEIGHTS = {{0, 6, 0.1, 0.1, 0.5}};
 
 static void rig_molecule(Molecule *m, size_t b) {
-    static const int atoms[] = {1, 7, 3, 9, 20, 5}, parts[] = {1, 2, 3, 1, 1, 1};
+    static const int atoms[] = {1, 7, 3, 9, 20, 5, 49, 46}, parts[] = {1, 2, 3, 1, 1, 1, 1, 1};
     random_molecule(m, atoms[b], parts[b], b != 3, 100 + (uint32_t)b);
     if (b == 5) memcpy(m->pos, m->pos + 3, 3 * sizeof(float));
 }
 
 static void rig_open(Rig *rig, int tasks, int dropout) {
-    enum { B = 6 };
+    enum { B = 8 };
     Config c = {2, 24, 20, 3, 12, tasks};
     Molecule m = {0};
     Sizes room = {0};
@@ -1170,6 +1170,7 @@ static void test_heads(void) {
     Acts *a = &rig.acts;
     const Tensors *p = &rig.model.p;
     size_t P = rig.batch.P, n = rig.batch.T * (size_t)rig.model.config.dim;
+    test_check(rig.batch.A > PAIR_GROUP, "more than one group of atoms");
     HeadOutputs out = {xmalloc(P * SPD_CLASSES, 4), xmalloc(P * EDGE_OUTPUTS, 4),
                        xmalloc(P * 3, 4)};
     double loss[LOSSES];
