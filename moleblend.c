@@ -3225,7 +3225,7 @@ typedef struct {
 static Options opt = {
     .size = "small",
     .task = "regression",
-    .readout = "cls",
+    .readout = "mean",  // pretraining gives the graph token (cls, the release's choice) no loss
     .modality = "2d",
     .steps = 1200,
     .batch = 64,
@@ -3296,6 +3296,23 @@ static Sizes ids_sizes(const Dataset *data, const uint32_t *ids, size_t B) {
     return s;
 }
 
+// Loads molecules ids[0..B) of a dataset into the run's batch; see batch_load().
+static void run_batch(Run *run, const Dataset *data, const uint32_t *ids, size_t B,
+                      const Blend *blend, int use, const Draws *draws) {
+    run_reserve(run, ids_sizes(data, ids, B), run->model.config.tasks > 0 ? data->n_tasks : 0);
+    batch_load(&run->batch, data, ids, B, blend, use, draws);
+}
+
+// Loads the next molecules from `first` on, at most a batch, as they are for an encoder without
+// dropout; returns how many.
+static size_t run_next(Run *run, const Dataset *data, size_t first, const Blend *blend, int use,
+                       const Draws *draws) {
+    size_t B = data->count - first < (size_t)opt.batch ? data->count - first : (size_t)opt.batch;
+    for (size_t b = 0; b < B; b++) run->ids[b] = (uint32_t)(first + b);
+    run_batch(run, data, run->ids, B, blend, use, draws);
+    return B;
+}
+
 // The molecules of update `step`: sample step * batch + k is entry (sample mod n) of the
 // permutation of its epoch, so batches run across the ends of epochs and any step can be entered at
 // once.
@@ -3326,15 +3343,10 @@ static void run_plan(Run *run) {
 // Mean losses over a dataset, without dropout. Blend and noise of molecule i depend only on the
 // seed and i, so values can be compared over time and between runs.
 static void evaluate_pretraining(double mean[LOSSES], Run *run, const Dataset *data) {
-    double sum[LOSSES] = {0}, count[LOSSES] = {0};
-    uint32_t *ids = xmalloc((size_t)opt.batch, sizeof *ids);
+    double sum[LOSSES] = {0}, count[LOSSES] = {0}, loss[LOSSES];
     for (size_t i = 0; i < data->count; i += (size_t)opt.batch) {
-        size_t B = data->count - i < (size_t)opt.batch ? data->count - i : (size_t)opt.batch;
         Draws draws = {(uint64_t)opt.seed, UINT32_MAX, (uint32_t)i, 0};
-        double loss[LOSSES];
-        for (size_t b = 0; b < B; b++) ids[b] = (uint32_t)(i + b);
-        run_reserve(run, ids_sizes(data, ids, B), 0);
-        batch_load(&run->batch, data, ids, B, &opt.blend, 0, &draws);
+        run_next(run, data, i, &opt.blend, 0, &draws);
         encoder_forward(&run->acts, &run->model, &run->batch, &opt.drop, &draws);
         pretrain_heads(loss, &run->acts, &run->model, &run->batch, &opt.weights, &opt.drop, &draws,
                        0, NULL);
@@ -3345,7 +3357,6 @@ static void evaluate_pretraining(double mean[LOSSES], Run *run, const Dataset *d
             count[k] += n[k];
         }
     }
-    free(ids);
     mean[LOSS_TOTAL] = 0;
     for (int k = 1; k < LOSSES; k++) {
         mean[k] = count[k] > 0 ? sum[k] / count[k] : 0;
@@ -3359,8 +3370,7 @@ static void class_counts(double counts[SPD_CLASSES + EDGE_OUTPUTS], Run *run, co
     Draws draws = {0};
     for (int k = 0; k < SPD_CLASSES + EDGE_OUTPUTS; k++) counts[k] = 0;
     for (uint32_t i = 0; i < data->count && i < 4096; i++) {
-        run_reserve(run, ids_sizes(data, &i, 1), 0);
-        batch_load(&run->batch, data, &i, 1, NULL, USE_SPD, &draws);
+        run_batch(run, data, &i, 1, NULL, USE_SPD, &draws);
         for (size_t p = 0; p < run->batch.P; p++) {
             int class = spd_class(run->batch.spd[p]);
             if (class >= 0) counts[class] += 1;
@@ -3420,9 +3430,9 @@ static char *run_description(const Run *run) {
     Config c = run->model.config;
     text_add(&t, "layers %d dim %d ffn %d heads %d kernels %d", c.layers, c.dim, c.ffn, c.heads,
              c.kernels);
-    text_add(&t, " molecules %zu steps %lld batch %lld warmup %lld seed %lld", run->train.count,
-             (long long)opt.steps, (long long)opt.batch, (long long)run->warmup,
-             (long long)opt.seed);
+    text_add(&t, " molecules %zu data %08x steps %lld batch %lld warmup %lld seed %lld",
+             run->train.count, (unsigned)dataset_fingerprint(&run->train), (long long)opt.steps,
+             (long long)opt.batch, (long long)run->warmup, (long long)opt.seed);
     text_add(&t, " lr %g betas %g %g eps %g decay %g clip %g", opt.adam.lr, opt.adam.beta1,
              opt.adam.beta2, opt.adam.eps, opt.adam.weight_decay, opt.adam.clip);
     text_add(&t, " dropout %g %g %g %g", opt.drop.attention, opt.drop.activation, opt.drop.path,
@@ -3520,8 +3530,7 @@ static void run_step(Run *run) {
     Adam adam = opt.adam;
     adam.lr = learning_rate(opt.adam.lr, run->step, run->warmup, opt.steps);
     run_ids(run, run->step);
-    run_reserve(run, ids_sizes(&run->train, run->ids, (size_t)opt.batch), 0);
-    batch_load(&run->batch, &run->train, run->ids, (size_t)opt.batch, &opt.blend, 0, &draws);
+    run_batch(run, &run->train, run->ids, (size_t)opt.batch, &opt.blend, 0, &draws);
     pretrain_gradients(loss, &run->acts, &run->model, &run->batch, &opt.weights, &opt.drop, &draws);
     check_finite(&run->model, loss[LOSS_TOTAL], run->step + 1);
     double norm = adamw_step(&run->model, &adam, run->step + 1);
@@ -3685,21 +3694,20 @@ static void label_statistics(Finetune *ft) {
     free(sum);
 }
 
-// Predictions for molecules first..first+B-1 of a dataset: probabilities, or values in the labels'
-// units. out (B, Y).
-static void predict_batch(float *out, Run *run, const Task *task, const Dataset *data, size_t first,
-                          size_t B) {
+// Predictions for the next batch of molecules from `first` on: probabilities, or values in the
+// labels' units, out (B, Y). Returns B.
+static size_t predict_batch(float *out, Run *run, const Task *task, const Dataset *data,
+                            size_t first) {
     static const Dropout none = {0};
     Draws still = {0};
     size_t Y = (size_t)run->model.config.tasks;
-    for (size_t b = 0; b < B; b++) run->ids[b] = (uint32_t)(first + b);
-    run_reserve(run, ids_sizes(data, run->ids, B), data->n_tasks);
-    batch_load(&run->batch, data, run->ids, B, NULL, task->use, &still);
+    size_t B = run_next(run, data, first, NULL, task->use, &still);
     encoder_forward(&run->acts, &run->model, &run->batch, &none, &still);
     task_head_forward(out, &run->acts, &run->model, &run->batch, task->readout);
     for (size_t k = 0; k < B * Y; k++)
         out[k] = task->kind == TASK_CLASSIFICATION ? 1.0f / (1.0f + expf(-out[k]))
                                                    : out[k] * task->std[k % Y] + task->mean[k % Y];
+    return B;
 }
 
 // Predictions (n, Y) and labels (n, Y) of a whole dataset, in fresh memory.
@@ -3708,8 +3716,7 @@ static float *predict_all(float **labels, Run *run, const Task *task, const Data
     float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
     *labels = xmalloc(mul_size(data->count, Y), sizeof **labels);
     for (size_t i = 0; i < data->count; i += (size_t)opt.batch) {
-        size_t B = data->count - i < (size_t)opt.batch ? data->count - i : (size_t)opt.batch;
-        predict_batch(out + i * Y, run, task, data, i, B);
+        size_t B = predict_batch(out + i * Y, run, task, data, i);
         memcpy(*labels + i * Y, run->batch.labels, sizeof(float) * B * Y);
     }
     return out;
@@ -3766,8 +3773,7 @@ static double finetune_epoch(Finetune *ft, int64_t epoch, uint64_t seed) {
         Draws draws = {seed, (uint32_t)step, 0, 1};
         Adam adam = opt.adam;
         adam.lr = learning_rate(opt.adam.lr, step, warmup, steps);
-        run_reserve(run, ids_sizes(&run->train, ids, (size_t)B), run->train.n_tasks);
-        batch_load(&run->batch, &run->train, ids, (size_t)B, NULL, ft->task.use, &draws);
+        run_batch(run, &run->train, ids, (size_t)B, NULL, ft->task.use, &draws);
         double loss = finetune_gradients(logits, dlogits, &run->acts, &run->model, &run->batch,
                                          &ft->task, &opt.drop, &draws);
         check_finite(&run->model, loss, step + 1);
@@ -4054,8 +4060,7 @@ static void command_predict(const char *path) {
     }
     printf("\n");
     for (size_t i = 0; i < data.count; i += B) {
-        size_t n = data.count - i < B ? data.count - i : B;
-        predict_batch(out, &run, &task, &data, i, n);
+        size_t n = predict_batch(out, &run, &task, &data, i);
         for (size_t b = 0; b < n; b++) {
             dataset_read(&data, i + b, &m);
             print_csv(m.name, (size_t)m.name_length);
@@ -4097,10 +4102,7 @@ static void command_embed(const char *path) {
     out_write(&out, header, (size_t)length);
     Progress progress = progress_begin(0);
     for (size_t i = 0; i < data.count; i += B) {
-        size_t n = data.count - i < B ? data.count - i : B;
-        for (size_t b = 0; b < n; b++) run.ids[b] = (uint32_t)(i + b);
-        run_reserve(&run, ids_sizes(&data, run.ids, n), 0);
-        batch_load(&run.batch, &data, run.ids, n, NULL, use, &still);
+        size_t n = run_next(&run, &data, i, NULL, use, &still);
         encoder_forward(&run.acts, &run.model, &run.batch, &none, &still);
         for (size_t b = 0; b < n; b++) {
             size_t N = (size_t)run.batch.n_atoms[b], token = (size_t)run.batch.atom_start[b] + b;
@@ -4304,7 +4306,7 @@ static const Option OPTIONS[] = {
     {"--embedding-dropout", OPT_NUMBER, &opt.drop.embedding, 0, 0.99, "P", "of the tokens", TRAIN},
     HEADING("Task", FINETUNE | EMBED),
     {"--task", OPT_TEXT, &opt.task, 0, 0, "NAME", "classification or regression", FINETUNE},
-    {"--readout", OPT_TEXT, &opt.readout, 0, 0, "NAME", "cls, mean or sum", FINETUNE | EMBED},
+    {"--readout", OPT_TEXT, &opt.readout, 0, 0, "NAME", "mean, sum, or cls (graph token)", FINETUNE | EMBED},
     {"--modality", OPT_TEXT, &opt.modality, 0, 0, "NAME", "2d, 3d or both", FINETUNE | EMBED},
     HEADING("Method", PRETRAIN | SHOW),
     {"--pair-spd", OPT_NUMBER, &opt.blend.pair_spd, 0, 1, "P",

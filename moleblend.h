@@ -825,6 +825,14 @@ static inline int dataset_atoms(const Dataset *d, size_t i) {
     return (int)get_u16(d->index + 8 * i);
 }
 
+// A number that tells datasets apart: of the index, and the checksums of up to 4096 records.
+static inline uint32_t dataset_fingerprint(const Dataset *d) {
+    uint32_t crc = get_u32(d->index + 8 * d->count);
+    for (size_t i = 0; i < d->count; i += d->count / 4096 + 1)
+        crc = crc32_add(crc, d->data + (get_u64(d->index + 8 * i) >> 16), 4);
+    return crc;
+}
+
 // Reads molecule i into m (see Molecule for ownership). Dies if the record is damaged.
 static inline void dataset_read(const Dataset *d, size_t i, Molecule *m) {
     uint64_t begin = get_u64(d->index + 8 * i) >> 16;

@@ -1388,8 +1388,8 @@ static void test_sensitivity(const char *golden_path) {
 // Files and programs
 // =================================================================================================
 
-// Writes a dataset of n random molecules with two tasks.
-static void write_test_dataset(const char *path, int n) {
+// Writes a dataset of n random molecules with two tasks; moved: one atom of each elsewhere.
+static void write_test_dataset(const char *path, int n, int moved) {
     static char logp[] = "logP", name[] = "with,comma";
     char *const tasks[] = {logp, name};
     DatasetWriter w;
@@ -1398,6 +1398,7 @@ static void write_test_dataset(const char *path, int n) {
     dataset_create(&w, path, 2, tasks);
     for (int i = 0; i < n; i++) {
         random_molecule(&m, 1 + i * 5 % 23, 1 + i % 2, i % 7 != 3, (uint32_t)i);
+        if (moved) m.pos[0] += 1;
         size_t size = record_size(m.n_atoms, m.n_bonds, 2, m.name_length, m.has_pos);
         record = xrealloc(record, size, 1);
         dataset_append(&w, record, record_encode(record, &m));
@@ -1409,7 +1410,7 @@ static void write_test_dataset(const char *path, int n) {
 
 static void test_dataset(void) {
     const char *path = "build/test_data.bin";
-    write_test_dataset(path, 40);
+    write_test_dataset(path, 40, 0);
     Dataset d;
     Molecule m = {0}, expected = {0};
     dataset_open(&d, path);
@@ -1587,6 +1588,13 @@ static void test_messages(void) {
          0, "R2"},
         {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors", 0,
          "name,logP,\"with,comma\"\nmol ,"},
+        {"./data_prep --labels none -o build/test_bare.bin data/sample.sdf", 1, "--labels"},
+        {"./data_prep -o build/test_bare.bin data/sample.sdf", 0, "2000 molecules"},
+        {"./moleblend predict build/test_bare.bin --model build/test_ft.safetensors", 0,
+         "name,logP,\"with,comma\""},
+        {"./moleblend embed build/test_bare.bin --model build/test_ft.safetensors -o "
+         "build/test.npy",
+         0, "embedded"},
         {"./moleblend predict build/test_train.bin --model build/test_model.safetensors", 1,
          "not a fine-tuned model"},
         {"./moleblend predict build/test_train.bin", 1, "--model: expected a checkpoint"},
@@ -1604,7 +1612,7 @@ static void test_messages(void) {
         {"./data_prep --help", 0, "--split"},
         {"./data_prep no_such.sdf -o build/x.bin", 1, "data_prep: no_such.sdf"},
     };
-    write_test_dataset("build/test_train.bin", 40);
+    write_test_dataset("build/test_train.bin", 40, 0);
     for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
         test_command(table[k].command, table[k].code, table[k].expected);
 }
@@ -1664,6 +1672,11 @@ static void test_reproducible(void) {
     line = xprintf("%s --lr 0.5 --resume -o build/test_k.safetensors", base);
     test_command(line, 1, "--resume needs the same data and options");
     free(line);
+    write_test_dataset("build/test_train.bin", 40, 1);  // the same sizes, other positions
+    line = xprintf("%s --resume -o build/test_k.safetensors", base);
+    test_command(line, 1, "--resume needs the same data and options");
+    free(line);
+    write_test_dataset("build/test_train.bin", 40, 0);
 #endif
 }
 // ==== data_prep ==================================================================================
