@@ -3855,8 +3855,15 @@ static void finetune_save(const Finetune *ft) {
     free(std.text);
 }
 
-// Metrics of the test set (validation set without one), task by task if `each`; mean in `mean`.
-static void finetune_report(double mean[METRICS], Finetune *ft, int each) {
+static void print_metrics(const double metric[METRICS]) {
+    for (int k = 0; k < METRICS; k++)
+        if (!isnan(metric[k])) printf("  %s %.6f", METRIC_NAMES[k], metric[k]);
+    printf("\n");
+}
+
+// Metrics of the test set (validation set without one): task by task on stdout if `each`; `mean`
+// over the tasks; `chance`: the mean if every prediction were the training mean.
+static void finetune_report(double mean[METRICS], double chance[METRICS], Finetune *ft, int each) {
     const Dataset *data = ft->has_test ? &ft->test : &ft->run.valid;
     float *labels, *out = predict_all(&labels, &ft->run, &ft->task, data);
     size_t Y = (size_t)data->n_tasks;
@@ -3865,10 +3872,10 @@ static void finetune_report(double mean[METRICS], Finetune *ft, int each) {
         double metric[METRICS];
         task_metrics(metric, ft->task.kind, out, labels, data->count, Y, y);
         printf("%-24s", data->task_names[y]);
-        for (int k = 0; k < METRICS; k++)
-            if (!isnan(mean[k])) printf("  %s %.6f", METRIC_NAMES[k], metric[k]);
-        printf("\n");
+        print_metrics(metric);
     }
+    for (size_t k = 0; k < data->count * Y; k++) out[k] = ft->mean[k % Y];
+    mean_metrics(chance, ft->task.kind, out, labels, data->count, Y);
     free(out);
     free(labels);
 }
@@ -3952,7 +3959,7 @@ static void command_pretrain(const char *train_path) {
 // ./moleblend finetune train.bin --valid v.bin --test t.bin --init FILE
 static void command_finetune(const char *train_path) {
     Finetune ft = {0};
-    double sum[METRICS] = {0}, square[METRICS] = {0}, mean[METRICS], best = 0;
+    double sum[METRICS] = {0}, square[METRICS] = {0}, mean[METRICS], chance[METRICS], best = 0;
     finetune_open(&ft, train_path);
     const char *part = ft.has_test ? "test" : "valid";
     for (int64_t s = 0; s < opt.seeds; s++) {
@@ -3961,15 +3968,14 @@ static void command_finetune(const char *train_path) {
             best = ft.best_metric;
             finetune_save(&ft);
         }
-        finetune_report(mean, &ft, opt.seeds == 1 && ft.run.train.n_tasks > 1);
+        finetune_report(mean, chance, &ft, opt.seeds == 1 && ft.run.train.n_tasks > 1);
         printf("seed %lld: best epoch %lld, valid %.4f; %s", (long long)(opt.seed + s),
                (long long)ft.best_epoch + 1, fabs(ft.best_metric), part);
+        print_metrics(mean);
         for (int k = 0; k < METRICS; k++) {
-            if (!isnan(mean[k])) printf("  %s %.6f", METRIC_NAMES[k], mean[k]);
             sum[k] += mean[k];
             square[k] += mean[k] * mean[k];
         }
-        printf("\n");
         fflush(stdout);
     }
     double n = (double)opt.seeds;
@@ -3978,6 +3984,8 @@ static void command_finetune(const char *train_path) {
         if (!isnan(m)) printf("%s %s: %.4f +- %.4f over %lld seeds\n", part, METRIC_NAMES[k], m,
                               sqrt(fmax(variance, 0)), (long long)opt.seeds);
     }
+    printf("by chance (the training mean for all): %s", part);
+    print_metrics(chance);
     printf("wrote %s\n", opt.output);
     dataset_close(&ft.run.train);
     dataset_close(&ft.run.valid);

@@ -1585,7 +1585,7 @@ static void test_messages(void) {
         {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs 2 --size "
          "tiny "
          "--modality both --readout mean -o build/test_ft.safetensors",
-         0, "R2"},
+         0, "by chance (the training mean for all): valid  RMSE"},
         {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors", 0,
          "name,logP,\"with,comma\"\nmol ,"},
         {"./data_prep --labels none -o build/test_bare.bin data/sample.sdf", 1, "--labels"},
