@@ -1824,8 +1824,8 @@ static void gelu_backward(float *d, const float *pre, const Work *w, const Batch
     }
 }
 
-// ---- attention of one molecule and head: prob = softmax(q k^T / sqrt(D) + bias), out = drop(prob)
-// v
+// ---- attention of one molecule and head:
+//      prob = softmax(q k^T / sqrt(D) + bias), out = drop(prob) v
 //      A task reads (n, D) slices of (T, 3 C) matrices, of row stride `stride`, and works in its
 //      thread's scratch on copies whose rows are padded to whole vectors.
 
@@ -2294,8 +2294,8 @@ static double pair_head(Acts *a, const PairHead *head, const Batch *batch) {
 }
 
 // ---- the 3D head's four maps as one: no non-linearity stands between linear (1024 -> 256) and the
-//      three axes (256 -> 1), so weight (3, 1024) = axes (3, 256) @ d3_w, bias = axes @ d3_b +
-//      axis_b
+//      three axes (256 -> 1), so weight (3, 1024) = axes (3, 256) @ d3_w, and
+//      bias = axes @ d3_b + axis_b
 
 static void d3_compose(Acts *a, float bias[3], const Model *model) {
     const Tensors *p = &model->p;
@@ -2540,9 +2540,8 @@ static void pretrain_heads(double loss[LOSSES], Acts *a, Model *model, const Bat
     scatter_atoms(a->dx, a->dhidden, batch, C);
 }
 
-// ---- the fine-tuning head: out = W2 gelu(W1 x + b1) + b2 on a token, read out as the graph
-// token's,
-//      or as the mean or sum over the atoms
+// ---- the fine-tuning head: out = W2 gelu(W1 x + b1) + b2 on a token, read out as that of the
+//      graph token, or as the mean or sum over the atoms
 
 typedef enum { READ_CLS, READ_MEAN, READ_SUM } Readout;
 typedef enum { TASK_CLASSIFICATION, TASK_REGRESSION } TaskKind;
@@ -3645,8 +3644,7 @@ static void run_print(const Run *run, Progress *progress) {
     fflush(stdout);
 }
 
-// ---- fine-tuning (paper 4): no noise, no blend; the epoch best on the validation set is
-// kept
+// ---- fine-tuning (paper 4): no noise, no blend; the epoch best on the validation set is kept
 
 typedef struct {
     Run run;              // model, buffers, training and validation set
@@ -4133,14 +4131,11 @@ static void command_embed(const char *path) {
 
 // ---- show: what the model is given of one molecule
 
-static const char *const ELEMENTS =
-    "H  He Li Be B  C  N  O  F  Ne Na Mg Al Si P  S  Cl Ar K  Ca Sc Ti V  Cr Mn Fe Co Ni Cu Zn Ga "
-    "Ge "
-    "As Se Br Kr Rb Sr Y  Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I  Xe Cs Ba La Ce Pr Nd Pm Sm Eu "
-    "Gd "
-    "Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U  Np Pu Am "
-    "Cm "
-    "Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og *  ";
+static const char *const ELEMENTS =  // three characters each
+    "H  He Li Be B  C  N  O  F  Ne Na Mg Al Si P  S  Cl Ar K  Ca Sc Ti V  Cr Mn Fe Co Ni Cu Zn "
+    "Ga Ge As Se Br Kr Rb Sr Y  Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I  Xe Cs Ba La Ce Pr Nd "
+    "Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th "
+    "Pa U  Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og *  ";
 
 // One matrix of a molecule: title, then a row an atom, cells of `width` characters.
 static void show_matrix(const Batch *batch, const char *title, int kind) {

@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import tempfile
@@ -829,13 +830,21 @@ def bench(options):
 
 
 def moleblend_rate(options):
-    """Molecules/s of a training step of the C program: the median step of a short run."""
+    """Molecules/s of the C program: of the median training step of a short run, or of `embed`."""
     with tempfile.TemporaryDirectory() as folder:
         target = os.path.join(folder, "bench.safetensors")
-        command = [options.beside, options.bench, "--size", options.size, "--batch-size",
-                   str(options.batch), "--steps", "6", "--lr", "1e-5", "-o", target,
-                   "--threads", str(torch.get_num_threads())]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        same = ["--batch-size", str(options.batch), "--threads", str(torch.get_num_threads())]
+
+        def run(*words):
+            command = [options.beside, *words, *same]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+        run(options.bench, "--size", options.size, "--steps", "1" if options.inference else "6",
+            "--lr", "1e-5", "-o", target)
+        if options.inference:
+            said = run("embed", options.bench, "--modality", "both", "--model", target, "-o",
+                       os.path.join(folder, "bench.npy"))
+            return float(re.findall(r"([\d.]+) molecules/s", said)[-1])
         with open(target.replace(".safetensors", ".log.csv")) as log:
             rates = sorted(float(line.split(",")[-1]) for line in list(log)[2:])
     return rates[len(rates) // 2]
