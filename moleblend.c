@@ -352,41 +352,46 @@ ALWAYS_INLINE void pack(float *out, int width, const float *X, int ldx, int tran
     }
 }
 
-// out (MR, NR) = start (MR, NR) + a (K, MR)^T @ b (K, NR); a and b packed, row strides ldo and lds
-// (0: every row starts as the same numbers).
-ALWAYS_INLINE void gemm_kernel(float *out, int ldo, const float *start, int lds, const float *a,
-                               const float *b, int K) {
+// out (MR, n) = start (MR, n) + a (K, MR)^T @ b (K, NR)'s first n columns, n = `vectors` (literal)
+// whole vectors; a and b packed, row strides ldo and lds (0: every row starts as the same numbers).
+ALWAYS_INLINE void gemm_kernel(int vectors, float *out, int ldo, const float *start, int lds,
+                               const float *a, const float *b, int K) {
     vec acc[MR][NV];
     for (int r = 0; r < MR; r++)
-        for (int v = 0; v < NV; v++) acc[r][v] = *(const vec *)(start + (size_t)r * lds + v * VEC);
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = *(const vec *)(start + (size_t)r * lds + v * VEC);
     for (int k = 0; k < K; k++, a += MR, b += NR) {
         vec row[NV];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) row[v] = *(const vec *)(b + v * VEC);
+        for (int v = 0; v < vectors; v++) row[v] = *(const vec *)(b + v * VEC);
 #pragma GCC unroll 8
         for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) acc[r][v] += a[r] * row[v];
+            for (int v = 0; v < vectors; v++) acc[r][v] += a[r] * row[v];
     }
     for (int r = 0; r < MR; r++)
-        for (int v = 0; v < NV; v++) *(vec *)(out + (size_t)r * ldo + v * VEC) = acc[r][v];
+        for (int v = 0; v < vectors; v++)
+            *(vec *)(out + (size_t)r * ldo + v * VEC) = acc[r][v];
 }
 
-// A tile of C at c, of rows x cols numbers: C = a^T b, + C if add, else + bias if given. A whole
-// tile is made in place, one at the edge of C beside it.
+// A tile of C at c, of rows x cols numbers: C = a^T b, + C if add, else + bias if given. A narrow
+// tile is made of one or two vectors. A whole one is made in place, one at the edge beside it.
 ALWAYS_INLINE void gemm_tile(float *c, int ldc, int rows, int cols, int add, const float *bias,
                              const float *a, const float *b, int K) {
     static const float zeros[NR];
-    if (rows == MR && cols == NR) {
-        gemm_kernel(c, ldc, add ? c : bias ? bias : zeros, add ? ldc : 0, a, b, K);
-        return;
-    }
     float tile[MR * NR];
-    gemm_kernel(tile, NR, zeros, 0, a, b, K);
-    for (int r = 0; r < rows; r++)
+    int vectors = cols <= VEC ? 1 : cols <= 2 * VEC ? 2 : NV;
+    int whole = rows == MR && cols == vectors * VEC;
+    float *out = whole ? c : tile;
+    const float *start = !whole ? zeros : add ? c : bias ? bias : zeros;
+    int ldo = whole ? ldc : NR, lds = whole && add ? ldc : 0;
+    if (vectors == NV) gemm_kernel(NV, out, ldo, start, lds, a, b, K);
+    else if (vectors == 1) gemm_kernel(1, out, ldo, start, lds, a, b, K);
+    else gemm_kernel(2, out, ldo, start, lds, a, b, K);
+    for (int r = 0; r < rows && !whole; r++)
         for (int j = 0; j < cols; j++) {
-            float *out = c + (size_t)r * ldc + j;
-            *out = tile[r * NR + j] + (add ? *out : bias ? bias[j] : 0.0f);
+            float *at = c + (size_t)r * ldc + j;
+            *at = tile[r * NR + j] + (add ? *at : bias ? bias[j] : 0.0f);
         }
 }
 
@@ -2313,8 +2318,7 @@ static void d3_split(Acts *a, const float dbias[3], Model *model) {
     Tensors *g = &model->g;
     float *axis_b[3] = {g->d3_axis1_b, g->d3_axis2_b, g->d3_axis3_b};
     gemm(&a->work, 1, 0, D3_INNER, RR, 3, p->d3_axis1_w, D3_INNER, a->dd3_weight, RR, NULL, 0,
-         g->d3_w,
-         RR);  // forward: weight = axes @ d3_w
+         g->d3_w, RR);  // forward: weight = axes @ d3_w
     gemm(&a->work, 0, 1, 3, D3_INNER, RR, a->dd3_weight, RR, p->d3_w, RR, NULL, 0, g->d3_axis1_w,
          D3_INNER);
     for (int u = 0; u < D3_INNER; u++) {
