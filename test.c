@@ -564,7 +564,8 @@ static void test_work_free(Work *w) {
 // gemm() and small_product() against the reference, over sizes around the edges of its blocks.
 // Bound: the rounding of K products and sums, of |a| |b| <= 1.
 static void test_gemm(void) {
-    static const int sizes[] = {1, 2, MR - 1, MR, MR + 1, VEC, 2 * VEC, NR - 1, NR, NR + 1, 61, KC + 1};
+    static const int sizes[] = {1,      2,  MR - 1, MR, MR + 1, VEC, 2 * VEC,
+                                NR - 1, NR, NR + 1, 61, KC + 1};
     enum { MOST = KC + 1, COUNT = sizeof sizes / sizeof sizes[0] };
     size_t n = (size_t)MOST * MOST;
     Work w = test_work(MOST, 16);

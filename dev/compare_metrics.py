@@ -26,7 +26,8 @@ int main(void) {
             if (scanf("%f", (k < n * Y ? scores : labels - n * Y) + k) != 1) return 1;
         for (int y = 0; y <= Y; y++) {
             double m[METRICS];
-            if (y < Y) task_metrics(m, (TaskKind)kind, scores, labels, (size_t)n, (size_t)Y, (size_t)y);
+            if (y < Y)
+                task_metrics(m, (TaskKind)kind, scores, labels, (size_t)n, (size_t)Y, (size_t)y);
             else mean_metrics(m, (TaskKind)kind, scores, labels, (size_t)n, (size_t)Y);
             for (int k = 0; k < METRICS; k++) printf("%.12g ", m[k]);
             printf("\n");
@@ -47,7 +48,8 @@ def expected(kind, score, label):
     if kind == 0:
         both = len(set(label)) == 2
         return [metrics.roc_auc_score(label, score) if both else nan,
-                metrics.average_precision_score(label, score) if label.sum() else nan, nan, nan, nan]
+                metrics.average_precision_score(label, score) if label.sum() else nan,
+                nan, nan, nan]
     if len(label) == 0:
         return [nan] * 5
     return [nan, nan, metrics.mean_squared_error(label, score) ** 0.5,

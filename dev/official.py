@@ -48,7 +48,7 @@ def stand_in_for_fairseq():
 
 
 def import_release(folder):
-    """The release's package of modules, without the packages around it (they need all of fairseq)."""
+    """The release's package of modules, without those around it (they need all of fairseq)."""
     path = os.path.join(folder, "MoleBlend", "modules", "__init__.py")
     if not os.path.exists(path):
         raise SystemExit(f"{folder}: expected a clone of the release, with {path}")

@@ -3,15 +3,16 @@
 the table.
 
     python3 dev/study.py prepare  --work DIR --qm9 qm9.sdf --moleculenet FOLDER
-                                  [--qm9-labels labels.csv --qm9-labelled some.sdf]
+                                  [--qm9-labels labels.csv --qm9-labelled some.sdf] [--more lig.sdf]
     python3 dev/study.py pretrain --work DIR [--size small --steps 4000]
     python3 dev/study.py finetune --work DIR [--tasks esol,bbbp --starts scratch,blend --seeds 3]
     python3 dev/study.py table    --work DIR
 
 Files may be plain, .gz or .xz. `prepare` writes the datasets: QM9 in principal frames for
 pretraining (a twentieth for validation), MoleculeNet by scaffold split (80/10/10), the quantum
-labels by random split. `pretrain` makes two checkpoints: blend (the paper's method) and sum (no
-blending: every relation of every pair is shown). `finetune` runs every combination of task, start,
+labels by random split. `pretrain` makes the checkpoints blend (the paper's method), sum (no
+blending: every relation of every pair is shown) and, if `prepare` was given --more molecules, wide
+(blended, on QM9 and these). `finetune` runs every combination of task, start,
 learning rate and seed, and appends a line for each to results.jsonl; what is there already is not
 run again, so it can be stopped and continued. The test result of a cell is the one at the learning
 rate whose mean validation result is best, for every start alike: mean and standard deviation over
@@ -43,7 +44,8 @@ TASKS = {
     "dipole": ("regression", "3d", "MAE"),
 }
 QUANTUM = {"gap": "gap_eV", "dipole": "dipole_D"}  # task: column of the labels
-STARTS = {"scratch": None, "blend": "blend.safetensors", "sum": "sum.safetensors"}
+STARTS = {"scratch": None, "blend": "blend.safetensors", "sum": "sum.safetensors",
+          "wide": "wide.safetensors"}
 
 
 def opened(path):
@@ -83,6 +85,10 @@ def prepare(options):
     if options.qm9:
         call([DATA_PREP, "-o", at("qm9.{}.bin"), "--orient", "principal", "--split", "0.95,0.05",
               "--split-by", "random", unpacked(options.qm9, options.work)])
+        if options.more:
+            call([DATA_PREP, "-o", at("wide.{}.bin"), "--orient", "principal", "--split",
+                  "0.95,0.05", "--split-by", "random", unpacked(options.qm9, options.work),
+                  unpacked(options.more, options.work)])
     for name in TASKS:
         if name in QUANTUM or not options.moleculenet:
             continue
@@ -113,15 +119,19 @@ def prepare(options):
 
 def pretrain(options):
     at = lambda name: os.path.join(options.work, name)
-    for name, extra in (("blend", []), ("sum", ["--no-blend"])):
+    for name, data, extra in (("blend", "qm9", []), ("sum", "qm9", ["--no-blend"]),
+                              ("wide", "wide", [])):
+        if not os.path.exists(at(data + ".train.bin")):
+            continue
         if os.path.exists(at(name + ".safetensors")) and not options.again:
             print(f"{name}.safetensors is there already", file=sys.stderr)
             continue
         start = time.time()
         with open(at(name + ".txt"), "w") as out:
-            command = [PROGRAM, at("qm9.train.bin"), "--valid", at("qm9.valid.bin"),
+            command = [PROGRAM, at(data + ".train.bin"), "--valid", at(data + ".valid.bin"),
                        *size_options(options.size), "--steps", str(options.steps),
-                       "--batch-size", str(options.pretrain_batch), "--lr", str(options.pretrain_lr), "--seed", "1", "-o",
+                       "--batch-size", str(options.pretrain_batch), "--lr",
+                       str(options.pretrain_lr), "--seed", "1", "-o",
                        at(name + ".unfinished.safetensors"), *extra]
             print("$ " + " ".join(command), file=sys.stderr, flush=True)
             subprocess.run(command, check=True, stdout=out)
@@ -232,6 +242,7 @@ def main():
     parser.add_argument("stage", choices=("prepare", "pretrain", "finetune", "table"))
     parser.add_argument("--work", required=True, metavar="DIR", help="everything is written there")
     parser.add_argument("--qm9", metavar="FILE", help="molecules to pretrain on")
+    parser.add_argument("--more", metavar="FILE", help="further molecules, for `wide`")
     parser.add_argument("--qm9-labelled", metavar="FILE", help="molecules with quantum labels")
     parser.add_argument("--qm9-labels", metavar="FILE", help="CSV: id, gap_eV, dipole_D")
     parser.add_argument("--moleculenet", metavar="FOLDER", help="esol.csv and so on")
@@ -248,7 +259,7 @@ def main():
     parser.add_argument("--lrs", default="1e-4,3e-4,1e-3")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--patience", type=int, default=0)
-    parser.add_argument("--readout", default="cls")
+    parser.add_argument("--readout", default="mean")
     options = parser.parse_args()
     options.tasks, options.starts = options.tasks.split(","), options.starts.split(",")
     options.lrs = [float(lr) for lr in options.lrs.split(",")]
