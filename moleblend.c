@@ -3731,29 +3731,43 @@ static void evaluate_task(double mean[METRICS], Run *run, const Task *task, cons
     free(labels);
 }
 
-// Copies what a checkpoint shares with the model: the encoder. Pretraining heads are left behind,
-// the new head keeps its initial values, as in the release. Says what is missing or left.
+// Is this tensor of a checkpoint part of a head, which fine-tuning leaves behind?
+static int is_head(const char *name) {
+    return strstr(name, "atom_proc.") || strstr(name, "blend_") || strstr(name, "proj_out.");
+}
+
+// Copies what a checkpoint shares with the model: the encoder. Heads are left behind, the new head
+// keeps its initial values, as in the release. Names every other tensor that is missing or extra;
+// one of another shape ends the program.
 static void transfer_load(const Model *model, const char *path, int quiet) {
     TensorFile f;
-    int loaded = 0, fresh = 0;
+    char name[128];
+    int loaded = 0, missing = 0;
     tensor_file_open(&f, path);
+    char *used = xmalloc((size_t)f.count, 1);
     for (int i = 0; i < model->n_tensors; i++) {
-        char name[128];
-        if (strstr(model->info[i].pattern, "proj_out.")) continue;  // the head starts anew
-        if (tensor_load(model->params, &model->info[i], &f, "")) {
+        const TensorInfo *info = &model->info[i];
+        if (is_head(info->pattern)) continue;
+        const TensorEntry *entry = tensor_find_official(&f, "", tensor_name(info, name));
+        if (entry) {
+            used[entry - f.entries] = (char)tensor_load(model->params, info, &f, "");
             loaded++;
         } else {
-            fresh++;
+            missing++;
             if (!quiet)
                 fprintf(stderr, "%s: tensor %s is missing; it keeps its initial values\n", path,
-                        tensor_name(&model->info[i], name));
+                        name);
         }
     }
     CHECK(loaded > 0, "%s: no tensor of the encoder is there", path);
+    for (int k = 0; k < f.count && !quiet; k++)
+        if (!used[k] && !is_head(f.entries[k].name))
+            fprintf(stderr, "%s: tensor %s is not of this model; left behind\n", path,
+                    f.entries[k].name);
     if (!quiet)
-        fprintf(stderr,
-                "init    %s: %d encoder tensors loaded, %d missing, %d left behind (heads)\n", path,
-                loaded, fresh, f.count - loaded);
+        fprintf(stderr, "init    %s: %d encoder tensors loaded, %d missing, %d left behind\n", path,
+                loaded, missing, f.count - loaded);
+    free(used);
     tensor_file_close(&f);
 }
 

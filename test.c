@@ -1673,6 +1673,9 @@ static void test_reproducible(void) {
     line = xprintf("%s --lr 0.5 --resume -o build/test_k.safetensors", base);
     test_command(line, 1, "--resume needs the same data and options");
     free(line);
+    test_command("./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs "
+                 "1 --init build/test_k.safetensors.state -o build/test_ft2.safetensors",
+                 0, "exp_avg.encoder.molecule_encoder.atom_feature.graph_token.weight is not of");
     write_test_dataset("build/test_train.bin", 40, 1);  // the same sizes, other positions
     line = xprintf("%s --resume -o build/test_k.safetensors", base);
     test_command(line, 1, "--resume needs the same data and options");
