@@ -3696,6 +3696,22 @@ static void label_statistics(Finetune *ft) {
     free(sum);
 }
 
+// Says so if one task's labels are so widely spread that its errors drown those of another.
+static void label_note(const Finetune *ft) {
+    const Dataset *data = &ft->run.train;
+    int wide = 0, narrow = 0;
+    for (int y = 1; y < data->n_tasks; y++) {
+        if (ft->std[y] > ft->std[wide]) wide = y;
+        if (ft->std[y] < ft->std[narrow]) narrow = y;
+    }
+    if (ft->std[wide] > 4 * ft->std[narrow])
+        fprintf(stderr,
+                "note    the loss is in label units: %s (deviation %.3g) outweighs %s (%.3g); to fit "
+                "them equally,\n        use data_prep --labels with one at a time\n",
+                data->task_names[wide], (double)ft->std[wide], data->task_names[narrow],
+                (double)ft->std[narrow]);
+}
+
 // Predictions for the next batch of molecules from `first` on: probabilities, or values in the
 // labels' units, out (B, Y). Returns B.
 static size_t predict_batch(float *out, Run *run, const Task *task, const Dataset *data,
@@ -3941,6 +3957,7 @@ static void finetune_open(Finetune *ft, const char *train_path) {
             c.layers, c.dim, (double)run->model.count / 1e6, opt.task, opt.readout, opt.modality);
     fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n",
             run->train.count, run->valid.count, ft->test.count, c.tasks, c.tasks > 1 ? "s" : "");
+    label_note(ft);
 }
 
 // =================================================================================================
