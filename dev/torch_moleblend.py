@@ -833,7 +833,8 @@ def moleblend_rate(options):
     """Molecules/s of the C program: of the median training step of a short run, or of `embed`."""
     with tempfile.TemporaryDirectory() as folder:
         target = os.path.join(folder, "bench.safetensors")
-        same = ["--batch-size", str(options.batch), "--threads", str(torch.get_num_threads())]
+        threads = options.beside_threads or torch.get_num_threads()
+        same = ["--batch-size", str(options.batch), "--threads", str(threads)]
 
         def run(*words):
             command = [options.beside, *words, *same]
@@ -904,6 +905,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--beside", metavar="PROGRAM", help="--bench: also time moleblend, in "
                         "turns; give it a dataset without outsizes (data_prep --max-atoms 20)")
+    parser.add_argument("--beside-threads", type=int, default=0, help="0: as many as PyTorch")
     parser.add_argument("--inference", action="store_true", help="time the encoder's forward only")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--sdpa", action="store_true", help="scaled_dot_product_attention")
