@@ -339,7 +339,8 @@ def verdict(code, said, folder):
 
 def run(command, timeout, folder):
     env = dict(os.environ, OMP_NUM_THREADS="1",
-               ASAN_OPTIONS="exitcode=99:allocator_may_return_null=1:max_allocation_size_mb=2000",
+               ASAN_OPTIONS="exitcode=99:allocator_may_return_null=1:max_allocation_size_mb=2000:"
+                            "detect_leaks=0",  # a program that ends with an error frees nothing
                UBSAN_OPTIONS="halt_on_error=1:exitcode=98:print_stacktrace=1")
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
