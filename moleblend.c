@@ -94,6 +94,13 @@ enum { VEC = 4, MR = 8, NV = 3 };
 enum { VEC = 4, MR = 4, NV = 2 };
 #endif
 typedef float vec __attribute__((vector_size(VEC * sizeof(float)), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(4 * sizeof(float)), aligned(4), may_alias));
+#ifdef __clang__
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int quad_mask __attribute__((vector_size(4 * sizeof(int))));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (quad_mask){i, j, k, l})
+#endif
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #else  // any C11 compiler (or -DPLAIN_C): the same code on vectors of one float
 enum { VEC = 1, MR = 4, NV = 4 };
@@ -314,40 +321,51 @@ static void gemm_reference(int trans_a, int trans_b, int M, int N, int K, const 
 }
 #endif
 
+// out (4, 4) = transpose of x (4, 4), row strides ldo and ldx.
+ALWAYS_INLINE void transpose4(float *out, int ldo, const float *x, int ldx) {
+#ifdef SHUFFLE
+    quad a = *(const quad *)x, b = *(const quad *)(x + ldx);
+    quad c = *(const quad *)(x + 2 * (size_t)ldx), d = *(const quad *)(x + 3 * (size_t)ldx);
+    quad ab01 = SHUFFLE(a, b, 0, 4, 1, 5), ab23 = SHUFFLE(a, b, 2, 6, 3, 7);
+    quad cd01 = SHUFFLE(c, d, 0, 4, 1, 5), cd23 = SHUFFLE(c, d, 2, 6, 3, 7);
+    *(quad *)out = SHUFFLE(ab01, cd01, 0, 1, 4, 5);
+    *(quad *)(out + ldo) = SHUFFLE(ab01, cd01, 2, 3, 6, 7);
+    *(quad *)(out + 2 * (size_t)ldo) = SHUFFLE(ab23, cd23, 0, 1, 4, 5);
+    *(quad *)(out + 3 * (size_t)ldo) = SHUFFLE(ab23, cd23, 2, 3, 6, 7);
+#else
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < 4; c++) out[(size_t)r * ldo + c] = x[(size_t)c * ldx + r];
+#endif
+}
+
+// out (K, width)'s first n columns = X (K, n); trans: X is stored as (n, K).
+ALWAYS_INLINE void pack_panel(float *out, int width, int n, const float *X, int ldx, int trans,
+                              int K) {
+    enum { LINE = 16 };
+    int done = 0, quads = n / 4 * 4;
+    for (int k = 0; k < K && !trans; k++)
+        for (int c = 0; c < n; c++) out[(size_t)k * width + c] = X[(size_t)k * ldx + c];
+    if (!trans) return;
+    for (; done + LINE <= K; done += LINE)  // a cache line of four rows of X at a time
+        for (int c = 0; c < quads; c += 4)
+            for (int k = done; k < done + LINE; k += 4)
+                transpose4(out + (size_t)k * width + c, width, X + (size_t)c * ldx + k, ldx);
+    for (int k = quads < n ? 0 : done; k < K; k++)  // the rest
+        for (int c = k < done ? quads : 0; c < n; c++)
+            out[(size_t)k * width + c] = X[(size_t)c * ldx + k];
+}
+
 // out (count / width panels of (K, width)) = `count` columns of X (K, count), each panel's row of
 // `width` numbers contiguous, zero past the edge. trans: X is stored as (count, K).
 ALWAYS_INLINE void pack(float *out, int width, const float *X, int ldx, int trans, int count,
                         int K) {
     for (int first = 0; first < count; first += width, out += (size_t)width * K) {
-        int n = min_int(width, count - first);
-        if (n < width) {
-            memset(out, 0, sizeof(float) * (size_t)width * K);
-            for (int k = 0; k < K; k++)
-                for (int c = 0; c < n; c++)
-                    out[(size_t)k * width + c] =
-                        trans ? X[(size_t)(first + c) * ldx + k] : X[(size_t)k * ldx + first + c];
-        } else if (trans) {
-            enum { LINE = 16 };  // a cache line of four rows of X at a time, written as fours
-            int done = 0;
-            for (; width == NR && done + LINE <= K; done += LINE) {
-                for (int c = 0; c < width; c += 4) {
-                    const float *x = X + (size_t)(first + c) * ldx + done;
-#pragma GCC unroll 16
-                    for (int k = 0; k < LINE; k++) {
-                        const float four[4] = {x[k], x[k + (size_t)ldx], x[k + 2 * (size_t)ldx],
-                                               x[k + 3 * (size_t)ldx]};
-                        memcpy(out + (size_t)(done + k) * width + c, four, sizeof four);
-                    }
-                }
-            }
-            for (int c0 = 0; c0 < width; c0 += 8)  // the rest, and A: eight rows at a time
-                for (int k = done; k < K; k++)
-                    for (int c = c0; c < min_int(c0 + 8, width); c++)
-                        out[(size_t)k * width + c] = X[(size_t)(first + c) * ldx + k];
+        const float *x = X + (size_t)first * (trans ? (size_t)ldx : 1);
+        if (first + width <= count) {
+            pack_panel(out, width, width, x, ldx, trans, K);
         } else {
-            for (int k = 0; k < K; k++)
-                for (int c = 0; c < width; c++)
-                    out[(size_t)k * width + c] = X[(size_t)k * ldx + first + c];
+            memset(out, 0, sizeof(float) * (size_t)width * K);
+            pack_panel(out, width, count - first, x, ldx, trans, K);
         }
     }
 }
@@ -396,40 +414,44 @@ ALWAYS_INLINE void gemm_tile(float *c, int ldc, int rows, int cols, int add, con
 }
 
 // Same contract as gemm_reference(). The sum over k runs in blocks of KC, in order, whatever the
-// number of threads: they share out the tiles of C.
+// number of threads: they share out the tiles of C. If all rows are one block, a thread takes a
+// group of column panels and packs them as it goes; else the panels are packed for all first.
 static void gemm(const Work *w, int trans_a, int trans_b, int M, int N, int K, const float *A,
                  int lda, const float *B, int ldb, const float *bias, int add, float *C, int ldc) {
     if (M == 0 || N == 0) return;
-    int panels = (N + NR - 1) / NR;
+    int panels = (N + NR - 1) / NR, row_panels = (M + MR - 1) / MR;
     int threads = (double)M * N * K > 1e5 ? w->threads : 1;  // waking threads costs microseconds
-    int row_panels = (M + MR - 1) / MR, row_blocks = round_up((M + MC - 1) / MC, threads);
-    row_blocks = min_int(row_blocks, row_panels);
+    int one_block = M <= MC && panels >= threads;
+    int row_blocks = one_block ? 1 : min_int(round_up((M + MC - 1) / MC, threads), row_panels);
     int column_groups = min_int((threads + row_blocks - 1) / row_blocks, panels);
-    int group_panels = (panels + column_groups - 1) / column_groups;
 #pragma omp parallel num_threads(threads)
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += KC) {
         int kc = min_int(KC, K - k0), add_now = add || k0 > 0;
         const float *A0 = A + (trans_a ? (size_t)k0 * lda : (size_t)k0);
         const float *B0 = B + (trans_b ? (size_t)k0 : (size_t)k0 * ldb);
+        size_t panel_size = (size_t)NR * kc, panel_step = NR * (trans_b ? (size_t)ldb : 1);
+        if (!one_block) {
 #pragma omp for schedule(static)
-        for (int p = 0; p < panels; p++)
-            pack(w->packed_b + (size_t)p * NR * kc, NR,
-                 B0 + (size_t)p * NR * (trans_b ? (size_t)ldb : 1), ldb, trans_b,
-                 min_int(NR, N - p * NR), kc);
+            for (int p = 0; p < panels; p++)
+                pack(w->packed_b + p * panel_size, NR, B0 + p * panel_step, ldb, trans_b,
+                     min_int(NR, N - p * NR), kc);
+        }
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < row_blocks * column_groups; task++) {
-            int block = task % row_blocks;  // blocks differ by one panel of rows at most
+            int block = task % row_blocks, group = task / row_blocks;  // of nearly equal size
             int i0 = (int)((size_t)block * row_panels / row_blocks) * MR;
             int m = min_int((int)((size_t)(block + 1) * row_panels / row_blocks) * MR, M) - i0;
-            int p0 = task / row_blocks * group_panels;
+            int p0 = (int)((size_t)group * panels / column_groups);
+            int p1 = (int)((size_t)(group + 1) * panels / column_groups);
             float *a = w->packed_a + (size_t)thread_id() * MC * KC;
             pack(a, MR, A0 + (size_t)i0 * (trans_a ? 1 : (size_t)lda), lda, !trans_a, m, kc);
-            for (int p = p0; p < min_int(p0 + group_panels, panels); p++) {
-                for (int i = 0; i < m; i += MR) {
-                    gemm_tile(C + (size_t)(i0 + i) * ldc + p * NR, ldc, min_int(MR, m - i),
-                              min_int(NR, N - p * NR), add_now, bias ? bias + p * NR : NULL,
-                              a + (size_t)i * kc, w->packed_b + (size_t)p * NR * kc, kc);
-                }
+            for (int p = p0; p < p1; p++) {
+                int n = min_int(NR, N - p * NR);
+                float *b = w->packed_b + p * panel_size;
+                if (one_block) pack(b, NR, B0 + p * panel_step, ldb, trans_b, n, kc);
+                for (int i = 0; i < m; i += MR)
+                    gemm_tile(C + (size_t)(i0 + i) * ldc + p * NR, ldc, min_int(MR, m - i), n,
+                              add_now, bias ? bias + p * NR : NULL, a + (size_t)i * kc, b, kc);
             }
         }
     }
@@ -637,6 +659,8 @@ typedef struct {
 } Tensors;
 #undef X
 
+enum { ADAM_CHUNK = 1 << 14 };  // parameters a thread takes at a time; sums are per chunk, in order
+
 typedef struct {
     const char *pattern;  // official name, %d standing for the layer
     int layer;
@@ -653,6 +677,7 @@ typedef struct {
     size_t count;         // parameters in all
     size_t table_count;   // those of the tables, at the front
     float *params, *grads, *m, *v;  // arenas; the last three are NULL without training
+    double *squares;      // sums of gradient_norm(), one a chunk
     Tensors p, g;         // pointers into params and grads
 } Model;
 
