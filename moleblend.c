@@ -766,6 +766,7 @@ static void model_create(Model *model, Config config, int training) {
     model->grads = tensors_alloc(model, &model->g);
     model->m = tensors_alloc(model, NULL);
     model->v = tensors_alloc(model, NULL);
+    model->squares = xmalloc(model->count / ADAM_CHUNK + 1, sizeof *model->squares);
 }
 
 static void model_free(Model *model) {
@@ -774,6 +775,7 @@ static void model_free(Model *model) {
     free(model->grads);
     free(model->m);
     free(model->v);
+    free(model->squares);
     *model = (Model){0};
 }
 
@@ -2674,27 +2676,23 @@ static double task_loss(float *dlogits, const float *logits, const Batch *batch,
 
 typedef struct { double lr, beta1, beta2, eps, weight_decay, clip; } Adam;
 
-enum { ADAM_CHUNK = 1 << 14 };  // parameters a thread takes at a time; sums are per chunk, in order
-
-// Euclidean norm of all gradients, in double.
+// Euclidean norm of all gradients: float sums of 256 squares, side by side, the rest in double.
 static double gradient_norm(const Model *model) {
+    enum { LANES = ADAM_CHUNK / 256 };
     size_t chunks = (model->count + ADAM_CHUNK - 1) / ADAM_CHUNK;
-    double *part = xmalloc(chunks, sizeof *part), sum = 0;
+    double sum = 0;
 #pragma omp parallel for schedule(static)
     for (size_t k = 0; k < chunks; k++) {
-        size_t end = k + 1 < chunks ? (k + 1) * ADAM_CHUNK : model->count;
+        size_t i = k * ADAM_CHUNK, end = k + 1 < chunks ? i + ADAM_CHUNK : model->count;
+        float lane[LANES] = {0};
+        for (; i + LANES <= end; i += LANES)
+            for (int l = 0; l < LANES; l++) lane[l] += model->grads[i + l] * model->grads[i + l];
         double square = 0;
-        for (size_t i = k * ADAM_CHUNK; i < end; i += 256) {  // float sums of 256, then double
-            float block = 0;
-            size_t stop = end - i < 256 ? end : i + 256;
-#pragma omp simd reduction(+ : block)
-            for (size_t n = i; n < stop; n++) block += model->grads[n] * model->grads[n];
-            square += (double)block;
-        }
-        part[k] = square;
+        for (; i < end; i++) square += (double)model->grads[i] * (double)model->grads[i];
+        for (int l = 0; l < LANES; l++) square += (double)lane[l];
+        model->squares[k] = square;
     }
-    for (size_t k = 0; k < chunks; k++) sum += part[k];
-    free(part);
+    for (size_t k = 0; k < chunks; k++) sum += model->squares[k];
     return sqrt(sum);
 }
 
