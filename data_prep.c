@@ -5268,13 +5268,7 @@ static void pool_append(Pool *p, const uint8_t *record, size_t size, const Scaff
 
 // Closes and removes the temporary file.
 static void pool_close(Pool *p) {
-    OutFile **link = &mb_unfinished;
-    while (*link != &p->file) link = &(*link)->next;
-    *link = p->file.next;
-    fclose(p->file.file);
-    remove(p->file.tmp);
-    free(p->file.path);
-    free(p->file.tmp);
+    out_discard(&p->file);
     free(p->offset);
     free(p->key);
 }

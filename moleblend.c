@@ -1297,8 +1297,9 @@ static int widest_product(Config c) {
 // Memory for a model's activations on batches up to `room`. The caller calls acts_free().
 static void acts_alloc(Acts *acts, Config c, Sizes room) {
     *acts = (Acts){0};
-    CHECK(room.P < SIZE_MAX / 4096 && (double)room.W * c.heads * c.layers < 1e12,
-          "a batch of %zu molecules with %zu atoms is too large", room.B, room.A);
+    CHECK(room.P <= INT_MAX && (double)room.W * c.heads * c.layers < 1e12,
+          "a batch of %zu molecules with %zu atoms is too large; try a lower --batch-size", room.B,
+          room.A);
     size_t count = acts_place(acts, NULL, c, room);
     acts->memory = floats_alloc(count);
     acts->row_loss = xmalloc(room.A, sizeof *acts->row_loss);
@@ -3312,8 +3313,8 @@ static void run_reserve(Run *run, Sizes need, int n_tasks) {
     acts_free(&run->acts);
     batch_free(&run->batch);
     run->room = sizes_max(run->room, need);
-    batch_alloc(&run->batch, run->room, n_tasks);
     acts_alloc(&run->acts, run->model.config, run->room);
+    batch_alloc(&run->batch, run->room, n_tasks);
 }
 
 static Sizes ids_sizes(const Dataset *data, const uint32_t *ids, size_t B) {
@@ -3593,6 +3594,9 @@ static void run_open(Run *run, const char *train_path) {
     size_t stem = strlen(opt.output);
     if (stem > 12 && strcmp(opt.output + stem - 12, ".safetensors") == 0) stem -= 12;
     run->log_path = xprintf("%.*s.log.csv", (int)stem, opt.output);
+    out_probe(run->state_path);
+    out_probe(opt.output);
+    out_probe(run->log_path);
     model_create(&run->model, options_config(), 1);
     model_init(&run->model, (uint64_t)opt.seed);
     if (opt.resume) {
@@ -3948,6 +3952,7 @@ static void finetune_open(Finetune *ft, const char *train_path) {
     CHECK(run->train.count > 0 && run->train.n_tasks > 0,
           "%s: expected molecules with labels (data_prep --labels)", train_path);
     CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
+    out_probe(opt.output);
     dataset_open(&run->valid, opt.valid);
     CHECK(run->valid.count > 0, "%s: the dataset is empty", opt.valid);
     same_tasks(&run->train, &run->valid);

@@ -132,10 +132,16 @@ MB_PRINTF(1, 2) static inline char *xprintf(const char *fmt, ...) {
 // =================================================================================================
 // 3 Output files. Whole or not at all: data goes to PATH.tmp, which out_commit() flushes to the
 //   disk and renames. Every write is checked; a full disk shows at the latest in out_commit().
+//   PATH may only be a regular file or nothing: to rename onto a device would remove it.
 // =================================================================================================
 
 // Opens PATH.tmp for writing. `out` must stay where it is until out_commit().
 static inline void out_open(OutFile *out, const char *path) {
+#if MB_POSIX
+    struct stat info;
+    CHECK(stat(path, &info) != 0 || S_ISREG(info.st_mode),
+          "%s: cannot write: expected a regular file", path);
+#endif
     out->path = xprintf("%s", path);
     out->tmp = xprintf("%s.tmp", path);
     out->file = fopen(out->tmp, "wb");
@@ -148,6 +154,29 @@ static inline void out_open(OutFile *out, const char *path) {
 static inline void out_write(OutFile *out, const void *data, size_t size) {
     CHECK(fwrite(data, 1, size, out->file) == size, "%s: write failed: %s", out->tmp,
           strerror(errno));
+}
+
+// Takes a closed file off the list of unfinished outputs.
+static inline void out_forget(OutFile *out) {
+    OutFile **link = &mb_unfinished;
+    while (*link != out) link = &(*link)->next;
+    *link = out->next;
+    free(out->path);
+    free(out->tmp);
+}
+
+// Closes the file and removes it: PATH stays as it was.
+static inline void out_discard(OutFile *out) {
+    fclose(out->file);
+    remove(out->tmp);
+    out_forget(out);
+}
+
+// Dies now, not after hours of work, if PATH cannot be written.
+static inline void out_probe(const char *path) {
+    OutFile out;
+    out_open(&out, path);
+    out_discard(&out);
 }
 
 // Makes the file durable and gives it its name.
@@ -165,11 +194,7 @@ static inline void out_commit(OutFile *out) {
 #endif
     CHECK(rename(out->tmp, out->path) == 0, "%s: cannot rename to %s: %s", out->tmp, out->path,
           strerror(errno));
-    OutFile **link = &mb_unfinished;
-    while (*link != out) link = &(*link)->next;
-    *link = out->next;
-    free(out->path);
-    free(out->tmp);
+    out_forget(out);
 }
 
 // =================================================================================================
