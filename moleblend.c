@@ -146,7 +146,8 @@ static float *floats_alloc(size_t count) {
     enum { LINE = 64 };
     size_t bytes = mul_size(count / (LINE / sizeof(float)) + 1, LINE);
     float *x = aligned_alloc(LINE, bytes);
-    CHECK(x, "out of memory: %.1f MiB were refused", (double)bytes / (1 << 20));
+    CHECK(x, "out of memory: %.1f MiB were refused; try a lower --batch-size",
+          (double)bytes / (1 << 20));
     return memset(x, 0, bytes);
 #endif
 }
