@@ -1,7 +1,7 @@
 # make            builds moleblend and data_prep, and train.bin and valid.bin from the bundled sample
 # make test       builds and runs every test; the last line is "N passed, N failed"
 # make bench      speed of the kernels and of a training step, next to the machine's FMA peak
-# make asan tsan  the tests under AddressSanitizer + UBSan, the threads under ThreadSanitizer
+# make asan tsan  the tests under AddressSanitizer + UBSan; short runs under ThreadSanitizer (clang)
 # make debug      unoptimised programs for a debugger
 # make clean
 #
@@ -67,9 +67,13 @@ asan:
 	$(MAKE) test CC="$(CC)" OMP=$(OMP) CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 	$(MAKE) clean
 
+tsan: export TSAN_OPTIONS = ignore_noninstrumented_modules=1
 tsan:
 	$(MAKE) clean
-	$(MAKE) moleblend data_prep CC=clang CFLAGS="-O1 -g -fsanitize=thread"
+	$(MAKE) moleblend data_prep train.bin CC=clang CFLAGS="-O1 -g -fsanitize=thread"
+	./moleblend train.bin --size tiny --steps 5 -o build/tsan.safetensors
+	./moleblend finetune train.bin --init build/tsan.safetensors --epochs 1 -o build/tsan2.safetensors
+	./moleblend embed valid.bin --model build/tsan.safetensors -o build/tsan.npy
 	$(MAKE) clean
 
 debug:
