@@ -1698,35 +1698,54 @@ static void bias_forward(Acts *acts, const Model *model, const Batch *batch) {
     }
 }
 
-// Adds head h's part of dbias to the gradients of the three relations' tables, and stores its
-// column of dmlp_out (Q, H).
+// dmlp_out (Q, H): the gradient of b_3d, gathered from dbias (H, S, W) of molecule b.
+static void bias_backward_3d(Acts *acts, const Batch *batch, int H, size_t b) {
+    int N = batch->n_atoms[b], W = bias_width(N);
+    size_t used = batch->used_start[b], pair = batch->pair_start[b], plane = (size_t)(N + 1) * W;
+    const float *dbias = acts->dbias + bias_at(batch, H, b, 0);
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < N; j++, pair++) {
+            if (!(batch->pair_use[pair] & USE_3D)) continue;
+            const float *d = dbias + (size_t)(i + 1) * W + j + 1;  // forward: see bias_forward()
+            for (int h = 0; h < H; h++) acts->dmlp_out[used * (size_t)H + h] = d[h * plane];
+            used++;
+        }
+}
+
+// Sums head h's part of dbias into the gradients of spd_table, path_bias and graph_bias. The sums
+// are made beside these: in them the heads, and so the threads, share cache lines.
 static void bias_backward_head(Acts *acts, Model *model, const Batch *batch, int h) {
+    float dspd[SPD_ROWS] = {0}, dpath[PATH_BONDS * PATH_CODES] = {0}, dgraph = 0;
     int H = model->config.heads;
     for (size_t b = 0; b < batch->B; b++) {
         int N = batch->n_atoms[b], W = bias_width(N);
-        size_t used = batch->used_start[b], pair = batch->pair_start[b];
+        size_t pair = batch->pair_start[b];
         const float *dbias = acts->dbias + bias_at(batch, H, b, h);
-        for (int j = 0; j <= N; j++) model->g.graph_bias[h] += dbias[j];
-        for (int i = 1; i <= N; i++) model->g.graph_bias[h] += dbias[(size_t)i * W];
+        for (int j = 0; j <= N; j++) dgraph += dbias[j];
+        for (int i = 1; i <= N; i++) dgraph += dbias[(size_t)i * W];
         for (int i = 0; i < N; i++)
             for (int j = 0; j < N; j++, pair++) {
                 float d = dbias[(size_t)(i + 1) * W + j + 1];  // forward: see pair_bias()
                 int use = batch->pair_use[pair], spd = batch->spd[pair];
                 const uint8_t *path = batch->path + pair * PATH_BONDS;
-                if (use & USE_3D) acts->dmlp_out[used++ * (size_t)H + (size_t)h] = d;
-                if (use & USE_SPD) model->g.spd_table[(size_t)(spd + 1) * H + h] += d;
+                if (use & USE_SPD) dspd[spd + 1] += d;
                 if (!(use & USE_EDGE)) continue;
+                d *= path_weight(spd);
                 for (int t = 0; t < PATH_BONDS && path[t] != PATH_NONE; t++)
-                    acts->dpath_bias[(size_t)(t * PATH_CODES + path[t]) * H + h] +=
-                        path_weight(spd) * d;
+                    dpath[t * PATH_CODES + path[t]] += d;
             }
     }
+    model->g.graph_bias[h] = dgraph;
+    for (int k = 0; k < SPD_ROWS; k++) model->g.spd_table[(size_t)k * H + h] = dspd[k];
+    for (int k = 0; k < PATH_BONDS * PATH_CODES; k++)
+        acts->dpath_bias[(size_t)k * H + h] = dpath[k];
 }
 
 static void bias_backward(Acts *acts, Model *model, const Batch *batch) {
     int H = model->config.heads;
-    memset(acts->dpath_bias, 0, sizeof(float) * PATH_BONDS * PATH_CODES * (size_t)H);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic)
+    for (size_t b = 0; b < batch->B; b++) bias_backward_3d(acts, batch, H, b);
+#pragma omp parallel for schedule(dynamic)
     for (int h = 0; h < H; h++) bias_backward_head(acts, model, batch, h);
 }
 
