@@ -1537,19 +1537,17 @@ static void gauss_forward(Acts *acts, const Model *model, const Batch *batch) {
     }
 }
 
-// Gradient of one pair's Gaussians: adds to dmean, ds (G); returns dx. dg (G) = a + b, either
-// of which may be NULL.
-ALWAYS_INLINE float gauss_row_backward(float *restrict dmean, float *restrict ds, const float *a,
-                                       const float *b, float x, const float *restrict constants,
-                                       int G) {
+// Gradient of one pair's Gaussians: from dg (G), adds to dmean, ds (G); returns dx.
+ALWAYS_INLINE float gauss_row_backward(float *restrict dmean, float *restrict ds,
+                                       const float *restrict dg, float x,
+                                       const float *restrict constants, int G) {
     const float *mean = constants, *inverse = mean + G, *height = inverse + G;
     float dx = 0;
 #pragma omp simd reduction(+ : dx)
     for (int k = 0; k < G; k++) {
         float z = (x - mean[k]) * inverse[k];
-        float slope = ((a ? a[k] : 0.0f) + (b ? b[k] : 0.0f)) * exp_fast(-0.5f * z * z) *
-                      height[k] *
-                      inverse[k];  // forward: g = exp(-0.5 z^2) * height, height ~ 1 / s
+        float g = exp_fast(-0.5f * z * z) * height[k];
+        float slope = dg[k] * g * inverse[k];  // forward: g = exp(-0.5 z^2) * height, ~ 1 / s
         dx -= slope * z;
         dmean[k] += slope * z;
         ds[k] += slope * (z * z - 1.0f);
@@ -1566,19 +1564,22 @@ static void gauss_backward(Acts *acts, Model *model, const Batch *batch) {
     for (size_t b = 0; b < batch->B; b++) {
         size_t a0 = (size_t)batch->atom_start[b], pair = batch->pair_start[b];
         size_t N = (size_t)batch->n_atoms[b], used = batch->used_start[b];
+        float *dg = work_thread(&acts->work);
         for (size_t i = a0; i < a0 + N; i++) {
             float *dmean = acts->dgauss_const + i * 2 * GG, *ds = dmean + G;
+            const float *dsum = acts->dgauss_sum + i * GG;
+            int summed = batch->atom_use[i] & USE_3D;
             memset(dmean, 0, sizeof(float) * 2 * GG);
-            const float *dsum = batch->atom_use[i] & USE_3D ? acts->dgauss_sum + i * GG : NULL;
             for (size_t j = a0; j < a0 + N; j++, pair++) {
-                const float *dg =
-                    batch->pair_use[pair] & USE_3D ? acts->mlp_hidden + used++ * GG : NULL;
+                int drawn = batch->pair_use[pair] & USE_3D;
                 acts->ddistance[pair] = 0;
-                if (dsum || dg)
-                    acts->ddistance[pair] =
-                        gauss_row_backward(dmean, ds, dsum, dg,
-                                           gauss_argument(model, batch, i, j, pair),
-                                           acts->gauss_const, G);
+                if (!drawn && !summed) continue;
+                for (int k = 0; k < G; k++) dg[k] = summed ? dsum[k] : 0.0f;
+                for (int k = 0; drawn && k < G; k++) dg[k] += acts->mlp_hidden[used * GG + k];
+                used += drawn != 0;
+                acts->ddistance[pair] =
+                    gauss_row_backward(dmean, ds, dg, gauss_argument(model, batch, i, j, pair),
+                                       acts->gauss_const, G);
             }
         }
     }
