@@ -2527,24 +2527,24 @@ static void noise_head_backward(Acts *a, Model *model, const Batch *batch, doubl
 
 // ---- all four heads
 
-// Rows of the atoms of x (T, C): hidden (A, C), without the graph tokens.
-static void gather_atoms(float *hidden, const float *x, const Batch *batch, int C) {
+// Rows of x (T, C) that a head reads: of the atoms (A, C), or if `graph` of the graph tokens (B, C).
+static void gather_tokens(float *out, const float *x, const Batch *batch, int C, int graph) {
 #pragma omp parallel for schedule(static)
     for (size_t b = 0; b < batch->B; b++) {
         size_t a0 = (size_t)batch->atom_start[b], N = (size_t)batch->n_atoms[b];
-        memcpy(hidden + a0 * (size_t)C, x + (a0 + b + 1) * (size_t)C,
-               sizeof(float) * N * (size_t)C);
+        memcpy(out + (graph ? b : a0) * (size_t)C, x + (a0 + b + !graph) * (size_t)C,
+               sizeof(float) * (graph ? 1 : N) * (size_t)C);
     }
 }
 
-// dx (T, C) = dhidden (A, C) in the rows of the atoms, zero in those of the graph tokens.
-static void scatter_atoms(float *dx, const float *dhidden, const Batch *batch, int C) {
+// dx (T, C) = dout in the rows that were gathered, zero in the others.
+static void scatter_tokens(float *dx, const float *dout, const Batch *batch, int C, int graph) {
 #pragma omp parallel for schedule(static)
     for (size_t b = 0; b < batch->B; b++) {
         size_t a0 = (size_t)batch->atom_start[b], N = (size_t)batch->n_atoms[b];
-        memset(dx + (a0 + b) * (size_t)C, 0, sizeof(float) * (size_t)C);
-        memcpy(dx + (a0 + b + 1) * (size_t)C, dhidden + a0 * (size_t)C,
-               sizeof(float) * N * (size_t)C);
+        memset(dx + (a0 + b) * (size_t)C, 0, sizeof(float) * (N + 1) * (size_t)C);
+        memcpy(dx + (a0 + b + !graph) * (size_t)C, dout + (graph ? b : a0) * (size_t)C,
+               sizeof(float) * (graph ? 1 : N) * (size_t)C);
     }
 }
 
@@ -2568,7 +2568,7 @@ static void pretrain_heads(double loss[LOSSES], Acts *a, Model *model, const Bat
         scale[k] = weights->weight[k] / count[k];
     }
     float d3_bias[3], dd3_bias[3];
-    gather_atoms(a->hidden, a->x, batch, C);
+    gather_tokens(a->hidden, a->x, batch, C, 0);
     pair_maps_forward(a, model, A);
     d3_compose(a, d3_bias, model);
     PairHead spd = {SPD_CLASSES, 0, p->spd_w, p->spd_b, g->spd_w, g->spd_b, spd_loss,
@@ -2590,7 +2590,7 @@ static void pretrain_heads(double loss[LOSSES], Acts *a, Model *model, const Bat
     pair_maps_backward(a, model, A);
     memset(a->dbias, 0, sizeof(float) * batch->W * (size_t)model->config.heads);
     noise_head_backward(a, model, batch, drop->attention, draws);
-    scatter_atoms(a->dx, a->dhidden, batch, C);
+    scatter_tokens(a->dx, a->dhidden, batch, C, 0);
 }
 
 // ---- the fine-tuning head: out = W2 gelu(W1 x + b1) + b2 on a token, read out as that of the
@@ -2616,10 +2616,7 @@ static int head_rows(const Batch *batch, Readout readout) {
 static void task_head_forward(float *logits, Acts *a, const Model *model, const Batch *batch,
                               Readout readout) {
     int C = model->config.dim, Y = model->config.tasks, rows = head_rows(batch, readout);
-    if (readout != READ_CLS) gather_atoms(a->hidden, a->x, batch, C);
-    for (size_t b = 0; b < batch->B && readout == READ_CLS; b++)
-        memcpy(a->hidden + b * (size_t)C, a->x + ((size_t)batch->atom_start[b] + b) * (size_t)C,
-               sizeof(float) * (size_t)C);
+    gather_tokens(a->hidden, a->x, batch, C, readout == READ_CLS);
     linear_forward(&a->work, a->head_pre, a->hidden, model->p.head1_w, model->p.head1_b, rows, C,
                    C);
 #pragma omp parallel for simd schedule(static)
@@ -2656,14 +2653,7 @@ static void task_head_backward(Acts *a, Model *model, const Batch *batch, const 
     for (size_t k = 0; k < (size_t)rows * (size_t)C; k++) dhidden[k] *= gelu_slope(a->head_pre[k]);
     linear_backward(&a->work, a->dhidden, 0, model->g.head1_w, model->g.head1_b, dhidden, a->hidden,
                     model->p.head1_w, rows, C, C);
-    if (readout != READ_CLS) {
-        scatter_atoms(a->dx, a->dhidden, batch, C);
-    } else {
-        memset(a->dx, 0, sizeof(float) * batch->T * (size_t)C);
-        for (size_t b = 0; b < batch->B; b++)
-            memcpy(a->dx + ((size_t)batch->atom_start[b] + b) * (size_t)C,
-                   a->dhidden + b * (size_t)C, sizeof(float) * (size_t)C);
-    }
+    scatter_tokens(a->dx, a->dhidden, batch, C, readout == READ_CLS);
     memset(a->dbias, 0, sizeof(float) * batch->W * (size_t)model->config.heads);
 }
 
@@ -3651,9 +3641,10 @@ static void run_open(Run *run, const char *train_path) {
     if (opt.resume) fprintf(stderr, "resumed after step %lld\n", (long long)run->step);
 }
 
+// Frees whatever of a run has been opened.
 static void run_close(Run *run) {
     dataset_close(&run->train);
-    if (opt.valid) dataset_close(&run->valid);
+    dataset_close(&run->valid);
     model_free(&run->model);
     acts_free(&run->acts);
     batch_free(&run->batch);
@@ -4069,14 +4060,8 @@ static void command_finetune(const char *train_path) {
     printf("by chance (the training mean for all): %s", part);
     print_metrics(chance);
     printf("wrote %s\n", opt.output);
-    dataset_close(&ft.run.train);
-    dataset_close(&ft.run.valid);
-    if (ft.has_test) dataset_close(&ft.test);
-    model_free(&ft.run.model);
-    acts_free(&ft.run.acts);
-    batch_free(&ft.run.batch);
-    free(ft.run.order);
-    free(ft.run.ids);
+    run_close(&ft.run);
+    dataset_close(&ft.test);
     free(ft.mean);
     free(ft.std);
     free(ft.best);
@@ -4091,14 +4076,6 @@ static void model_open(Run *run, TensorFile *f) {
     model_create(&run->model, tensor_file_config(f, ""), 0);
     model_load(&run->model, run->model.params, f, "");
     run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
-}
-
-static void model_close(Run *run, TensorFile *f) {
-    tensor_file_close(f);
-    model_free(&run->model);
-    acts_free(&run->acts);
-    batch_free(&run->batch);
-    free(run->ids);
 }
 
 // Metadata that finetune wrote, or the end of the program.
@@ -4164,7 +4141,8 @@ static void command_predict(const char *path) {
     free(stats);
     free(out);
     dataset_close(&data);
-    model_close(&run, &f);
+    tensor_file_close(&f);
+    run_close(&run);
 }
 
 // ./moleblend embed data.bin --model FILE -o out.npy: (molecules, C) float32, the graph token or
@@ -4210,7 +4188,8 @@ static void command_embed(const char *path) {
     out_commit(&out);
     free(row);
     dataset_close(&data);
-    model_close(&run, &f);
+    tensor_file_close(&f);
+    run_close(&run);
 }
 
 // ---- show: what the model is given of one molecule
