@@ -1365,28 +1365,29 @@ ALWAYS_INLINE void norm_row_backward(float *din, float *dweight, float *dbias, c
     for (int c = 0; c < n; c++) din[c] = rstd * (dout[c] * weight[c] - mean - hat[c] * slope);
 }
 
-// Scale of molecule b's residual branch under DropPath: 0 with probability p, else 1 / (1 - p).
-// which = 0: attention, 1: feed-forward.
-static float path_scale(double p, const Draws *draws, int layer, int which, size_t b) {
-    if (!draws->active || p <= 0) return 1.0f;
-    float u = rng_uniform(draws->seed, RNG_PATH_DROP + (uint32_t)layer, draws->step,
-                          draws->first_place + (uint32_t)b, (uint32_t)which);
-    return (double)u < p ? 0.0f : (float)(1.0 / (1.0 - p));
+// DropPath of a residual branch: which = 0: attention, 1: feed-forward, of the layer.
+typedef struct { double p; const Draws *draws; int layer, which; } PathDrop;
+
+// Scale of molecule b's branch: 0 with probability p, else 1 / (1 - p).
+static float path_scale(const PathDrop *drop, size_t b) {
+    const Draws *draws = drop->draws;
+    if (!draws->active || drop->p <= 0) return 1.0f;
+    float u = rng_uniform(draws->seed, RNG_PATH_DROP + (uint32_t)drop->layer, draws->step,
+                          draws->first_place + (uint32_t)b, (uint32_t)drop->which);
+    return (double)u < drop->p ? 0.0f : (float)(1.0 / (1.0 - drop->p));
 }
 
-// out = LayerNorm(residual + scale * branch), rows (T, C); branch may be NULL. scale is that of
-// path_scale(p, draws, layer, which, molecule).
+// out = LayerNorm(residual + path_scale() * branch), rows (T, C). branch (and drop) may be NULL.
 static void residual_norm_forward(float *out, float *hat, float *rstd, const float *residual,
                                   const float *branch, const float *weight, const float *bias,
-                                  const Batch *batch, int C, double p, const Draws *draws,
-                                  int layer, int which) {
+                                  const Batch *batch, int C, const PathDrop *drop) {
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < batch->T; t++) {
         const float *residual_t = residual + t * (size_t)C;
         float *hat_t = hat + t * (size_t)C;
         if (branch) {
             const float *branch_t = branch + t * (size_t)C;
-            float scale = path_scale(p, draws, layer, which, (size_t)batch->molecule[t]);
+            float scale = path_scale(drop, (size_t)batch->molecule[t]);
             for (int c = 0; c < C; c++) hat_t[c] = residual_t[c] + scale * branch_t[c];
         } else {
             memcpy(hat_t, residual_t, sizeof(float) * (size_t)C);
@@ -1412,7 +1413,7 @@ static void norm_restore(float *out, const float *hat, const float *weight, cons
 static void residual_norm_backward(float *dresidual, float *dbranch, float *dweight, float *dbias,
                                    float *parts, const float *dout, const float *hat,
                                    const float *rstd, const float *weight, const Batch *batch,
-                                   int C, double p, const Draws *draws, int layer, int which) {
+                                   int C, const PathDrop *drop) {
     int chunks = ((int)batch->T + NORM_ROWS - 1) / NORM_ROWS;
 #pragma omp parallel for schedule(static)
     for (int chunk = 0; chunk < chunks; chunk++) {
@@ -1424,7 +1425,7 @@ static void residual_norm_backward(float *dresidual, float *dbranch, float *dwei
             norm_row_backward(dresidual + at, dweight_part, dbias_part, dout + at, hat + at,
                               rstd[t], weight, C);
             if (!dbranch) continue;
-            float scale = path_scale(p, draws, layer, which, (size_t)batch->molecule[t]);
+            float scale = path_scale(drop, (size_t)batch->molecule[t]);
             for (int c = 0; c < C; c++) dbranch[at + c] = scale * dresidual[at + c];
         }
     }
@@ -1783,7 +1784,7 @@ static void embedding_forward(Acts *acts, const Model *model, const Batch *batch
             atom_embedding(token, model, batch, acts->geo, t - b - 1, C);
     }
     residual_norm_forward(acts->x, acts->embed_hat, acts->embed_rstd, acts->branch, NULL,
-                          model->p.embed_norm_w, model->p.embed_norm_b, batch, C, 0, NULL, 0, 0);
+                          model->p.embed_norm_w, model->p.embed_norm_b, batch, C, NULL);
 }
 
 // From dx (T, C) to the embedding tables; leaves the gradient of geo in geo. Threads share out the
@@ -1793,7 +1794,7 @@ static void embedding_backward(Acts *acts, Model *model, const Batch *batch) {
     int C = model->config.dim;
     residual_norm_backward(acts->dx, NULL, model->g.embed_norm_w, model->g.embed_norm_b,
                            acts->norm_parts, acts->dx, acts->embed_hat, acts->embed_rstd,
-                           model->p.embed_norm_w, batch, C, 0, NULL, 0, 0);
+                           model->p.embed_norm_w, batch, C, NULL);
 #pragma omp parallel for schedule(static)
     for (int c0 = 0; c0 < C; c0 += STRIP) {
         size_t width = (size_t)min_int(STRIP, C - c0), stride = (size_t)C;
@@ -1836,9 +1837,9 @@ typedef struct {
     double attention, activation, path, embedding;  // path: of the last layer, rising from 0
 } Dropout;
 
-// DropPath's probability in layer l: linear from 0 in the first to `path` in the last.
-static double path_rate(const Dropout *drop, int l, int layers) {
-    return layers > 1 ? drop->path * l / (layers - 1) : 0.0;
+// DropPath of a branch of layer l: p is linear from 0 in the first layer to `path` in the last.
+static PathDrop path_drop(const Dropout *drop, const Draws *draws, int layers, int l, int which) {
+    return (PathDrop){layers > 1 ? drop->path * l / (layers - 1) : 0.0, draws, l, which};
 }
 
 // ---- dropout on rows of a (T, n) matrix: x = mask * x, the same in both passes
@@ -2023,19 +2024,20 @@ static void layer_forward(Acts *a, const Model *model, const Batch *batch, const
     int C = c->dim, F = c->ffn, T = (int)batch->T;
     size_t tc = (size_t)l * T * C, tf = (size_t)l * T * F, lt = (size_t)l * T;
     float *qkv = a->qkv + 3 * tc, *prob = a->prob + (size_t)l * batch->W * c->heads;
-    double path = path_rate(drop, l, c->layers);
+    PathDrop drop1 = path_drop(drop, draws, c->layers, l, 0);
+    PathDrop drop2 = path_drop(drop, draws, c->layers, l, 1);
     linear_forward(w, qkv, a->x, p->q_w, p->q_b, T, C, 3 * C);
     attention_forward(a->context + tc, prob, qkv, a->bias, w, batch, C, c->heads, drop->attention,
                       draws, l);
     linear_forward(w, a->branch, a->context + tc, p->out_w, p->out_b, T, C, C);
     residual_norm_forward(a->mid, a->norm1_hat + tc, a->norm1_rstd + lt, a->x, a->branch,
-                          p->norm1_w, p->norm1_b, batch, C, path, draws, l, 0);
+                          p->norm1_w, p->norm1_b, batch, C, &drop1);
     linear_forward(w, a->ffn_pre + tf, a->mid, p->ffn1_w, p->ffn1_b, T, C, F);
     gelu_forward(a->ffn_hidden, a->ffn_pre + tf, w, batch, F, drop->activation, draws,
                  RNG_ACTIVATION_DROP + (uint32_t)l);
     linear_forward(w, a->branch, a->ffn_hidden, p->ffn2_w, p->ffn2_b, T, F, C);
     residual_norm_forward(a->x, a->norm2_hat + tc, a->norm2_rstd + lt, a->mid, a->branch,
-                          p->norm2_w, p->norm2_b, batch, C, path, draws, l, 1);
+                          p->norm2_w, p->norm2_b, batch, C, &drop2);
 }
 
 // x (T, C) = the input of layer l again: the output of the LayerNorm before it.
@@ -2063,12 +2065,12 @@ static void layer_backward(Acts *a, Model *model, const Batch *batch, const Drop
     size_t tc = (size_t)l * T * C, tf = (size_t)l * T * F, lt = (size_t)l * T;
     float *qkv = a->qkv + 3 * tc;
     const float *prob = a->prob + (size_t)l * batch->W * c->heads;
-    double path = path_rate(drop, l, c->layers);
+    PathDrop drop1 = path_drop(drop, draws, c->layers, l, 0);
+    PathDrop drop2 = path_drop(drop, draws, c->layers, l, 1);
     uint32_t purpose = RNG_ACTIVATION_DROP + (uint32_t)l;
     // forward: x' = LN2(mid + ffn2(hidden)), hidden = drop(gelu(ffn1(mid)))
     residual_norm_backward(a->dmid, a->branch, g->norm2_w, g->norm2_b, a->norm_parts, a->dx,
-                           a->norm2_hat + tc, a->norm2_rstd + lt, p->norm2_w, batch, C, path, draws,
-                           l, 1);
+                           a->norm2_hat + tc, a->norm2_rstd + lt, p->norm2_w, batch, C, &drop2);
     gelu_forward(a->ffn_hidden, a->ffn_pre + tf, w, batch, F, drop->activation, draws, purpose);
     linear_backward(w, a->ffn_hidden, 0, g->ffn2_w, g->ffn2_b, a->branch, a->ffn_hidden, p->ffn2_w,
                     T, F, C);
@@ -2077,8 +2079,7 @@ static void layer_backward(Acts *a, Model *model, const Batch *batch, const Drop
     linear_backward(w, a->dmid, 1, g->ffn1_w, g->ffn1_b, a->ffn_hidden, a->mid, p->ffn1_w, T, C, F);
     // forward: mid = LN1(x + out(attention(qkv(x))))
     residual_norm_backward(a->dx, a->branch, g->norm1_w, g->norm1_b, a->norm_parts, a->dmid,
-                           a->norm1_hat + tc, a->norm1_rstd + lt, p->norm1_w, batch, C, path, draws,
-                           l, 0);
+                           a->norm1_hat + tc, a->norm1_rstd + lt, p->norm1_w, batch, C, &drop1);
     linear_backward(w, a->context + tc, 0, g->out_w, g->out_b, a->branch, a->context + tc, p->out_w,
                     T, C, C);
     attention_backward(qkv, a->dbias, a->context + tc, prob, qkv, w, batch, C, c->heads,

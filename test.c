@@ -836,9 +836,10 @@ static void test_linear(void) {
 
 static double run_norm(Rig *rig) {
     Acts *a = &rig->acts;
+    PathDrop drop = {rig->drop.path, &rig->draws, 1, 0};
     residual_norm_forward(a->mid, a->norm1_hat, a->norm1_rstd, a->x, a->context,
                           rig->model.p.layer[1].norm1_w, rig->model.p.layer[1].norm1_b, &rig->batch,
-                          rig->model.config.dim, rig->drop.path, &rig->draws, 1, 0);
+                          rig->model.config.dim, &drop);
     return weighted_sum(a->mid, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
@@ -846,6 +847,7 @@ static void test_norm(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
     Acts *a = &rig.acts;
+    PathDrop drop = {rig.drop.path, &rig.draws, 1, 0};
     int C = rig.model.config.dim, dropped = 0;
     size_t n = rig.batch.T * (size_t)C;
     const float *weight = rig.model.p.layer[1].norm1_w, *bias = rig.model.p.layer[1].norm1_b;
@@ -853,7 +855,7 @@ static void test_norm(void) {
     float *plain = xmalloc(n, sizeof *plain);
     for (size_t t = 0; t < rig.batch.T; t++) {  // in double, step by step
         double mean = 0, variance = 0, in[64];
-        float scale = path_scale(rig.drop.path, &rig.draws, 1, 0, (size_t)rig.batch.molecule[t]);
+        float scale = path_scale(&drop, (size_t)rig.batch.molecule[t]);
         dropped += scale == 0;
         for (int c = 0; c < C; c++) {
             in[c] = (double)a->x[t * (size_t)C + c] +
@@ -872,7 +874,7 @@ static void test_norm(void) {
     weights_into(a->dmid, n);
     residual_norm_backward(a->dx, a->branch, rig.model.g.layer[1].norm1_w,
                            rig.model.g.layer[1].norm1_b, a->norm_parts, a->dmid, a->norm1_hat,
-                           a->norm1_rstd, weight, &rig.batch, C, rig.drop.path, &rig.draws, 1, 0);
+                           a->norm1_rstd, weight, &rig.batch, C, &drop);
     test_gradient(&rig, run_norm, a->x, a->dx, n, STEP, "LayerNorm: residual");
     test_gradient(&rig, run_norm, a->context, a->branch, n, STEP, "LayerNorm: branch");
     test_parameter(&rig, run_norm, rig.model.p.layer[1].norm1_w, "LayerNorm: weight");
