@@ -2528,7 +2528,8 @@ static void noise_head_backward(Acts *a, Model *model, const Batch *batch, doubl
 
 // ---- all four heads
 
-// Rows of x (T, C) that a head reads: of the atoms (A, C), or if `graph` of the graph tokens (B, C).
+// out = the rows of x (T, C) that a head reads: of the atoms (A, C), or if `graph` is set, of the
+// graph tokens (B, C).
 static void gather_tokens(float *out, const float *x, const Batch *batch, int C, int graph) {
 #pragma omp parallel for schedule(static)
     for (size_t b = 0; b < batch->B; b++) {
@@ -3746,8 +3747,8 @@ static void label_note(const Finetune *ft) {
     }
     if (ft->std[wide] > 4 * ft->std[narrow])
         fprintf(stderr,
-                "note    the loss is in label units: %s (deviation %.3g) outweighs %s (%.3g); to fit "
-                "them equally,\n        use data_prep --labels with one at a time\n",
+                "note    the loss is in label units: %s (deviation %.3g) outweighs %s (%.3g);\n"
+                "        to fit them equally, use data_prep --labels with one at a time\n",
                 data->task_names[wide], (double)ft->std[wide], data->task_names[narrow],
                 (double)ft->std[narrow]);
 }
@@ -4236,8 +4237,8 @@ static void command_show(const char *path, const char *index_text) {
     char *end = NULL;
     unsigned long long index = strtoull(index_text, &end, 10);
     CHECK(end != index_text && *end == 0 && index < data.count,
-          "%s: expected the index of a molecule, 0 to %zu, found \"%s\"", path, data.count - 1,
-          index_text);
+          "%s: expected the index of one of its %zu molecules, from 0 on, found \"%s\"", path,
+          data.count, index_text);
     uint32_t id = (uint32_t)index;
     Draws draws = {(uint64_t)opt.seed, 0, id, 1};
     sizes_add(&room, dataset_atoms(&data, id));
@@ -4422,9 +4423,9 @@ enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
 static void print_help(const Command *command) {
     printf(
         "MoleBLEND: pretrain a Transformer on molecules by blending 2D and 3D (ICLR 2024)\n\n"
-        "  ./moleblend train.bin                         pretrain; writes moleblend.safetensors\n");
+        "  ./moleblend train.bin                        pretrain; writes moleblend.safetensors\n");
     for (const Command *c = COMMANDS + 1; c < COMMANDS + N_COMMANDS; c++)
-        printf("  ./moleblend %-8s %-24s  %s\n", c->name, c->usage, c->help);
+        printf("  ./moleblend %-8s %-23s %s\n", c->name, c->usage, c->help);
     printf("\nDatasets (.bin) are made by ./data_prep from SDF, SMILES or CSV files.\n");
     options_print(OPTIONS, N_OPTIONS, command ? command->bit : 0);
 }

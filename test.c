@@ -345,8 +345,8 @@ static void golden_encoder(Report *r, Golden *g) {
 }
 
 // Gradients (print: name the bad ones), as whole tensors (grad/NAME) or as five sums
-// (gradsum/NAME). A gradient that is zero in exact arithmetic (that of a key bias; below 1e-7 of all
-// gradients' norm) holds only rounding, and is compared with that norm instead of its own.
+// (gradsum/NAME). A gradient that is zero in exact arithmetic (of a key bias; below 1e-7 of the norm
+// of all) holds only rounding, and is compared with that norm instead of its own.
 static void golden_gradients(Report *r, const Golden *g, int print) {
     double norm = gradient_norm(&g->model);
     int compared = 0;
@@ -1593,7 +1593,7 @@ static void test_messages(void) {
         {"./moleblend info README.md", 1, "README.md: not a .safetensors file"},
         {"./moleblend show build/test_train.bin 2", 0, "one blend"},
         {"./moleblend show build/test_train.bin 40", 1,
-         "expected the index of a molecule, 0 to 39"},
+         "expected the index of one of its 40 molecules"},
         {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --task "
          "classification --size tiny",
          1, "expected labels 0 and 1 for --task classification"},
