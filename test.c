@@ -345,8 +345,8 @@ static void golden_encoder(Report *r, Golden *g) {
 }
 
 // Gradients (print: name the bad ones), as whole tensors (grad/NAME) or as five sums
-// (gradsum/NAME). A gradient that is zero in exact arithmetic (of a key bias; below 1e-7 of the norm
-// of all) holds only rounding, and is compared with that norm instead of its own.
+// (gradsum/NAME). A gradient that is zero in exact arithmetic (that of a key bias, or below 1e-7 of
+// the norm of all gradients) holds only rounding: compared with that norm, not with its own.
 static void golden_gradients(Report *r, const Golden *g, int print) {
     double norm = gradient_norm(&g->model);
     int compared = 0;
