@@ -7,7 +7,7 @@
 //
 // Each figure is the best of several repetitions; shares are of the peak measured in the same run.
 // Useful arithmetic of a step: 3 passes (forward, input gradient, weight gradient) of 2 operations
-// per multiply-add of the encoder's and heads' matrices; see step_flops(). The molecules are drawn
+// per multiply-add of the encoder's and heads' matrices; see pass_flops(). The molecules are drawn
 // at random with 4 to 24 heavy atoms, mean 14, as in PCQM4Mv2.
 
 #if defined(__GNUC__) || defined(__clang__)
