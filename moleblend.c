@@ -1365,7 +1365,8 @@ ALWAYS_INLINE void norm_row_backward(float *din, float *dweight, float *dbias, c
     for (int c = 0; c < n; c++) din[c] = rstd * (dout[c] * weight[c] - mean - hat[c] * slope);
 }
 
-// DropPath of a residual branch: which = 0: attention, 1: feed-forward, of the layer.
+// DropPath of one residual branch of a layer, dropped with probability p. which = 0: attention, 1:
+// feed-forward.
 typedef struct { double p; const Draws *draws; int layer, which; } PathDrop;
 
 // Scale of molecule b's branch: 0 with probability p, else 1 / (1 - p).
@@ -1548,7 +1549,7 @@ ALWAYS_INLINE float gauss_row_backward(float *restrict dmean, float *restrict ds
     for (int k = 0; k < G; k++) {
         float z = (x - mean[k]) * inverse[k];
         float g = exp_fast(-0.5f * z * z) * height[k];
-        float slope = dg[k] * g * inverse[k];  // forward: g = exp(-0.5 z^2) * height, ~ 1 / s
+        float slope = dg[k] * g * inverse[k];  // forward: g = exp(-0.5 z^2) height, height ~ 1 / s
         dx -= slope * z;
         dmean[k] += slope * z;
         ds[k] += slope * (z * z - 1.0f);
@@ -1714,8 +1715,8 @@ static void bias_backward_3d(Acts *acts, const Batch *batch, int H, size_t b) {
         }
 }
 
-// Sums head h's part of dbias into the gradients of spd_table, path_bias and graph_bias. The sums
-// are made beside these: in them the heads, and so the threads, share cache lines.
+// Stores head h's columns of the gradients of spd_table, path_bias and graph_bias: sums of its part
+// of dbias. They are summed beside those, in which heads, and so threads, share cache lines.
 static void bias_backward_head(Acts *acts, Model *model, const Batch *batch, int h) {
     float dspd[SPD_ROWS] = {0}, dpath[PATH_BONDS * PATH_CODES] = {0}, dgraph = 0;
     int H = model->config.heads;

@@ -1581,13 +1581,14 @@ static void test_messages(void) {
         {"./moleblend build/test_train.bin extra", 1, "expected ./moleblend train.bin"},
         {"./moleblend build/test_train.bin --resume -o build/none.safetensors", 1,
          "build/none.safetensors.state: cannot read"},
-        {"./moleblend build/test_train.bin --size base --steps 9999999 -o no_dir/x.safetensors", 1,
-         "no_dir/x.safetensors.state.tmp: cannot write"},  // at once, not after the first steps
-        {"./moleblend build/test_train.bin --size base --steps 9999999 -o build", 1,
+        // an output that cannot be written is found before the inputs that are not there, so before
+        // the first step
+        {"./moleblend build/test_train.bin --init none -o no_dir/x.safetensors", 1,
+         "no_dir/x.safetensors.state.tmp: cannot write"},
+        {"./moleblend build/test_train.bin --init none -o build", 1,
          "build: cannot write: expected a regular file"},
-        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --size base -o "
-         "no_dir/x.safetensors",
-         1, "no_dir/x.safetensors.tmp: cannot write"},
+        {"./moleblend finetune build/test_train.bin --valid none -o no_dir/x.safetensors", 1,
+         "no_dir/x.safetensors.tmp: cannot write"},
         {"./moleblend info build/test_train.bin", 0, "dataset, 40 molecules"},
         {"./moleblend info data/mini.safetensors", 0, "tensor file"},
         {"./moleblend info README.md", 1, "README.md: not a .safetensors file"},
