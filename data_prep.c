@@ -5050,15 +5050,6 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
     }
 }
 
-// Threads a parallel loop may have.
-static int max_threads(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
 // ---- columns and tasks
 
 // Appends a task unless there is one of that name.
@@ -5612,7 +5603,7 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
             sum->labelled = xmalloc((size_t)c->n_tasks, 1);
             output_open(out, opt, c);
         }
-        for (int t = 0; t < max_threads(); t++) workers[t].used = 0;
+        for (int t = 0; t < thread_count(); t++) workers[t].used = 0;
         for (int k = skip, run; k < n; k = run) {  // runs of records between blank lines
             for (run = k; run < n && !is_no_record(s, &records[run], s->line + run - k);) run++;
             convert_records(c, s, records + k, run - k, workers, outcomes);
@@ -5700,6 +5691,8 @@ static void check_labels(const Conversion *c, Summary *sum) {
 
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
+    threads_calm(argv);
+    threads_set(0);
     prep_opt = PREP_DEFAULTS;
     const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
     int n_inputs = options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc);
@@ -5721,7 +5714,7 @@ int main(int argc, char **argv) {
                     .max_atoms = (int)prep_opt.max_atoms, .strict = prep_opt.strict,
                     .principal = strcmp(prep_opt.orient, "principal") == 0,
                     .want_keys = out.n_parts > 1 && strcmp(prep_opt.split_by, "scaffold") == 0};
-    Worker *workers = xmalloc((size_t)max_threads(), sizeof *workers);
+    Worker *workers = xmalloc((size_t)thread_count(), sizeof *workers);
     Record *records = xmalloc(CHUNK_RECORDS, sizeof *records);
     Outcome *outcomes = xmalloc(CHUNK_RECORDS, sizeof *outcomes);
     Summary sum = {0};
@@ -5736,7 +5729,7 @@ int main(int argc, char **argv) {
     CHECK(sum.n_kept > 0, "%s: no molecule could be read", inputs[0]);
     check_labels(&c, &sum);
     output_finish(&out, &prep_opt, &c);
-    for (int t = 0; t < max_threads(); t++) worker_free(&workers[t]);
+    for (int t = 0; t < thread_count(); t++) worker_free(&workers[t]);
     for (int t = 0; t < c.n_tasks; t++) free(c.task_names[t]);
     free(c.task_names);
     free(workers);

@@ -73,6 +73,7 @@ enum {
 #define GEOMETRY_SCALE 0.01f      // of the 3D part of an atom's embedding
 #define NORM_EPS 1e-5f            // LayerNorm of the trunk
 #define PAIR_NORM_EPS 1e-12f      // LayerNorm of the pair maps
+#define GAUSS_FAR 174.0f          // z^2 beyond which exp(-0.5 z^2) is no normal float: taken as 0
 #define COSINE_EPS 1e-8
 #define CLIP_EPS 1e-6             // clip_grad_norm: factor = clip / (norm + eps)
 #define INIT_STD 0.02f
@@ -120,22 +121,6 @@ static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
 // n rounded up to a multiple of m.
 static int round_up(int n, int m) { return (n + m - 1) / m * m; }
-
-static int thread_count(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-static int thread_id(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 // `count` zeroed floats that begin at a cache line, so that no vector straddles two: 3 % of a
 // training step. The caller frees.
@@ -305,6 +290,15 @@ static float *work_thread(const Work *w) {
     return w->thread + (size_t)thread_id() * w->thread_size;
 }
 
+// Threads that a parallel region will have now: see threads_adapt().
+static int team_size(const Work *w) {
+#ifdef _OPENMP
+    return min_int(w->threads, omp_get_max_threads());
+#else
+    return w->threads;
+#endif
+}
+
 #ifdef MOLEBLEND_TEST
 // The specification: C (M, N) = A (M, K) @ B (K, N), + C if add, else + bias (N) per row if given.
 // trans_a: A is stored as (K, M); trans_b: B is stored as (N, K). lda, ldb, ldc: row strides.
@@ -421,7 +415,7 @@ static void gemm(const Work *w, int trans_a, int trans_b, int M, int N, int K, c
                  int lda, const float *B, int ldb, const float *bias, int add, float *C, int ldc) {
     if (M == 0 || N == 0) return;
     int panels = (N + NR - 1) / NR, row_panels = (M + MR - 1) / MR;
-    int threads = (double)M * N * K > 1e5 ? w->threads : 1;  // waking threads costs microseconds
+    int threads = (double)M * N * K > 1e5 ? team_size(w) : 1;  // waking threads costs microseconds
     int one_block = M <= MC && panels >= threads;
     int row_blocks = one_block ? 1 : min_int(round_up((M + MC - 1) / MC, threads), row_panels);
     int column_groups = min_int((threads + row_blocks - 1) / row_blocks, panels);
@@ -1158,10 +1152,14 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
                        const Blend *blend, int use, const Draws *draws) {
     for (size_t b = 0; b < B; b++) batch->n_atoms[b] = dataset_atoms(data, ids[b]);
     batch_layout(batch, B);
-#pragma omp parallel for schedule(dynamic)
+    size_t bad = B;  // first molecule that cannot be read
+#pragma omp parallel for schedule(dynamic) reduction(min : bad)
     for (size_t b = 0; b < B; b++) {
         PathFinder *f = &batch->finder[thread_id()];
-        dataset_read(data, ids[b], &f->molecule);
+        if (dataset_try(data, ids[b], &f->molecule)) {
+            bad = b < bad ? b : bad;
+            continue;
+        }
         batch_set(batch, b, &f->molecule, f);
         if (blend)
             batch_draw(batch, b, blend, draws);
@@ -1169,6 +1167,7 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
             batch_use(batch, b, use);
         batch_geometry(batch, b);
     }
+    if (bad < B) dataset_read(data, ids[bad], &batch->finder[0].molecule);  // dies
     batch_count(batch);
 }
 
@@ -1550,6 +1549,9 @@ ALWAYS_INLINE float gauss_row_backward(float *restrict dmean, float *restrict ds
         float z = (x - mean[k]) * inverse[k];
         float g = exp_fast(-0.5f * z * z) * height[k];
         float slope = dg[k] * g * inverse[k];  // forward: g = exp(-0.5 z^2) height, height ~ 1 / s
+        int far = z * z > GAUSS_FAR;           // g is 0, but z^2 may be infinite
+        slope = far ? 0.0f : slope;
+        z = far ? 0.0f : z;
         dx -= slope * z;
         dmean[k] += slope * z;
         ds[k] += slope * (z * z - 1.0f);
@@ -1602,7 +1604,8 @@ static void gauss_backward(Acts *acts, Model *model, const Batch *batch) {
     column_sums(dmean, acts->dgauss_const, 2 * G, (int)batch->A, G);
     column_sums(dstd, acts->dgauss_const + G, 2 * G, (int)batch->A, G);
     for (int k = 0; k < G; k++)
-        if (model->p.gauss_std[k] < 0) dstd[k] = -dstd[k];  // forward: s = |std| + 0.01
+        dstd[k] *= (float)((model->p.gauss_std[k] > 0) - (model->p.gauss_std[k] < 0));
+    // forward: s = |std| + 0.01, with slope 0 at 0 as in PyTorch
 }
 
 // ---- b_3d = W2 gelu(W1 g + c1) + c2 of the pairs that use 3D, and geo = W_p gauss_sum + c_p
@@ -1893,14 +1896,15 @@ typedef struct {
     uint32_t purpose, place, row;  // name of the mask
 } HeadTask;
 
-// mask (n, W) of the task; all ones without dropout.
+// mask (n, W) of the task; all ones without dropout. The (n, n) numbers are drawn without the
+// padding, so that W, and with it the processor, does not change them; then rows move into place.
 static void attention_mask(float *mask, const HeadTask *task) {
-    if (task->draws->active && task->p > 0) {
-        dropout_row(mask, task->n * task->W, task->p, task->draws, task->purpose, task->place,
-                    task->row);
-    } else {
-        for (int k = 0; k < task->n * task->W; k++) mask[k] = 1.0f;
-    }
+    int n = task->n, W = task->W, drop = task->draws->active && task->p > 0;
+    for (int k = drop ? n * n : 0; k < n * W; k++) mask[k] = 1.0f;
+    if (!drop) return;
+    dropout_row(mask, n * n, task->p, task->draws, task->purpose, task->place, task->row);
+    for (int s = n - 1; s > 0; s--)
+        memmove(mask + (size_t)s * W, mask + (size_t)s * n, sizeof(float) * (size_t)n);
 }
 
 // prob (n, W) and dropped (n, W) = mask * prob. bias rows are bias_W apart. scratch: W * (n + D).
@@ -2175,15 +2179,18 @@ static void pair_maps_backward(Acts *a, Model *model, int A) {
 typedef double PairLoss(float *logits, int width, const Batch *batch, size_t b, int i,
                         double scale);
 
-// Cross-entropy of one softmax over n classes: x (n) becomes its gradient times scale. target < 0:
-// not counted.
+// Cross-entropy of one softmax over n classes, log(sum(exp(x))) - x[target]: x (n) becomes its
+// gradient times scale. target < 0: not counted.
 static double cross_entropy(float *x, int n, int target, double scale) {
     if (target < 0) {
         for (int k = 0; k < n; k++) x[k] = 0;
         return 0;
     }
+    int top = 0;
+    for (int k = 1; k < n; k++) top = x[k] > x[top] ? k : top;
+    double loss = (double)x[top] - (double)x[target];
     softmax_row(x, n);
-    double loss = -log((double)x[target]);
+    loss -= log((double)x[top]);  // the sum is exp(x[top]) / softmax(x)[top]
     x[target] -= 1.0f;
     for (int k = 0; k < n; k++) x[k] *= (float)scale;
     return loss;
@@ -2608,6 +2615,7 @@ typedef struct {
     Readout readout;
     int use;              // USE_ bits of the relations it is given
     const float *mean, *std;  // (Y) of the training labels; regression: prediction = out std + mean
+    int label_units;      // regression: the loss is in the labels' units, not in deviations
 } Task;
 
 // Tokens that the head reads: the graph tokens (B) or the atoms (A).
@@ -2661,7 +2669,8 @@ static void task_head_backward(Acts *a, Model *model, const Batch *batch, const 
 }
 
 // Mean loss over the labels present: binary cross-entropy with logits, or the squared error of
-// out std + mean. dlogits (B, Y) is its gradient, 0 where a label is missing.
+// out std + mean, over std^2 unless label_units (the release), so that every task counts alike.
+// dlogits (B, Y) is its gradient, 0 where a label is missing.
 static double task_loss(float *dlogits, const float *logits, const Batch *batch, const Task *task) {
     size_t count = 0, Y = (size_t)batch->Y;
     double loss = 0;
@@ -2676,10 +2685,10 @@ static double task_loss(float *dlogits, const float *logits, const Batch *batch,
             double sigmoid = x >= 0 ? 1 / (1 + exp_minus) : exp_minus / (1 + exp_minus);
             dlogits[k] = (float)((sigmoid - label) / (double)count);
         } else {
-            double std = (double)task->std[k % Y],
-                   error = x * std + (double)task->mean[k % Y] - label;
+            double std = (double)task->std[k % Y], unit = task->label_units ? std : 1;
+            double error = unit * (x - (label - (double)task->mean[k % Y]) / std);
             loss += error * error;
-            dlogits[k] = (float)(2 * error * std / (double)count);
+            dlogits[k] = (float)(2 * error * unit / (double)count);
         }
     }
     return count ? loss / (double)count : 0;
@@ -2811,16 +2820,18 @@ enum { METRIC_AUC, METRIC_AP, METRIC_RMSE, METRIC_MAE, METRIC_R2, METRICS };
 static const char *const METRIC_NAMES[METRICS] = {"ROC-AUC", "AP", "RMSE", "MAE", "R2"};
 
 // All metrics of task y that make sense for its kind, NaN for the others and where undefined.
-// scores (n, Y): probabilities or logits, or predicted values.
+// scores (n, Y): logits (in float32 large probabilities are all 1), or predicted values.
 static void task_metrics(double metric[METRICS], TaskKind kind, const float *scores,
                          const float *labels, size_t n, size_t Y, size_t y) {
     size_t count;
     Scored *list = scored_sorted(&count, scores, labels, n, Y, y);
     double square = 0, absolute = 0, mean = 0, variance = 0;
+    int varied = 0;  // constant labels have a variance too, of rounding
     for (int k = 0; k < METRICS; k++) metric[k] = (double)NAN;
     for (size_t i = 0; i < count; i++) mean += (double)list[i].label / (double)count;
     for (size_t i = 0; i < count; i++) {
         double error = (double)list[i].score - (double)list[i].label;
+        varied |= list[i].label != list[0].label;
         square += error * error;
         absolute += fabs(error);
         variance += ((double)list[i].label - mean) * ((double)list[i].label - mean);
@@ -2831,12 +2842,13 @@ static void task_metrics(double metric[METRICS], TaskKind kind, const float *sco
     } else if (count > 0) {
         metric[METRIC_RMSE] = sqrt(square / (double)count);
         metric[METRIC_MAE] = absolute / (double)count;
-        metric[METRIC_R2] = variance > 0 ? 1 - square / variance : (double)NAN;
+        metric[METRIC_R2] = varied ? 1 - square / variance : (double)NAN;
     }
     free(list);
 }
 
-// Means over the tasks in which a metric is defined; NaN if there is none.
+// Means over the tasks in which a metric is defined; NaN if there is none, and of errors in the
+// labels' units, which several tasks need not share.
 static void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores,
                          const float *labels, size_t n, size_t Y) {
     double sum[METRICS] = {0}, count[METRICS] = {0}, metric[METRICS];
@@ -2848,7 +2860,10 @@ static void mean_metrics(double mean[METRICS], TaskKind kind, const float *score
             count[k] += 1;
         }
     }
-    for (int k = 0; k < METRICS; k++) mean[k] = count[k] > 0 ? sum[k] / count[k] : (double)NAN;
+    for (int k = 0; k < METRICS; k++) {
+        int units = Y > 1 && (k == METRIC_RMSE || k == METRIC_MAE);
+        mean[k] = count[k] > 0 && !units ? sum[k] / count[k] : (double)NAN;
+    }
 }
 
 // Forward and backward pass of one pretraining batch: losses and gradients.
@@ -3081,6 +3096,27 @@ static const TensorEntry *tensor_find(const TensorFile *f, const char *name) {
     return NULL;
 }
 
+// Element k of a tensor of floating-point numbers, as float32.
+static float tensor_value(const TensorEntry *t, size_t k) {
+    uint32_t bits = t->dtype[0] == 'B' ? get_u16(t->data + 2 * k) << 16 : 0;
+    float value;
+    if (strcmp(t->dtype, "F32") == 0) return get_f32(t->data + 4 * k);
+    if (strcmp(t->dtype, "F64") == 0) {
+        uint64_t wide = get_u64(t->data + 8 * k);
+        double number;
+        memcpy(&number, &wide, 8);
+        return (float)number;
+    }
+    if (strcmp(t->dtype, "F16") == 0) {  // sign, 5 bits of exponent, 10 of fraction
+        uint32_t half = get_u16(t->data + 2 * k), exponent = half >> 10 & 31;
+        if (exponent == 0) return ldexpf((float)(half & 1023), -24) * (half >> 15 ? -1.0f : 1.0f);
+        bits = (half & 0x8000u) << 16 | (exponent == 31 ? 255 : exponent + 112) << 23 |
+               (half & 1023) << 13;
+    }
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
 // The value of a metadata key, or NULL.
 static const char *tensor_meta(const TensorFile *f, const char *key) {
     for (int k = 0; k < f->meta_count; k++)
@@ -3092,11 +3128,12 @@ static const char *tensor_meta(const TensorFile *f, const char *key) {
 // stand in front of it in a state dict; NULL if there is none.
 static const TensorEntry *tensor_find_official(const TensorFile *f, const char *prefix,
                                                const char *official) {
+    static const char *const wrappers[] = {"", "model.", "module."};  // of training frameworks
     static const char *const modules[] = {"encoder.molecule_encoder.", "encoder.",
                                           "molecule_encoder.", ""};
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 12; k++) {
         char name[256];
-        snprintf(name, sizeof name, "%s%s%s", prefix, modules[k], official);
+        snprintf(name, sizeof name, "%s%s%s%s", prefix, wrappers[k / 4], modules[k % 4], official);
         const TensorEntry *t = tensor_find(f, name);
         if (t) return t;
     }
@@ -3227,13 +3264,13 @@ static int tensor_load(float *arena, const TensorInfo *info, const TensorFile *f
     char name[128];
     const TensorEntry *t = tensor_find_official(f, prefix, tensor_name(info, name));
     if (!t) return 0;
-    CHECK(strcmp(t->dtype, "F32") == 0, "%s: tensor %s: expected type F32, found %s", f->path, name,
-          t->dtype);
+    CHECK(strchr(t->dtype, 'F'), "%s: tensor %s: expected type F32, F16, BF16 or F64, found %s",
+          f->path, name, t->dtype);
     size_t rows = t->rank == 2 ? t->shape[0] : 0, columns = t->rank ? t->shape[t->rank - 1] : 1;
     CHECK(t->rank == (info->rows ? 2 : 1) && rows == info->rows && columns == info->columns,
           "%s: tensor %s: expected shape (%zu, %zu), found rank %d (%zu, %zu)", f->path, name,
           info->rows, info->columns, t->rank, rows, columns);
-    for (size_t k = 0; k < t->count; k++) arena[info->offset + k] = get_f32(t->data + 4 * k);
+    for (size_t k = 0; k < t->count; k++) arena[info->offset + k] = tensor_value(t, k);
     return 1;
 }
 
@@ -3251,25 +3288,24 @@ static void model_load(const Model *model, float *arena, const TensorFile *f, co
 // 11 Training and evaluation
 // =================================================================================================
 
+enum { DEFAULT_BATCH = 64 };
+
 // What the command line sets; the initial values are the defaults. The only global state.
 typedef struct {
     const char *size, *output, *valid, *test, *init, *model, *task, *readout, *modality;
     int64_t layers, dim, ffn, heads, kernels;  // 0: from `size`
     int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds;
-    int resume, no_blend, help;
+    const char *loss_units;
+    int resume, help;
     Blend blend;
     LossWeights weights;
     Dropout drop;
     Adam adam;
 } Options;
 
-static Options opt = {
-    .size = "small",
-    .task = "regression",
-    .readout = "mean",  // pretraining gives the graph token (cls, the release's choice) no loss
-    .modality = "2d",
+static Options opt = {  // the defaults of size, batch, task, readout and modality depend on files
     .steps = 900,
-    .batch = 64,
+    .loss_units = "deviations",
     .warmup = -1,
     .seed = 1,
     .save_every = 500,
@@ -3281,23 +3317,48 @@ static Options opt = {
     .adam = {1e-3, 0.9, 0.999, 1e-8, 0, 5},  // a fine-tuning run begins with lr 2e-4
 };
 
-// The named sizes (base: the paper's); any of them can be replaced by its own option.
-static Config options_config(void) {
+// The sizes that the options ask for, a named one (base: the paper's) and its replacements; with
+// `file` those of a checkpoint at this path, which the options may only repeat.
+static Config options_config(const Config *file, const char *path) {
     static const struct { const char *name; Config config; } sizes[] = {
         {"tiny", {2, 64, 64, 4, 16, 0}},
         {"small", {6, 256, 256, 8, 64, 0}},
         {"base", {12, 768, 768, 32, 128, 0}}};
+    const char *size = opt.size ? opt.size : "small";
     for (size_t k = 0; k < 3; k++) {
-        if (strcmp(opt.size, sizes[k].name)) continue;
-        Config c = sizes[k].config;
-        if (opt.layers) c.layers = (int)opt.layers;
-        if (opt.dim) c.dim = (int)opt.dim;
-        if (opt.ffn) c.ffn = (int)opt.ffn;
-        if (opt.heads) c.heads = (int)opt.heads;
-        if (opt.kernels) c.kernels = (int)opt.kernels;
+        if (strcmp(size, sizes[k].name)) continue;
+        Config c = file && !opt.size ? *file : sizes[k].config;
+        int *const number[5] = {&c.layers, &c.dim, &c.ffn, &c.heads, &c.kernels};
+        const int64_t asked[5] = {opt.layers, opt.dim, opt.ffn, opt.heads, opt.kernels};
+        for (int n = 0; n < 5; n++)
+            if (asked[n]) *number[n] = (int)asked[n];
+        CHECK(!file || (c.layers == file->layers && c.dim == file->dim && c.ffn == file->ffn &&
+                        c.heads == file->heads && c.kernels == file->kernels),
+              "%s: has --layers %d --dim %d --ffn %d --heads %d --kernels %d; leave out the size "
+              "options that say otherwise", path, file->layers, file->dim, file->ffn, file->heads,
+              file->kernels);
         return c;
     }
-    DIE("--size: expected tiny, small or base, found \"%s\"", opt.size);
+    DIE("--size: expected tiny, small or base, found \"%s\"", size);
+}
+
+// The sizes of a model to train: see above, from --init if it is given.
+static Config start_config(void) {
+    if (!opt.init) return options_config(NULL, NULL);
+    TensorFile f;
+    tensor_file_open(&f, opt.init);
+    Config c = tensor_file_config(&f, "");
+    tensor_file_close(&f);
+    c.tasks = 0;  // its head is not taken over
+    return options_config(&c, opt.init);
+}
+
+// The batch size to train with: 64, or all molecules of a smaller set.
+static void batch_size_set(const Dataset *train) {
+    int64_t n = (int64_t)train->count;
+    CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
+          (long long)opt.batch, (long long)n, train->path);
+    if (!opt.batch) opt.batch = n < DEFAULT_BATCH ? n : DEFAULT_BATCH;
 }
 
 // Columns of the training log, one row a step.
@@ -3317,6 +3378,7 @@ typedef struct {
     int64_t step, warmup;  // updates done
     float *log;            // (steps, LOG_COLUMNS)
     char *state_path, *log_path;
+    OutFile lock;          // held from start to end: two runs may not write the same files
 } Run;
 
 // Makes activations and batch large enough for `need`; memory only grows.
@@ -3340,6 +3402,7 @@ static Sizes ids_sizes(const Dataset *data, const uint32_t *ids, size_t B) {
 // Loads molecules ids[0..B) of a dataset into the run's batch; see batch_load().
 static void run_batch(Run *run, const Dataset *data, const uint32_t *ids, size_t B,
                       const Blend *blend, int use, const Draws *draws) {
+    threads_adapt();
     run_reserve(run, ids_sizes(data, ids, B), run->model.config.tasks > 0 ? data->n_tasks : 0);
     batch_load(&run->batch, data, ids, B, blend, use, draws);
 }
@@ -3593,10 +3656,19 @@ static void log_mean(double mean[LOG_COLUMNS], const Run *run, int64_t first, in
     }
 }
 
+// Finds out now, not after hours of work, whether the output can be written, and claims it.
+static void run_lock(Run *run) {
+    out_probe(opt.output);
+    char *path = xprintf("%s.run", opt.output);
+    out_open(&run->lock, path);
+    free(path);
+}
+
 // Opens the data, makes or loads the model, plans the memory, and says what will be done.
 static void run_open(Run *run, const char *train_path) {
     dataset_open(&run->train, train_path);
     CHECK(run->train.count > 0, "%s: the dataset is empty", train_path);
+    batch_size_set(&run->train);
     if (opt.valid) dataset_open(&run->valid, opt.valid);
     run->has_valid = opt.valid && run->valid.count > 0;
     run->warmup = opt.warmup >= 0 ? opt.warmup : opt.steps / 20 + 1;
@@ -3608,12 +3680,14 @@ static void run_open(Run *run, const char *train_path) {
     size_t stem = strlen(opt.output);
     if (stem > 12 && strcmp(opt.output + stem - 12, ".safetensors") == 0) stem -= 12;
     run->log_path = xprintf("%.*s.log.csv", (int)stem, opt.output);
+    run_lock(run);
     out_probe(run->state_path);
-    out_probe(opt.output);
     out_probe(run->log_path);
-    model_create(&run->model, options_config(), 1);
+    model_create(&run->model, start_config(), 1);
     model_init(&run->model, (uint64_t)opt.seed);
-    if (opt.resume) {
+    FILE *state = opt.resume ? fopen(run->state_path, "rb") : NULL;
+    if (state) {
+        fclose(state);
         run_load(run);
     } else if (opt.init) {
         TensorFile f;
@@ -3641,11 +3715,15 @@ static void run_open(Run *run, const char *train_path) {
         " (built without OpenMP)"
 #endif
     );
-    if (opt.resume) fprintf(stderr, "resumed after step %lld\n", (long long)run->step);
+    if (state) fprintf(stderr, "resumed after step %lld\n", (long long)run->step);
+    if (opt.resume && !state)
+        fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
+                run->state_path);
 }
 
 // Frees whatever of a run has been opened.
 static void run_close(Run *run) {
+    if (run->lock.file) out_discard(&run->lock);
     dataset_close(&run->train);
     dataset_close(&run->valid);
     model_free(&run->model);
@@ -3692,6 +3770,23 @@ static void run_print(const Run *run, Progress *progress) {
 
 // ---- fine-tuning (paper 4): no noise, no blend; the epoch best on the validation set is kept
 
+static const char *const READOUT_NAMES[] = {"cls", "mean", "sum"};
+static const char *const KIND_NAMES[] = {"classification", "regression"};
+static const char *const MODALITY_NAMES[] = {"2d", "3d", "both"};
+static const int MODALITY_USE[] = {USE_SPD | USE_EDGE, USE_3D, USE_SPD | USE_EDGE | USE_3D};
+
+static const char *const UNIT_NAMES[] = {"deviations", "labels"};
+// Pretraining gives the graph token, cls, which the release reads, no loss: hence the mean.
+static const char *const DEFAULT_READOUT = "mean", *const DEFAULT_MODALITY = "2d";
+
+// Index of `text` among n names, or the end of the program.
+static int name_index(const char *option, const char *text, const char *const *names, int n) {
+    for (int k = 0; k < n; k++)
+        if (strcmp(text, names[k]) == 0) return k;
+    DIE("%s: expected %s, %s%s%s, found \"%s\"", option, names[0], names[1], n > 2 ? " or " : "",
+        n > 2 ? names[2] : "", text);
+}
+
 typedef struct {
     Run run;              // model, buffers, training and validation set
     Dataset test;
@@ -3703,59 +3798,63 @@ typedef struct {
     double best_metric;
 } Finetune;
 
-// The metric by which epochs are chosen, as a number that is better when larger.
-static double selection_metric(TaskKind kind, const double metric[METRICS]) {
-    return kind == TASK_CLASSIFICATION ? metric[METRIC_AUC] : -metric[METRIC_RMSE];
-}
-
-// Mean and standard deviation of the training labels, task by task (1 where all are equal).
+// The kind of the labels, recognised by their values if --task does not say; and their mean and
+// standard deviation, task by task (1 where all are equal). Dies where there is nothing to learn.
 static void label_statistics(Finetune *ft) {
     const Dataset *data = &ft->run.train;
-    size_t Y = (size_t)data->n_tasks;
-    double *sum = xmalloc(3 * Y, sizeof *sum), *square = sum + Y, *count = square + Y;
+    size_t Y = (size_t)data->n_tasks, other = data->count;
+    double *sum = xmalloc(3 * Y, sizeof *sum), *square = sum + Y, *count = square + Y, odd = 0;
     Molecule m = {0};
     for (size_t i = 0; i < data->count; i++) {
         dataset_read(data, i, &m);
         for (size_t y = 0; y < Y; y++) {
             double label = (double)m.labels[y];
             if (isnan(label)) continue;
-            CHECK(ft->task.kind == TASK_REGRESSION || label == 0 || label == 1,
-                  "%s: molecule %zu: expected labels 0 and 1 for --task classification, found %g",
-                  data->path, i, label);
+            if (label != 0 && label != 1 && other == data->count) {
+                other = i;
+                odd = label;
+            }
             sum[y] += label;
             square[y] += label * label;
             count[y] += 1;
         }
     }
+    if (!opt.task) {
+        opt.task = KIND_NAMES[other < data->count ? TASK_REGRESSION : TASK_CLASSIFICATION];
+        fprintf(stderr, "task    %s: the labels are %s 0 and 1 (--task overrules)\n", opt.task,
+                other < data->count ? "more than" : "all");
+    }
+    ft->task.kind = (TaskKind)name_index("--task", opt.task, KIND_NAMES, 2);
+    int classes = ft->task.kind == TASK_CLASSIFICATION;
+    CHECK(!classes || other == data->count,
+          "%s: molecule %zu: expected labels 0 and 1 for --task classification, found %g",
+          data->path, other, odd);
     for (size_t y = 0; y < Y; y++) {
         CHECK(count[y] > 0, "%s: task %s has no labels", data->path, data->task_names[y]);
+        CHECK(!classes || (sum[y] > 0 && sum[y] < count[y]),
+              "%s: task %s: all labels are %d; expected both classes (data_prep --labels leaves a "
+              "task out)", data->path, data->task_names[y], sum[y] > 0);
         double mean = sum[y] / count[y], variance = square[y] / count[y] - mean * mean;
-        ft->mean[y] = ft->task.kind == TASK_REGRESSION ? (float)mean : 0;
-        ft->std[y] = ft->task.kind == TASK_REGRESSION && variance > 1e-12 * (1 + mean * mean)
-                         ? (float)sqrt(variance) : 1;
+        ft->mean[y] = classes ? 0 : (float)mean;
+        ft->std[y] = !classes && variance > 1e-12 * (1 + mean * mean) ? (float)sqrt(variance) : 1;
     }
     molecule_free(&m);
     free(sum);
 }
 
-// Says so if one task's labels are so widely spread that its errors drown those of another.
-static void label_note(const Finetune *ft) {
-    const Dataset *data = &ft->run.train;
-    int wide = 0, narrow = 0;
-    for (int y = 1; y < data->n_tasks; y++) {
-        if (ft->std[y] > ft->std[wide]) wide = y;
-        if (ft->std[y] < ft->std[narrow]) narrow = y;
-    }
-    if (ft->std[wide] > 4 * ft->std[narrow])
-        fprintf(stderr,
-                "note    the loss is in label units: %s (deviation %.3g) outweighs %s (%.3g);\n"
-                "        to fit them equally, use data_prep --labels with one at a time\n",
-                data->task_names[wide], (double)ft->std[wide], data->task_names[narrow],
-                (double)ft->std[narrow]);
+// 3D asked of molecules that have no positions: refused, or if 2D is asked too, said.
+static void check_positions(const Dataset *data, int use) {
+    size_t without = 0;
+    for (size_t i = 0; i < data->count && use & USE_3D; i++) without += !dataset_has_pos(data, i);
+    if (without == 0) return;
+    CHECK(use & USE_SPD, "%s: --modality 3d: %zu of %zu molecules have no positions", data->path,
+          without, data->count);
+    fprintf(stderr, "note    %s: %zu of %zu molecules have no positions and take part with 2D only\n",
+            data->path, without, data->count);
 }
 
-// Predictions for the next batch of molecules from `first` on: probabilities, or values in the
-// labels' units, out (B, Y). Returns B.
+// Predictions for the next batch of molecules from `first` on: logits, or values in the labels'
+// units, out (B, Y). Returns B.
 static size_t predict_batch(float *out, Run *run, const Task *task, const Dataset *data,
                             size_t first) {
     static const Dropout none = {0};
@@ -3764,9 +3863,8 @@ static size_t predict_batch(float *out, Run *run, const Task *task, const Datase
     size_t B = run_next(run, data, first, NULL, task->use, &still);
     encoder_forward(&run->acts, &run->model, &run->batch, &none, &still);
     task_head_forward(out, &run->acts, &run->model, &run->batch, task->readout);
-    for (size_t k = 0; k < B * Y; k++)
-        out[k] = task->kind == TASK_CLASSIFICATION ? 1.0f / (1.0f + expf(-out[k]))
-                                                   : out[k] * task->std[k % Y] + task->mean[k % Y];
+    for (size_t k = 0; k < B * Y && task->kind == TASK_REGRESSION; k++)
+        out[k] = out[k] * task->std[k % Y] + task->mean[k % Y];
     return B;
 }
 
@@ -3782,11 +3880,22 @@ static float *predict_all(float **labels, Run *run, const Task *task, const Data
     return out;
 }
 
-static void evaluate_task(double mean[METRICS], Run *run, const Task *task, const Dataset *data) {
+// The number by which epochs are chosen, better when larger: the mean ROC-AUC, or minus the mean
+// RMSE in deviations of the training labels, so that no task's unit outweighs another's.
+static double evaluate_task(Run *run, const Task *task, const Dataset *data) {
+    size_t Y = (size_t)data->n_tasks, defined = 0;
     float *labels, *out = predict_all(&labels, run, task, data);
-    mean_metrics(mean, task->kind, out, labels, data->count, (size_t)data->n_tasks);
+    double sum = 0, metric[METRICS];
+    for (size_t y = 0; y < Y; y++) {
+        task_metrics(metric, task->kind, out, labels, data->count, Y, y);
+        double now = task->kind == TASK_CLASSIFICATION
+                         ? metric[METRIC_AUC] : -metric[METRIC_RMSE] / (double)task->std[y];
+        defined += !isnan(now);
+        sum += isnan(now) ? 0 : now;
+    }
     free(out);
     free(labels);
+    return defined ? sum / (double)defined : (double)NAN;
 }
 
 // Is this tensor of a checkpoint part of a head, which fine-tuning leaves behind?
@@ -3840,7 +3949,7 @@ static double finetune_epoch(Finetune *ft, int64_t epoch, uint64_t seed) {
     float *dlogits = logits + (size_t)opt.batch * (size_t)run->train.n_tasks;
     double sum = 0;
     rng_permutation(run->order, run->train.count, seed, RNG_SHUFFLE, (uint32_t)epoch);
-    for (int64_t k = 0; k < per_epoch; k++) {
+    for (int64_t k = 0; k < per_epoch && !mb_signal; k++) {
         int64_t first = k * opt.batch, B = n - first < opt.batch ? n - first : opt.batch;
         int64_t step = epoch * per_epoch + k;
         const uint32_t *ids = run->order + first;
@@ -3858,6 +3967,11 @@ static double finetune_epoch(Finetune *ft, int64_t epoch, uint64_t seed) {
     return sum;
 }
 
+// A number of evaluate_task() for people: of a single task in its units.
+static double shown_metric(const Finetune *ft, double metric) {
+    return fabs(metric) * (ft->run.train.n_tasks == 1 ? (double)ft->std[0] : 1);
+}
+
 // Trains one model from the given seed; leaves the best epoch's parameters in the model.
 static void finetune_run(Finetune *ft, uint64_t seed, int quiet) {
     Run *run = &ft->run;
@@ -3870,9 +3984,9 @@ static void finetune_run(Finetune *ft, uint64_t seed, int quiet) {
     ft->best_epoch = -1;
     Progress progress = progress_begin(0);
     for (int64_t epoch = 0; epoch < opt.epochs; epoch++) {
-        double loss = finetune_epoch(ft, epoch, seed), metric[METRICS];
-        evaluate_task(metric, run, &ft->task, &run->valid);
-        double now = selection_metric(ft->task.kind, metric);
+        double loss = finetune_epoch(ft, epoch, seed);
+        if (mb_signal) break;
+        double now = evaluate_task(run, &ft->task, &run->valid);
         if (ft->best_epoch < 0 || now > ft->best_metric || isnan(ft->best_metric)) {
             ft->best_metric = now;
             ft->best_epoch = epoch;
@@ -3881,26 +3995,18 @@ static void finetune_run(Finetune *ft, uint64_t seed, int quiet) {
         }
         char text[96];
         snprintf(text, sizeof text, "seed %llu epoch %lld: loss %.4f, valid %.4f",
-                 (unsigned long long)seed, (long long)epoch + 1, loss, fabs(now));
+                 (unsigned long long)seed, (long long)epoch + 1, loss, shown_metric(ft, now));
         progress_show(&progress, (double)epoch + 1, (double)opt.epochs,
                       (double)(epoch + 1) * (double)run->train.count, "molecules", text,
                       epoch + 1 == opt.epochs);
         if (opt.patience > 0 && ++since_best >= opt.patience) break;
     }
-    memcpy(model->params, ft->best, sizeof(float) * model->count);
+    if (ft->best_epoch >= 0) memcpy(model->params, ft->best, sizeof(float) * model->count);
 }
 
-static const char *const READOUT_NAMES[] = {"cls", "mean", "sum"};
-static const char *const KIND_NAMES[] = {"classification", "regression"};
-static const char *const MODALITY_NAMES[] = {"2d", "3d", "both"};
-static const int MODALITY_USE[] = {USE_SPD | USE_EDGE, USE_3D, USE_SPD | USE_EDGE | USE_3D};
-
-// Index of `text` among n names, or the end of the program.
-static int name_index(const char *option, const char *text, const char *const *names, int n) {
-    for (int k = 0; k < n; k++)
-        if (strcmp(text, names[k]) == 0) return k;
-    DIE("%s: expected %s, %s%s%s, found \"%s\"", option, names[0], names[1], n > 2 ? " or " : "",
-        n > 2 ? names[2] : "", text);
+// The USE_ bits of a modality's name.
+static int modality_use(const char *name) {
+    return MODALITY_USE[name_index("--modality", name, MODALITY_NAMES, 3)];
 }
 
 // The checkpoint of a fine-tuned model; its metadata carries what predict needs.
@@ -3935,21 +4041,28 @@ static void print_metrics(const double metric[METRICS]) {
     printf("\n");
 }
 
-// Metrics of the test set (validation set without one): task by task on stdout if `each`; `mean`
-// over the tasks; `chance`: the mean if every prediction were the training mean.
-static void finetune_report(double mean[METRICS], double chance[METRICS], Finetune *ft, int each) {
+// Metrics of the test set (validation set without one): of several tasks, one by one on stdout;
+// `mean` over the tasks; `chance`: the mean if every prediction were the training mean.
+static void finetune_report(double mean[METRICS], double chance[METRICS], Finetune *ft) {
     const Dataset *data = ft->has_test ? &ft->test : &ft->run.valid;
+    TaskKind kind = ft->task.kind;
     float *labels, *out = predict_all(&labels, &ft->run, &ft->task, data);
-    size_t Y = (size_t)data->n_tasks;
-    mean_metrics(mean, ft->task.kind, out, labels, data->count, Y);
-    for (size_t y = 0; y < Y && each; y++) {
+    size_t Y = (size_t)data->n_tasks, n = data->count;
+    float *constant = xmalloc(mul_size(n, Y), sizeof *constant);
+    for (size_t k = 0; k < n * Y; k++) constant[k] = ft->mean[k % Y];
+    mean_metrics(mean, kind, out, labels, n, Y);
+    mean_metrics(chance, kind, constant, labels, n, Y);
+    for (size_t y = 0; y < Y && Y > 1; y++) {
         double metric[METRICS];
-        task_metrics(metric, ft->task.kind, out, labels, data->count, Y, y);
+        task_metrics(metric, kind, out, labels, n, Y, y);
         printf("%-24s", data->task_names[y]);
         print_metrics(metric);
+        if (kind == TASK_CLASSIFICATION) continue;
+        task_metrics(metric, kind, constant, labels, n, Y, y);
+        printf("%24s", "by chance");
+        print_metrics(metric);
     }
-    for (size_t k = 0; k < data->count * Y; k++) out[k] = ft->mean[k % Y];
-    mean_metrics(chance, ft->task.kind, out, labels, data->count, Y);
+    free(constant);
     free(out);
     free(labels);
 }
@@ -3967,7 +4080,8 @@ static void finetune_open(Finetune *ft, const char *train_path) {
     CHECK(run->train.count > 0 && run->train.n_tasks > 0,
           "%s: expected molecules with labels (data_prep --labels)", train_path);
     CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
-    out_probe(opt.output);
+    batch_size_set(&run->train);
+    run_lock(run);
     dataset_open(&run->valid, opt.valid);
     CHECK(run->valid.count > 0, "%s: the dataset is empty", opt.valid);
     same_tasks(&run->train, &run->valid);
@@ -3979,18 +4093,17 @@ static void finetune_open(Finetune *ft, const char *train_path) {
     size_t Y = (size_t)run->train.n_tasks;
     ft->mean = xmalloc(Y, sizeof *ft->mean);
     ft->std = xmalloc(Y, sizeof *ft->std);
-    ft->task = (Task){(TaskKind)name_index("--task", opt.task, KIND_NAMES, 2),
-                      (Readout)name_index("--readout", opt.readout, READOUT_NAMES, 3),
-                      MODALITY_USE[name_index("--modality", opt.modality, MODALITY_NAMES, 3)],
-                      ft->mean, ft->std};
+    if (!opt.readout) opt.readout = DEFAULT_READOUT;
+    if (!opt.modality) opt.modality = DEFAULT_MODALITY;
+    ft->task = (Task){.readout = (Readout)name_index("--readout", opt.readout, READOUT_NAMES, 3),
+                      .use = modality_use(opt.modality),
+                      .mean = ft->mean, .std = ft->std,
+                      .label_units = name_index("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
     label_statistics(ft);
-    Config c = options_config();
-    if (opt.init) {
-        TensorFile f;
-        tensor_file_open(&f, opt.init);
-        c = tensor_file_config(&f, "");
-        tensor_file_close(&f);
-    }
+    check_positions(&run->train, ft->task.use);
+    check_positions(&run->valid, ft->task.use);
+    if (ft->has_test) check_positions(&ft->test, ft->task.use);
+    Config c = start_config();
     c.tasks = run->train.n_tasks;
     model_create(&run->model, c, 1);
     run->order = xmalloc(run->train.count, sizeof *run->order);
@@ -4000,7 +4113,6 @@ static void finetune_open(Finetune *ft, const char *train_path) {
             c.layers, c.dim, (double)run->model.count / 1e6, opt.task, opt.readout, opt.modality);
     fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n",
             run->train.count, run->valid.count, ft->test.count, c.tasks, c.tasks > 1 ? "s" : "");
-    label_note(ft);
 }
 
 // =================================================================================================
@@ -4016,16 +4128,23 @@ static void command_pretrain(const char *train_path) {
     printf("   step    total  denoise     spd    edge      3d        lr gradient    mol/s\n");
     Progress progress = progress_begin((double)run.step);
     int64_t first = run.step;
-    while (run.step < opt.steps) {
+    signals_catch();
+    while (run.step < opt.steps && !mb_signal) {
         run_step(&run);
         run_print(&run, &progress);
         char text[64];
         snprintf(text, sizeof text, "step %lld of %lld", (long long)run.step, (long long)opt.steps);
         progress_show(&progress, (double)run.step, (double)opt.steps,
                       (double)(run.step - first) * (double)opt.batch, "molecules", text, 0);
-        if (run.step == opt.steps || run.step % opt.save_every == 0) run_save(&run);
+        if (run.step < opt.steps && run.step % opt.save_every == 0) run_save(&run);
     }
+    run_save(&run);  // also when all steps were done: the run may have been killed while saving
     if (progress.terminal) fprintf(stderr, "\r\033[K");
+    if (run.step < opt.steps) {
+        fprintf(stderr, "stopped by a signal and saved after step %lld; to go on, give the same "
+                "command with --resume\n", (long long)run.step);
+        mb_exit(128 + mb_signal);
+    }
     run_report(&run);
     run_close(&run);
 }
@@ -4037,16 +4156,24 @@ static void command_finetune(const char *train_path) {
     Finetune ft = {0};
     double sum[METRICS] = {0}, square[METRICS] = {0}, mean[METRICS], chance[METRICS], best = 0;
     finetune_open(&ft, train_path);
+    signals_catch();
     const char *part = ft.has_test ? "test" : "valid";
     for (int64_t s = 0; s < opt.seeds; s++) {
         finetune_run(&ft, (uint64_t)(opt.seed + s), s > 0);
-        if (s == 0 || ft.best_metric > best) {
+        if (ft.best_epoch >= 0 && (s == 0 || ft.best_metric > best)) {
             best = ft.best_metric;
             finetune_save(&ft);
         }
-        finetune_report(mean, chance, &ft, opt.seeds == 1 && ft.run.train.n_tasks > 1);
-        printf("seed %lld: best epoch %lld, valid %.4f; %s", (long long)(opt.seed + s),
-               (long long)ft.best_epoch + 1, fabs(ft.best_metric), part);
+        if (mb_signal) {
+            fprintf(stderr, "stopped by a signal in seed %lld; %s\n", (long long)(opt.seed + s),
+                    s || ft.best_epoch >= 0 ? "the best epoch so far is saved" : "nothing is saved");
+            mb_exit(128 + mb_signal);
+        }
+        finetune_report(mean, chance, &ft);
+        printf("seed %lld: best epoch %lld, valid %.4f%s; %s", (long long)(opt.seed + s),
+               (long long)ft.best_epoch + 1, shown_metric(&ft, ft.best_metric),
+               ft.task.kind == TASK_REGRESSION && ft.run.train.n_tasks > 1 ? " deviations" : "",
+               part);
         print_metrics(mean);
         for (int k = 0; k < METRICS; k++) {
             sum[k] += mean[k];
@@ -4078,6 +4205,7 @@ static void model_open(Run *run, TensorFile *f) {
     tensor_file_open(f, opt.model);
     model_create(&run->model, tensor_file_config(f, ""), 0);
     model_load(&run->model, run->model.params, f, "");
+    if (!opt.batch) opt.batch = DEFAULT_BATCH;
     run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
 }
 
@@ -4119,8 +4247,8 @@ static void command_predict(const char *path) {
     Task task = {
         (TaskKind)name_index("task", required_meta(&f, "task"), KIND_NAMES, 2),
         (Readout)name_index("readout", required_meta(&f, "readout"), READOUT_NAMES, 3),
-        MODALITY_USE[name_index("modality", required_meta(&f, "modality"), MODALITY_NAMES, 3)],
-        stats, stats + Y};
+        modality_use(required_meta(&f, "modality")), stats, stats + Y, 0};
+    check_positions(&data, task.use);
     printf("name");
     for (size_t y = 0; y < Y; y++) {
         size_t length = strcspn(names, "\n");
@@ -4134,7 +4262,10 @@ static void command_predict(const char *path) {
         for (size_t b = 0; b < n; b++) {
             dataset_read(&data, i + b, &m);
             print_csv(m.name, (size_t)m.name_length);
-            for (size_t y = 0; y < Y; y++) printf(",%.6g", (double)out[b * Y + y]);
+            for (size_t y = 0; y < Y; y++) {
+                double x = (double)out[b * Y + y];
+                printf(",%.6g", task.kind == TASK_CLASSIFICATION ? 1 / (1 + exp(-x)) : x);
+            }
             printf("\n");
         }
     }
@@ -4157,10 +4288,14 @@ static void command_embed(const char *path) {
     TensorFile f;
     OutFile out;
     Draws still = {0};
-    int readout = name_index("--readout", opt.readout, READOUT_NAMES, 3);
-    int use = MODALITY_USE[name_index("--modality", opt.modality, MODALITY_NAMES, 3)];
     dataset_open(&data, path);
     model_open(&run, &f);
+    if (!opt.readout) opt.readout = tensor_meta(&f, "readout");  // as it was fine-tuned
+    if (!opt.modality) opt.modality = tensor_meta(&f, "modality");
+    int use = modality_use(opt.modality ? opt.modality : DEFAULT_MODALITY);
+    int readout = name_index("--readout", opt.readout ? opt.readout : DEFAULT_READOUT,
+                             READOUT_NAMES, 3);
+    check_positions(&data, use);
     size_t C = (size_t)run.model.config.dim, B = (size_t)opt.batch;
     float *row = xmalloc(C, sizeof *row);
     char shape[96], header[128];
@@ -4172,7 +4307,9 @@ static void command_embed(const char *path) {
     out_write(&out, magic, 10);
     out_write(&out, header, (size_t)length);
     Progress progress = progress_begin(0);
+    signals_catch();
     for (size_t i = 0; i < data.count; i += B) {
+        if (mb_signal) mb_exit(128 + mb_signal);
         size_t n = run_next(&run, &data, i, NULL, use, &still);
         encoder_forward(&run.acts, &run.model, &run.batch, &none, &still);
         for (size_t b = 0; b < n; b++) {
@@ -4341,8 +4478,9 @@ static const Option OPTIONS[] = {
     {"--resume", OPT_FLAG, &opt.resume, 0, 0, NULL, "continue the run that writes -o", PRETRAIN},
     {"--save-every", OPT_INT, &opt.save_every, 1, 1e9, "N", "steps between checkpoints", PRETRAIN},
     HEADING("Model", TRAIN),
-    {"--size", OPT_TEXT, &opt.size, 0, 0, "NAME", "tiny, small, or base (the paper's)", TRAIN},
-    {"--layers", OPT_INT, &opt.layers, 1, MAX_LAYERS, "N", "0: from --size; so the next four",
+    {"--size", OPT_TEXT, &opt.size, 0, 0, "NAME",
+     "tiny, small, or base, the paper's (default small, or that of --init)", TRAIN},
+    {"--layers", OPT_INT, &opt.layers, 1, MAX_LAYERS, "N", "instead of --size's; so the next four",
      TRAIN},
     {"--dim", OPT_INT, &opt.dim, 1, MAX_DIM, "N", "width of a token", TRAIN},
     {"--ffn", OPT_INT, &opt.ffn, 1, MAX_DIM, "N", "width of the feed-forward layer", TRAIN},
@@ -4355,12 +4493,13 @@ static const Option OPTIONS[] = {
      "stop after N epochs without gain; 0: never", FINETUNE},
     {"--seeds", OPT_INT, &opt.seeds, 1, 1000, "N", "repeat with N seeds, mean and deviation",
      FINETUNE},
-    {"--batch-size", OPT_INT, &opt.batch, 1, 1e6, "N", "molecules at a time", TRAIN | READ},
+    {"--batch-size", OPT_INT, &opt.batch, 1, 1e6, "N",
+     "molecules at a time (default 64, or all of a smaller training set)", TRAIN | READ},
     {"--lr", OPT_NUMBER, &opt.adam.lr, 0, 10, "X", "peak learning rate", TRAIN},
     {"--warmup", OPT_INT, &opt.warmup, -1, 1e9, "N", "steps; -1: 1/20 (finetune: 1/10) of all",
      TRAIN},
     {"--seed", OPT_INT, &opt.seed, 0, 9e15, "N", "names every random draw", TRAIN | SHOW},
-    {"--threads", OPT_INT, &opt.threads, 0, 1024, "N", "0: all cores; results are the same",
+    {"--threads", OPT_INT, &opt.threads, 0, 1024, "N", "0: all we may use; results are the same",
      TRAIN | READ},
     {"--beta1", OPT_NUMBER, &opt.adam.beta1, 0, 0.999999, "X", "AdamW", TRAIN},
     {"--beta2", OPT_NUMBER, &opt.adam.beta2, 0, 0.999999, "X", "AdamW", TRAIN},
@@ -4374,10 +4513,14 @@ static const Option OPTIONS[] = {
      TRAIN},
     {"--embedding-dropout", OPT_NUMBER, &opt.drop.embedding, 0, 0.99, "P", "of the tokens", TRAIN},
     HEADING("Task", FINETUNE | EMBED),
-    {"--task", OPT_TEXT, &opt.task, 0, 0, "NAME", "classification or regression", FINETUNE},
-    {"--readout", OPT_TEXT, &opt.readout, 0, 0, "NAME", "mean, sum or cls (token)",
-     FINETUNE | EMBED},
-    {"--modality", OPT_TEXT, &opt.modality, 0, 0, "NAME", "2d, 3d or both", FINETUNE | EMBED},
+    {"--task", OPT_TEXT, &opt.task, 0, 0, "NAME",
+     "classification or regression (default: by the labels)", FINETUNE},
+    {"--loss-units", OPT_TEXT, &opt.loss_units, 0, 0, "NAME",
+     "of regression: deviations (every task counts alike) or labels (as the release)", FINETUNE},
+    {"--readout", OPT_TEXT, &opt.readout, 0, 0, "NAME",
+     "mean, sum or cls (default mean; embed: as fine-tuned)", FINETUNE | EMBED},
+    {"--modality", OPT_TEXT, &opt.modality, 0, 0, "NAME",
+     "2d, 3d or both (default 2d; embed: as fine-tuned)", FINETUNE | EMBED},
     HEADING("Method", PRETRAIN | SHOW),
     {"--pair-spd", OPT_NUMBER, &opt.blend.pair_spd, 0, 1, "P",
      "how often a pair shows its path length", PRETRAIN | SHOW},
@@ -4456,6 +4599,7 @@ static void check_options(void) {
 }
 
 int main(int argc, char **argv) {
+    threads_calm(argv);
     const Command *command = NULL;
     for (int k = 0; k < N_COMMANDS && argc > 1; k++)
         if (strcmp(argv[1], COMMANDS[k].name) == 0) command = &COMMANDS[k];
@@ -4475,9 +4619,7 @@ int main(int argc, char **argv) {
     if (!opt.output) opt.output = command->output;
     if (!opt.valid && command->bit & TRAIN) opt.valid = sibling(words[0], "valid");
     if (!opt.test && command->bit & FINETUNE) opt.test = sibling(words[0], "test");
-#ifdef _OPENMP
-    if (opt.threads) omp_set_num_threads((int)opt.threads);
-#endif
+    threads_set(opt.threads);
     switch (command->bit) {
         case PRETRAIN: command_pretrain(words[0]); break;
         case FINETUNE: command_finetune(words[0]); break;

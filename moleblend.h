@@ -3,11 +3,12 @@
 //   1 errors           DIE, CHECK: one line on stderr, exit 1, unfinished outputs removed
 //   2 memory           xmalloc, xrealloc: sizes are checked before they are multiplied
 //   3 output files     OutFile: written beside the target, renamed when complete
-//   4 random numbers   Philox4x32-10: a draw depends on nothing but its name
-//   5 options          one table drives parsing, range checks and --help
-//   6 progress         done, rate and time left, on stderr
-//   7 molecules        the record both programs exchange, and its vocabularies
-//   8 dataset files    format (documented there), writer, reader
+//   4 being stopped    signals that ask for an orderly end; threads and CPU time on a busy machine
+//   5 random numbers   Philox4x32-10: a draw depends on nothing but its name
+//   6 options          one table drives parsing, range checks and --help
+//   7 progress         done, rate and time left, on stderr
+//   8 molecules        the record both programs exchange, and its vocabularies
+//   9 dataset files    format (documented there), writer, reader
 //
 // All functions are static inline: a program is one .c file and this header, nothing to link.
 #ifndef MOLEBLEND_H
@@ -21,6 +22,7 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -71,20 +73,31 @@ typedef struct OutFile {
 
 static OutFile *mb_unfinished;  // outputs to remove when the program dies
 
-// Prints "PROGRAM: message", removes unfinished outputs, exits 1.
+// Ends the program with this exit code; unfinished outputs are removed.
+MB_NORETURN static inline void mb_exit(int code) {
+    for (OutFile *out = mb_unfinished; out; out = out->next) {
+        if (MB_POSIX) remove(out->tmp);  // while its lock is held
+        if (out->file) fclose(out->file);
+        if (!MB_POSIX) remove(out->tmp);
+    }
+    exit(code);
+}
+
+// Prints "PROGRAM: message", removes unfinished outputs, exits 1. If several threads fail, the
+// first one speaks and the others wait for the end.
 MB_NORETURN MB_PRINTF(1, 2) static inline void mb_die(const char *fmt, ...) {
     va_list args;
-    fflush(stdout);
-    fputs(MB_PROGRAM ": ", stderr);
     va_start(args, fmt);
-    vfprintf(stderr, fmt, args);
-    va_end(args);
-    fputc('\n', stderr);
-    for (OutFile *out = mb_unfinished; out; out = out->next) {
-        if (out->file) fclose(out->file);
-        remove(out->tmp);
+#ifdef _OPENMP
+#pragma omp critical(mb_die)
+#endif
+    {
+        fflush(stdout);
+        fputs(MB_PROGRAM ": ", stderr);
+        vfprintf(stderr, fmt, args);
+        fputc('\n', stderr);
+        mb_exit(EXIT_FAILURE);
     }
-    exit(EXIT_FAILURE);
 }
 #define DIE(...) mb_die(__VA_ARGS__)
 #define CHECK(cond, ...) do { if (!(cond)) DIE(__VA_ARGS__); } while (0)
@@ -133,7 +146,29 @@ MB_PRINTF(1, 2) static inline char *xprintf(const char *fmt, ...) {
 // 3 Output files. Whole or not at all: data goes to PATH.tmp, which out_commit() flushes to the
 //   disk and renames. Every write is checked; a full disk shows at the latest in out_commit().
 //   PATH may only be a regular file or nothing: to rename onto a device would remove it.
+//   PATH.tmp is locked while it is written, so two programs with one output never mix.
 // =================================================================================================
+
+#if MB_POSIX
+// Opens and locks PATH.tmp, emptied; dies if another program has it. If that program renamed it
+// between our opening and locking it, we hold a file that is no longer PATH.tmp: once more.
+static inline FILE *out_lock(const char *tmp) {
+    for (;;) {
+        struct stat mine, named;
+        struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+        int fd = open(tmp, O_RDWR | O_CREAT, 0666);
+        CHECK(fd >= 0, "%s: cannot write: %s", tmp, strerror(errno));
+        if (fcntl(fd, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN)) {
+            long holder = fcntl(fd, F_GETLK, &lock) == 0 ? (long)lock.l_pid : 0;
+            DIE("%s: process %ld is writing it; wait for it, or give another -o", tmp, holder);
+        }
+        if (fstat(fd, &mine) == 0 && stat(tmp, &named) == 0 && mine.st_ino == named.st_ino &&
+            ftruncate(fd, 0) == 0)
+            return fdopen(fd, "wb");
+        close(fd);
+    }
+}
+#endif
 
 // Opens PATH.tmp for writing. `out` must stay where it is until out_commit().
 static inline void out_open(OutFile *out, const char *path) {
@@ -144,7 +179,11 @@ static inline void out_open(OutFile *out, const char *path) {
 #endif
     out->path = xprintf("%s", path);
     out->tmp = xprintf("%s.tmp", path);
+#if MB_POSIX
+    out->file = out_lock(out->tmp);
+#else
     out->file = fopen(out->tmp, "wb");
+#endif
     CHECK(out->file, "%s: cannot write: %s", out->tmp, strerror(errno));
     setvbuf(out->file, NULL, _IOFBF, 1 << 16);
     out->next = mb_unfinished;
@@ -167,8 +206,9 @@ static inline void out_forget(OutFile *out) {
 
 // Closes the file and removes it: PATH stays as it was.
 static inline void out_discard(OutFile *out) {
+    if (MB_POSIX) remove(out->tmp);
     fclose(out->file);
-    remove(out->tmp);
+    if (!MB_POSIX) remove(out->tmp);
     out_forget(out);
 }
 
@@ -179,26 +219,176 @@ static inline void out_probe(const char *path) {
     out_discard(&out);
 }
 
-// Makes the file durable and gives it its name.
+// Makes the file durable and gives it its name, before its lock ends with the file.
 static inline void out_commit(OutFile *out) {
     int bad = fflush(out->file) != 0 || ferror(out->file);
 #if MB_POSIX
     bad = bad || (fsync(fileno(out->file)) != 0 && errno != EINVAL);  // EINVAL: not a disk file
+#else
+    bad = bad || fclose(out->file) != 0;  // an open file cannot be renamed there
+    out->file = NULL;
+    remove(out->path);  // nor an existing one replaced
 #endif
     CHECK(!bad, "%s: write failed: %s", out->tmp, strerror(errno));
-    int closed = fclose(out->file);
-    out->file = NULL;
-    CHECK(closed == 0, "%s: write failed: %s", out->tmp, strerror(errno));
-#if !MB_POSIX
-    remove(out->path);  // rename() does not replace an existing file there
-#endif
     CHECK(rename(out->tmp, out->path) == 0, "%s: cannot rename to %s: %s", out->tmp, out->path,
           strerror(errno));
+    if (out->file) fclose(out->file);
     out_forget(out);
 }
 
 // =================================================================================================
-// 4 Random numbers. Philox4x32-10 (Salmon et al., SC 2011; constants from there): a keyed mixing of
+// 4 Being stopped, and sharing the machine. SIGINT, SIGTERM and SIGHUP ask for an orderly end: the
+//   work at hand is finished and saved. Another one, two seconds later or more (timeout(1) sends
+//   each twice), ends the program at once.
+// =================================================================================================
+
+static inline double now_seconds(void) {
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static volatile sig_atomic_t mb_signal;  // the one that came, or 0
+
+static inline void mb_on_signal(int number) {
+    static volatile time_t first;
+    int again = mb_signal != 0;
+    if (!again) first = time(NULL);
+    mb_signal = number;
+    signal(number, again && time(NULL) > first + 1 ? SIG_DFL : mb_on_signal);
+    if (again && time(NULL) > first + 1) raise(number);
+}
+
+// From here on a signal sets mb_signal. One that is ignored (nohup) stays so.
+static inline void signals_catch(void) {
+    static const int numbers[] = {SIGINT, SIGTERM,
+#ifdef SIGHUP
+                                  SIGHUP
+#endif
+    };
+    for (size_t k = 0; k < sizeof numbers / sizeof numbers[0]; k++)
+        if (signal(numbers[k], mb_on_signal) == SIG_IGN) signal(numbers[k], SIG_IGN);
+}
+
+// CPUs that the quotas of our control groups (Linux: containers, batch systems) allow, 0 if there
+// is none. `root` stands in front of every path; "" but in tests. Version 2 has "QUOTA PERIOD" or
+// "max ..." in cpu.max, version 1 two files; the quotas of the groups above hold too.
+static inline double cpu_quota(const char *root) {
+    double cpus = 0;
+    char line[1024], name[1200], *path = xprintf("%s/proc/self/cgroup", root);
+    FILE *groups = fopen(path, "r");  // lines NUMBER:CONTROLLERS:GROUP
+    free(path);
+    while (groups && fgets(line, sizeof line, groups)) {
+        char *kind = strchr(line, ':'), *group = kind ? strchr(kind + 1, ':') : NULL;
+        if (!group) continue;
+        *group++ = 0;
+        group[strcspn(group, "\n")] = 0;
+        snprintf(name, sizeof name, ",%s,", kind + 1);
+        if (kind[1] && !strstr(name, ",cpu,")) continue;
+        for (char *slash = group; slash;) {
+            double number[2] = {0, 0};  // quota, period
+            for (int k = 0; k < (kind[1] ? 2 : 1); k++) {
+                static const char *const files[] = {"cpu.cfs_quota_us", "cpu.cfs_period_us"};
+                path = xprintf("%s/sys/fs/cgroup%s%s/%s", root, kind[1] ? "/cpu" : "", group,
+                               kind[1] ? files[k] : "cpu.max");
+                FILE *f = fopen(path, "r");
+                if (f && fscanf(f, "%lf %lf", &number[k], &number[1]) < 1) number[k] = 0;
+                if (f) fclose(f);
+                free(path);
+            }
+            if (number[0] > 0 && number[1] > 0 && (cpus == 0 || number[0] / number[1] < cpus))
+                cpus = number[0] / number[1];
+            slash = strrchr(group, '/');
+            if (slash) *slash = 0;
+        }
+    }
+    if (groups) fclose(groups);
+    return cpus;
+}
+
+// ---- threads. One that waits at the end of a parallel loop spins for a while, because waking it
+//   takes longer than most loops. Beside other programs that is a disaster: the spinning threads
+//   take the time that the one they wait for needs. So, where the environment says nothing, waiting
+//   is short, and steps that do not get the CPUs they ask for are done with fewer threads. That
+//   changes no result: threads share out results, never a sum.
+
+static int mb_threads;   // most threads that we use; 0: threads_set() was not called
+static int mb_adapting;  // may that number be lowered?
+
+// Threads to provide memory for.
+static inline int thread_count(void) {
+#ifdef _OPENMP
+    return mb_threads ? mb_threads : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+static inline int thread_id(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// To be called first in main(): makes waiting short. A hundredth of gcc's default is as fast on an
+// idle machine. gcc's runtime has read its environment before main() begins, so the program begins
+// again with another one.
+static inline void threads_calm(char **argv) {
+#if defined(_OPENMP) && MB_POSIX
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME")) return;
+    if (setenv("MB_CALM", "1", 1) || setenv("GOMP_SPINCOUNT", "2000", 1)) return;
+#if defined(__linux__) && !defined(__clang__)
+    char path[4096];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
+    if (n <= 0) return;
+    path[n] = 0;
+    execv(path, argv);  // if that fails: on as we are
+#endif
+#endif
+    (void)argv;
+}
+
+// Sets the number of threads: `wanted`, or if that is 0 what the environment says, or as many as
+// there are CPUs that we may use, by affinity and by quota.
+static inline void threads_set(int64_t wanted) {
+#ifdef _OPENMP
+    double quota = cpu_quota("");
+    mb_adapting = MB_POSIX && !wanted && getenv("MB_CALM") && !getenv("OMP_NUM_THREADS");
+    if (!wanted && !getenv("OMP_NUM_THREADS") && quota > 0 && quota < omp_get_num_procs())
+        wanted = quota < 1 ? 1 : (int64_t)(quota + 0.5);
+    if (wanted) omp_set_num_threads((int)wanted);
+    mb_threads = omp_get_max_threads();
+#endif
+    (void)wanted;
+}
+
+// To be called between steps. After two steps in which we got less than 0.6 CPUs a thread, the next
+// 25 have as many threads as we got CPUs; then all are tried again.
+static inline void threads_adapt(void) {
+#ifdef _OPENMP
+    static double wall, cpu;
+    static int poor, rest;
+    double now = now_seconds(), used = (double)clock() / CLOCKS_PER_SEC;
+    int threads = omp_get_max_threads();
+    if (!mb_adapting || now - wall < 0.01) return;  // too short to tell
+    double got = (used - cpu) / (now - wall);
+    poor = threads == mb_threads && wall > 0 && got < 0.6 * threads ? poor + 1 : 0;
+    if (poor == 2) {
+        omp_set_num_threads(got < 1.5 ? 1 : (int)(got + 0.5));
+        rest = 25;
+    } else if (threads < mb_threads && --rest == 0) {
+        omp_set_num_threads(mb_threads);
+        poor = 1;  // once is enough now
+    }
+    wall = now;
+    cpu = used;
+#endif
+}
+
+// =================================================================================================
+// 5 Random numbers. Philox4x32-10 (Salmon et al., SC 2011; constants from there): a keyed mixing of
 //   a 128-bit counter, no state. The counter is the draw's name (purpose, step, place, index), so a
 //   draw does not depend on thread count, evaluation order, or on whether a run was resumed.
 // =================================================================================================
@@ -268,7 +458,7 @@ static inline void rng_permutation(uint32_t *order, size_t n, uint64_t seed, uin
 }
 
 // =================================================================================================
-// 5 Options. `--name value`, or `--name` alone for a flag. A table row holds the name, where the
+// 6 Options. `--name value`, or `--name` alone for a flag. A table row holds the name, where the
 //   value goes (its content at the start is the default), its bounds and its line of help.
 // =================================================================================================
 
@@ -380,15 +570,9 @@ static inline void options_print(const Option *table, int n, unsigned command) {
 }
 
 // =================================================================================================
-// 6 Progress. One line on stderr, redrawn in place on a terminal and repeated now and then
+// 7 Progress. One line on stderr, redrawn in place on a terminal and repeated now and then
 //   elsewhere; stdout carries results only.
 // =================================================================================================
-
-static inline double now_seconds(void) {
-    struct timespec t;
-    timespec_get(&t, TIME_UTC);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 typedef struct {
     double start, shown;  // seconds; when the work began, when a line was last shown
@@ -429,7 +613,7 @@ static inline void progress_show(Progress *p, double done, double total, double 
 }
 
 // =================================================================================================
-// 7 Molecules: heavy atoms 0..n-1 with the nine atom features and bonds with the three bond
+// 8 Molecules: heavy atoms 0..n-1 with the nine atom features and bonds with the three bond
 //   features of OGB (Hu et al. 2020, ogb.utils.features), each an index into its list of values.
 // =================================================================================================
 
@@ -499,7 +683,7 @@ static inline void molecule_free(Molecule *m) {
 }
 
 // =================================================================================================
-// 8 Dataset files. All numbers little-endian whatever the host, no padding:
+// 9 Dataset files. All numbers little-endian whatever the host, no padding:
 //
 //   header, 64 bytes
 //      0  8  magic "MOLBLEND"          32  8  file size in bytes
@@ -850,6 +1034,11 @@ static inline int dataset_atoms(const Dataset *d, size_t i) {
     return (int)get_u16(d->index + 8 * i);
 }
 
+// Has molecule i positions? Reads only the head of its record.
+static inline int dataset_has_pos(const Dataset *d, size_t i) {
+    return get_u16(d->data + (get_u64(d->index + 8 * i) >> 16) + 8) & 1;
+}
+
 // A number that tells datasets apart: of the index, and the checksums of up to 4096 records.
 static inline uint32_t dataset_fingerprint(const Dataset *d) {
     uint32_t crc = get_u32(d->index + 8 * d->count);
@@ -858,8 +1047,8 @@ static inline uint32_t dataset_fingerprint(const Dataset *d) {
     return crc;
 }
 
-// Reads molecule i into m (see Molecule for ownership). Dies if the record is damaged.
-static inline void dataset_read(const Dataset *d, size_t i, Molecule *m) {
+// Reads molecule i into m (see Molecule for ownership). Returns NULL, or what is wrong with it.
+static inline const char *dataset_try(const Dataset *d, size_t i, Molecule *m) {
     uint64_t begin = get_u64(d->index + 8 * i) >> 16;
     uint64_t end = i + 1 < d->count ? get_u64(d->index + 8 * (i + 1)) >> 16
                                     : (uint64_t)(d->index - d->data);
@@ -867,6 +1056,12 @@ static inline void dataset_read(const Dataset *d, size_t i, Molecule *m) {
     if (!wrong && m->n_atoms != dataset_atoms(d, i)) wrong = "atom count differs from the index";
     if (!wrong && (m->n_atoms > d->max_atoms || m->n_bonds > d->max_bonds))
         wrong = "more atoms or bonds than the header allows";
+    return wrong;
+}
+
+// The same; dies if the record is damaged. Not for parallel loops.
+static inline void dataset_read(const Dataset *d, size_t i, Molecule *m) {
+    const char *wrong = dataset_try(d, i, m);
     CHECK(!wrong, "%s: molecule %zu: %s", d->path, i, wrong);
 }
 

@@ -283,6 +283,7 @@ static void golden_open(Golden *g, const char *path) {
         }
         g->task.mean = g->mean;
         g->task.std = g->std;
+        g->task.label_units = 1;  // the release's loss
     } else {
         g->weights = (LossWeights){{0, meta_weight(f, "denoise "), meta_weight(f, "spd "),
                                     meta_weight(f, "edge "), meta_weight(f, "d3 ")}};
@@ -1190,6 +1191,7 @@ static void test_heads(void) {
     test_noise_output(&rig);
     free(out.spd), free(out.edge), free(out.d3);
     rig.draws.active = 1;
+    rig.draws.step = 5;  // a draw in which no gradient cancels to nothing
     pretrain_heads(loss, a, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop, &rig.draws, 1, NULL);
     float *x = a->x;
     float *dbias = xmalloc(rig.batch.W * (size_t)rig.model.config.heads, sizeof *dbias);
@@ -1331,6 +1333,52 @@ static void test_task_head(void) {
     rig_close(&rig);
 }
 
+// Losses and gradients where float32 ends: nothing saturates, nothing becomes NaN.
+static void test_edges(void) {
+    float x[3] = {200, 0, -50}, g[3];
+    test_check(fabs(cross_entropy(x, 3, 1, 1.0) - 200) < 1e-3 && x[0] == 1 && x[1] == -1,
+               "cross-entropy of a gap of 200 is 200, with its gradient");
+    static const float constants[3] = {0, 1, 0.4f};  // mean, 1 / s, height
+    g[0] = g[1] = 0;
+    g[2] = 1;
+    float dx = gauss_row_backward(g, g + 1, g + 2, 1e25f, constants, 1);
+    test_check(dx == 0 && g[0] == 0 && g[1] == 0, "a Gaussian whose square overflows: gradient 0");
+    Rig rig;
+    rig_open(&rig, 0, 0);
+    memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
+    rig.model.p.gauss_std[1] = 0;
+    run_geometry(&rig);
+    weights_into(rig.acts.geo, rig.batch.A * (size_t)rig.model.config.dim);
+    weights_into(rig.acts.dmlp_out, rig.batch.Q * (size_t)rig.model.config.heads);
+    geometry_backward(&rig.acts, &rig.model, &rig.batch);
+    test_check(rig.model.g.gauss_std[1] == 0 && rig.model.g.gauss_std[0] != 0,
+               "the slope of |std| at 0 is 0");
+    // two tasks, the second a thousand times the first: the same share in loss and gradient
+    static const float mean[2] = {1, 1000}, std[2] = {2, 2000}, logits[2] = {0.3f, 0.3f};
+    float labels[2] = {3, 3000}, d[2], unscaled[2];
+    Batch one = {.B = 1, .Y = 2, .labels = labels};
+    Task task = {.kind = TASK_REGRESSION, .mean = mean, .std = std};
+    double loss = task_loss(d, logits, &one, &task);
+    task.label_units = 1;
+    double in_units = task_loss(unscaled, logits, &one, &task);
+    test_check(fabs(loss - 0.49) < 1e-6 && d[0] == d[1], "tasks of any scale count alike");
+    test_check(fabs(in_units / (0.49 * 2000002) - 1) < 1e-5 && unscaled[1] / unscaled[0] > 9e5f,
+               "--loss-units labels: the release's loss");
+    rig_close(&rig);
+}
+
+// Masks are drawn for (n, n) numbers: rows padded to whole vectors do not change them.
+static void test_mask(void) {
+    Draws draws = {7, 3, 0, 1};
+    HeadTask task = {5, 16, 8, 8, 0.5, &draws, RNG_ATTENTION_DROP, 2, 1};
+    float mask[5 * 16], plain[25];
+    int same = 0;
+    attention_mask(mask, &task);
+    dropout_row(plain, 25, 0.5, &draws, RNG_ATTENTION_DROP, 2, 1);
+    for (int k = 0; k < 25; k++) same += mask[k / 5 * 16 + k % 5] == plain[k];
+    test_check(same == 25, "%d of 25 numbers of a mask are those of the row without padding", same);
+}
+
 // Metrics against values computed by scikit-learn (roc_auc_score, average_precision_score).
 static void test_metrics(void) {
     static const float scores[] = {0.1f, 0.4f, 0.35f, 0.8f, 0.4f, 0.4f, 0.9f, 0.1f, 0.5f, 0.7f};
@@ -1349,6 +1397,13 @@ static void test_metrics(void) {
     static const float one_class[] = {0, 0, NAN, 0, 0, 0, 0, 0, 0, 0};
     task_metrics(metric, TASK_CLASSIFICATION, scores, one_class, 10, 1, 0);
     test_check(isnan(metric[METRIC_AUC]) && isnan(metric[METRIC_AP]), "one class: undefined");
+    static const float constant[] = {0.1f, 0.1f, 0.1f, 0.1f, 0.1f, 0.1f, 0.1f};
+    task_metrics(metric, TASK_REGRESSION, scores, constant, 7, 1, 0);
+    test_check(isnan(metric[METRIC_R2]), "R2 of constant labels is undefined, not %g",
+               metric[METRIC_R2]);
+    mean_metrics(metric, TASK_REGRESSION, scores, values, 5, 2);
+    test_check(isnan(metric[METRIC_RMSE]) && !isnan(metric[METRIC_R2]),
+               "errors in different units are not averaged");
 }
 
 // =================================================================================================
@@ -1479,6 +1534,25 @@ static void test_checkpoint(void) {
     model_load(&again, again.params, &f, "");
     test_check(memcmp(model.params, again.params, model.count * sizeof(float)) == 0,
                "checkpoint round trip");
+    // names as training frameworks wrap them
+    const ArenaName wrapped = {"module.", model.params};
+    tensor_file_close(&f);
+    tensor_file_write(path, &model, &wrapped, 1, NULL, "{\"format\":\"pt\"}");
+    tensor_file_open(&f, path);
+    memset(again.params, 0, again.count * sizeof(float));
+    model_load(&again, again.params, &f, "");
+    test_check(memcmp(model.params, again.params, model.count * sizeof(float)) == 0,
+               "names behind module.");
+    static const uint8_t half[] = {0x00, 0xC1, 0x01, 0x00, 0x00, 0x7C};  // -2.5, 2^-24, infinity
+    static const uint8_t brain[] = {0x20, 0xC0}, wide[] = {0, 0, 0, 0, 0, 0, 4, 0xC0};  // -2.5
+    const TensorEntry f16 = {.dtype = "F16", .data = half}, f64 = {.dtype = "F64", .data = wide};
+    const TensorEntry bf16 = {.dtype = "BF16", .data = brain};
+    test_check(tensor_value(&f16, 0) == -2.5f && tensor_value(&f16, 1) == 0x1p-24f &&
+                   isinf(tensor_value(&f16, 2)) && tensor_value(&bf16, 0) == -2.5f &&
+                   tensor_value(&f64, 0) == -2.5f, "F16, BF16 and F64 are converted");
+    tensor_file_close(&f);
+    tensor_file_write(path, &model, &arena, 1, NULL, "{\"format\":\"pt\"}");
+    tensor_file_open(&f, path);
     test_check(tensor_find(&f, "encoder.molecule_encoder.layers.1.self_attn.q_proj.weight") != NULL,
                "official names");
     tensor_file_close(&f);
@@ -1521,7 +1595,7 @@ static void test_parameter_table(void) {
 
 // Runs a command with its output in build/test.out; returns the exit code.
 static int run_command(const char *command) {
-    char *line = xprintf("%s > build/test.out 2>&1", command);
+    char *line = xprintf("(%s\n) > build/test.out 2>&1", command);
     fflush(stdout);
     int status = system(line);
     free(line);
@@ -1579,12 +1653,18 @@ static void test_messages(void) {
         {"./moleblend Makefile", 1, "Makefile: not a dataset file"},
         {"./moleblend build", 1, "build: cannot read"},
         {"./moleblend build/test_train.bin extra", 1, "expected ./moleblend train.bin"},
-        {"./moleblend build/test_train.bin --resume -o build/none.safetensors", 1,
-         "build/none.safetensors.state: cannot read"},
+        {"rm -f build/test_fresh.*; ./moleblend build/test_train.bin --resume --size tiny --steps 1 -o "
+         "build/test_fresh.safetensors", 0, "nothing is saved in build/test_fresh"},
+        {"./moleblend build/test_train.bin --batch-size 41", 1,
+         "--batch-size: 41 is more than the 40 molecules"},
+        {"./moleblend build/test_train.bin --init build/test_model.safetensors --dim 32", 1,
+         "build/test_model.safetensors: has --layers 2 --dim 24"},
+        {"./moleblend build/test_train.bin --init build/test_model.safetensors --steps 1 -o "
+         "build/test_fresh.safetensors", 0, "model   2 layers, 24 wide"},
         // an output that cannot be written is found before the inputs that are not there, so before
         // the first step
         {"./moleblend build/test_train.bin --init none -o no_dir/x.safetensors", 1,
-         "no_dir/x.safetensors.state.tmp: cannot write"},
+         "no_dir/x.safetensors.tmp: cannot write"},
         {"./moleblend build/test_train.bin --init none -o build", 1,
          "build: cannot write: expected a regular file"},
         {"./moleblend finetune build/test_train.bin --valid none -o no_dir/x.safetensors", 1,
@@ -1601,7 +1681,24 @@ static void test_messages(void) {
         {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs 2 --size "
          "tiny "
          "--modality both --readout mean -o build/test_ft.safetensors",
-         0, "by chance (the training mean for all): valid  RMSE"},
+         0, "by chance (the training mean for all): valid  R2"},
+        // 3D asked of molecules without positions, classes, and a checkpoint's own settings
+        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs 1 --size "
+         "tiny --modality 3d -o build/test_ft2.safetensors", 1,
+         "--modality 3d: 6 of 40 molecules have no positions"},
+        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs 1 --size "
+         "tiny --modality both -o build/test_ft2.safetensors", 0,
+         "6 of 40 molecules have no positions and take part with 2D only"},
+        {"./moleblend embed build/test_train.bin --model build/test_ft.safetensors -o "
+         "build/test.npy", 0, "6 of 40 molecules have no positions"},
+        {"printf 'smiles,a,b\\nC,0,1\\nCC,1,1\\nCCC,0,1\\n' | ./data_prep --format csv --labels "
+         "a,b -o build/test_class.bin -", 0, "3"},
+        {"./moleblend finetune build/test_class.bin --valid build/test_class.bin --size tiny", 1,
+         "task b: all labels are 1; expected both classes"},
+        {"printf 'smiles,a\\nC,0\\nCC,1\\nCCC,0\\n' | ./data_prep --format csv --labels a -o "
+         "build/test_class.bin -", 0, "3"},
+        {"./moleblend finetune build/test_class.bin --valid build/test_class.bin --size tiny "
+         "--epochs 1 -o build/test_ft2.safetensors", 0, "classification: the labels are all 0 and"},
         {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors", 0,
          "name,logP,\"with,comma\"\nmol ,"},
         {"./data_prep --labels none -o build/test_bare.bin data/sample.sdf", 1, "--labels"},
@@ -1623,6 +1720,8 @@ static void test_messages(void) {
         {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --readout max", 1,
          "--readout: expected cls, mean or sum, found \"max\""},
         {"./moleblend build/test_train.bin --init data/mini.safetensors --steps 1", 1,
+         "not a MoleBLEND model: expected a tensor"},
+        {"./moleblend build/test_train.bin --init build/test_ft.safetensors --steps 1", 1,
          "is missing"},
         {"./data_prep", 1, "data_prep: "},
         {"./data_prep --help", 0, "--split"},
@@ -1657,6 +1756,32 @@ static void test_damage(void) {
     free(bytes);
 }
 
+// Records damaged side by side, read by several threads: one message, about the first of them.
+static void test_damage_together(void) {
+    size_t n;
+    char *bytes = file_text("build/test_train.bin", &n);
+    Dataset d;
+    int good = 0;
+    dataset_open(&d, "build/test_train.bin");
+    for (size_t i = 3; i < 40; i++) bytes[(get_u64(d.index + 8 * i) >> 16) + 20] ^= 1;
+    dataset_close(&d);
+    FILE *f = fopen("build/test_bad.bin", "wb");
+    CHECK(f, "cannot write build/test_bad.bin");
+    fwrite(bytes, 1, n, f);
+    fclose(f);
+    for (int k = 0; k < 20; k++) {
+        size_t length;
+        int code = run_command("./moleblend embed build/test_bad.bin --threads 4 -o build/bad.npy "
+                               "--model build/test_model.safetensors");
+        char *text = file_text("build/test.out", &length);
+        good += code == 1 && strstr(text, "molecule 3: record is damaged") &&
+                strchr(text, '\n') == text + length - 1;
+        free(text);
+    }
+    test_check(good == 20, "damage met by several threads: the first, once, in %d of 20", good);
+    free(bytes);
+}
+
 // Same bytes with 1, 2 and 3 threads, and after kill -9 and --resume.
 static void test_reproducible(void) {
     const char *base =
@@ -1685,6 +1810,31 @@ static void test_reproducible(void) {
     free(line);
     test_check(same_files("build/test_t0.safetensors", "build/test_k.safetensors"),
                "killed and resumed: the bytes of the uninterrupted run");
+    // killed between the renames of the last save: only the state is there, or an old checkpoint
+    remove("build/test_k.safetensors");
+    remove("build/test_k.log.csv");
+    line = xprintf("%s --resume -o build/test_k.safetensors", base);
+    test_command(line, 0, "wrote build/test_k.safetensors");
+    free(line);
+    test_check(same_files("build/test_t0.safetensors", "build/test_k.safetensors") &&
+               fopen("build/test_k.log.csv", "r"), "a resumed run ends with every output there");
+    static const struct { const char *name; int code; } signals[] = {{"INT", 130}, {"TERM", 143},
+                                                                     {"HUP", 129}};
+    for (int k = 0; k < 3; k++) {
+        line = xprintf("timeout --preserve-status -s %s 0.5 %s --steps 90000 -o "
+                       "build/test_s.safetensors", signals[k].name, base);
+        test_command(line, signals[k].code, "give the same command with --resume");
+        free(line);
+    }
+    // two programs with one output
+    line = xprintf("timeout -s KILL 2 %s --steps 90000 -o build/test_s.safetensors > /dev/null & "
+                   "sleep 0.5; %s -o build/test_s.safetensors", base, base);
+    test_command(line, 1, "is writing it");
+    free(line);
+    for (int k = 0; k < 5; k++)
+        test_command("./data_prep -o build/test_s.bin data/sample.sdf & "
+                     "./data_prep -o build/test_s.bin data/sample.sdf; wait; "
+                     "./moleblend info build/test_s.bin", 0, "dataset, 2000 molecules");
     line = xprintf("%s --lr 0.5 --resume -o build/test_k.safetensors", base);
     test_command(line, 1, "--resume needs the same data and options");
     free(line);
@@ -1698,6 +1848,48 @@ static void test_reproducible(void) {
     write_test_dataset("build/test_train.bin", 40, 0);
 #endif
 }
+
+// Quotas of control groups, both versions, as the kernel shows them.
+static void test_quota(void) {
+    static const char *const setup =
+        "rm -rf build/v1 build/v2; mkdir -p build/v1/proc/self build/v2/proc/self "
+        "build/v1/sys/fs/cgroup/cpu/job build/v2/sys/fs/cgroup/a/b; "
+        "printf '5:cpuset:/\\n4:cpu,cpuacct:/job\\n0::/\\n' > build/v1/proc/self/cgroup; "
+        "echo 150000 > build/v1/sys/fs/cgroup/cpu/job/cpu.cfs_quota_us; "
+        "echo 100000 > build/v1/sys/fs/cgroup/cpu/job/cpu.cfs_period_us; "
+        "echo -1 > build/v1/sys/fs/cgroup/cpu/cpu.cfs_quota_us; "
+        "echo 100000 > build/v1/sys/fs/cgroup/cpu/cpu.cfs_period_us; "
+        "echo 0::/a/b > build/v2/proc/self/cgroup; "
+        "echo max 100000 > build/v2/sys/fs/cgroup/a/b/cpu.max; "
+        "echo 300000 100000 > build/v2/sys/fs/cgroup/a/cpu.max";
+    run_command(setup);
+    test_check(cpu_quota("build/v1") == 1.5, "quota of version 1: %g", cpu_quota("build/v1"));
+    test_check(cpu_quota("build/v2") == 3, "quota of version 2, of the group above: %g",
+               cpu_quota("build/v2"));
+    test_check(cpu_quota("build/none") == 0, "no control groups: no quota");
+}
+
+// Beside two busy processes a run must not all but stop: with the runtime's own spinning it took
+// thirty times as long as with passive waiting.
+static void test_busy(void) {
+#if MB_POSIX && defined(_OPENMP)
+    double seconds[2];
+    for (int k = 0; k < 2; k++) {
+        char *line = xprintf(
+            "(while :; do :; done) & h=$!; (while :; do :; done) & i=$!; timeout 60 "
+            "env -u OMP_WAIT_POLICY %s ./moleblend train.bin --size tiny --dim 16 --steps 40 "
+            "-o build/test_busy.safetensors; c=$?; kill $h $i; exit $c",
+            k ? "OMP_WAIT_POLICY=passive" : "");
+        double start = now_seconds();
+        test_command(line, 0, "wrote");
+        seconds[k] = now_seconds() - start;
+        free(line);
+    }
+    test_check(seconds[0] < 2 * seconds[1] + 1, "beside busy processes: %.1f s, %.1f s passive",
+               seconds[0], seconds[1]);
+#endif
+}
+
 // ==== data_prep ==================================================================================
 // Perception against RDKit 2022.09 (the tables below are what it gives with OGB's lists), readers,
 // bad input, splits, threads.
@@ -2608,13 +2800,18 @@ int main(int argc, char **argv) {
                      {"model", test_model},
                      {"packing", test_packing},
                      {"500 atoms", test_large},
+                     {"numbers at edges", test_edges},
+                     {"masks", test_mask},
                      {"metrics", test_metrics},
                      {"dataset", test_dataset},
                      {"checkpoint", test_checkpoint},
                      {"data_prep", test_data_prep},
                      {"messages", test_messages},
                      {"damaged files", test_damage},
-                     {"reproducible", test_reproducible}};
+                     {"damage together", test_damage_together},
+                     {"reproducible", test_reproducible},
+                     {"quotas", test_quota},
+                     {"busy machine", test_busy}};
         for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {
             int passed = tests_passed, failed = tests_failed;
             double start = now_seconds();
