@@ -9,6 +9,8 @@
 //   7 progress         done, rate and time left, on stderr
 //   8 molecules        the record both programs exchange, and its vocabularies
 //   9 dataset files    format (documented there), writer, reader
+//  10 tensor files     safetensors: reader, writer, what is in a file
+//  11 metrics          ROC-AUC, average precision, RMSE, MAE, R2
 //
 // All functions are static inline: a program is one .c file and this header, nothing to link.
 #ifndef MOLEBLEND_H
@@ -49,6 +51,23 @@
 #endif
 
 #define MB_VERSION "1.0"
+#ifdef _OPENMP
+#define MB_OPENMP 1
+#else
+#define MB_OPENMP 0
+#endif
+#if defined(__GNUC__) || defined(__clang__)
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE static inline
+#endif
+
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+static inline int max_int(int a, int b) { return a > b ? a : b; }
+static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
+// n rounded up to a multiple of m.
+static inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
 
 // =================================================================================================
 // 1 Errors. A message states the file (and line or record), what was expected and what was found:
@@ -549,6 +568,28 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
     return n_words;
 }
 
+// The value of an option as text.
+static inline void option_value(char text[64], const Option *o) {
+    if (o->kind == OPT_FLAG) snprintf(text, 64, "%d", *(int *)o->value);
+    if (o->kind == OPT_INT) snprintf(text, 64, "%lld", (long long)*(int64_t *)o->value);
+    if (o->kind == OPT_NUMBER) snprintf(text, 64, "%g", *(double *)o->value);
+    if (o->kind == OPT_TEXT)
+        snprintf(text, 64, "%s", *(const char **)o->value ? *(const char **)o->value : "");
+}
+
+// "--name value" of all rows that belong to `commands`, in fresh memory.
+static inline char *options_describe(const Option *table, int n, unsigned commands) {
+    char *all = xprintf("%s", ""), value[64];
+    for (const Option *o = table; o < table + n; o++) {
+        if (!o->name || !(o->commands & commands)) continue;
+        option_value(value, o);
+        char *longer = xprintf("%s%s%s %s", all, *all ? " " : "", o->name, value);
+        free(all);
+        all = longer;
+    }
+    return all;
+}
+
 // Prints the rows of the table that belong to a command (0: all), with their defaults.
 static inline void options_print(const Option *table, int n, unsigned command) {
     for (const Option *o = table; o < table + n; o++) {
@@ -557,16 +598,40 @@ static inline void options_print(const Option *table, int n, unsigned command) {
             printf("\n%s\n", o->help);
             continue;
         }
-        char left[80];
+        char left[80], value[64];
         snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
-        printf("  %-24s %s", left, o->help);
-        if (o->kind == OPT_INT && *(int64_t *)o->value)
-            printf(" (default %lld)", (long long)*(int64_t *)o->value);
-        if (o->kind == OPT_NUMBER) printf(" (default %g)", *(double *)o->value);
-        if (o->kind == OPT_TEXT && *(const char **)o->value)
-            printf(" (default %s)", *(const char **)o->value);
-        printf("\n");
+        option_value(value, o);
+        int shown = o->kind != OPT_FLAG && *value && (o->kind != OPT_INT || strcmp(value, "0"));
+        printf("  %-24s %s%s%s%s\n", left, o->help, shown ? " (default " : "", shown ? value : "",
+               shown ? ")" : "");
     }
+}
+
+// valid.bin (or test.bin) beside train.bin: the same path with the last "train" replaced, if there
+// is such a file; else NULL. Lives as long as the program.
+static inline const char *sibling(const char *train_path, const char *part) {
+    static char paths[2][4096];
+    const char *at = NULL;
+    for (const char *s = train_path; (s = strstr(s, "train")); s++) at = s;
+    char *path = paths[part[0] == 't'];
+    if (!at || strlen(train_path) + 8 > sizeof paths[0]) return NULL;
+    snprintf(path, sizeof paths[0], "%.*s%s%s", (int)(at - train_path), train_path, part, at + 5);
+    FILE *f = fopen(path, "rb");
+    if (!f) return NULL;
+    fclose(f);
+    return path;
+}
+
+// A field of a CSV row on stdout, quoted if it must be.
+static inline void print_csv(const char *text, size_t length) {
+    int quote = 0;
+    for (size_t k = 0; k < length; k++) quote |= strchr(",\"\r\n", text[k]) != NULL;
+    if (quote) putchar('"');
+    for (size_t k = 0; k < length; k++) {
+        if (text[k] == '"') putchar('"');
+        putchar(text[k]);
+    }
+    if (quote) putchar('"');
 }
 
 // =================================================================================================
@@ -1063,6 +1128,490 @@ static inline const char *dataset_try(const Dataset *d, size_t i, Molecule *m) {
 static inline void dataset_read(const Dataset *d, size_t i, Molecule *m) {
     const char *wrong = dataset_try(d, i, m);
     CHECK(!wrong, "%s: molecule %zu: %s", d->path, i, wrong);
+}
+
+// Dies unless both have the same tasks.
+static inline void dataset_same_tasks(const Dataset *a, const Dataset *b) {
+    int same = a->n_tasks == b->n_tasks;
+    for (int t = 0; same && t < a->n_tasks; t++)
+        same = strcmp(a->task_names[t], b->task_names[t]) == 0;
+    CHECK(same, "%s: expected the tasks of %s", b->path, a->path);
+}
+
+// =================================================================================================
+// 10 Tensor files (.safetensors): u64 length of the header, a JSON header {"name": {"dtype", "shape",
+//   "data_offsets"}, ..., "__metadata__": {...}}, raw little-endian data
+// =================================================================================================
+
+typedef struct {
+    char *name;
+    char dtype[8];
+    int rank;
+    size_t shape[4], count;
+    const uint8_t *data;  // in the file; count elements
+} TensorEntry;
+
+typedef struct {
+    const char *path;     // as given
+    const uint8_t *bytes;
+    size_t size;
+    int mapped;
+    TensorEntry *entries;
+    int count;
+    char **meta;          // 2 * meta_count: key, value
+    int meta_count;
+} TensorFile;
+
+// Reads the JSON header: text between at and end.
+typedef struct {
+    const char *path, *begin, *at, *end;
+} JsonReader;
+
+MB_NORETURN static inline void json_fail(const JsonReader *r, const char *expected) {
+    DIE("%s: damaged tensor file: expected %s at byte %zu of the header", r->path, expected,
+        (size_t)(r->at - r->begin));
+}
+
+// Is c the next character after white space? Takes it if so.
+static inline int json_take(JsonReader *r, char c) {
+    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' || *r->at == '\r' || *r->at == '\t'))
+        r->at++;
+    if (r->at == r->end || *r->at != c) return 0;
+    r->at++;
+    return 1;
+}
+
+static inline void json_expect(JsonReader *r, char c) {
+    char text[4] = {'\'', c, '\'', 0};
+    if (!json_take(r, c)) json_fail(r, text);
+}
+
+// A string, in fresh memory; \u escapes beyond ASCII become '?'.
+static inline char *json_string(JsonReader *r) {
+    json_expect(r, '"');
+    size_t n = 0, room = 64;
+    char *text = xmalloc(room, 1);
+    while (r->at < r->end && *r->at != '"') {
+        char c = *r->at++;
+        if (c == '\\' && r->at < r->end) {
+            static const char from[] = "bfnrt", to[] = "\b\f\n\r\t";
+            c = *r->at++;
+            const char *known = strchr(from, c);
+            if (c == 'u') {
+                unsigned code = 0;
+                for (int digit = 0; digit < 4; digit++, r->at++) {
+                    if (r->at == r->end || !isxdigit((unsigned char)*r->at))
+                        json_fail(r, "\\uXXXX");
+                    int value = isdigit((unsigned char)*r->at) ? *r->at - '0'
+                                                               : tolower(*r->at) - 'a' + 10;
+                    code = code * 16 + (unsigned)value;
+                }
+                c = code > 0 && code < 128 ? (char)code : '?';
+            } else if (known && c) {
+                c = to[known - from];
+            }
+        }
+        if (n + 1 == room) text = xrealloc(text, room *= 2, 1);
+        text[n++] = c;
+    }
+    text[n] = 0;
+    if (r->at == r->end) json_fail(r, "the end of a string");
+    r->at++;
+    return text;
+}
+
+static inline size_t json_size(JsonReader *r) {
+    json_take(r, ' ');
+    size_t value = 0;
+    const char *first = r->at;
+    for (; r->at < r->end && *r->at >= '0' && *r->at <= '9'; r->at++) {
+        if (value > SIZE_MAX / 10 - 1) json_fail(r, "a smaller number");
+        value = value * 10 + (size_t)(*r->at - '0');
+    }
+    if (r->at == first) json_fail(r, "a number");
+    return value;
+}
+
+// [a, b, ...] into values; returns how many, at most max.
+static inline int json_sizes(JsonReader *r, size_t *values, int max) {
+    int n = 0;
+    json_expect(r, '[');
+    if (json_take(r, ']')) return 0;
+    do {
+        if (n == max) json_fail(r, "a shorter list");
+        values[n++] = json_size(r);
+    } while (json_take(r, ','));
+    json_expect(r, ']');
+    return n;
+}
+
+// Bytes of an element, 0 if the type is unknown.
+static inline size_t dtype_size(const char *dtype) {
+    static const struct { const char *name; size_t size; } types[] = {
+        {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4},
+        {"I16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}};
+    for (size_t k = 0; k < sizeof types / sizeof types[0]; k++)
+        if (strcmp(dtype, types[k].name) == 0) return types[k].size;
+    return 0;
+}
+
+// {"dtype": ..., "shape": [...], "data_offsets": [begin, end]} of the tensor t.
+static inline void json_tensor(JsonReader *r, TensorEntry *t, const uint8_t *data, size_t data_size) {
+    size_t range[2] = {1, 0};
+    json_expect(r, '{');
+    do {
+        char *key = json_string(r);
+        json_expect(r, ':');
+        if (strcmp(key, "dtype") == 0) {
+            char *dtype = json_string(r);
+            snprintf(t->dtype, sizeof t->dtype, "%.7s", dtype);
+            free(dtype);
+        } else if (strcmp(key, "shape") == 0) {
+            t->rank = json_sizes(r, t->shape, 4);
+        } else if (strcmp(key, "data_offsets") == 0) {
+            if (json_sizes(r, range, 2) != 2) json_fail(r, "two offsets");
+        } else {
+            json_fail(r, "dtype, shape or data_offsets");
+        }
+        free(key);
+    } while (json_take(r, ','));
+    json_expect(r, '}');
+    t->count = 1;
+    for (int k = 0; k < t->rank; k++) t->count = mul_size(t->count, t->shape[k]);
+    size_t size = dtype_size(t->dtype);
+    CHECK(size, "%s: tensor %s: unknown type \"%s\"", r->path, t->name, t->dtype);
+    CHECK(range[0] <= range[1] && range[1] <= data_size &&
+              range[1] - range[0] == mul_size(t->count, size),
+          "%s: damaged tensor file: the data of %s does not fit its shape or the file", r->path,
+          t->name);
+    t->data = data + range[0];
+}
+
+// {"key": "value", ...}
+static inline void json_metadata(JsonReader *r, TensorFile *f) {
+    json_expect(r, '{');
+    if (json_take(r, '}')) return;
+    do {
+        if ((f->meta_count & (f->meta_count - 1)) == 0)
+            f->meta = xrealloc(f->meta, 2 * (2 * (size_t)f->meta_count + 1), sizeof *f->meta);
+        f->meta[2 * f->meta_count] = json_string(r);
+        json_expect(r, ':');
+        f->meta[2 * f->meta_count + 1] = json_string(r);
+        f->meta_count++;
+    } while (json_take(r, ','));
+    json_expect(r, '}');
+}
+
+// Opens a .safetensors file; dies with the reason if it is not one. Call tensor_file_close().
+static inline void tensor_file_open(TensorFile *f, const char *path) {
+    *f = (TensorFile){.path = path};
+    f->bytes = file_bytes(path, &f->size, &f->mapped);
+    uint64_t length = f->size >= 8 ? get_u64(f->bytes) : UINT64_MAX;
+    CHECK(length <= f->size - 8, "%s: not a .safetensors file (the header does not fit)", path);
+    const char *text = (const char *)f->bytes + 8;
+    JsonReader r = {path, text, text, text + length};
+    const uint8_t *data = f->bytes + 8 + length;
+    json_expect(&r, '{');
+    do {
+        char *name = json_string(&r);
+        json_expect(&r, ':');
+        if (strcmp(name, "__metadata__") == 0) {
+            free(name);
+            json_metadata(&r, f);
+            continue;
+        }
+        if ((f->count & (f->count - 1)) == 0)  // full at every power of two
+            f->entries = xrealloc(f->entries, 2 * (size_t)f->count + 1, sizeof *f->entries);
+        f->entries[f->count] = (TensorEntry){.name = name};
+        json_tensor(&r, &f->entries[f->count++], data, f->size - 8 - (size_t)length);
+    } while (json_take(&r, ','));
+    json_expect(&r, '}');
+}
+
+static inline void tensor_file_close(TensorFile *f) {
+    for (int k = 0; k < f->count; k++) free(f->entries[k].name);
+    for (int k = 0; k < 2 * f->meta_count; k++) free(f->meta[k]);
+    free(f->entries);
+    free(f->meta);
+    file_release(f->bytes, f->size, f->mapped);
+    *f = (TensorFile){0};
+}
+
+// The tensor of this name, or NULL.
+static inline const TensorEntry *tensor_find(const TensorFile *f, const char *name) {
+    for (int k = 0; k < f->count; k++)
+        if (strcmp(f->entries[k].name, name) == 0) return &f->entries[k];
+    return NULL;
+}
+
+// Element k of a tensor of floating-point numbers, as float32.
+static inline float tensor_value(const TensorEntry *t, size_t k) {
+    uint32_t bits = t->dtype[0] == 'B' ? get_u16(t->data + 2 * k) << 16 : 0;
+    float value;
+    if (strcmp(t->dtype, "F32") == 0) return get_f32(t->data + 4 * k);
+    if (strcmp(t->dtype, "F64") == 0) {
+        uint64_t wide = get_u64(t->data + 8 * k);
+        double number;
+        memcpy(&number, &wide, 8);
+        return (float)number;
+    }
+    if (strcmp(t->dtype, "F16") == 0) {  // sign, 5 bits of exponent, 10 of fraction
+        uint32_t half = get_u16(t->data + 2 * k), exponent = half >> 10 & 31;
+        if (exponent == 0) return ldexpf((float)(half & 1023), -24) * (half >> 15 ? -1.0f : 1.0f);
+        bits = (half & 0x8000u) << 16 | (exponent == 31 ? 255 : exponent + 112) << 23 |
+               (half & 1023) << 13;
+    }
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+// The value of a metadata key, or NULL.
+static inline const char *tensor_meta(const TensorFile *f, const char *key) {
+    for (int k = 0; k < f->meta_count; k++)
+        if (strcmp(f->meta[2 * k], key) == 0) return f->meta[2 * k + 1];
+    return NULL;
+}
+
+// ---- writing
+
+typedef struct { char *text; size_t length, room; } Text;
+
+MB_PRINTF(2, 3) static inline void text_add(Text *t, const char *fmt, ...) {
+    va_list args, again;
+    va_start(args, fmt);
+    va_copy(again, args);
+    size_t n = (size_t)vsnprintf(NULL, 0, fmt, args);
+    va_end(args);
+    if (t->length + n + 1 > t->room)
+        t->text = xrealloc(t->text, t->room = 2 * (t->length + n + 1), 1);
+    vsnprintf(t->text + t->length, n + 1, fmt, again);
+    va_end(again);
+    t->length += n;
+}
+
+// "key": "value", with what JSON needs escaped.
+static inline void text_add_meta(Text *t, const char *key, const char *value) {
+    text_add(t, "%s\"%s\":\"", t->text[t->length - 1] == '{' ? "" : ",", key);
+    for (; *value; value++) {
+        if (*value == '"' || *value == '\\')
+            text_add(t, "\\%c", *value);
+        else if ((unsigned char)*value < 32)
+            text_add(t, "\\u%04x", (unsigned)*value);
+        else
+            text_add(t, "%c", *value);
+    }
+    text_add(t, "\"");
+}
+
+static inline void out_floats(OutFile *out, const float *x, size_t count) {
+    uint8_t chunk[4096];
+    for (size_t i = 0; i < count; i += 1024) {
+        size_t n = count - i < 1024 ? count - i : 1024;
+        for (size_t k = 0; k < n; k++) put_f32(chunk + 4 * k, x[i + k]);
+        out_write(out, chunk, 4 * n);
+    }
+}
+
+// A matrix to be written, or with rows = 0 a vector.
+typedef struct {
+    char *name;
+    size_t rows, columns;
+    const float *data;
+} TensorOut;
+
+// Writes n float32 tensors. meta: JSON text of the metadata.
+static inline void tensor_file_write(const char *path, const TensorOut *tensors, size_t n,
+                              const char *meta) {
+    Text head = {0};
+    size_t offset = 0;
+    text_add(&head, "{\"__metadata__\":%s", meta);
+    for (const TensorOut *t = tensors; t < tensors + n; t++) {
+        size_t end = offset + 4 * max_size(t->rows, 1) * t->columns;
+        text_add(&head, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t->name);
+        if (t->rows || strcmp(t->name, "log") == 0) text_add(&head, "%zu,", t->rows);
+        text_add(&head, "%zu],\"data_offsets\":[%zu,%zu]}", t->columns, offset, end);
+        offset = end;
+    }
+    text_add(&head, "}");
+    while (head.length % 8) text_add(&head, " ");
+    OutFile out;
+    uint8_t length[8];
+    out_open(&out, path);
+    put_u64(length, head.length);
+    out_write(&out, length, 8);
+    out_write(&out, head.text, head.length);
+    for (const TensorOut *t = tensors; t < tensors + n; t++)
+        out_floats(&out, t->data, max_size(t->rows, 1) * t->columns);
+    out_commit(&out);
+    free(head.text);
+}
+
+// ---- what is in a file
+
+static inline void info_dataset(const char *path) {
+    Dataset data;
+    Molecule m = {0};
+    dataset_open(&data, path);
+    double atoms = 0, bonds = 0, with_pos = 0;
+    double *present = xmalloc((size_t)data.n_tasks, sizeof *present);
+    for (size_t i = 0; i < data.count; i++) {
+        dataset_read(&data, i, &m);
+        atoms += m.n_atoms;
+        bonds += m.n_bonds;
+        with_pos += m.has_pos;
+        for (int t = 0; t < data.n_tasks; t++) present[t] += !isnan(m.labels[t]);
+    }
+    double n = data.count ? (double)data.count : 1;
+    printf("%s: dataset, %zu molecules, %zu bytes\n", path, data.count, data.size);
+    printf("  atoms      mean %.1f, most %d\n  bonds      mean %.1f, most %d\n", atoms / n,
+           data.max_atoms, bonds / n, data.max_bonds);
+    printf("  positions  %.0f molecules\n", with_pos);
+    for (int t = 0; t < data.n_tasks; t++)
+        printf("  task       %s: %.0f labels\n", data.task_names[t], present[t]);
+    free(present);
+    molecule_free(&m);
+    dataset_close(&data);
+}
+
+static inline void info_tensors(const char *path) {
+    TensorFile f;
+    tensor_file_open(&f, path);
+    size_t count = 0;
+    for (int k = 0; k < f.count; k++) count += f.entries[k].count;
+    printf("%s: tensor file, %d tensors, %zu numbers\n", path, f.count, count);
+    for (int k = 0; k < f.meta_count; k++) printf("  %s: %s\n", f.meta[2 * k], f.meta[2 * k + 1]);
+    for (int k = 0; k < f.count; k++) {
+        printf("  %-70s %s (", f.entries[k].name, f.entries[k].dtype);
+        for (int d = 0; d < f.entries[k].rank; d++)
+            printf("%s%zu", d ? ", " : "", f.entries[k].shape[d]);
+        printf(")\n");
+    }
+    tensor_file_close(&f);
+}
+
+// Prints what is in a dataset or tensor file.
+static inline void file_info(const char *path) {
+    size_t size;
+    int mapped;
+    const uint8_t *bytes = file_bytes(path, &size, &mapped);
+    int dataset = size >= 8 && memcmp(bytes, DATASET_MAGIC, 8) == 0;
+    file_release(bytes, size, mapped);
+    if (dataset) info_dataset(path);
+    else info_tensors(path);
+}
+
+// =================================================================================================
+// 11 Metrics of one task; labels that are NaN are left out
+// =================================================================================================
+
+typedef enum { TASK_CLASSIFICATION, TASK_REGRESSION } TaskKind;
+
+typedef struct { float score, label; } Scored;
+
+static inline int scored_compare(const void *a, const void *b) {
+    float x = ((const Scored *)a)->score, y = ((const Scored *)b)->score;
+    return (x > y) - (x < y);
+}
+
+// The labelled predictions of task y, sorted by score, in fresh memory.
+static inline Scored *scored_sorted(size_t *count, const float *scores, const float *labels, size_t n,
+                             size_t Y, size_t y) {
+    Scored *list = xmalloc(n, sizeof *list);
+    *count = 0;
+    for (size_t i = 0; i < n; i++)
+        if (!isnan(labels[i * Y + y]))
+            list[(*count)++] = (Scored){scores[i * Y + y], labels[i * Y + y]};
+    qsort(list, *count, sizeof *list, scored_compare);
+    return list;
+}
+
+// End of the run of equal scores that begins at i.
+static inline size_t tie_end(const Scored *list, size_t n, size_t i) {
+    size_t end = i + 1;
+    while (end < n && list[end].score == list[i].score) end++;
+    return end;
+}
+
+// Area under the ROC curve by the rank sum, tied scores sharing their mean rank; NaN if only one
+// class is there. Labels above 0.5 are positive.
+static inline double roc_auc(const Scored *sorted, size_t n) {
+    double positives = 0, rank_sum = 0;
+    for (size_t i = 0; i < n;) {
+        size_t end = tie_end(sorted, n, i);
+        double rank = 0.5 * (double)(i + 1 + end);
+        for (; i < end; i++) {
+            positives += sorted[i].label > 0.5f;
+            rank_sum += sorted[i].label > 0.5f ? rank : 0;
+        }
+    }
+    double negatives = (double)n - positives;
+    if (positives == 0 || negatives == 0) return (double)NAN;
+    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives);
+}
+
+// Average precision: sum over thresholds of precision * step in recall; NaN without positives.
+static inline double average_precision(const Scored *sorted, size_t n) {
+    double total = 0, found = 0, sum = 0;
+    for (size_t i = 0; i < n; i++) total += sorted[i].label > 0.5f;
+    for (size_t end = n; end > 0;) {  // from the highest score down, ties together
+        size_t begin = end - 1;
+        while (begin > 0 && sorted[begin - 1].score == sorted[end - 1].score) begin--;
+        double before = found;
+        for (size_t i = begin; i < end; i++) found += sorted[i].label > 0.5f;
+        sum += (found - before) * found / (double)(n - begin);
+        end = begin;
+    }
+    return total > 0 ? sum / total : (double)NAN;
+}
+
+enum { METRIC_AUC, METRIC_AP, METRIC_RMSE, METRIC_MAE, METRIC_R2, METRICS };
+static const char *const METRIC_NAMES[METRICS] = {"ROC-AUC", "AP", "RMSE", "MAE", "R2"};
+
+// All metrics of task y that make sense for its kind, NaN for the others and where undefined.
+// scores (n, Y): logits (in float32 large probabilities are all 1), or predicted values.
+static inline void task_metrics(double metric[METRICS], TaskKind kind, const float *scores,
+                         const float *labels, size_t n, size_t Y, size_t y) {
+    size_t count;
+    Scored *list = scored_sorted(&count, scores, labels, n, Y, y);
+    double square = 0, absolute = 0, mean = 0, variance = 0;
+    int varied = 0;  // constant labels have a variance too, of rounding
+    for (int k = 0; k < METRICS; k++) metric[k] = (double)NAN;
+    for (size_t i = 0; i < count; i++) mean += (double)list[i].label / (double)count;
+    for (size_t i = 0; i < count; i++) {
+        double error = (double)list[i].score - (double)list[i].label;
+        varied |= list[i].label != list[0].label;
+        square += error * error;
+        absolute += fabs(error);
+        variance += ((double)list[i].label - mean) * ((double)list[i].label - mean);
+    }
+    if (kind == TASK_CLASSIFICATION) {
+        metric[METRIC_AUC] = roc_auc(list, count);
+        metric[METRIC_AP] = average_precision(list, count);
+    } else if (count > 0) {
+        metric[METRIC_RMSE] = sqrt(square / (double)count);
+        metric[METRIC_MAE] = absolute / (double)count;
+        metric[METRIC_R2] = varied ? 1 - square / variance : (double)NAN;
+    }
+    free(list);
+}
+
+// Means over the tasks in which a metric is defined; NaN if there is none, and of errors in the
+// labels' units, which several tasks need not share.
+static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores,
+                         const float *labels, size_t n, size_t Y) {
+    double sum[METRICS] = {0}, count[METRICS] = {0}, metric[METRICS];
+    for (size_t y = 0; y < Y; y++) {
+        task_metrics(metric, kind, scores, labels, n, Y, y);
+        for (int k = 0; k < METRICS; k++) {
+            if (isnan(metric[k])) continue;
+            sum[k] += metric[k];
+            count[k] += 1;
+        }
+    }
+    for (int k = 0; k < METRICS; k++) {
+        int units = Y > 1 && (k == METRIC_RMSE || k == METRIC_MAE);
+        mean[k] = count[k] > 0 && !units ? sum[k] / count[k] : (double)NAN;
+    }
 }
 
 #endif

@@ -206,52 +206,50 @@ static void golden_molecule(Molecule *m, const TensorFile *f, size_t i) {
 // A golden file, and our model and batch made from it.
 typedef struct {
     TensorFile file;
-    Model model;
-    Batch batch;
-    Acts acts;
+    Step s;  // without dropout
     int finetune;
     Task task;
     float mean[16], std[16];
-    LossWeights weights;
     Adam adam;
 } Golden;
 
 // Lays out the batch of a golden file, with its blend and noise.
 static void golden_batch(Golden *g) {
     size_t B = (size_t)meta_number(&g->file, "n_mols");
-    int Y = g->model.config.tasks;
+    int Y = g->s.model.config.tasks;
     Sizes room = {0};
     for (size_t b = 0; b < B; b++) {
         const TensorEntry *t = golden_tensor(&g->file, "mol", b, "atom_feat");
         CHECK(t, "%s: molecule %zu is missing", g->file.path, b);
         sizes_add(&room, (int)t->shape[0]);
     }
-    batch_alloc(&g->batch, room, Y);
-    acts_alloc(&g->acts, g->model.config, room);
+    batch_alloc(&g->s.batch, room, Y);
+    acts_alloc(&g->s.acts, g->s.model.config, room);
     for (size_t b = 0; b < B; b++)
-        g->batch.n_atoms[b] = (int)golden_tensor(&g->file, "mol", b, "atom_feat")->shape[0];
-    batch_layout(&g->batch, B);
+        g->s.batch.n_atoms[b] = (int)golden_tensor(&g->file, "mol", b, "atom_feat")->shape[0];
+    batch_layout(&g->s.batch, B);
     float *labels = Y ? tensor_floats(&g->file, "labels", NULL) : NULL;
     Molecule m = {0};
     for (size_t b = 0; b < B; b++) {
         golden_molecule(&m, &g->file, b);
         molecule_resize(&m, m.n_atoms, m.n_bonds, Y, 0);
         if (Y) memcpy(m.labels, labels + b * (size_t)Y, sizeof(float) * (size_t)Y);
-        batch_set(&g->batch, b, &m, &g->batch.finder[0]);
+        batch_set(&g->s.batch, b, &m, &g->s.batch.reader[0]);
         const TensorEntry *noise = golden_tensor(&g->file, "mol", b, "noise");
         const TensorEntry *blend = golden_tensor(&g->file, "mol", b, "blend");
         const TensorEntry *feat_blend = golden_tensor(&g->file, "mol", b, "feat_blend");
-        size_t a0 = (size_t)g->batch.atom_start[b], p0 = g->batch.pair_start[b];
-        if (g->finetune) batch_use(&g->batch, b, g->task.use);
+        size_t a0 = g->s.batch.atom_start[b], p0 = g->s.batch.pair_start[b];
+        if (g->finetune) batch_use(&g->s.batch, b, g->task.use);
         for (size_t k = 0; blend && k < blend->count; k++)
-            g->batch.pair_use[p0 + k] = (uint8_t)(1 << (int)tensor_number(blend, k));
+            g->s.batch.pair_use[p0 + k] = (uint8_t)(1 << (int)tensor_number(blend, k));
         for (size_t k = 0; feat_blend && k < feat_blend->count; k++)
-            g->batch.atom_use[a0 + k] = tensor_number(feat_blend, k) ? USE_3D : USE_SPD;
+            g->s.batch.atom_use[a0 + k] = tensor_number(feat_blend, k) ? USE_3D : USE_SPD;
         for (size_t k = 0; noise && k < noise->count; k++)
-            g->batch.noise[3 * a0 + k] = (float)tensor_number(noise, k);
-        batch_geometry(&g->batch, b);
+            g->s.batch.noise[3 * a0 + k] = (float)tensor_number(noise, k);
+        batch_geometry(&g->s.batch, b);
+        batch_targets(&g->s.batch, b);
     }
-    batch_count(&g->batch);
+    batch_count(&g->s.batch);
     molecule_free(&m);
     free(labels);
 }
@@ -285,24 +283,24 @@ static void golden_open(Golden *g, const char *path) {
         g->task.std = g->std;
         g->task.label_units = 1;  // the release's loss
     } else {
-        g->weights = (LossWeights){{0, meta_weight(f, "denoise "), meta_weight(f, "spd "),
+        g->s.weights = (LossWeights){{0, meta_weight(f, "denoise "), meta_weight(f, "spd "),
                                     meta_weight(f, "edge "), meta_weight(f, "d3 ")}};
     }
     g->adam =
         (Adam){meta_number(f, "lr"),  meta_number(f, "beta1"),        meta_number(f, "beta2"),
                meta_number(f, "eps"), meta_number(f, "weight_decay"), meta_number(f, "clip_norm")};
-    model_create(&g->model, c, 1);
-    formula_params(&g->model);  // also for tensors the file does not have because they are not used
-    for (int i = 0; i < g->model.n_tensors && !tensor_meta(f, "params"); i++)
-        tensor_load(g->model.params, &g->model.info[i], f, "param/");
+    model_create(&g->s.model, c, 1);
+    formula_params(&g->s.model);  // also for tensors the file does not have because they are not used
+    for (int i = 0; i < g->s.model.n_tensors && !tensor_meta(f, "params"); i++)
+        tensor_load(g->s.model.params, &g->s.model.info[i], f, "param/");
     golden_batch(g);
 }
 
 static void golden_close(Golden *g) {
     tensor_file_close(&g->file);
-    model_free(&g->model);
-    batch_free(&g->batch);
-    acts_free(&g->acts);
+    model_free(&g->s.model);
+    batch_free(&g->s.batch);
+    acts_free(&g->s.acts);
 }
 
 // Compares ours with tensor out/b/name, if the file has it.
@@ -318,29 +316,27 @@ static void golden_output(Report *r, const Golden *g, size_t b, const char *name
 
 // Relations and encoder: spd, embed, attn_bias, layerN of every molecule.
 static void golden_encoder(Report *r, Golden *g) {
-    static const Dropout none = {0};
-    Draws still = {0};
-    const Batch *batch = &g->batch;
-    int C = g->model.config.dim, H = g->model.config.heads;
+    const Batch *batch = &g->s.batch;
+    int C = g->s.model.config.dim, H = g->s.model.config.heads;
     for (size_t b = 0; b < batch->B; b++) {
-        int N = batch->n_atoms[b], S = N + 1, W = bias_width(N);
+        View v = batch_view(batch, b);
+        int S = v.S, W = v.W;
         const TensorEntry *spd = golden_tensor(&g->file, "out", b, "spd");
         int wrong = 0;
         for (size_t k = 0; spd && k < spd->count; k++)
             wrong += tensor_number(spd, k) != batch->spd[batch->pair_start[b] + k];
         if (spd) report_add(r, "spd", wrong, 1e-30);
         float *bias = xmalloc((size_t)H * S * S, sizeof *bias);
-        const float *ours = g->acts.bias + bias_at(batch, H, b, 0);
+        const float *ours = g->s.acts.bias + bias_at(batch, H, &v, 0);
         for (int row = 0; row < H * S; row++)
             memcpy(bias + (size_t)row * S, ours + (size_t)row * W, sizeof(float) * (size_t)S);
         golden_output(r, g, b, "attn_bias", bias, 1e-5);
         free(bias);
-        for (int l = 0; l <= g->model.config.layers; l++) {
+        for (int l = 0; l <= g->s.model.config.layers; l++) {
             char name[32] = "embed";
             if (l) snprintf(name, sizeof name, "layer%d", l);
-            layer_input(&g->acts, &g->model, batch, &none, &still, l);
-            golden_output(r, g, b, name,
-                          g->acts.x + ((size_t)batch->atom_start[b] + b) * (size_t)C, 1e-5);
+            const float *x = g->s.acts.x + (size_t)l * batch->T * (size_t)C;
+            golden_output(r, g, b, name, x + v.token * (size_t)C, 1e-5);
         }
     }
 }
@@ -349,11 +345,11 @@ static void golden_encoder(Report *r, Golden *g) {
 // (gradsum/NAME). A gradient that is zero in exact arithmetic (that of a key bias, or below 1e-7 of
 // the norm of all gradients) holds only rounding: compared with that norm, not with its own.
 static void golden_gradients(Report *r, const Golden *g, int print) {
-    double norm = gradient_norm(&g->model);
+    double norm = gradient_norm(&g->s.model);
     int compared = 0;
-    for (int i = 0; i < g->model.n_tensors; i++) {
-        const TensorInfo *t = &g->model.info[i];
-        const float *ours = g->model.grads + t->offset;
+    for (int i = 0; i < g->s.model.n_tensors; i++) {
+        const TensorInfo *t = &g->s.model.info[i];
+        const float *ours = g->s.model.grads + t->offset;
         char name[128];
         tensor_name(t, name);
         const TensorEntry *full = tensor_find_official(&g->file, "grad/", name);
@@ -387,10 +383,7 @@ static void golden_gradients(Report *r, const Golden *g, int print) {
 }
 
 // The first losses and ten steps of AdamW on the same batch.
-static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logits,
-                         float *dlogits) {
-    static const Dropout none = {0};
-    Draws still = {0};
+static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logits) {
     size_t steps = 0, columns = g->finetune ? 1 : LOSSES;
     float *loss = tensor_floats(&g->file, "loss", NULL);
     float *trace = tensor_floats(&g->file, "train/losses", &steps);
@@ -402,17 +395,13 @@ static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logi
     }
     for (size_t s = 0; s < steps / columns; s++) {
         double now[LOSSES];
-        if (g->finetune)
-            now[0] = finetune_gradients(logits, dlogits, &g->acts, &g->model, &g->batch, &g->task,
-                                        &none, &still);
-        else
-            pretrain_gradients(now, &g->acts, &g->model, &g->batch, &g->weights, &none, &still);
+        gradients(now, &g->s, g->finetune ? &g->task : NULL, logits);
         for (size_t k = 0; k < columns; k++) {
             float ours = (float)now[order[k]];
             report_add(r, "losses of ten steps", relative_error(&ours, trace + s * columns + k, 1),
                        1e-4);
         }
-        float norm = (float)adamw_step(&g->model, &g->adam, (int64_t)s + 1);
+        float norm = (float)adamw_step(&g->s.model, &g->adam, (int64_t)s + 1);
         if (norms) report_add(r, "gradient norms", relative_error(&norm, norms + s, 1), 1e-4);
     }
     free(loss);
@@ -422,30 +411,27 @@ static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logi
 
 // Everything a golden file holds.
 static void test_golden(const char *path, int print) {
-    static const Dropout none = {0};
     Golden g;
     Report report = {0};
-    Draws still = {0};
     golden_open(&g, path);
     if (print) printf("%s\n", path);
-    size_t B = g.batch.B, Y = (size_t)g.model.config.tasks;
+    size_t B = g.s.batch.B, Y = (size_t)g.s.model.config.tasks;
     double loss[LOSSES] = {0};
-    float *logits = xmalloc(B * Y, sizeof *logits), *dlogits = xmalloc(B * Y, sizeof *dlogits);
+    float *logits = xmalloc(2 * B * Y, sizeof *logits);
     if (g.finetune) {
         size_t count = 0;
         float *expected = tensor_floats(&g.file, "out/logits", &count);
-        loss[0] = finetune_gradients(logits, dlogits, &g.acts, &g.model, &g.batch, &g.task, &none,
-                                     &still);
+        gradients(loss, &g.s, &g.task, logits);
         report_add(&report, "logits", relative_error(logits, expected, count), 1e-5);
         free(expected);
     } else {
-        HeadOutputs out = {xmalloc(g.batch.P * SPD_CLASSES, sizeof(float)),
-                           xmalloc(g.batch.P * EDGE_OUTPUTS, sizeof(float)),
-                           xmalloc(g.batch.P * 3, sizeof(float))};
-        encoder_forward(&g.acts, &g.model, &g.batch, &none, &still);
-        pretrain_heads(loss, &g.acts, &g.model, &g.batch, &g.weights, &none, &still, 0, &out);
+        HeadOutputs out = {xmalloc(g.s.batch.P * SPD_CLASSES, sizeof(float)),
+                           xmalloc(g.s.batch.P * EDGE_OUTPUTS, sizeof(float)),
+                           xmalloc(g.s.batch.P * 3, sizeof(float))};
+        encoder_forward(&g.s);
+        pretrain_heads(loss, &g.s, 0, &out);
         for (size_t b = 0; b < B; b++) {
-            size_t p0 = g.batch.pair_start[b], N = (size_t)g.batch.n_atoms[b];
+            size_t p0 = g.s.batch.pair_start[b], N = (size_t)g.s.batch.n_atoms[b];
             for (size_t i = 0; i < N; i++)
                 memset(out.d3 + 3 * (p0 + i * N + i), 0,
                        3 * sizeof(float));  // defined as zero there
@@ -453,19 +439,18 @@ static void test_golden(const char *path, int print) {
             golden_output(&report, &g, b, "edge_logits", out.edge + p0 * EDGE_OUTPUTS, 1e-5);
             golden_output(&report, &g, b, "d3_pred", out.d3 + 3 * p0, 1e-5);
             golden_output(&report, &g, b, "denoise_pred",
-                          g.acts.noise_out + 3 * g.batch.atom_start[b], 1e-5);
+                          g.s.acts.denoise_out + 3 * g.s.batch.atom_start[b], 1e-5);
         }
         free(out.spd);
         free(out.edge);
         free(out.d3);
-        pretrain_gradients(loss, &g.acts, &g.model, &g.batch, &g.weights, &none, &still);
+        gradients(loss, &g.s, NULL, NULL);
     }
     golden_encoder(&report, &g);
     golden_gradients(&report, &g, 1);
-    golden_steps(&report, &g, loss, logits, dlogits);
+    golden_steps(&report, &g, loss, logits);
     report_finish(&report, path, print);
     free(logits);
-    free(dlogits);
     golden_close(&g);
 }
 
@@ -552,6 +537,20 @@ static void test_random(void) {
     }
     test_check(values && fabs(kept / 4001 - 0.9) < 0.02, "dropout keeps %.3f of 0.9", kept / 4001);
     test_check(same < 3500, "rows have masks of their own");
+}
+
+// The contract of gemm(), in double.
+static void gemm_reference(int trans_a, int trans_b, int M, int N, int K, const float *A, int lda,
+                           const float *B, int ldb, const float *bias, int add, float *C, int ldc) {
+    for (int i = 0; i < M; i++) {
+        for (int j = 0; j < N; j++) {
+            double sum = add ? (double)C[(size_t)i * ldc + j] : bias ? (double)bias[j] : 0.0;
+            for (int k = 0; k < K; k++)
+                sum += (double)(trans_a ? A[(size_t)k * lda + i] : A[(size_t)i * lda + k]) *
+                       (double)(trans_b ? B[(size_t)j * ldb + k] : B[(size_t)k * ldb + j]);
+            C[(size_t)i * ldc + j] = (float)sum;
+        }
+    }
 }
 
 // A Work for products up to N columns.
@@ -672,7 +671,7 @@ static void test_relations(void) {
         batch_alloc(&batch, room, 0);
         batch.n_atoms[0] = N;
         batch_layout(&batch, 1);
-        batch_set(&batch, 0, &m, &batch.finder[0]);
+        batch_set(&batch, 0, &m, &batch.reader[0]);
         for (int k = 0; k < N * N; k++) d[k] = SPD_UNREACHABLE, via[k] = -1;
         for (int i = 0; i < N; i++) d[i * N + i] = 0;
         for (int k = 0; k < m.n_bonds; k++) {
@@ -706,10 +705,10 @@ static void test_relations(void) {
 
 // A model, and a batch of random molecules: one atom, two pieces, no bonds, 2D only, one of 20
 // atoms, two atoms at the same place, two larger ones (in all more than PAIR_GROUP atoms).
-typedef struct { Model model; Batch batch; Acts acts; Draws draws; Dropout drop; } Rig;
+typedef Step Rig;
 
 static const Blend TEST_BLEND = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0};
-static const LossWeights TEST_WEIGHTS = {{0, 6, 0.1, 0.1, 0.5}};
+#define TEST_WEIGHTS {{0, 6, 0.1, 0.1, 0.5}}
 
 static void rig_molecule(Molecule *m, size_t b) {
     static const int atoms[] = {1, 7, 3, 9, 20, 5, 49, 46}, parts[] = {1, 2, 3, 1, 1, 1, 1, 1};
@@ -722,7 +721,8 @@ static void rig_open(Rig *rig, int tasks, int dropout) {
     Config c = {2, 24, 20, 3, 12, tasks};
     Molecule m = {0};
     Sizes room = {0};
-    *rig = (Rig){.draws = {11, 4, 0, dropout}, .drop = {0.2, 0.15, 0.3, 0.1}};
+    *rig = (Rig){.draws = {11, 4, 0, dropout}, .drop = {0.2, 0.15, 0.3, 0.1},
+                 .weights = TEST_WEIGHTS};
     model_create(&rig->model, c, 1);
     formula_params(&rig->model);
     for (size_t b = 0; b < B; b++) {
@@ -738,13 +738,14 @@ static void rig_open(Rig *rig, int tasks, int dropout) {
     batch_layout(&rig->batch, B);
     for (size_t b = 0; b < B; b++) {
         rig_molecule(&m, b);
-        batch_set(&rig->batch, b, &m, &rig->batch.finder[0]);
+        batch_set(&rig->batch, b, &m, &rig->batch.reader[0]);
         batch_draw(&rig->batch, b, &TEST_BLEND, &rig->draws);
         batch_geometry(&rig->batch, b);
+        batch_targets(&rig->batch, b);
     }
     batch_count(&rig->batch);
     molecule_free(&m);
-    encoder_forward(&rig->acts, &rig->model, &rig->batch, &rig->drop, &rig->draws);
+    encoder_forward(rig);
 }
 
 static void rig_close(Rig *rig) {
@@ -837,10 +838,10 @@ static void test_linear(void) {
 
 static double run_norm(Rig *rig) {
     Acts *a = &rig->acts;
-    PathDrop drop = {rig->drop.path, &rig->draws, 1, 0};
-    residual_norm_forward(a->mid, a->norm1_hat, a->norm1_rstd, a->x, a->context,
-                          rig->model.p.layer[1].norm1_w, rig->model.p.layer[1].norm1_b, &rig->batch,
-                          rig->model.config.dim, &drop);
+    DropPath drop = {rig->drop.path, &rig->draws, 1, 0};
+    norm_forward(a->mid, a->norm1_hat, a->norm1_rstd, a->x, a->context, &drop,
+                 rig->model.p.layer[1].norm1_w, rig->model.p.layer[1].norm1_b, &rig->batch, 1,
+                 rig->model.config.dim, NORM_EPS);
     return weighted_sum(a->mid, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
@@ -848,7 +849,7 @@ static void test_norm(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
     Acts *a = &rig.acts;
-    PathDrop drop = {rig.drop.path, &rig.draws, 1, 0};
+    DropPath drop = {rig.drop.path, &rig.draws, 1, 0};
     int C = rig.model.config.dim, dropped = 0;
     size_t n = rig.batch.T * (size_t)C;
     const float *weight = rig.model.p.layer[1].norm1_w, *bias = rig.model.p.layer[1].norm1_b;
@@ -856,7 +857,7 @@ static void test_norm(void) {
     float *plain = xmalloc(n, sizeof *plain);
     for (size_t t = 0; t < rig.batch.T; t++) {  // in double, step by step
         double mean = 0, variance = 0, in[64];
-        float scale = path_scale(&drop, (size_t)rig.batch.molecule[t]);
+        float scale = droppath_scale(&drop, (size_t)rig.batch.molecule[t]);
         dropped += scale == 0;
         for (int c = 0; c < C; c++) {
             in[c] = (double)a->x[t * (size_t)C + c] +
@@ -873,9 +874,9 @@ static void test_norm(void) {
     test_check(dropped > 0, "DropPath dropped a branch");
     free(plain);
     weights_into(a->dmid, n);
-    residual_norm_backward(a->dx, a->branch, rig.model.g.layer[1].norm1_w,
-                           rig.model.g.layer[1].norm1_b, a->norm_parts, a->dmid, a->norm1_hat,
-                           a->norm1_rstd, weight, &rig.batch, C, &drop);
+    norm_backward(a->dx, a->branch, &drop, rig.model.g.layer[1].norm1_w,
+                  rig.model.g.layer[1].norm1_b, a->norm_parts, a->dmid, a->norm1_hat,
+                  a->norm1_rstd, weight, &rig.batch, 1, C);
     test_gradient(&rig, run_norm, a->x, a->dx, n, STEP, "LayerNorm: residual");
     test_gradient(&rig, run_norm, a->context, a->branch, n, STEP, "LayerNorm: branch");
     test_parameter(&rig, run_norm, rig.model.p.layer[1].norm1_w, "LayerNorm: weight");
@@ -884,9 +885,11 @@ static void test_norm(void) {
 }
 
 static double run_gelu(Rig *rig) {
-    gelu_forward(rig->acts.ffn_hidden, rig->acts.ffn_pre, &rig->acts.work, &rig->batch,
-                 rig->model.config.ffn, rig->drop.activation, &rig->draws, RNG_ACTIVATION_DROP);
-    return weighted_sum(rig->acts.ffn_hidden, rig->batch.T * (size_t)rig->model.config.ffn);
+    size_t n = rig->batch.T * (size_t)rig->model.config.ffn;
+    gelu_forward(rig->acts.ffn_hidden, rig->acts.ffn_pre, n);
+    dropout_rows(rig->acts.ffn_hidden, &rig->acts.work, &rig->batch, rig->model.config.ffn,
+                 rig->drop.activation, &rig->draws, RNG_ACTIVATION_DROP);
+    return weighted_sum(rig->acts.ffn_hidden, n);
 }
 
 static void test_gelu(void) {
@@ -896,8 +899,9 @@ static void test_gelu(void) {
     size_t n = rig.batch.T * (size_t)F;
     float *d = xmalloc(n, sizeof *d);
     weights_into(d, n);
-    gelu_backward(d, rig.acts.ffn_pre, &rig.acts.work, &rig.batch, F, rig.drop.activation,
-                  &rig.draws, RNG_ACTIVATION_DROP);
+    dropout_rows(d, &rig.acts.work, &rig.batch, F, rig.drop.activation, &rig.draws,
+                 RNG_ACTIVATION_DROP);
+    gelu_backward(d, rig.acts.ffn_pre, n);
     test_gradient(&rig, run_gelu, rig.acts.ffn_pre, d, n, STEP, "gelu and dropout");
     free(d);
     rig.draws.active = 0;
@@ -912,23 +916,21 @@ static void test_gelu(void) {
 }
 
 static double run_attention(Rig *rig) {
-    Acts *a = &rig->acts;
-    attention_forward(a->context, a->prob, a->qkv, a->bias, &a->work, &rig->batch,
-                      rig->model.config.dim, rig->model.config.heads, rig->drop.attention,
-                      &rig->draws, 0);
-    return weighted_sum(a->context, rig->batch.T * (size_t)rig->model.config.dim);
+    attention_forward(rig, 0);
+    return weighted_sum(rig->acts.context, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
 // softmax(q k^T / sqrt(D) + bias) v, in double, without dropout.
 static void plain_attention(float *context, const Rig *rig) {
     int C = rig->model.config.dim, H = rig->model.config.heads, D = C / H;
     for (size_t b = 0; b < rig->batch.B; b++) {
-        int S = rig->batch.n_atoms[b] + 1, W = bias_width(S - 1);
-        size_t first = (size_t)rig->batch.atom_start[b] + b;
+        View v = batch_view(&rig->batch, b);
+        int S = v.S, W = v.W;
+        size_t first = v.token;
         const float *qkv = rig->acts.qkv + first * 3 * (size_t)C;
         for (int h = 0; h < H; h++)
             for (int s = 0; s < S; s++) {
-                const float *bias = rig->acts.bias + bias_at(&rig->batch, H, b, h) + (size_t)s * W;
+                const float *bias = rig->acts.bias + bias_at(&rig->batch, H, &v, h) + (size_t)s * W;
                 double e[64], sum = 0;
                 for (int t = 0; t < S; t++) {
                     double score = 0;
@@ -952,19 +954,17 @@ static void test_attention(void) {
     Acts *a = &rig.acts;
     int C = rig.model.config.dim, H = rig.model.config.heads;
     size_t n = rig.batch.T * (size_t)C;
-    weights_into(a->dmid, n);
     memset(a->dbias, 0, rig.batch.W * (size_t)H * sizeof *a->dbias);
     run_attention(&rig);
     float *dqkv = xmalloc(3 * n, sizeof *dqkv), *qkv = xmalloc(3 * n, sizeof *qkv);
-    attention_backward(dqkv, a->dbias, a->dmid, a->prob, a->qkv, &a->work, &rig.batch, C, H,
-                       rig.drop.attention, &rig.draws, 0);
+    memcpy(qkv, a->qkv, 3 * n * sizeof *qkv);
+    weights_into(a->context, n);
+    attention_backward(&rig, 0);
+    memcpy(dqkv, a->qkv, 3 * n * sizeof *qkv);
+    memcpy(a->qkv, qkv, 3 * n * sizeof *qkv);
     test_gradient(&rig, run_attention, a->qkv, dqkv, 3 * n, STEP, "attention: q, k, v");
     test_gradient(&rig, run_attention, a->bias, a->dbias, rig.batch.W * (size_t)H, STEP,
                   "attention: bias");
-    memcpy(qkv, a->qkv, 3 * n * sizeof *qkv);
-    attention_backward(qkv, a->dbias, a->dmid, a->prob, qkv, &a->work, &rig.batch, C, H,
-                       rig.drop.attention, &rig.draws, 0);
-    test_check(memcmp(qkv, dqkv, 3 * n * sizeof *qkv) == 0, "attention: backward in place");
     free(dqkv);
     free(qkv);
     rig.draws.active = 0;
@@ -975,9 +975,9 @@ static void test_attention(void) {
 }
 
 static double run_geometry(Rig *rig) {
-    geometry_forward(&rig->acts, &rig->model, &rig->batch);
-    return weighted_sum(rig->acts.geo, rig->batch.A * (size_t)rig->model.config.dim) +
-           weighted_sum(rig->acts.mlp_out, rig->batch.Q * (size_t)rig->model.config.heads);
+    bias3d_forward(rig);
+    return weighted_sum(rig->acts.structure3d, rig->batch.A * (size_t)rig->model.config.dim) +
+           weighted_sum(rig->acts.bias3d_out, rig->batch.Q * (size_t)rig->model.config.heads);
 }
 
 static void test_geometry(void) {
@@ -990,12 +990,12 @@ static void test_geometry(void) {
     float *plain = xmalloc(rig.batch.Q * (size_t)G, sizeof *plain);
     size_t q = 0, pair = 0;
     for (size_t b = 0; b < rig.batch.B; b++)  // the definition, with libm
-        for (int i = rig.batch.atom_start[b]; i < rig.batch.atom_start[b + 1]; i++)
-            for (int j = rig.batch.atom_start[b]; j < rig.batch.atom_start[b + 1]; j++, pair++) {
+        for (size_t i = rig.batch.atom_start[b]; i < rig.batch.atom_start[b + 1]; i++)
+            for (size_t j = rig.batch.atom_start[b]; j < rig.batch.atom_start[b + 1]; j++, pair++) {
                 if (!(rig.batch.pair_use[pair] & USE_3D)) continue;
                 int u = rig.batch.atom_feat[9 * i] + 3, v = rig.batch.atom_feat[9 * j] + 3 + 512;
                 double d = 0;
-                for (int k = 0; k < 3; k++)
+                for (size_t k = 0; k < 3; k++)
                     d += pow((double)(rig.batch.pos[3 * i + k] + rig.batch.noise[3 * i + k]) -
                                  (double)(rig.batch.pos[3 * j + k] + rig.batch.noise[3 * j + k]),
                              2);
@@ -1011,24 +1011,24 @@ static void test_geometry(void) {
     test_check(q == rig.batch.Q && q > 100, "%zu pairs use 3D", q);
     test_close(a->gauss, plain, q * (size_t)G, 1e-5, "Gaussians: forward");
     free(plain);
-    weights_into(a->geo, rig.batch.A * (size_t)rig.model.config.dim);
-    weights_into(a->dmlp_out, rig.batch.Q * (size_t)rig.model.config.heads);
+    weights_into(a->structure3d, rig.batch.A * (size_t)rig.model.config.dim);
+    weights_into(a->dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
-    geometry_backward(a, &rig.model, &rig.batch);
+    bias3d_backward(&rig, a->structure3d);
     test_parameter(&rig, run_geometry, p->gauss_mean, "Gaussians: means");
     test_parameter(&rig, run_geometry, p->gauss_std, "Gaussians: stds");
     test_parameter(&rig, run_geometry, p->gauss_mul, "Gaussians: mul");
     test_parameter(&rig, run_geometry, p->gauss_bias, "Gaussians: bias");
-    test_parameter(&rig, run_geometry, p->mlp1_w, "3D bias: layer 1");
-    test_parameter(&rig, run_geometry, p->mlp1_b, "3D bias: layer 1 bias");
-    test_parameter(&rig, run_geometry, p->mlp2_w, "3D bias: layer 2");
-    test_parameter(&rig, run_geometry, p->geo_w, "3D structure");
+    test_parameter(&rig, run_geometry, p->bias3d1_w, "3D bias: layer 1");
+    test_parameter(&rig, run_geometry, p->bias3d1_b, "3D bias: layer 1 bias");
+    test_parameter(&rig, run_geometry, p->bias3d2_w, "3D bias: layer 2");
+    test_parameter(&rig, run_geometry, p->structure3d_w, "3D structure");
     rig_close(&rig);
 }
 
 static double run_bias(Rig *rig) {
-    path_bias_forward(&rig->acts, &rig->model);
-    bias_forward(&rig->acts, &rig->model, &rig->batch);
+    path_bias_forward(rig);
+    bias_forward(rig);
     return weighted_sum(rig->acts.bias, rig->batch.W * (size_t)rig->model.config.heads);
 }
 
@@ -1055,28 +1055,29 @@ static void test_bias(void) {
     size_t n = rig.batch.W * (size_t)H, q = 0, pair = 0;
     run_bias(&rig);
     double worst = 0;
-    for (size_t b = 0; b < rig.batch.B; b++)
-        for (int i = 0; i < rig.batch.n_atoms[b]; i++)
-            for (int j = 0; j < rig.batch.n_atoms[b]; j++, pair++) {
+    for (size_t b = 0; b < rig.batch.B; b++) {
+        View v = batch_view(&rig.batch, b);
+        for (int i = 0; i < v.N; i++)
+            for (int j = 0; j < v.N; j++, pair++) {
                 int use = rig.batch.pair_use[pair];
                 drawn[use]++;
                 for (int h = 0; h < H; h++) {
                     double expected = use == USE_EDGE ? plain_edge_bias(&rig, pair, h)
-                        : (double)(use == USE_3D ? a->mlp_out[q * (size_t)H + (size_t)h]
+                        : (double)(use == USE_3D ? a->bias3d_out[q * (size_t)H + (size_t)h]
                                       : rig.model.p.spd_table[(rig.batch.spd[pair] + 1) * H + h]);
-                    const float *ours = a->bias + bias_at(&rig.batch, H, b, h);
-                    int W = bias_width(rig.batch.n_atoms[b]);
-                    worst = fmax(worst, fabs((double)ours[(i + 1) * W + j + 1] - expected));
+                    const float *ours = a->bias + bias_at(&rig.batch, H, &v, h);
+                    worst = fmax(worst, fabs((double)ours[(i + 1) * v.W + j + 1] - expected));
                 }
                 q += use == USE_3D;
             }
+    }
     test_check(worst < 1e-6 && drawn[1] > 20 && drawn[2] > 20 && drawn[4] > 20,
                "blended bias: error %.1e (%d, %d, %d pairs)", worst, drawn[1], drawn[2], drawn[4]);
     memset(a->dbias, 0, n * sizeof *a->dbias);
     weights_into(a->dbias, n);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
-    bias_backward(a, &rig.model, &rig.batch);
-    path_bias_backward(a, &rig.model);
+    bias_backward(&rig);
+    path_bias_backward(&rig);
     // weights of padding lanes reach nothing: they are no outputs of the pairs
     test_parameter(&rig, run_bias, rig.model.p.spd_table, "bias: SPD table");
     test_parameter(&rig, run_bias, rig.model.p.bond_table, "bias: bond table");
@@ -1087,7 +1088,7 @@ static void test_bias(void) {
 }
 
 static double run_embedding(Rig *rig) {
-    embedding_forward(&rig->acts, &rig->model, &rig->batch);
+    embedding_forward(rig);
     return weighted_sum(rig->acts.x, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
@@ -1096,16 +1097,12 @@ static void test_embedding(void) {
     rig_open(&rig, 0, 1);
     Acts *a = &rig.acts;
     size_t C = (size_t)rig.model.config.dim, n = rig.batch.T * C;
-    float *geo = xmalloc(rig.batch.A * C, sizeof *geo);
-    memcpy(geo, a->geo, rig.batch.A * C * sizeof *geo);
     run_embedding(&rig);
     weights_into(a->dx, n);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
-    embedding_backward(a, &rig.model, &rig.batch);
-    float *dgeo = xmalloc(rig.batch.A * C, sizeof *dgeo);
-    memcpy(dgeo, a->geo, rig.batch.A * C * sizeof *dgeo);
-    memcpy(a->geo, geo, rig.batch.A * C * sizeof *geo);
-    test_gradient(&rig, run_embedding, a->geo, dgeo, rig.batch.A * C, 100 * STEP,
+    float *dstructure = xmalloc(rig.batch.A * C, sizeof *dstructure);
+    embedding_backward(&rig, dstructure);
+    test_gradient(&rig, run_embedding, a->structure3d, dstructure, rig.batch.A * C, 100 * STEP,
                   "embedding: 3D structure");
     test_parameter(&rig, run_embedding, rig.model.p.atom_table, "embedding: atom table");
     test_parameter(&rig, run_embedding, rig.model.p.in_degree, "embedding: in degree");
@@ -1113,16 +1110,15 @@ static void test_embedding(void) {
     test_parameter(&rig, run_embedding, rig.model.p.graph_token, "embedding: graph token");
     test_parameter(&rig, run_embedding, rig.model.p.embed_norm_w, "embedding: LayerNorm");
     test_check(rig.model.g.atom_table[0] == 0 && rig.model.g.in_degree[0] == 0, "padding rows");
-    free(geo);
-    free(dgeo);
+    free(dstructure);
     rig_close(&rig);
 }
 
 // All heads: the total loss as a function of the encoder's output and the head parameters.
 static double run_heads(Rig *rig) {
-    double loss[LOSSES];
-    pretrain_heads(loss, &rig->acts, &rig->model, &rig->batch, &TEST_WEIGHTS, &rig->drop,
-                   &rig->draws, 0, NULL);
+    double sum[LOSSES], loss[LOSSES];
+    pretrain_heads(sum, rig, 0, NULL);
+    loss_means(loss, sum, rig->batch.count, &rig->weights);
     return loss[LOSS_TOTAL];
 }
 
@@ -1133,13 +1129,14 @@ static void test_pair_logits(const Rig *rig, const float *logits, int map, int K
     size_t pair = 0;
     float *plain = xmalloc(rig->batch.P * (size_t)K, sizeof *plain);
     for (size_t b = 0; b < rig->batch.B; b++)
-        for (int i = rig->batch.atom_start[b]; i < rig->batch.atom_start[b + 1]; i++)
-            for (int j = rig->batch.atom_start[b]; j < rig->batch.atom_start[b + 1]; j++, pair++)
+        for (size_t i = rig->batch.atom_start[b] + b + 1; i <= rig->batch.atom_start[b + 1] + b; i++)
+            for (size_t j = rig->batch.atom_start[b] + b + 1; j <= rig->batch.atom_start[b + 1] + b;
+                 j++, pair++)
                 for (int k = 0; k < K; k++) {
                     double sum = (double)bias[k];
                     for (int o = 0; o < 1024; o++)
-                        sum += (double)maps[i * 192 + map * 32 + o / 32] *
-                               (double)maps[j * 192 + map * 32 + 32 + o % 32] *
+                        sum += (double)maps[i * 192 + (size_t)(map * 32 + o / 32)] *
+                               (double)maps[j * 192 + (size_t)(map * 32 + 32 + o % 32)] *
                                (double)weight[k * 1024 + o];
                     plain[pair * (size_t)K + (size_t)k] = (float)sum;
                 }
@@ -1153,23 +1150,22 @@ static void test_noise_output(const Rig *rig) {
     const Acts *a = &rig->acts;
     double worst = 0;
     for (size_t b = 0; b < rig->batch.B; b++) {
-        int N = rig->batch.n_atoms[b], W = bias_width(N), a0 = rig->batch.atom_start[b];
+        View v = batch_view(&rig->batch, b);
+        int N = v.N, W = v.W, a0 = (int)v.token + 1;
         for (int i = 0; i < N; i++)
             for (int axis = 0; axis < 3; axis++) {
-                const float *axis_b[3] = {rig->model.p.noise_axis1_b, rig->model.p.noise_axis2_b,
-                                          rig->model.p.noise_axis3_b};
-                double out = (double)axis_b[axis][0];
+                double out = (double)rig->model.p.denoise_axis1_b[axis];
                 for (int c = 0; c < C; c++) {
                     const float *prob =
-                        a->noise_prob + bias_at(&rig->batch, H, b, c / D) + (size_t)i * W;
+                        a->denoise_prob + bias_at(&rig->batch, H, &v, c / D) + (size_t)i * W;
                     double y = 0;
                     for (int j = 0; j < N; j++)
-                        y += (double)prob[j] * (double)a->noise_qkv[((a0 + j) * 3 + 2) * C + c] *
+                        y += (double)prob[j] * (double)a->denoise_qkv[((a0 + j) * 3 + 2) * C + c] *
                              (double)rig->batch.direction[3 * rig->batch.pair_start[b] +
                                                           (size_t)((axis * N + i) * N + j)];
-                    out += y * (double)rig->model.p.noise_axis1_w[axis * C + c];
+                    out += y * (double)rig->model.p.denoise_axis1_w[axis * C + c];
                 }
-                worst = fmax(worst, fabs(out - (double)a->noise_out[3 * (a0 + i) + axis]));
+                worst = fmax(worst, fabs(out - (double)a->denoise_out[3 * (v.atom + (size_t)i) + (size_t)axis]));
             }
     }
     test_check(worst < 1e-5, "denoising head: forward, error %.1e", worst);
@@ -1185,15 +1181,15 @@ static void test_heads(void) {
     HeadOutputs out = {xmalloc(P * SPD_CLASSES, 4), xmalloc(P * EDGE_OUTPUTS, 4),
                        xmalloc(P * 3, 4)};
     double loss[LOSSES];
-    pretrain_heads(loss, a, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop, &rig.draws, 0, &out);
+    pretrain_heads(loss, &rig, 0, &out);
     test_pair_logits(&rig, out.spd, 0, SPD_CLASSES, p->spd_w, p->spd_b, "SPD head: forward");
     test_pair_logits(&rig, out.edge, 2, EDGE_OUTPUTS, p->edge_w, p->edge_b, "edge head: forward");
     test_noise_output(&rig);
     free(out.spd), free(out.edge), free(out.d3);
     rig.draws.active = 1;
     rig.draws.step = 5;  // a draw in which no gradient cancels to nothing
-    pretrain_heads(loss, a, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop, &rig.draws, 1, NULL);
-    float *x = a->x;
+    pretrain_heads(loss, &rig, 1, NULL);
+    float *x = a->out;
     float *dbias = xmalloc(rig.batch.W * (size_t)rig.model.config.heads, sizeof *dbias);
     memcpy(dbias, a->dbias, rig.batch.W * (size_t)rig.model.config.heads * sizeof *dbias);
     test_gradient(&rig, run_heads, x, a->dx, n, STEP, "heads: input");
@@ -1203,8 +1199,8 @@ static void test_heads(void) {
     float *const tensors[] = {p->spd_row_w,      p->edge_col_w,   p->d3_row_b,  p->d3_col_norm_w,
                               p->spd_row_norm_b, p->spd_w,        p->spd_b,     p->edge_w,
                               p->edge_b,         p->d3_w,         p->d3_b,      p->d3_axis2_w,
-                              p->d3_axis3_b,     p->noise_q_w,    p->noise_v_w, p->noise_v_b,
-                              p->noise_axis1_w,  p->noise_axis2_b};
+                              p->d3_axis3_b,     p->denoise_q_w,    p->denoise_v_w, p->denoise_v_b,
+                              p->denoise_axis1_w,  p->denoise_axis2_b};
     for (size_t k = 0; k < sizeof tensors / sizeof tensors[0]; k++) {
         char what[32];
         snprintf(what, sizeof what, "heads: tensor %zu", k);
@@ -1215,7 +1211,7 @@ static void test_heads(void) {
 
 // The whole model: total loss against every tensor of the table, dropout and DropPath on.
 static double run_model(Rig *rig) {
-    encoder_forward(&rig->acts, &rig->model, &rig->batch, &rig->drop, &rig->draws);
+    encoder_forward(rig);
     return run_heads(rig);
 }
 
@@ -1223,8 +1219,7 @@ static void test_model(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
     double loss[LOSSES];
-    pretrain_gradients(loss, &rig.acts, &rig.model, &rig.batch, &TEST_WEIGHTS, &rig.drop,
-                       &rig.draws);
+    gradients(loss, &rig, NULL, NULL);
     double norm = gradient_norm(&rig.model);
     float numeric[512], analytic[512];
     int count = 0;
@@ -1258,18 +1253,19 @@ static void test_packing(void) {
     size_t C = (size_t)rig.model.config.dim, b = 4, N = (size_t)rig.batch.n_atoms[b];
     size_t first = (size_t)rig.batch.atom_start[b] + b;
     float *together = xmalloc((N + 1) * C, sizeof *together);
-    memcpy(together, rig.acts.x + first * C, (N + 1) * C * sizeof *together);
+    memcpy(together, rig.acts.out + first * C, (N + 1) * C * sizeof *together);
     Molecule m = {0};
     rig_molecule(&m, b);
     rig.batch.n_atoms[0] = m.n_atoms;
     batch_layout(&rig.batch, 1);
-    batch_set(&rig.batch, 0, &m, &rig.batch.finder[0]);
-    rig.draws.first_place = (uint32_t)b;
+    batch_set(&rig.batch, 0, &m, &rig.batch.reader[0]);
+    rig.draws.first_slot = (uint32_t)b;
     batch_draw(&rig.batch, 0, &TEST_BLEND, &rig.draws);
     batch_geometry(&rig.batch, 0);
+    batch_targets(&rig.batch, 0);
     batch_count(&rig.batch);
-    encoder_forward(&rig.acts, &rig.model, &rig.batch, &rig.drop, &rig.draws);
-    test_close(rig.acts.x, together, (N + 1) * C, 1e-6,
+    encoder_forward(&rig);
+    test_close(rig.acts.out, together, (N + 1) * C, 1e-6,
                "alone and in a batch");
     free(together);
     molecule_free(&m);
@@ -1279,42 +1275,37 @@ static void test_packing(void) {
 // 500 atoms, all together with one atom and without positions: finite losses and gradients.
 static void test_large(void) {
     Config c = {1, 16, 16, 2, 4, 0};
-    Model model;
-    Batch batch;
-    Acts acts;
     Molecule m = {0};
     Sizes room = {0};
-    Draws draws = {3, 0, 0, 1};
+    Step s = {.draws = {3, 0, 0, 1}, .drop = {0.1, 0.1, 0.1, 0}, .weights = TEST_WEIGHTS};
     static const int atoms[] = {500, 1, 12}, parts[] = {1, 1, 2};
     for (int b = 0; b < 3; b++) sizes_add(&room, atoms[b]);
-    model_create(&model, c, 1);
-    model_init(&model, 5);
-    batch_alloc(&batch, room, 0);
-    acts_alloc(&acts, c, room);
-    for (int b = 0; b < 3; b++) batch.n_atoms[b] = atoms[b];
-    batch_layout(&batch, 3);
+    model_create(&s.model, c, 1);
+    model_init(&s.model, 5);
+    batch_alloc(&s.batch, room, 0);
+    acts_alloc(&s.acts, c, room);
+    for (int b = 0; b < 3; b++) s.batch.n_atoms[b] = atoms[b];
+    batch_layout(&s.batch, 3);
     for (size_t b = 0; b < 3; b++) {
         random_molecule(&m, atoms[b], parts[b], b != 2, (uint32_t)b);
-        batch_set(&batch, b, &m, &batch.finder[0]);
-        batch_draw(&batch, b, &TEST_BLEND, &draws);
-        batch_geometry(&batch, b);
+        batch_set(&s.batch, b, &m, &s.batch.reader[0]);
+        batch_draw(&s.batch, b, &TEST_BLEND, &s.draws);
+        batch_geometry(&s.batch, b);
+        batch_targets(&s.batch, b);
     }
-    batch_count(&batch);
+    batch_count(&s.batch);
     double loss[LOSSES];
-    static const Dropout drop = {0.1, 0.1, 0.1, 0};
-    pretrain_gradients(loss, &acts, &model, &batch, &TEST_WEIGHTS, &drop, &draws);
-    double norm = gradient_norm(&model);
+    gradients(loss, &s, NULL, NULL);
+    double norm = gradient_norm(&s.model);
     test_check(isfinite(loss[LOSS_TOTAL]) && isfinite(norm) && norm > 0,
                "500 atoms: loss %g, gradient %g", loss[LOSS_TOTAL], norm);
     molecule_free(&m);
-    model_free(&model);
-    batch_free(&batch);
-    acts_free(&acts);
+    rig_close(&s);
 }
 
 static double run_task(Rig *rig) {
     float logits[32];
-    task_head_forward(logits, &rig->acts, &rig->model, &rig->batch, READ_MEAN);
+    task_head_forward(logits, rig, READ_MEAN);
     return weighted_sum(logits, rig->batch.B * 2);
 }
 
@@ -1325,8 +1316,8 @@ static void test_task_head(void) {
     size_t n = rig.batch.T * (size_t)rig.model.config.dim;
     run_task(&rig);
     weights_into(dlogits, rig.batch.B * 2);
-    task_head_backward(&rig.acts, &rig.model, &rig.batch, dlogits, READ_MEAN);
-    test_gradient(&rig, run_task, rig.acts.x, rig.acts.dx, n,
+    task_head_backward(&rig, dlogits, READ_MEAN);
+    test_gradient(&rig, run_task, rig.acts.out, rig.acts.dx, n,
                   STEP, "fine-tuning head: input");
     test_parameter(&rig, run_task, rig.model.p.head1_w, "fine-tuning head: dense");
     test_parameter(&rig, run_task, rig.model.p.head2_b, "fine-tuning head: bias");
@@ -1348,9 +1339,9 @@ static void test_edges(void) {
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
     rig.model.p.gauss_std[1] = 0;
     run_geometry(&rig);
-    weights_into(rig.acts.geo, rig.batch.A * (size_t)rig.model.config.dim);
-    weights_into(rig.acts.dmlp_out, rig.batch.Q * (size_t)rig.model.config.heads);
-    geometry_backward(&rig.acts, &rig.model, &rig.batch);
+    weights_into(rig.acts.structure3d, rig.batch.A * (size_t)rig.model.config.dim);
+    weights_into(rig.acts.dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
+    bias3d_backward(&rig, rig.acts.structure3d);
     test_check(rig.model.g.gauss_std[1] == 0 && rig.model.g.gauss_std[0] != 0,
                "the slope of |std| at 0 is 0");
     // two tasks, the second a thousand times the first: the same share in loss and gradient
@@ -1369,12 +1360,12 @@ static void test_edges(void) {
 
 // Masks are drawn for (n, n) numbers: rows padded to whole vectors do not change them.
 static void test_mask(void) {
-    Draws draws = {7, 3, 0, 1};
-    HeadTask task = {5, 16, 8, 8, 0.5, &draws, RNG_ATTENTION_DROP, 2, 1};
+    Step step = {.draws = {7, 3, 0, 1}, .drop = {.attention = 0.5}};
+    HeadTask task = {.n = 5, .W = 16, .purpose = RNG_ATTENTION_DROP, .slot = 2, .row = 1};
     float mask[5 * 16], plain[25];
     int same = 0;
-    attention_mask(mask, &task);
-    dropout_row(plain, 25, 0.5, &draws, RNG_ATTENTION_DROP, 2, 1);
+    attention_mask(mask, &step, &task);
+    dropout_row(plain, 25, 0.5, &step.draws, RNG_ATTENTION_DROP, 2, 1);
     for (int k = 0; k < 25; k++) same += mask[k / 5 * 16 + k % 5] == plain[k];
     test_check(same == 25, "%d of 25 numbers of a mask are those of the row without padding", same);
 }
@@ -1411,20 +1402,18 @@ static void test_metrics(void) {
 // =================================================================================================
 
 static void test_sensitivity(const char *golden_path) {
-    static const Dropout none = {0};
     Golden g;
-    Draws still = {0};
     double loss[LOSSES];
     golden_open(&g, golden_path);
-    pretrain_gradients(loss, &g.acts, &g.model, &g.batch, &g.weights, &none, &still);
+    gradients(loss, &g.s, NULL, NULL);
     int quiet = tests_failed, noticed = 0, tensors = 0;
-    for (int i = 0; i < g.model.n_tensors; i++) {
-        const TensorInfo *t = &g.model.info[i];
+    for (int i = 0; i < g.s.model.n_tensors; i++) {
+        const TensorInfo *t = &g.s.model.info[i];
         Report r = {0};
         if (strstr(t->pattern, "k_proj.bias")) continue;
-        for (size_t k = 0; k < t->count; k++) g.model.grads[t->offset + k] *= 1.01f;
+        for (size_t k = 0; k < t->count; k++) g.s.model.grads[t->offset + k] *= 1.01f;
             golden_gradients(&r, &g, 0);
-        for (size_t k = 0; k < t->count; k++) g.model.grads[t->offset + k] /= 1.01f;
+        for (size_t k = 0; k < t->count; k++) g.s.model.grads[t->offset + k] /= 1.01f;
         int seen = 0;
         for (int k = 0; k < r.count; k++)
             seen = seen || !(r.family[k].error <= r.family[k].tolerance);
@@ -1433,14 +1422,14 @@ static void test_sensitivity(const char *golden_path) {
     }
     test_check(noticed == tensors && tensors > 90,
                "a gradient off by 1 %% is noticed in %d of %d tensors", noticed, tensors);
-    g.batch.atom_feat[3] ^= 1;
+    g.s.batch.atom_feat[3] ^= 1;
     Report r = {0};
-    encoder_forward(&g.acts, &g.model, &g.batch, &none, &still);
+    encoder_forward(&g.s);
     golden_encoder(&r, &g);
     int seen = 0;
     for (int k = 0; k < r.count; k++) seen += !(r.family[k].error <= r.family[k].tolerance);
     test_check(seen > 0, "one wrong atom feature is noticed");
-    g.batch.atom_feat[3] ^= 1;
+    g.s.batch.atom_feat[3] ^= 1;
     float a[2] = {1, NAN}, b[2] = {1, 1};
     Report nan_report = {0};
     report_add(&nan_report, "nan", relative_error(a, b, 2), 1e-5);
@@ -1521,11 +1510,9 @@ static void test_checkpoint(void) {
     TensorFile f;
     model_create(&model, c, 1);
     model_init(&model, 9);
-    const ArenaName arena = {"", model.params};
-    tensor_file_write(path, &model, &arena, 1, NULL,
-                      "{\"format\":\"pt\",\"quote\\\"d\":\"a\\\\b\"}");
+    model_write(path, &model, "{\"format\":\"pt\",\"quote\\\"d\":\"a\\\\b\"}", NULL, 0, 0);
     tensor_file_open(&f, path);
-    Config read = tensor_file_config(&f, "");
+    Config read = tensor_file_config(&f);
     test_check(memcmp(&c, &read, sizeof c) == 0, "sizes from a checkpoint's shapes");
     test_check(f.meta_count == 2 && tensor_meta(&f, "quote\"d") &&
                    !strcmp(tensor_meta(&f, "quote\"d"), "a\\b"),
@@ -1535,9 +1522,17 @@ static void test_checkpoint(void) {
     test_check(memcmp(model.params, again.params, model.count * sizeof(float)) == 0,
                "checkpoint round trip");
     // names as training frameworks wrap them
-    const ArenaName wrapped = {"module.", model.params};
+    TensorOut *out = xmalloc((size_t)model.n_tensors, sizeof *out);
+    for (int i = 0; i < model.n_tensors; i++) {
+        const TensorInfo *t = &model.info[i];
+        char name[128];
+        out[i] = (TensorOut){xprintf("module.%s", tensor_name(t, name)), t->rows, t->columns,
+                             model.params + t->offset};
+    }
     tensor_file_close(&f);
-    tensor_file_write(path, &model, &wrapped, 1, NULL, "{\"format\":\"pt\"}");
+    tensor_file_write(path, out, (size_t)model.n_tensors, "{\"format\":\"pt\"}");
+    for (int i = 0; i < model.n_tensors; i++) free(out[i].name);
+    free(out);
     tensor_file_open(&f, path);
     memset(again.params, 0, again.count * sizeof(float));
     model_load(&again, again.params, &f, "");
@@ -1551,7 +1546,7 @@ static void test_checkpoint(void) {
                    isinf(tensor_value(&f16, 2)) && tensor_value(&bf16, 0) == -2.5f &&
                    tensor_value(&f64, 0) == -2.5f, "F16, BF16 and F64 are converted");
     tensor_file_close(&f);
-    tensor_file_write(path, &model, &arena, 1, NULL, "{\"format\":\"pt\"}");
+    model_write(path, &model, "{\"format\":\"pt\"}", NULL, 0, 0);
     tensor_file_open(&f, path);
     test_check(tensor_find(&f, "encoder.molecule_encoder.layers.1.self_attn.q_proj.weight") != NULL,
                "official names");
@@ -1582,7 +1577,7 @@ static void test_parameter_table(void) {
     const LayerTensors *l = &m.p.layer[1];
     test_check(l->k_w == l->q_w + 64 * 64 && l->v_w == l->k_w + 64 * 64 && l->v_b == l->q_b + 128 &&
                    m.p.d3_col_w == m.p.spd_row_w + 5 * 32 * 64 &&
-                   m.p.noise_v_b == m.p.noise_q_b + 128 &&
+                   m.p.denoise_v_b == m.p.denoise_q_b + 128 &&
                    m.p.d3_axis3_w == m.p.d3_axis1_w + 2 * D3_INNER,
                "matrices used as one stand next to each other");
     test_check(m.p.atom_table[0] == 0 && m.p.gauss_mul[0] == 0 && m.p.gauss_mul[1] == 0.5f &&

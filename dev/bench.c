@@ -73,8 +73,8 @@ static double fma_peak(int threads) {
 
 static Work bench_work(int widest) {
     Work w = {thread_count(), NULL, NULL, NULL, 0};
-    w.packed_a = floats_alloc((size_t)w.threads * MC * KC);
-    w.packed_b = floats_alloc((size_t)round_up(widest, NR) * KC);
+    w.packed_a = floats_alloc((size_t)w.threads * MC * KC, "more memory");
+    w.packed_b = floats_alloc((size_t)round_up(widest, NR) * KC, "more memory");
     return w;
 }
 
@@ -111,7 +111,7 @@ static double product_rate(int ours, const Work *w, int mode, const int shape[3]
 
 static void bench_gemm(double peak) {
     Work w = bench_work(4096);
-    float *A = floats_alloc(1 << 22), *B = floats_alloc(1 << 22), *C = floats_alloc(1 << 22);
+    float *A = xmalloc(1 << 22, 4), *B = xmalloc(1 << 22, 4), *C = xmalloc(1 << 22, 4);
     for (int k = 0; k < 1 << 22; k++) A[k] = (float)(k % 7) - 3, B[k] = (float)(k % 5) - 2;
     printf("  gemm  M    N    K            ");
     for (int mode = 0; mode < MODES; mode++) printf("  %8s GFLOP/s", MODE_NAMES[mode]);
@@ -157,10 +157,8 @@ static void bench_molecule(Molecule *m, int N, uint32_t seed) {
     m->has_pos = 1;
 }
 
-typedef struct { Model model; Batch batch; Acts acts; } Bench;
-
 // B molecules of `atoms` atoms, or if 0 of 4 to 24.
-static void bench_open(Bench *bench, Config c, size_t B, int atoms) {
+static void bench_open(Step *bench, Config c, size_t B, int atoms) {
     static const Blend blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0};
     Draws draws = {1, 0, 0, 1};
     Sizes room = {0};
@@ -178,16 +176,17 @@ static void bench_open(Bench *bench, Config c, size_t B, int atoms) {
     batch_layout(&bench->batch, B);
     for (size_t b = 0; b < B; b++) {
         bench_molecule(&m, sizes[b], (uint32_t)b);
-        batch_set(&bench->batch, b, &m, &bench->batch.finder[0]);
+        batch_set(&bench->batch, b, &m, &bench->batch.reader[0]);
         batch_draw(&bench->batch, b, &blend, &draws);
         batch_geometry(&bench->batch, b);
+        batch_targets(&bench->batch, b);
     }
     batch_count(&bench->batch);
     molecule_free(&m);
     free(sizes);
 }
 
-static void bench_close(Bench *bench) {
+static void bench_close(Step *bench) {
     model_free(&bench->model);
     batch_free(&bench->batch);
     acts_free(&bench->acts);
@@ -196,7 +195,7 @@ static void bench_close(Bench *bench) {
 // Useful operations of one pass over the batch. Counted: the matrices of the encoder (T rows), of
 // the denoising head and the pair maps (A rows), the bilinear heads, the 3D bias (Q rows), and
 // attention; multiply and add are two. A training step is three passes.
-static double pass_flops(const Bench *bench) {
+static double pass_flops(const Step *bench) {
     Config c = bench->model.config;
     double T = (double)bench->batch.T, A = (double)bench->batch.A, P = (double)bench->batch.P;
     double Q = (double)bench->batch.Q, C = c.dim, F = c.ffn, G = c.kernels, squares = 0;
@@ -207,23 +206,21 @@ static double pass_flops(const Bench *bench) {
 }
 
 static void bench_step(Config c, size_t B, int atoms, double peak, const char *name) {
-    static const LossWeights weights = {{0, 6, 0.1, 0.1, 0.5}};
-    static const Dropout drop = {0.1, 0.1, 0.1, 0};
     static const Adam adam = {1e-5, 0.9, 0.999, 1e-8, 0, 5};
-    Bench bench;
+    Step bench = {.drop = {0.1, 0.1, 0.1, 0}, .weights = {{0, 6, 0.1, 0.1, 0.5}}};
     double best = 1e9, forward = 1e9, loss[LOSSES];
     bench_open(&bench, c, B, atoms);
     double flops = pass_flops(&bench);
     int repeats = min_int(60, (int)(4e11 / flops) + 3);
     for (int r = 0; r < repeats; r++) {
-        Draws draws = {1, (uint32_t)r, 0, 1};
+        bench.draws = (Draws){1, (uint32_t)r, 0, 1};
         double start = now_seconds();
-        pretrain_gradients(loss, &bench.acts, &bench.model, &bench.batch, &weights, &drop, &draws);
+        gradients(loss, &bench, NULL, NULL);
         adamw_step(&bench.model, &adam, r + 1);
         best = fmin(best, now_seconds() - start);
         start = now_seconds();
-        draws.active = 0;
-        encoder_forward(&bench.acts, &bench.model, &bench.batch, &drop, &draws);
+        bench.draws.active = 0;
+        encoder_forward(&bench);
         forward = fmin(forward, now_seconds() - start);
     }
     double rate = 3 * flops / best / 1e9;
