@@ -137,22 +137,26 @@ typedef struct {
     PrepOverflow *overflow;  // blocks that did not fit; the base grows by them at the next reset
 } PrepArena;
 
-// `count` zeroed elements of `size` bytes that live until prep_reset().
-static void *prep_take(PrepArena *arena, size_t count, size_t size) {
-    size_t bytes = mul_size(count, size);
-    CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
-    bytes = (bytes + 63) / 64 * 64;
-    if (bytes <= arena->room - arena->used) {
-        void *p = arena->base + arena->used;
-        arena->used += bytes;
-        return memset(p, 0, bytes);
-    }
-    size_t head = (sizeof(PrepOverflow) + 63) / 64 * 64;
+// A block of the heap for what the base has no room for.
+static void *prep_overflow(PrepArena *arena, size_t bytes) {
+    size_t head = (sizeof(PrepOverflow) + 15) / 16 * 16;
     PrepOverflow *block = xmalloc(1, head + bytes);
     block->bytes = bytes;
     block->next = arena->overflow;
     arena->overflow = block;
     return (char *)block + head;
+}
+
+// `count` zeroed elements of `size` bytes that live until prep_reset(). Inline, so that the check of
+// the product needs no division: a record takes some sixty small blocks.
+static inline void *prep_take(PrepArena *arena, size_t count, size_t size) {
+    size_t bytes = mul_size(count, size);
+    CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
+    bytes = (bytes + 15) / 16 * 16;
+    if (bytes > arena->room - arena->used) return prep_overflow(arena, bytes);
+    void *p = arena->base + arena->used;
+    arena->used += bytes;
+    return p;
 }
 
 // Zeroed ints and flags from the arena.
@@ -168,12 +172,13 @@ static uint8_t *prep_flags(PrepArena *arena, int count) {
 static void *prep_grow(PrepArena *arena, const void *p, int *room, size_t size) {
     int more = *room < 16 ? 32 : 2 * *room;
     void *grown = prep_take(arena, (size_t)more, size);
-    if (*room) memcpy(grown, p, (size_t)*room * size);
+    if (p) memcpy(grown, p, (size_t)*room * size);
     *room = more;
     return grown;
 }
 
-// Empties the arena; what did not fit this time will fit the next time.
+// Empties the arena; what did not fit this time will fit the next time. What was used is zeroed in
+// one go.
 static void prep_reset(PrepArena *arena) {
     size_t missing = 0;
     while (arena->overflow) {
@@ -186,6 +191,8 @@ static void prep_reset(PrepArena *arena) {
         free(arena->base);
         arena->room += missing + (1 << 16);
         arena->base = xmalloc(arena->room, 1);
+    } else {
+        memset(arena->base, 0, arena->used);
     }
     arena->used = 0;
 }
@@ -319,10 +326,9 @@ static int bond_between(const ChemMol *m, int i, int j) {
     return -1;
 }
 
-// Builds the adjacency lists. Returns a bond that joins an already bonded pair or an atom to
-// itself, or -1 if all is well.
-static int mol_connect(ChemMol *m) {
-    int n = m->n_atoms, bad = -1;
+// Builds the adjacency lists. The bonds must join different atoms, see find_bad_bond().
+static void mol_connect(ChemMol *m) {
+    int n = m->n_atoms;
     m->first = prep_ints(&m->arena, n + 1);
     m->adj = prep_ints(&m->arena, 2 * m->n_bonds);
     for (int b = 0; b < m->n_bonds; b++) {
@@ -334,14 +340,22 @@ static int mol_connect(ChemMol *m) {
         m->first[i] = sum;
         sum += degree;
     }
-    int *next = prep_ints(&m->arena, n), *seen = prep_ints(&m->arena, n);
+    int *next = prep_ints(&m->arena, n);
     for (int b = 0; b < m->n_bonds; b++) {
         ChemBond *bond = &m->bonds[b];
-        if (bond->begin == bond->end) return b;
         m->adj[m->first[bond->begin] + next[bond->begin]++] = b;
         m->adj[m->first[bond->end] + next[bond->end]++] = b;
     }
-    for (int i = 0; i < n; i++) {
+}
+
+// Connects a molecule as read. Returns a bond that joins an already bonded pair or an atom to
+// itself (then there are no adjacency lists), or -1 if all is well.
+static int find_bad_bond(ChemMol *m) {
+    int bad = -1, *seen = prep_ints(&m->arena, m->n_atoms);
+    for (int b = 0; b < m->n_bonds; b++)
+        if (m->bonds[b].begin == m->bonds[b].end) return b;
+    mol_connect(m);
+    for (int i = 0; i < m->n_atoms; i++) {
         for (int k = m->first[i]; k < m->first[i + 1]; k++) {
             int j = bond_other(&m->bonds[m->adj[k]], i);
             if (seen[j] == i + 1) bad = m->adj[k];
@@ -631,20 +645,25 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
 }
 
 // The usual form of a coordinate, "-1234.5678" in ten columns, blanks and one sign in front. The
-// number is an exact integer over 10^4, so one division rounds it as strtod would.
+// number is an exact integer over 10^4, so one division rounds it as strtod would. Returns 0 for
+// any other form. The digits are checked together: this is done for every atom of every file.
 static int fixed_decimal(const char *p, double *value) {
-    int negative = 0, k = 0, v = 0;
-    if (p[5] != '.' || isdigit((unsigned char)p[10])) return 0;
+    uint32_t digit[4], v = 0, largest = 0;
+    int k = 0;
     while (k < 4 && p[k] == ' ') k++;
-    if (p[k] == '-') negative = 1, k++;
-    for (; k < 10; k++) {
-        int digit = p[k] - '0';
-        if (k == 5) continue;
-        if (digit < 0 || digit > 9) return 0;
-        v = 10 * v + digit;
+    int negative = p[k] == '-';
+    for (k += negative; k < 5; k++) {
+        digit[0] = (uint32_t)p[k] - '0';
+        largest = digit[0] > largest ? digit[0] : largest;
+        v = 10 * v + digit[0];
     }
-    *value = (negative ? -v : v) / 1e4;
-    if (negative && v == 0) *value = -0.0;
+    for (k = 0; k < 4; k++) {
+        digit[k] = (uint32_t)p[6 + k] - '0';
+        largest = digit[k] > largest ? digit[k] : largest;
+    }
+    v = 10000 * v + 1000 * digit[0] + 100 * digit[1] + 10 * digit[2] + digit[3];
+    if (p[5] != '.' || largest > 9 || (uint32_t)p[10] - '0' <= 9) return 0;
+    *value = (negative ? -(double)v : v) / 1e4;
     return 1;
 }
 
@@ -790,6 +809,9 @@ static int apply_property(MolBlock *b, const char *tag, int index, int value) {
     ChemAtom *a = &b->m->atoms[is_bond ? 0 : index - 1];
     if (is_bond) {
         ChemBond *bond = &b->m->bonds[index - 1];
+        if (value < 0)
+            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
+                            "expected a bond order from 0 for bond %d, found %d", index, value);
         bond->order = value == 0 ? ORDER_ZERO : value == 12 ? ORDER_AROMATIC
                     : value == 17 ? ORDER_DATIVE : value <= 4 ? (uint8_t)value : ORDER_NONE;
     } else if (strcmp(tag, "CHG") == 0 || strcmp(tag, "ZCH") == 0) {
@@ -1523,7 +1545,7 @@ static int smiles_close_rings(SmilesReader *s) {
                             "ring %d bonds an atom to itself", a->number);
         smiles_ring_bond(m, a, b);
     }
-    int bad = mol_connect(m);
+    int bad = find_bad_bond(m);
     if (bad < 0) return 0;
     for (int k = 0; k < s->n_marks; k++)
         if (s->marks[k].bond == bad)
@@ -2491,6 +2513,7 @@ static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bond
 // Brings back surplus rings that could replace an equally large ring of the set: they share a bond
 // with it and have all the bonds that only it provides.
 static void symmetrize_rings(ChemMol *m, const RingList *extra) {
+    if (!extra->n) return;
     int n_basis = m->rings.n, *uses = prep_ints(&m->arena, m->n_bonds);
     int *in_extra = prep_ints(&m->arena, m->n_bonds), *bonds = prep_ints(&m->arena, m->rings.used);
     for (int r = 0; r < n_basis; r++) {
@@ -4345,7 +4368,7 @@ static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
     if (heavy > max_atoms || m->n_atoms > RAW_ATOMS_MAX)
         return fault_at(fault, 0, 0, "too many atoms", "%d heavy atoms, --max-atoms is %d", heavy,
                         max_atoms);
-    if ((bad = mol_connect(m)) >= 0)
+    if ((bad = find_bad_bond(m)) >= 0)
         return fault_at(fault, 0, 0, "impossible bond",
                         "atoms %d and %d: a second bond, or one to itself",
                         m->bonds[bad].begin + 1, m->bonds[bad].end + 1);
@@ -4897,6 +4920,7 @@ typedef struct {
 typedef struct {
     ChemMol mol;
     Molecule molecule;
+    Molecule check;          // what a reader makes of the encoded record
     uint8_t *bytes;          // encoded records of the chunk
     size_t used, room;
 } Worker;
@@ -4905,6 +4929,7 @@ typedef struct {
 static void worker_free(Worker *w) {
     mol_free(&w->mol);
     molecule_free(&w->molecule);
+    molecule_free(&w->check);
     free(w->bytes);
 }
 
@@ -4924,8 +4949,9 @@ static int64_t count_lines(const char *p, const char *end) {
     return n;
 }
 
-// Encodes the molecule at the end of the worker's bytes.
-static void store_molecule(Worker *w, Outcome *o) {
+// Encodes the molecule at the end of the worker's bytes. One record that a reader refuses would make
+// the whole dataset useless, so the reader's own checks decide here whether this one is kept.
+static int store_molecule(Worker *w, Outcome *o) {
     const Molecule *m = &w->molecule;
     size_t size = record_size(m->n_atoms, m->n_bonds, m->n_tasks, m->name_length, m->has_pos);
     if (w->room - w->used < size) {
@@ -4934,8 +4960,11 @@ static void store_molecule(Worker *w, Outcome *o) {
     }
     o->offset = w->used;
     o->size = record_encode(w->bytes + w->used, m);
+    const char *wrong = record_decode(&w->check, w->bytes + w->used, o->size, m->n_tasks);
+    if (wrong) return fault_at(&o->fault, 0, 0, "cannot be written", "%s", wrong);
     o->n_atoms = m->n_atoms;
     w->used += o->size;
+    return 0;
 }
 
 // Reads labels and, if a tag is asked for, the name from the data items of an SD record.
@@ -5017,7 +5046,7 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
     }
     if (fill_molecule(m, &w->molecule, c->n_tasks, name, c->principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
-    store_molecule(w, o);
+    if (store_molecule(w, o)) return -1;
     if (c->want_keys) o->key = scaffold_key(m);
     return 0;
 }

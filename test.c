@@ -2278,6 +2278,8 @@ static const struct {
      "M  CHG names atom 2, expected 1 to 1"},
     {FORMAT_SDF, HEAD COUNTS1 ATOM "M  RAD  1   1   9\n", 6, 0,
      "expected a radical of 1, 2 or 3 on atom 1, found 9"},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  2  1\nM  ZBO  1   1  -1\nM  END\n", 8, 0,
+     "expected a bond order from 0 for bond 1, found -1"},  // not a look outside a table
     {FORMAT_SDF, HEAD COUNTS1 ATOM "M  CHG  1   1   1\n", 6, 0,
      "expected M  END, found the end of the record"},
     {FORMAT_SDF, HEAD "  0  0  0     0  0            999 V2000\nM  END\n", 0, 0,
@@ -2309,6 +2311,13 @@ static void test_faults(Worker *w) {
                    kept ? "a molecule" : o.fault.text, o.fault.line, o.fault.column,
                    PREP_FAULTS[k].message, PREP_FAULTS[k].line, PREP_FAULTS[k].column);
     }
+    // Catches a record that the reader refuses being written: it would cost the whole dataset.
+    prep_convert(w, FORMAT_SMI, "CC", 2, &o);
+    size_t used = w->used;
+    w->molecule.bond_code[0] = BOND_CODES;
+    store_molecule(w, &o);
+    test_check(w->used == used && strcmp(o.fault.text, "bond feature out of range") == 0,
+               "an unreadable record was kept: \"%s\"", o.fault.text);
 }
 
 // Numbers are rounded as strtod rounds them.
