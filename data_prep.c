@@ -126,52 +126,52 @@ static int more_electronegative(int z1, int z2) {
 //   which is emptied before the next record: no malloc in the common case, nothing to free.
 // =================================================================================================
 
-typedef struct PrepOverflow {
-    struct PrepOverflow *next;
+typedef struct ArenaOverflow {
+    struct ArenaOverflow *next;
     size_t bytes;
-} PrepOverflow;
+} ArenaOverflow;
 
 typedef struct {
     char *base;
     size_t used, room;
-    PrepOverflow *overflow;  // blocks that did not fit; the base grows by them at the next reset
-} PrepArena;
+    ArenaOverflow *overflow;  // blocks that did not fit; the base grows by them at the next reset
+} Arena;
 
 // A block of the heap for what the base has no room for.
-static void *prep_overflow(PrepArena *arena, size_t bytes) {
-    size_t head = (sizeof(PrepOverflow) + 15) / 16 * 16;
-    PrepOverflow *block = xmalloc(1, head + bytes);
+static void *arena_overflow(Arena *arena, size_t bytes) {
+    size_t head = (sizeof(ArenaOverflow) + 15) / 16 * 16;
+    ArenaOverflow *block = xmalloc(1, head + bytes);
     block->bytes = bytes;
     block->next = arena->overflow;
     arena->overflow = block;
     return (char *)block + head;
 }
 
-// `count` zeroed elements of `size` bytes that live until prep_reset(). Inline, so that the check of
+// `count` zeroed elements of `size` bytes that live until arena_reset(). Inline, so that the check of
 // the product needs no division: a record takes some sixty small blocks.
-static inline void *prep_take(PrepArena *arena, size_t count, size_t size) {
+static inline void *arena_take(Arena *arena, size_t count, size_t size) {
     size_t bytes = mul_size(count, size);
     CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
     bytes = (bytes + 15) / 16 * 16;
-    if (bytes > arena->room - arena->used) return prep_overflow(arena, bytes);
+    if (bytes > arena->room - arena->used) return arena_overflow(arena, bytes);
     void *p = arena->base + arena->used;
     arena->used += bytes;
     return p;
 }
 
 // Zeroed ints and flags from the arena.
-static int *prep_ints(PrepArena *arena, int count) {
-    return prep_take(arena, (size_t)count, sizeof(int));
+static int *arena_ints(Arena *arena, int count) {
+    return arena_take(arena, (size_t)count, sizeof(int));
 }
 
-static uint8_t *prep_flags(PrepArena *arena, int count) {
-    return prep_take(arena, (size_t)count, 1);
+static uint8_t *arena_flags(Arena *arena, int count) {
+    return arena_take(arena, (size_t)count, 1);
 }
 
 // A block twice as large as p's `room` elements with the same beginning; *room is updated.
-static void *prep_grow(PrepArena *arena, const void *p, int *room, size_t size) {
+static void *arena_grow(Arena *arena, const void *p, int *room, size_t size) {
     int more = *room < 16 ? 32 : 2 * *room;
-    void *grown = prep_take(arena, (size_t)more, size);
+    void *grown = arena_take(arena, (size_t)more, size);
     if (p) memcpy(grown, p, (size_t)*room * size);
     *room = more;
     return grown;
@@ -179,10 +179,10 @@ static void *prep_grow(PrepArena *arena, const void *p, int *room, size_t size) 
 
 // Empties the arena; what did not fit this time will fit the next time. What was used is zeroed in
 // one go.
-static void prep_reset(PrepArena *arena) {
+static void arena_reset(Arena *arena) {
     size_t missing = 0;
     while (arena->overflow) {
-        PrepOverflow *block = arena->overflow;
+        ArenaOverflow *block = arena->overflow;
         missing += block->bytes;
         arena->overflow = block->next;
         free(block);
@@ -198,10 +198,10 @@ static void prep_reset(PrepArena *arena) {
 }
 
 // Gives the arena's memory back.
-static void prep_free(PrepArena *arena) {
-    prep_reset(arena);
+static void arena_free(Arena *arena) {
+    arena_reset(arena);
     free(arena->base);
-    *arena = (PrepArena){0};
+    *arena = (Arena){0};
 }
 
 // =================================================================================================
@@ -227,17 +227,17 @@ enum { QUERY_ANY = 1, QUERY_ORDER = 2, QUERY_COMPLEX = 4 };  // of a bond; see b
 typedef struct {
     uint8_t z;              // atomic number, 0 = dummy
     int8_t charge;
-    uint8_t stated_h;       // hydrogens that belong to the atom as written ([nH], valence fields)
+    uint8_t explicit_h;       // hydrogens that belong to the atom as written ([nH], valence fields)
     uint8_t radicals;
     uint8_t no_implicit;    // takes no hydrogens beyond the stated ones
     uint8_t aromatic, chirality, hybrid, query;
     uint8_t unknown_stereo; // a wavy bond began here
-    uint8_t first_of_part;  // opens a SMILES or follows a dot
+    uint8_t first_of_fragment;  // opens a SMILES or follows a dot
     uint8_t ring_stereo;    // its stereo depends on another centre of the same ring system
     char cip;               // 'R', 'S' or 0: not a centre with four different neighbours
     uint16_t isotope;
     int16_t implicit_h;     // -1: not computed yet
-    int valence;            // sum of bond orders and stated hydrogens, rounded as RDKit does
+    int valence;            // sum of bond orders and explicit hydrogens, rounded as RDKit does
     int map;                // atom map number, -1 = none
     int field_valence;      // the mol block's valence field, 0 = not given
 } ChemAtom;
@@ -269,12 +269,12 @@ typedef struct {
     int has_xyz, is_3d, wedged;
     int any_aromatic;       // 0: no atom or bond is, no need to look
     int had_aromatic;       // the input had some
-    PrepArena arena;
+    Arena arena;
 } ChemMol;
 
 // Empties m for the next record. Start from a zeroed struct; the owner calls mol_free().
 static void mol_clear(ChemMol *m) {
-    prep_reset(&m->arena);
+    arena_reset(&m->arena);
     m->n_atoms = m->n_bonds = 0;
     m->has_xyz = m->is_3d = m->wedged = m->had_aromatic = 0;
     m->any_aromatic = 1;
@@ -283,7 +283,7 @@ static void mol_clear(ChemMol *m) {
 
 // Frees everything m owns.
 static void mol_free(ChemMol *m) {
-    prep_free(&m->arena);
+    arena_free(&m->arena);
     free(m->atoms);
     free(m->bonds);
     free(m->xyz);
@@ -329,8 +329,8 @@ static int bond_between(const ChemMol *m, int i, int j) {
 // Builds the adjacency lists. The bonds must join different atoms, see find_bad_bond().
 static void mol_connect(ChemMol *m) {
     int n = m->n_atoms;
-    m->first = prep_ints(&m->arena, n + 1);
-    m->adj = prep_ints(&m->arena, 2 * m->n_bonds);
+    m->first = arena_ints(&m->arena, n + 1);
+    m->adj = arena_ints(&m->arena, 2 * m->n_bonds);
     for (int b = 0; b < m->n_bonds; b++) {
         m->first[m->bonds[b].begin]++;
         m->first[m->bonds[b].end]++;
@@ -340,7 +340,7 @@ static void mol_connect(ChemMol *m) {
         m->first[i] = sum;
         sum += degree;
     }
-    int *next = prep_ints(&m->arena, n);
+    int *next = arena_ints(&m->arena, n);
     for (int b = 0; b < m->n_bonds; b++) {
         ChemBond *bond = &m->bonds[b];
         m->adj[m->first[bond->begin] + next[bond->begin]++] = b;
@@ -351,7 +351,7 @@ static void mol_connect(ChemMol *m) {
 // Connects a molecule as read. Returns a bond that joins an already bonded pair or an atom to
 // itself (then there are no adjacency lists), or -1 if all is well.
 static int find_bad_bond(ChemMol *m) {
-    int bad = -1, *seen = prep_ints(&m->arena, m->n_atoms);
+    int bad = -1, *seen = arena_ints(&m->arena, m->n_atoms);
     for (int b = 0; b < m->n_bonds; b++)
         if (m->bonds[b].begin == m->bonds[b].end) return b;
     mol_connect(m);
@@ -367,7 +367,7 @@ static int find_bad_bond(ChemMol *m) {
 
 // Hydrogens on an atom that are not atoms themselves.
 static inline int atom_hydrogens(const ChemAtom *a) {
-    return a->stated_h + (a->no_implicit ? 0 : a->implicit_h);
+    return a->explicit_h + (a->no_implicit ? 0 : a->implicit_h);
 }
 
 // Neighbours and hydrogens; bonds and hydrogens, in units of single bonds.
@@ -827,7 +827,7 @@ static int apply_property(MolBlock *b, const char *tag, int index, int value) {
         a->query = 1;
         if (value > 0 && value < 999) a->isotope = (uint16_t)value;
     } else if (strcmp(tag, "HYD") == 0) {
-        if (value >= 0) a->stated_h = (uint8_t)value, a->field_valence = 0;
+        if (value >= 0) a->explicit_h = (uint8_t)value, a->field_valence = 0;
     } else if (value != 0) {
         a->query = 1;  // SUB, UNS, RBC: conditions of a substructure search
     }
@@ -983,7 +983,7 @@ static int v3_line(MolBlock *b, Span *out) {
             return 0;
         }
         if (part.n < 0) part.n = 0;
-        while (used + part.n > room) joined = prep_grow(&b->m->arena, joined, &room, 1);
+        while (used + part.n > room) joined = arena_grow(&b->m->arena, joined, &room, 1);
         memcpy(joined + used, part.p, (size_t)part.n);
         used += part.n;
         if (!more) {
@@ -1018,7 +1018,7 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
             else quoted = 1;
         }
         if (cut_from >= 0) {
-            if (n == room) *tokens = prep_grow(&b->m->arena, *tokens, &room, sizeof **tokens);
+            if (n == room) *tokens = arena_grow(&b->m->arena, *tokens, &room, sizeof **tokens);
             (*tokens)[n++] = (Span){line.p + cut_from, cut_to - cut_from};
             start = pos + 1;
         }
@@ -1208,8 +1208,8 @@ static int v3_body(MolBlock *b) {
                         "%d atoms, %d bonds (at most %d atoms can be read)", b->n_atoms, b->n_bonds,
                         RAW_ATOMS_MAX);
     for (b->table_size = 64; b->table_size < 2 * b->n_atoms; b->table_size *= 2) {}
-    b->label_table = prep_ints(&b->m->arena, b->table_size);
-    b->label_of = prep_ints(&b->m->arena, b->table_size);
+    b->label_table = arena_ints(&b->m->arena, b->table_size);
+    b->label_of = arena_ints(&b->m->arena, b->table_size);
     if (b->n_atoms && v3_block(b, "ATOM", b->n_atoms, v3_atom_line)) return -1;
     if (b->n_bonds && v3_block(b, "BOND", b->n_bonds, v3_bond_line)) return -1;
     do {  // S groups, collections and the like change no feature
@@ -1371,7 +1371,7 @@ static int smiles_hydrogen(SmilesReader *s, int *atom) {
     *atom = mol_add_atom(s->m, 1);
     if (smiles_take(s, "H")) {
         if ((got = smiles_number(s, &count)) < 0) return -1;
-        s->m->atoms[*atom].stated_h = (uint8_t)count;
+        s->m->atoms[*atom].explicit_h = (uint8_t)count;
     }
     return 1;
 }
@@ -1411,7 +1411,7 @@ static int smiles_bracket(SmilesReader *s) {
         if (smiles_chirality(s, a)) return -1;
         if (smiles_take(s, "H")) {
             if (smiles_number(s, &count) < 0) return -1;
-            a->stated_h = (uint8_t)count;
+            a->explicit_h = (uint8_t)count;
         }
     }
     if (smiles_charge(s, a)) return -1;
@@ -1495,7 +1495,7 @@ static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     int column = s->pos, number = smiles_ring_number(s), degree = 0, i = s->active;
     if (number < 0) return -1;
     if (s->n_marks == s->mark_room)
-        s->marks = prep_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
+        s->marks = arena_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
     s->marks[s->n_marks++] = (RingMark){i, number, symbol.given ? symbol.order : ORDER_NONE,
                                         symbol.direction,
                                         symbol.given ? symbol.unspecified : 1, column, -1};
@@ -1566,7 +1566,7 @@ static void smiles_fix_chirality(SmilesReader *s, int i) {
     ChemMol *m = s->m;
     ChemAtom *a = &m->atoms[i];
     int degree = mol_degree(m, i), n = 0, n_closures = 0, swaps = 0, unsaturated = 0;
-    int *place = prep_ints(&m->arena, degree);  // of each bond of the text in the atom's bond list
+    int *place = arena_ints(&m->arena, degree);  // of each bond of the text in the atom's bond list
     for (int pass = 0; pass < 3; pass++) {  // atom before, ring numbers, atoms after
         for (int k = 0; pass == 1 && k < s->n_marks; k++) {
             if (s->marks[k].atom != i) continue;
@@ -1584,8 +1584,8 @@ static void smiles_fix_chirality(SmilesReader *s, int i) {
         for (int q = p + 1; q < n; q++) swaps += place[p] > place[q];
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         unsaturated |= twice_order(&m->bonds[m->adj[k]]) > 2;
-    if (degree == 3 && ((a->first_of_part && a->stated_h == 1) ||
-                        (a->stated_h != 1 && n_closures == 1 && !unsaturated)))
+    if (degree == 3 && ((a->first_of_fragment && a->explicit_h == 1) ||
+                        (a->explicit_h != 1 && n_closures == 1 && !unsaturated)))
         swaps++;  // the hydrogen or lone pair comes first in the text but last here
     if (swaps % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
 }
@@ -1603,14 +1603,14 @@ static int smiles_step(SmilesReader *s) {
     if (c == '.') {
         s->pos++;
         if ((i = smiles_atom(s)) < 0) return -1;
-        s->m->atoms[i].first_of_part = 1;
+        s->m->atoms[i].first_of_fragment = 1;
         s->active = i;
         return 0;
     }
     if (c == '(') {
         s->pos++;
         if (s->n_branches == s->branch_room)
-            s->branches = prep_grow(&s->m->arena, s->branches, &s->branch_room, sizeof(int));
+            s->branches = arena_grow(&s->m->arena, s->branches, &s->branch_room, sizeof(int));
         s->branches[s->n_branches++] = s->active;
     }
     BondSymbol symbol = smiles_bond(s);
@@ -1626,7 +1626,7 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
     SmilesReader s = {.m = m, .fault = fault, .text = text.p, .n = text.n};
     if (text.n == 0) return fault_at(fault, 1, 1, "no atoms", "the SMILES is empty");
     if ((s.active = smiles_atom(&s)) < 0) return -1;
-    m->atoms[s.active].first_of_part = 1;
+    m->atoms[s.active].first_of_fragment = 1;
     while (s.pos < s.n)
         if (smiles_step(&s)) return -1;
     if (s.n_branches) return smiles_fault(&s, s.pos, ")");
@@ -1645,7 +1645,7 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
 }
 
 // =================================================================================================
-// 7 Valence. The explicit valence of an atom is what its bonds and stated hydrogens use; implicit
+// 7 Valence. The explicit valence of an atom is what its bonds and explicit hydrogens use; implicit
 //   hydrogens fill it up to the next allowed valence, shifted by the charge:
 //
 //     C in C-O     uses 1, allowed 4                     3 hydrogens
@@ -1673,7 +1673,7 @@ static inline int default_valence(int z) {
 static void set_valence(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
-    int twice = 2 * a->stated_h, shift = valence_shift(a);
+    int twice = 2 * a->explicit_h, shift = valence_shift(a);
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         twice += twice_contribution(&m->bonds[m->adj[k]], i);
     // unsigned, so that "any valence" (-1) and negative limits are never exceeded
@@ -1735,19 +1735,26 @@ static int set_implicit_hydrogens(ChemMol *m, int i) {
     return 1;
 }
 
+// Sets both. Returns 0 if no number of implicit hydrogens makes an allowed valence.
+// RDKit: Atom::updatePropertyCache
+static int update_valence(ChemMol *m, int i) {
+    set_valence(m, i);
+    return set_implicit_hydrogens(m, i);
+}
+
 // Valence and hydrogens of every atom, whatever they are.
+// RDKit: ROMol::updatePropertyCache(false)
 static void update_valences(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
-        if (a->z == 1 && !a->charge && !a->stated_h && !a->radicals && !a->no_implicit &&
+        if (a->z == 1 && !a->charge && !a->explicit_h && !a->radicals && !a->no_implicit &&
             mol_degree(m, i) == 1 && m->bonds[m->adj[m->first[i]]].order == ORDER_SINGLE &&
             !m->bonds[m->adj[m->first[i]]].query) {
             a->valence = 1;  // half of all atoms are this
             a->implicit_h = 0;
             continue;
         }
-        set_valence(m, i);
-        set_implicit_hydrogens(m, i);
+        update_valence(m, i);
     }
 }
 
@@ -1870,7 +1877,7 @@ static int is_removable_hydrogen(const ChemMol *m, int i) {
 
 // The neighbour's hydrogen count must be stated where it would not come back by itself: if all
 // are (`count_all`, for SMILES), on stereo centres, and at unusual valences.
-static int must_state_hydrogen(const ChemMol *m, int heavy, int count_all) {
+static int must_count_hydrogen(const ChemMol *m, int heavy, int count_all) {
     const ChemAtom *a = &m->atoms[heavy];
     const Element *e = &ELEMENTS[a->z];
     if (count_all || a->no_implicit || a->chirality != CHI_NONE) return 1;
@@ -1901,7 +1908,7 @@ static void remove_hydrogen(ChemMol *m, int i, int count_all) {
     ChemBond *gone = &m->bonds[m->adj[m->first[i]]];
     int heavy = bond_other(gone, i), behind = 0, seen = 0;
     ChemAtom *a = &m->atoms[heavy];
-    if (must_state_hydrogen(m, heavy, count_all)) a->stated_h++;
+    if (must_count_hydrogen(m, heavy, count_all)) a->explicit_h++;
     if (a->chirality != CHI_NONE) {
         for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
             ChemBond *b = &m->bonds[m->adj[k]];
@@ -1936,9 +1943,9 @@ static void compact(ChemMol *m, const int *to) {
 }
 
 // Removes every hydrogen that is nothing but one, the last first, as the order decides what the
-// chirality of a centre with several of them becomes. count_all: see must_state_hydrogen().
+// chirality of a centre with several of them becomes. count_all: see must_count_hydrogen().
 static void remove_hydrogens(ChemMol *m, int count_all) {
-    int n = m->n_atoms, kept = 0, *to = prep_ints(&m->arena, n);
+    int n = m->n_atoms, kept = 0, *to = arena_ints(&m->arena, n);
     for (int i = 0; i < n; i++) to[i] = is_removable_hydrogen(m, i) ? -1 : kept++;
     if (kept == n) return;
     for (int i = n - 1; i >= 0; i--)
@@ -1958,70 +1965,68 @@ static void remove_hydrogens(ChemMol *m, int count_all) {
 //   in a smallest set, but six equal faces: the sixth comes back.
 //
 //   Which Kekule structure and which fused systems are tried first depends on the order of rings,
-//   and the order of atoms in them: hence the care about order below.
+//   and the order of atoms in them: hence the care about order below. Graphs in which the searches
+//   find too few rings (RDKit then tries two more ways) are refused.
 // =================================================================================================
 
-enum { RING_QUEUE_MAX = 200000 };  // RDKit gives up on a search with more open paths
-
-// Ring search in progress.
+// Ring search in progress. All arrays live in the molecule's arena.
 typedef struct {
     ChemMol *m;
     RingList found;          // rings of the current fragment
     RingList all;            // every distinct ring seen, its atoms in falling order
     int *degree;             // active bonds of each atom
     uint8_t *active;         // per bond: not trimmed yet
-    uint8_t *ring_bond, *ring_atom;
     uint8_t *changed;        // atoms to look at again while trimming
     int *parent, *depth, *queue, *ring;  // of a breadth-first search
     uint8_t *colour;
 } RingSearch;
 
-// Size and atoms of ring r.
+// Size, atoms and bonds of ring r.
 static int ring_size(const RingList *rings, int r) { return rings->start[r + 1] - rings->start[r]; }
 static int *ring_atoms(const RingList *rings, int r) { return rings->atoms + rings->start[r]; }
+static int *ring_bonds(const RingList *rings, int r) { return rings->bonds + rings->start[r]; }
 
-// Appends a ring of n atoms and returns its index.
-static int ring_push(PrepArena *arena, RingList *rings, const int *atoms, int n) {
-    if (rings->n + 2 > rings->room) {
-        rings->start = prep_grow(arena, rings->start, &rings->room, sizeof(int));
-        if (rings->n == 0) rings->start[0] = 0;
+// Makes room for a ring of n atoms, which the caller fills in, and returns its index.
+static int ring_add(Arena *arena, RingList *rings, int n) {
+    if (rings->n + 2 > rings->room)
+        rings->start = arena_grow(arena, rings->start, &rings->room, sizeof(int));
+    while (rings->used + n > rings->atom_room) {
+        int room = rings->atom_room;
+        rings->atoms = arena_grow(arena, rings->atoms, &room, sizeof(int));
+        rings->bonds = arena_grow(arena, rings->bonds, &rings->atom_room, sizeof(int));
     }
-    while (rings->used + n > rings->atom_room)
-        rings->atoms = prep_grow(arena, rings->atoms, &rings->atom_room, sizeof(int));
-    memcpy(rings->atoms + rings->used, atoms, (size_t)n * sizeof(int));
     rings->used += n;
     rings->start[++rings->n] = rings->used;
     return rings->n - 1;
 }
 
-// Larger numbers first.
-static int compare_falling(const void *a, const void *b) {
-    int x = *(const int *)a, y = *(const int *)b;
-    return (x < y) - (x > y);
+// Appends ring r of another list.
+static void ring_copy(Arena *arena, RingList *to, const RingList *from, int r) {
+    int n = ring_size(from, r), at = ring_add(arena, to, n);
+    memcpy(ring_atoms(to, at), ring_atoms(from, r), (size_t)n * sizeof(int));
+    memcpy(ring_bonds(to, at), ring_bonds(from, r), (size_t)n * sizeof(int));
 }
 
-// Index in s->all of the ring with these atoms, which is entered if new (*is_new).
-static int ring_identity(RingSearch *s, const int *atoms, int n, int *is_new) {
+// Whether a ring with these atoms was not seen before; then it is entered in s->all. *index: its
+// place there.
+// RDKit: RingUtils::computeRingInvariant
+static int ring_is_new(RingSearch *s, const int *atoms, int n, int *index) {
     int *sorted = s->queue;  // free between searches
-    if (n > 32) {
-        memcpy(sorted, atoms, (size_t)n * sizeof(int));
-        qsort(sorted, (size_t)n, sizeof(int), compare_falling);
-    } else {
-        for (int i = 0, k; i < n; i++) {
-            for (k = i; k > 0 && sorted[k - 1] < atoms[i]; k--) sorted[k] = sorted[k - 1];
-            sorted[k] = atoms[i];
-        }
+    for (int i = 0, k; i < n; i++) {
+        for (k = i; k > 0 && sorted[k - 1] < atoms[i]; k--) sorted[k] = sorted[k - 1];
+        sorted[k] = atoms[i];
     }
-    *is_new = 0;
-    for (int r = 0; r < s->all.n; r++)
-        if (ring_size(&s->all, r) == n && ring_atoms(&s->all, r)[0] == sorted[0] &&
-            memcmp(ring_atoms(&s->all, r), sorted, (size_t)n * sizeof(int)) == 0)
-            return r;
-    *is_new = 1;
-    return ring_push(&s->m->arena, &s->all, sorted, n);
+    for (*index = 0; *index < s->all.n; ++*index)
+        if (ring_size(&s->all, *index) == n &&
+            memcmp(ring_atoms(&s->all, *index), sorted, (size_t)n * sizeof(int)) == 0)
+            return 0;
+    memcpy(ring_atoms(&s->all, ring_add(&s->m->arena, &s->all, n)), sorted,
+           (size_t)n * sizeof(int));
+    return 1;
 }
 
 // Deactivates the bonds of an atom; neighbours left with at most one bond are marked in changed.
+// RDKit: FindRings::trimBonds
 static void trim_atom(RingSearch *s, int i) {
     ChemMol *m = s->m;
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
@@ -2057,7 +2062,19 @@ static int close_ring(RingSearch *s, int root, int curr, int next) {
     return n;
 }
 
-// All smallest rings through the root that avoid the `avoid` atom (-1: none), into `out`.
+// Appends the ring s->ring of n atoms with its bonds to `out`.
+// RDKit: RingUtils::convertToBonds
+static void keep_closed_ring(RingSearch *s, RingList *out, int n) {
+    int r = ring_add(&s->m->arena, out, n), *atoms = ring_atoms(out, r), *bonds = ring_bonds(out, r);
+    for (int k = 0; k < n; k++) {
+        atoms[k] = s->ring[k];
+        bonds[k] = bond_between(s->m, s->ring[k], s->ring[k + 1 < n ? k + 1 : 0]);
+    }
+}
+
+// All smallest rings through the root that avoid the `avoid` atom (-1: none), into `out`. A
+// breadth-first search: where two of its paths meet, a ring closes.
+// RDKit: FindRings::BFSWorkspace::smallestRingsBfs
 static void smallest_rings(RingSearch *s, int root, int avoid, RingList *out) {
     enum { WHITE, GREY, BLACK };
     ChemMol *m = s->m;
@@ -2083,36 +2100,26 @@ static void smallest_rings(RingSearch *s, int root, int avoid, RingList *out) {
             } else if ((n = close_ring(s, root, curr, next)) > 1) {
                 if (n > best) return;
                 best = n;
-                ring_push(&m->arena, out, s->ring, n);
+                keep_closed_ring(s, out, n);
             }
         }
     }
 }
 
-// Marks the bonds and atoms of a ring as belonging to one.
-static void mark_ring(RingSearch *s, const int *ring, int n) {
-    for (int k = 0; k < n; k++) {
-        s->ring_bond[bond_between(s->m, ring[k], ring[(k + 1) % n])] = 1;
-        s->ring_atom[ring[k]] = 1;
-    }
-}
-
-// Adds the rings that are new to the fragment's; mark: also note their bonds and atoms.
-static void keep_new_rings(RingSearch *s, const RingList *rings, int mark) {
-    for (int r = 0; r < rings->n; r++) {
-        int is_new, n = ring_size(rings, r);
-        ring_identity(s, ring_atoms(rings, r), n, &is_new);
-        if (!is_new) continue;
-        ring_push(&s->m->arena, &s->found, ring_atoms(rings, r), n);
-        if (mark) mark_ring(s, ring_atoms(rings, r), n);
-    }
+// Adds those rings to the fragment's that are new and not larger than max_size.
+static void keep_new_rings(RingSearch *s, const RingList *rings, int max_size) {
+    for (int r = 0, index; r < rings->n; r++)
+        if (ring_size(rings, r) <= max_size &&
+            ring_is_new(s, ring_atoms(rings, r), ring_size(rings, r), &index))
+            ring_copy(&s->m->arena, &s->found, rings, r);
 }
 
 // Picks one atom of degree two from every chain of such atoms. Returns how many.
+// RDKit: FindRings::pickD2Nodes, markUselessD2s
 static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *picked) {
     ChemMol *m = s->m;
     int n_picked = 0, *stack = s->queue;
-    uint8_t *covered = prep_flags(&m->arena, m->n_atoms);
+    uint8_t *covered = arena_flags(&m->arena, m->n_atoms);
     for (int f = 0; f < n; f++) {
         int top = 0;
         if (s->degree[fragment[f]] != 2 || covered[fragment[f]]) continue;
@@ -2132,22 +2139,8 @@ static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *pick
     return n_picked;
 }
 
-// Rings by which several chain atoms were led to the same ring: node[k] found ring[k] (as in
-// s->all). Such an atom may hide a second ring that the other one's chain cuts short.
-typedef struct { int n, room; int *node, *ring; } Finds;
-
-// Appends a find.
-static void finds_push(ChemMol *m, Finds *finds, int node, int ring) {
-    if (finds->n == finds->room) {
-        int room = finds->room;
-        finds->node = prep_grow(&m->arena, finds->node, &room, sizeof(int));
-        room = finds->room;
-        finds->ring = prep_grow(&m->arena, finds->ring, &room, sizeof(int));
-        finds->room = room;
-    }
-    finds->node[finds->n] = node;
-    finds->ring[finds->n++] = ring;
-}
+// That the search from a chain atom led to a ring (its place in RingSearch.all).
+typedef struct { int atom, ring; } Find;
 
 // Order of two rings as bit sets read as binary numbers; their atoms are in falling order.
 static int compare_atom_sets(const RingList *all, int r1, int r2) {
@@ -2158,70 +2151,74 @@ static int compare_atom_sets(const RingList *all, int r1, int r2) {
     return (na > nb) - (na < nb);
 }
 
-// For every ring found from several chain atoms: looks again from each of them, with the bonds of
-// the atoms that found the same rings cut, and keeps the smallest of what turns up.
-static void search_behind_duplicates(RingSearch *s, const Finds *finds) {
-    ChemMol *m = s->m;
-    int n_rings = 0, *rings = prep_ints(&m->arena, finds->n + 1);
-    uint8_t *active = prep_flags(&m->arena, m->n_bonds);
-    int *degree = prep_ints(&m->arena, m->n_atoms);
-    for (int k = 0; k < finds->n; k++) {  // the distinct rings, sorted
+// The distinct rings of the finds in rising order into rings; returns how many.
+static int distinct_rings(const RingSearch *s, const Find *finds, int n, int *rings) {
+    int n_rings = 0;
+    for (int k = 0; k < n; k++) {
         int at = 0;
-        while (at < n_rings && compare_atom_sets(&s->all, rings[at], finds->ring[k]) < 0) at++;
-        if (at < n_rings && rings[at] == finds->ring[k]) continue;
+        while (at < n_rings && compare_atom_sets(&s->all, rings[at], finds[k].ring) < 0) at++;
+        if (at < n_rings && rings[at] == finds[k].ring) continue;
         memmove(rings + at + 1, rings + at, (size_t)(n_rings - at) * sizeof(int));
-        rings[at] = finds->ring[k];
+        rings[at] = finds[k].ring;
         n_rings++;
     }
+    return n_rings;
+}
+
+// A ring found from several chain atoms may hide a second ring of one of them, which the chain of
+// another cuts short: looks again from each of them, with the bonds of the atoms that found the
+// same rings cut, and keeps the smallest of what turns up.
+// RDKit: FindRings::findSSSRforDupCands
+static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
+    ChemMol *m = s->m;
+    int *rings = arena_ints(&m->arena, n), n_rings = distinct_rings(s, finds, n, rings);
+    uint8_t *active = arena_flags(&m->arena, m->n_bonds);
+    int *degree = arena_ints(&m->arena, m->n_atoms);
     memcpy(active, s->active, (size_t)m->n_bonds);
     memcpy(degree, s->degree, (size_t)m->n_atoms * sizeof(int));
     for (int r = 0; r < n_rings; r++) {
-        RingList candidates = {0}, smallest = {0}, some;
+        RingList candidates = {0}, some;
         int owners = 0, least = INT_MAX;
-        for (int k = 0; k < finds->n; k++) owners += finds->ring[k] == rings[r];
-        for (int k = 0; k < finds->n && owners > 1; k++) {
-            if (finds->ring[k] != rings[r]) continue;
-            int node = finds->node[k];
-            for (int a = 0; a < finds->n; a++) {
-                if (finds->node[a] != node) continue;
-                for (int b = 0; b < finds->n; b++)
-                    if (finds->ring[b] == finds->ring[a] && finds->node[b] != node)
-                        trim_atom(s, finds->node[b]);
-            }
-            smallest_rings(s, node, -1, &some);
+        for (int k = 0; k < n; k++) owners += finds[k].ring == rings[r];
+        for (int k = 0; k < n && owners > 1; k++) {
+            if (finds[k].ring != rings[r]) continue;
+            for (int a = 0; a < n; a++)
+                for (int b = 0; b < n && finds[a].atom == finds[k].atom; b++)
+                    if (finds[b].ring == finds[a].ring && finds[b].atom != finds[k].atom)
+                        trim_atom(s, finds[b].atom);
+            smallest_rings(s, finds[k].atom, -1, &some);
             for (int c = 0; c < some.n; c++) {
                 if (ring_size(&some, c) < least) least = ring_size(&some, c);
-                ring_push(&m->arena, &candidates, ring_atoms(&some, c), ring_size(&some, c));
+                ring_copy(&m->arena, &candidates, &some, c);
             }
             memcpy(s->active, active, (size_t)m->n_bonds);
             memcpy(s->degree, degree, (size_t)m->n_atoms * sizeof(int));
         }
-        for (int c = 0; c < candidates.n; c++)
-            if (ring_size(&candidates, c) == least)
-                ring_push(&m->arena, &smallest, ring_atoms(&candidates, c), least);
-        keep_new_rings(s, &smallest, 0);
+        keep_new_rings(s, &candidates, least);
     }
     memset(s->changed, 0, (size_t)m->n_atoms);
 }
 
 // Rings through the picked atoms of degree two.
+// RDKit: FindRings::findRingsD2nodes
 static void search_chain_atoms(RingSearch *s, const int *picked, int n_picked) {
     ChemMol *m = s->m;
-    Finds finds = {0};
+    Find *finds = NULL;
+    int n = 0, room = 0;
     for (int p = 0; p < n_picked; p++) {
         RingList rings;
         smallest_rings(s, picked[p], -1, &rings);
-        keep_new_rings(s, &rings, 1);
+        keep_new_rings(s, &rings, INT_MAX);
         for (int r = 0; r < rings.n; r++) {
-            int is_new;
-            finds_push(m, &finds, picked[p],
-                       ring_identity(s, ring_atoms(&rings, r), ring_size(&rings, r), &is_new));
+            if (n == room) finds = arena_grow(&m->arena, finds, &room, sizeof *finds);
+            finds[n].atom = picked[p];
+            ring_is_new(s, ring_atoms(&rings, r), ring_size(&rings, r), &finds[n++].ring);
         }
         if (rings.n) continue;
         s->changed[picked[p]] = 1;  // a chain between rings: cut it out
         for (int i; (i = pop_changed(s)) >= 0;) trim_atom(s, i);
     }
-    if (n_picked > 1) search_behind_duplicates(s, &finds);
+    if (n_picked > 1) search_behind_duplicates(s, finds, n);
 }
 
 // Whether an atom is in ring r.
@@ -2233,278 +2230,98 @@ static int ring_has(const RingList *rings, int r, int atom) {
 
 // Rings through an atom with three active bonds: the smallest, and, if these are fewer than three,
 // those that avoid a neighbour which has had its share. Returns 0 if the graph defies this.
+// RDKit: FindRings::findRingsD3Node
 static int search_branch_atom(RingSearch *s, int i) {
     ChemMol *m = s->m;
     RingList rings, more;
-    int next[3], n = 0;
+    int next[3], n = 0, only;
     smallest_rings(s, i, -1, &rings);
-    keep_new_rings(s, &rings, 0);
+    keep_new_rings(s, &rings, INT_MAX);
     if (rings.n >= 3) return 1;
     for (int k = m->first[i]; k < m->first[i + 1] && n < 3; k++)
         if (s->active[m->adj[k]]) next[n++] = bond_other(&m->bonds[m->adj[k]], i);
-    if (n < 3) return 0;
-    if (rings.n == 2) {  // the third ring avoids the neighbour common to both
-        for (n = 0; n < 3; n++)
-            if (ring_has(&rings, 0, next[n]) && ring_has(&rings, 1, next[n])) break;
-        if (n == 3) return 0;
-        smallest_rings(s, i, next[n], &more);
-        keep_new_rings(s, &more, 0);
-    } else if (rings.n == 1) {  // the others have one neighbour of this ring each, and the third
-        for (n = 0; n < 3; n++)
-            if (!ring_has(&rings, 0, next[n])) break;
-        if (n == 3) return 0;
-        int f1 = n == 0 ? next[1] : next[0], f2 = n == 2 ? next[1] : next[2];
-        smallest_rings(s, i, f2, &more);
-        keep_new_rings(s, &more, 0);
-        smallest_rings(s, i, f1, &more);
-        keep_new_rings(s, &more, 0);
+    if (n < 3 || rings.n == 0) return n == 3;
+    for (only = 0; only < 3; only++) {  // two rings: the neighbour in both; one: the one not in it
+        int in_all = ring_has(&rings, 0, next[only]) && ring_has(&rings, rings.n - 1, next[only]);
+        if (in_all == (rings.n == 2)) break;
+    }
+    if (only == 3) return 0;
+    for (int k = 2; k >= 0; k--) {  // the rings missing avoid that one, or one of the others each
+        if ((k == only) != (rings.n == 2)) continue;
+        smallest_rings(s, i, next[k], &more);
+        keep_new_rings(s, &more, INT_MAX);
     }
     return 1;
 }
 
-// Breadth-first over all simple paths from the begin to the end of a bond through ring atoms, for
-// the first that makes a ring not seen yet. 1 found and kept, 0 there is none, -1 too many paths.
-static int ring_through_bond(RingSearch *s, int bond) {
-    ChemMol *m = s->m;
-    int from = m->bonds[bond].begin, to = m->bonds[bond].end, head = 0, tail = 0, room = 0, is_new;
-    struct Step { int atom, back; } *steps = prep_grow(&m->arena, NULL, &room, sizeof *steps);
-    steps[tail++] = (struct Step){from, -1};
-    for (; head < tail; head++) {
-        int curr = steps[head].atom;
-        if (tail - head >= RING_QUEUE_MAX || tail > 20 * RING_QUEUE_MAX) return -1;
-        for (int k = m->first[curr]; k < m->first[curr + 1]; k++) {
-            int next = bond_other(&m->bonds[m->adj[k]], curr), n = 0;
-            if (next == to && curr == from) continue;
-            if (next != to && !s->ring_atom[next]) continue;
-            int again = 0;
-            for (int p = head; p >= 0; p = steps[p].back) {
-                s->ring[n++] = steps[p].atom;
-                again |= steps[p].atom == next;
-            }
-            if (next != to) {
-                if (again) continue;
-                if (tail == room) steps = prep_grow(&m->arena, steps, &room, sizeof *steps);
-                steps[tail++] = (struct Step){next, head};
-                continue;
-            }
-            for (int a = 0, z = n - 1; a < z; a++, z--) {  // the path was read backwards
-                int swap = s->ring[a];
-                s->ring[a] = s->ring[z];
-                s->ring[z] = swap;
-            }
-            s->ring[n++] = to;
-            ring_identity(s, s->ring, n, &is_new);
-            if (!is_new) continue;
-            ring_push(&m->arena, &s->found, s->ring, n);
-            mark_ring(s, s->ring, n);
-            return 1;
-        }
-    }
-    return 0;
-}
-
-// Some cages have fewer rings by now than they must: their rings are looked for through bonds that
-// no ring has yet. n_bonds is the number of bonds of the fragment, and RDKit looks at so many bonds
-// from the first one of the molecule. Returns -1 if it gives up.
-static int search_missing_rings(RingSearch *s, int n_bonds) {
-    ChemMol *m = s->m;
-    uint8_t *dead = prep_flags(&m->arena, m->n_bonds);
-    for (int b = 0; b < n_bonds; b++) {
-        if (s->ring_bond[b] || dead[b] || !s->ring_atom[m->bonds[b].begin] ||
-            !s->ring_atom[m->bonds[b].end])
-            continue;
-        int found = ring_through_bond(s, b);
-        if (found < 0) return -1;
-        if (!found) dead[b] = 1;
-        b = -1;  // start over: marks have changed
-    }
-    return 0;
-}
-
-// Whether a set of bonds, as bits, has one that another lacks.
-static int bits_missing(const uint64_t *a, const uint64_t *in, int words) {
-    for (int w = 0; w < words; w++)
-        if (a[w] & ~in[w]) return 1;
-    return 0;
-}
-
-// How many bits two sets share.
-static int bits_common(const uint64_t *a, const uint64_t *b, int words) {
-    int n = 0;
-    for (int w = 0; w < words; w++)
-        for (uint64_t x = a[w] & b[w]; x; x &= x - 1) n++;
-    return n;
-}
-
-// Unites two sets.
-static void bits_add(uint64_t *sum, const uint64_t *a, int words) {
-    for (int w = 0; w < words; w++) sum[w] |= a[w];
-}
-
-// Sorts ring indices by ring size exactly as libstdc++'s std::sort does, whose order among equals
-// (which it does not promise) decides which of several equally good rings RDKit drops: quicksort
-// with the median of three down to 16 elements, then insertion.
-static void sort_by_size(int *r, int n, const int *size) {
-    int first[64], last[64], top = 0;
-    first[0] = 0;
-    last[top++] = n;
-    while (top) {
-        int lo = first[--top], hi = last[top];
-        while (hi - lo > 16) {
-            int a = lo + 1, b = lo + (hi - lo) / 2, c = hi - 1, mid, swap;
-            if (size[r[a]] < size[r[b]])
-                mid = size[r[b]] < size[r[c]] ? b : size[r[a]] < size[r[c]] ? c : a;
-            else
-                mid = size[r[a]] < size[r[c]] ? a : size[r[b]] < size[r[c]] ? c : b;
-            swap = r[lo], r[lo] = r[mid], r[mid] = swap;
-            int i = lo + 1, j = hi, pivot = size[r[lo]];
-            for (;; i++) {
-                while (size[r[i]] < pivot) i++;
-                do j--; while (pivot < size[r[j]]);
-                if (i >= j) break;
-                swap = r[i], r[i] = r[j], r[j] = swap;
-            }
-            if (top < 64) first[top] = i, last[top++] = hi;
-            hi = i;
-        }
-    }
-    for (int i = 1; i < n; i++) {
-        int moved = r[i], k = i;
-        for (; k > 0 && size[moved] < size[r[k - 1]]; k--) r[k] = r[k - 1];
-        r[k] = moved;
-    }
-}
-
-// Fills bits (rings, words) with the bond sets of the rings in the order `sorted`.
-static void ring_bond_bits(ChemMol *m, const RingList *rings, const int *sorted, uint64_t *bits,
-                           int words) {
-    for (int r = 0; r < rings->n; r++) {
-        int ring = sorted[r], n = ring_size(rings, ring), *atoms = ring_atoms(rings, ring);
-        for (int k = 0; k < n; k++) {
-            int b = bond_between(m, atoms[k], atoms[(k + 1) % n]);
-            bits[(size_t)r * (size_t)words + (size_t)(b >> 6)] |= 1ull << (b & 63);
-        }
-    }
-}
-
 // Keeps a basis of the fragment's rings: smallest first, among equals always the one that shares
 // most bonds with what is there, unless it adds no bond. The others go to `extra`.
+// RDKit: FindRings::removeExtraRings
 static void drop_surplus_rings(RingSearch *s, RingList *extra) {
     ChemMol *m = s->m;
     RingList all = s->found;
-    int n = all.n, words = (m->n_bonds + 63) / 64;
-    int *sorted = prep_ints(&m->arena, n), *size = prep_ints(&m->arena, n);
-    uint8_t *keep = prep_flags(&m->arena, n), *decided = prep_flags(&m->arena, n);
-    uint64_t *bits = prep_take(&m->arena, (size_t)n * (size_t)words, sizeof *bits);
-    uint64_t *sum = prep_take(&m->arena, (size_t)words, sizeof *sum);
-    for (int r = 0; r < n; r++) {
-        sorted[r] = r;
-        size[r] = ring_size(&all, r);
+    int n = all.n, *sorted = arena_ints(&m->arena, n), *overlap = arena_ints(&m->arena, n);
+    uint8_t *keep = arena_flags(&m->arena, n), *covered = arena_flags(&m->arena, m->n_bonds);
+    for (int r = 0; r < n; r++) {  // by size, equal ones in the order they were found
+        int k = r;
+        for (; k > 0 && ring_size(&all, sorted[k - 1]) > ring_size(&all, r); k--)
+            sorted[k] = sorted[k - 1];
+        sorted[k] = r;
     }
-    sort_by_size(sorted, n, size);
-    ring_bond_bits(m, &all, sorted, bits, words);
-    for (int i = 0; i < n; i++) {
-        if (decided[i]) continue;
-        decided[i] = 1;
-        if (!bits_missing(bits + (size_t)i * (size_t)words, sum, words)) continue;
-        keep[i] = 1;
-        bits_add(sum, bits + (size_t)i * (size_t)words, words);
-        for (;;) {
-            int best = -1, most = -1;
-            for (int j = i + 1; j < n && size[sorted[j]] == size[sorted[i]]; j++) {
-                if (decided[j]) continue;
-                int common = bits_common(bits + (size_t)j * (size_t)words, sum, words);
-                if (common > most) most = common, best = j;
+    for (int i = 0, end; i < n; i = end) {
+        int size = ring_size(&all, sorted[i]);
+        for (end = i; end < n && ring_size(&all, sorted[end]) == size;) end++;
+        for (int left = end - i, first = 1; left; left--) {
+            int best = -1;
+            for (int j = i; j < end; j++) {
+                if (overlap[j] < 0) continue;  // decided
+                overlap[j] = 0;
+                for (int k = 0; k < size; k++)
+                    overlap[j] += covered[ring_bonds(&all, sorted[j])[k]];
+                if (best < 0 || (!first && overlap[j] > overlap[best])) best = j;
             }
-            if (best < 0) break;
-            decided[best] = 1;
-            if (!bits_missing(bits + (size_t)best * (size_t)words, sum, words)) continue;
-            keep[best] = 1;
-            bits_add(sum, bits + (size_t)best * (size_t)words, words);
+            keep[best] = overlap[best] < size;
+            first = first && !keep[best];
+            overlap[best] = -1;
+            for (int k = 0; k < size; k++) covered[ring_bonds(&all, sorted[best])[k]] = 1;
         }
     }
     s->found = *extra = (RingList){0};
     for (int r = 0; r < n; r++)
-        ring_push(&m->arena, keep[r] ? &s->found : extra, ring_atoms(&all, sorted[r]),
-                  size[sorted[r]]);
+        ring_copy(&m->arena, keep[r] ? &s->found : extra, &all, sorted[r]);
 }
 
-// A depth-first traversal that takes the ring of every back edge: what RDKit falls back to when the
-// search above finds too few rings.
-static void rings_by_traversal(RingSearch *s) {
-    ChemMol *m = s->m;
-    enum { NEW, OPEN, DONE };
-    int *path = prep_ints(&m->arena, m->n_atoms), *at = prep_ints(&m->arena, m->n_atoms);
-    uint8_t *state = prep_flags(&m->arena, m->n_atoms);
-    m->rings = (RingList){0};
-    for (int root = 0; root < m->n_atoms; root++) {
-        int depth = 0;
-        if (state[root] != NEW) continue;
-        if (mol_degree(m, root) < 2) {
-            state[root] = DONE;
-            continue;
-        }
-        path[0] = root;
-        at[0] = m->first[root];
-        state[root] = OPEN;
-        while (depth >= 0) {
-            int i = path[depth];
-            if (at[depth] == m->first[i + 1]) {
-                state[i] = DONE;
-                depth--;
-                continue;
-            }
-            int j = bond_other(&m->bonds[m->adj[at[depth]++]], i), n = 0;
-            if (state[j] == NEW && mol_degree(m, j) < 2) {
-                state[j] = DONE;
-            } else if (state[j] == NEW) {
-                state[j] = OPEN;
-                path[++depth] = j;
-                at[depth] = m->first[j];
-            } else if (state[j] == OPEN && depth > 0 && j != path[depth - 1]) {
-                for (int k = depth; path[k] != j; k--) s->ring[n++] = path[k];
-                s->ring[n++] = j;
-                ring_push(&m->arena, &m->rings, s->ring, n);
-            }
-        }
-    }
-}
-
-// Searches the rings of one fragment. 1 all well, 0 too few rings found, -1 given up.
+// Searches the rings of one fragment of n atoms and n_bonds bonds. Returns 0 if it finds fewer than there must be.
+// RDKit: MolOps::findSSSR
 static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bonds,
                            RingList *extra) {
     ChemMol *m = s->m;
-    uint8_t *done = prep_flags(&m->arena, m->n_atoms);
-    int *picked = prep_ints(&m->arena, n), n_done = 0, expected = n_bonds - n + 1;
+    uint8_t *done = arena_flags(&m->arena, m->n_atoms);
+    int *picked = arena_ints(&m->arena, n), n_done = 0;
     memset(s->changed, 0, (size_t)m->n_atoms);
     s->found = (RingList){0};
     for (int f = 0; f < n; f++) s->changed[fragment[f]] = s->degree[fragment[f]] < 2;
     while (n_done < n) {
         for (int i; (i = pop_changed(s)) >= 0;) {
-            if (done[i]) continue;
+            n_done += !done[i];
             done[i] = 1;
-            n_done++;
             trim_atom(s, i);
         }
-        int n_picked = pick_chain_atoms(s, fragment, n, picked), branch = -1;
-        if (n_picked) {
-            search_chain_atoms(s, picked, n_picked);
-            for (int p = 0; p < n_picked; p++) {
-                done[picked[p]] = 1;
-                n_done++;
-                trim_atom(s, picked[p]);
-            }
-        } else if (n_done < n) {
-            for (int f = 0; f < n && branch < 0; f++)
-                if (s->degree[fragment[f]] == 3) branch = fragment[f];
-            if (branch < 0) break;
-            if (!search_branch_atom(s, branch)) return -1;
-            done[branch] = 1;
-            n_done++;
-            trim_atom(s, branch);
+        int n_picked = pick_chain_atoms(s, fragment, n, picked);
+        if (n_picked) search_chain_atoms(s, picked, n_picked);
+        for (int f = 0; f < n && !n_picked && n_done < n; f++) {
+            if (s->degree[fragment[f]] != 3) continue;
+            if (!search_branch_atom(s, fragment[f])) return 0;
+            picked[n_picked++] = fragment[f];
+        }
+        if (!n_picked) break;
+        for (int p = 0; p < n_picked; p++) {
+            n_done += !done[picked[p]];
+            done[picked[p]] = 1;
+            trim_atom(s, picked[p]);
         }
     }
-    if (s->found.n < expected && search_missing_rings(s, n_bonds) < 0) return -1;
+    int expected = n_bonds - n + 1;
     if (s->found.n < expected) return 0;
     if (s->found.n > expected) drop_surplus_rings(s, extra);
     return 1;
@@ -2512,124 +2329,107 @@ static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bond
 
 // Brings back surplus rings that could replace an equally large ring of the set: they share a bond
 // with it and have all the bonds that only it provides.
+// RDKit: MolOps::symmetrizeSSSR
 static void symmetrize_rings(ChemMol *m, const RingList *extra) {
+    RingList *rings = &m->rings;
     if (!extra->n) return;
-    int n_basis = m->rings.n, *uses = prep_ints(&m->arena, m->n_bonds);
-    int *in_extra = prep_ints(&m->arena, m->n_bonds), *bonds = prep_ints(&m->arena, m->rings.used);
-    for (int r = 0; r < n_basis; r++) {
-        int n = ring_size(&m->rings, r), *atoms = ring_atoms(&m->rings, r);
-        for (int k = 0; k < n; k++) {
-            bonds[m->rings.start[r] + k] = bond_between(m, atoms[k], atoms[(k + 1) % n]);
-            uses[bonds[m->rings.start[r] + k]]++;
-        }
-    }
+    int n_basis = rings->n, *uses = arena_ints(&m->arena, m->n_bonds);
+    int *in_extra = arena_ints(&m->arena, m->n_bonds);
+    for (int k = 0; k < rings->used; k++) uses[rings->bonds[k]]++;
     for (int e = 0; e < extra->n; e++) {
-        int n = ring_size(extra, e), *atoms = ring_atoms(extra, e), fits = 0;
-        for (int k = 0; k < n; k++)
-            in_extra[bond_between(m, atoms[k], atoms[(k + 1) % n])] = e + 1;
+        int n = ring_size(extra, e), fits = 0;
+        for (int k = 0; k < n; k++) in_extra[ring_bonds(extra, e)[k]] = e + 1;
         for (int r = 0; r < n_basis && !fits; r++) {
-            int shared = 0, replaces = 1;
-            if (ring_size(&m->rings, r) != n) continue;
-            for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
-                int common = in_extra[bonds[k]] == e + 1;
+            int shared = 0, replaces = ring_size(rings, r) == n;
+            for (int k = rings->start[r]; k < rings->start[r + 1]; k++) {
+                int common = in_extra[rings->bonds[k]] == e + 1;
                 shared |= common;
-                if (!common && uses[bonds[k]] == 1) replaces = 0;
+                if (!common && uses[rings->bonds[k]] == 1) replaces = 0;
             }
             fits = shared && replaces;
         }
-        if (fits) ring_push(&m->arena, &m->rings, atoms, n);
+        if (fits) ring_copy(&m->arena, rings, extra, e);
     }
 }
 
 // Fills the ring counts of atoms and bonds from the list of rings.
+// RDKit: RingInfo::addRing, numAtomRings, numBondRings, minBondRingSize
 static void count_rings(ChemMol *m) {
-    m->atom_rings = prep_ints(&m->arena, m->n_atoms);
-    m->rings.bonds = prep_ints(&m->arena, m->rings.used);
+    m->atom_rings = arena_ints(&m->arena, m->n_atoms);
     for (int b = 0; b < m->n_bonds; b++) m->bonds[b].rings = m->bonds[b].smallest_ring = 0;
     for (int r = 0; r < m->rings.n; r++) {
-        int n = ring_size(&m->rings, r), *atoms = ring_atoms(&m->rings, r);
-        for (int k = 0; k < n; k++) {
-            int b = bond_between(m, atoms[k], atoms[(k + 1) % n]);
-            ChemBond *bond = &m->bonds[b];
-            m->rings.bonds[m->rings.start[r] + k] = b;
-            m->atom_rings[atoms[k]]++;
+        int n = ring_size(&m->rings, r);
+        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
+            ChemBond *bond = &m->bonds[m->rings.bonds[k]];
+            m->atom_rings[m->rings.atoms[k]]++;
             if (!bond->rings++ || n < bond->smallest_ring) bond->smallest_ring = n;
         }
     }
 }
 
-// Numbers the connected parts: part[i] of every atom. Returns how many there are.
-static int find_parts(ChemMol *m, int *part) {
-    int n_parts = 0, *stack = prep_ints(&m->arena, m->n_atoms);
-    for (int i = 0; i < m->n_atoms; i++) part[i] = -1;
+// Numbers the connected fragments: fragment_of[i] of every atom. Returns how many there are.
+// RDKit: MolOps::getMolFrags
+static int find_fragments(ChemMol *m, int *fragment_of) {
+    int n_fragments = 0, *stack = arena_ints(&m->arena, m->n_atoms);
+    for (int i = 0; i < m->n_atoms; i++) fragment_of[i] = -1;
     for (int root = 0; root < m->n_atoms; root++) {
         int top = 0;
-        if (part[root] >= 0) continue;
-        part[root] = n_parts;
+        if (fragment_of[root] >= 0) continue;
+        fragment_of[root] = n_fragments;
         stack[top++] = root;
         while (top) {
             int i = stack[--top];
             for (int k = m->first[i]; k < m->first[i + 1]; k++) {
                 int j = bond_other(&m->bonds[m->adj[k]], i);
-                if (part[j] >= 0) continue;
-                part[j] = n_parts;
+                if (fragment_of[j] >= 0) continue;
+                fragment_of[j] = n_fragments;
                 stack[top++] = j;
             }
         }
-        n_parts++;
+        n_fragments++;
     }
-    return n_parts;
+    return n_fragments;
 }
 
-// Prepares the working arrays of a search; zero-order bonds make no rings.
+// Prepares the working arrays of a search.
 static RingSearch ring_search_begin(ChemMol *m) {
-    PrepArena *arena = &m->arena;
+    Arena *arena = &m->arena;
     RingSearch s = {.m = m};
-    s.degree = prep_ints(arena, m->n_atoms);
-    s.active = prep_flags(arena, m->n_bonds);
-    s.ring_bond = prep_flags(arena, m->n_bonds);
-    s.ring_atom = prep_flags(arena, m->n_atoms);
-    s.changed = prep_flags(arena, m->n_atoms);
-    s.colour = prep_flags(arena, m->n_atoms);
-    s.parent = prep_ints(arena, m->n_atoms);
-    s.depth = prep_ints(arena, m->n_atoms);
-    s.queue = prep_ints(arena, m->n_atoms + 1);
-    s.ring = prep_ints(arena, m->n_atoms + 1);
-    for (int b = 0; b < m->n_bonds; b++) {
-        s.active[b] = m->bonds[b].order != ORDER_ZERO;
-        s.degree[m->bonds[b].begin] += s.active[b];
-        s.degree[m->bonds[b].end] += s.active[b];
-    }
+    s.degree = arena_ints(arena, m->n_atoms);
+    s.active = arena_flags(arena, m->n_bonds);
+    s.changed = arena_flags(arena, m->n_atoms);
+    s.colour = arena_flags(arena, m->n_atoms);
+    s.parent = arena_ints(arena, m->n_atoms);
+    s.depth = arena_ints(arena, m->n_atoms);
+    s.queue = arena_ints(arena, m->n_atoms + 1);
+    s.ring = arena_ints(arena, m->n_atoms + 1);
+    memset(s.active, 1, (size_t)m->n_bonds);
+    for (int i = 0; i < m->n_atoms; i++) s.degree[i] = mol_degree(m, i);
     return s;
 }
 
-// Finds all rings into m->rings and the ring counts of atoms and bonds.
+// Finds all rings into m->rings, and the ring counts of atoms and bonds.
+// RDKit: MolOps::symmetrizeSSSR
 static int find_rings(ChemMol *m, Fault *fault) {
     RingList extra = {0};
-    int *part = prep_ints(&m->arena, m->n_atoms), *fragment = prep_ints(&m->arena, m->n_atoms);
-    int n_parts = find_parts(m, part);
+    int *fragment_of = arena_ints(&m->arena, m->n_atoms);
+    int n_fragments = find_fragments(m, fragment_of);
     m->rings = (RingList){0};
-    if (m->n_bonds - m->n_atoms + n_parts > 0) {
+    if (m->n_bonds - m->n_atoms + n_fragments > 0) {
         RingSearch s = ring_search_begin(m);
-        for (int p = 0; p < n_parts; p++) {
-            int n = 0, twice_all = 0, twice_bonds = 0;
+        int *fragment = arena_ints(&m->arena, m->n_atoms);
+        for (int f = 0; f < n_fragments; f++) {
+            int n = 0, twice_bonds = 0;
             for (int i = 0; i < m->n_atoms; i++) {
-                if (part[i] != p) continue;
+                if (fragment_of[i] != f) continue;
                 fragment[n++] = i;
-                twice_all += mol_degree(m, i);
-                twice_bonds += s.degree[i];
+                twice_bonds += mol_degree(m, i);
             }
-            if (n < 3 || twice_all / 2 - n + 1 < 1) continue;
-            int found = search_fragment(&s, fragment, n, twice_bonds / 2, &extra);
-            if (found < 0)
+            if (twice_bonds / 2 < n) continue;
+            if (!search_fragment(&s, fragment, n, twice_bonds / 2, &extra))
                 return fault_at(fault, 0, 0, "rings too intricate",
-                                "the ring search needs more paths than RDKit allows");
-            if (!found) {
-                rings_by_traversal(&s);
-                break;
-            }
-            for (int r = 0; r < s.found.n; r++)
-                ring_push(&m->arena, &m->rings, ring_atoms(&s.found, r), ring_size(&s.found, r));
+                                "the ring search finds too few rings at atom %d", fragment[0] + 1);
+            for (int r = 0; r < s.found.n; r++) ring_copy(&m->arena, &m->rings, &s.found, r);
         }
         symmetrize_rings(m, &extra);
     }
@@ -2644,23 +2444,24 @@ static int find_rings(ChemMol *m, Fault *fault) {
 //
 //   Which atoms must? Counting aromatic bonds as single, an atom is short of its valence by one if
 //   it takes part in a double bond: the carbons of pyrrole do, its N-H does not, and without the
-//   stated hydrogen (c1ccnc1) its nitrogen would too: then five atoms cannot pair, and the
+//   explicit hydrogen (c1ccnc1) its nitrogen would too: then five atoms cannot pair, and the
 //   molecule is refused. Later steps start from the Kekule structure, never from the input's idea
-//   of what is aromatic.
+//   of what is aromatic. A dummy atom in an aromatic ring could be anything; it is refused.
 // =================================================================================================
 
-enum { BACKTRACKS_MAX = 100, DUMMY_TRIALS_MAX = 1 << 12 };
+enum { BACKTRACKS_MAX = 100 };  // RDKit: the default of maxBackTracks
 
-// Neighbouring rings of each ring, in rising order: those sharing a bond (max_shared = 0: any
-// number of bonds; else at most so many), rings larger than max_size (0: none) left out.
+// Neighbouring rings of each ring, in rising order: next[first[r]..first[r + 1]).
 typedef struct { int *first, *next; } RingNeighbours;
 
-// See RingNeighbours.
+// Rings that share a bond (max_shared = 0: any number of bonds; else at most so many), those larger
+// than max_size (0: no limit) left out. The result lives in the molecule's arena.
+// RDKit: RingUtils::makeRingNeighborMap
 static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max_size,
                                       int max_shared) {
-    PrepArena *arena = &m->arena;
-    RingNeighbours nb = {prep_ints(arena, rings->n + 1), NULL};
-    int room = 0, used = 0, *stamp = prep_ints(arena, m->n_bonds);
+    Arena *arena = &m->arena;
+    RingNeighbours nb = {arena_ints(arena, rings->n + 1), NULL};
+    int room = 0, used = 0, *stamp = arena_ints(arena, m->n_bonds);
     for (int r = 0; r < rings->n; r++) {
         nb.first[r] = used;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
@@ -2672,7 +2473,7 @@ static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max
             for (int k = rings->start[q]; k < rings->start[q + 1]; k++)
                 shared += stamp[rings->bonds[k]] == r + 1;
             if (!shared || (max_shared && shared > max_shared)) continue;
-            if (used == room) nb.next = prep_grow(arena, nb.next, &room, sizeof(int));
+            if (used == room) nb.next = arena_grow(arena, nb.next, &room, sizeof(int));
             nb.next[used++] = q;
         }
     }
@@ -2680,18 +2481,19 @@ static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max
     return nb;
 }
 
-// The fused system of ring r in depth-first order into system; marks its rings done.
+// The fused system of ring r in depth-first order into system, which has room for all rings; marks
+// its rings done. Returns how many there are.
+// RDKit: RingUtils::pickFusedRings
 static int fused_system(ChemMol *m, const RingNeighbours *nb, int n_rings, int r, uint8_t *done,
                         int *system) {
     int n = 0, depth = 0;
-    int *path = prep_ints(&m->arena, n_rings), *at = prep_ints(&m->arena, n_rings);
+    int *path = arena_ints(&m->arena, n_rings), *at = arena_ints(&m->arena, n_rings);
     path[0] = r;
     at[0] = nb->first[r];
     done[r] = 1;
     system[n++] = r;
     while (depth >= 0) {
-        int ring = path[depth];
-        if (at[depth] == nb->first[ring + 1]) {
+        if (at[depth] == nb->first[path[depth] + 1]) {
             depth--;
             continue;
         }
@@ -2705,13 +2507,12 @@ static int fused_system(ChemMol *m, const RingNeighbours *nb, int n_rings, int r
     return n;
 }
 
-// State of the search for one fused system.
+// State of the search for one fused system. The arrays live in the molecule's arena.
 typedef struct {
     ChemMol *m;
     int n, *atoms;            // of the system
     uint8_t *inside;          // per atom: in the system
-    uint8_t *wants;           // per atom: must get a double bond (dummies: may)
-    int n_dummies, *dummies;
+    uint8_t *wants;           // per atom: must get a double bond
     int n_done, *done;
     uint8_t *is_done;
     int head, tail, *queue;   // atoms to visit; a deque growing in both directions
@@ -2722,14 +2523,9 @@ typedef struct {
     int **untried, *n_untried;  // per atom
 } KekuleSearch;
 
-// Puts an atom at the front of the deque.
-static void queue_front(KekuleSearch *s, int i) {
-    s->queue[--s->head] = i;
-    s->queued[i] = 1;
-}
-
 // Whether an aromatic atom must take a double bond: its single-bond count plus one more makes the
 // valence it should have. `order_sum` counts aromatic bonds as single.
+// RDKit: markDbondCands
 static int wants_double_bond(const ChemMol *m, int i, int order_sum, int n_zero) {
     const ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
@@ -2747,75 +2543,44 @@ static int wants_double_bond(const ChemMol *m, int i, int order_sum, int n_zero)
     return !a->radicals && a->no_implicit && wanted == order_sum + 2;  // it will be a radical
 }
 
-// Whether a dummy atom may take a double bond: not all of its rings are out of the question.
-static int dummy_may_double(const ChemMol *m, int i, int saturated_neighbours,
-                            const uint8_t *hopeless) {
-    int n_hopeless = 0;
-    for (int r = 0; r < m->rings.n; r++)
-        if (hopeless[r] && ring_has(&m->rings, r, i)) n_hopeless++;
-    return saturated_neighbours < m->atom_rings[i] && n_hopeless < m->atom_rings[i];
-}
-
-// Finds out which atoms want a double bond, and makes all aromatic bonds of the system single.
+// Finds out which atoms of the system want a double bond, and makes all its aromatic bonds single.
+// Atoms that are not aromatic are done with.
+// RDKit: markDbondCands
 static void mark_wanting_atoms(KekuleSearch *s) {
     ChemMol *m = s->m;
-    uint8_t *hopeless = prep_flags(&m->arena, m->rings.n);  // no atom aromatic and in one ring only
-    int n_single = 0, *single, aromatic = 0, n_ends = 0;
+    uint8_t *aromatic = arena_flags(&m->arena, s->n);
+    for (int k = 0; k < s->n; k++) aromatic[k] = (uint8_t)is_aromatic_atom(m, s->atoms[k]);
+    if (!memchr(aromatic, 1, (size_t)s->n)) return;
     for (int k = 0; k < s->n; k++) {
-        aromatic |= m->atoms[s->atoms[k]].z == 0 || is_aromatic_atom(m, s->atoms[k]);
-        n_ends += mol_degree(m, s->atoms[k]);
-    }
-    if (!aromatic) return;
-    single = prep_ints(&m->arena, n_ends);
-    for (int r = 0; r < m->rings.n; r++) {
-        hopeless[r] = 1;
-        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++)
-            if (m->atom_rings[m->rings.atoms[k]] == 1 && is_aromatic_atom(m, m->rings.atoms[k]))
-                hopeless[r] = 0;
-    }
-    memset(s->inside, 0, (size_t)m->n_atoms);
-    for (int k = 0; k < s->n; k++) {
-        int i = s->atoms[k], order_sum = 0, n_zero = 0, saturated = 0;
-        s->inside[i] = 1;
-        if (m->atoms[i].z && !is_aromatic_atom(m, i)) {
+        int i = s->atoms[k], order_sum = 0, n_zero = 0;
+        if (!aromatic[k]) {
             s->done[s->n_done++] = i;
             s->is_done[i] = 1;
             continue;
         }
         for (int e = m->first[i]; e < m->first[i + 1]; e++) {
             ChemBond *b = &m->bonds[m->adj[e]];
-            const ChemAtom *other = &m->atoms[bond_other(b, i)];
-            saturated += other->z && !other->aromatic && s->inside[bond_other(b, i)];
-            if (b->aromatic && (b->order == ORDER_SINGLE || b->order == ORDER_DOUBLE ||
-                                b->order == ORDER_AROMATIC)) {
-                order_sum++;
-                single[n_single++] = m->adj[e];
-            } else {
-                int order = (twice_contribution(b, i) + 1) / 2;
-                order_sum += order;
-                n_zero += order == 0;
-            }
+            int order = b->aromatic ? 1 : (twice_contribution(b, i) + 1) / 2;
+            order_sum += order;
+            n_zero += order == 0;
         }
-        if (m->atoms[i].z == 0 && dummy_may_double(m, i, saturated, hopeless)) {
-            s->wants[i] = 1;
-            s->dummies[s->n_dummies++] = i;
-        } else if (wants_double_bond(m, i, order_sum, n_zero)) {
-            s->wants[i] = 1;
-        }
+        s->wants[i] = (uint8_t)wants_double_bond(m, i, order_sum, n_zero);
     }
-    for (int k = 0; k < s->n; k++) s->inside[s->atoms[k]] = 1;
-    for (int k = 0; k < n_single; k++) m->bonds[single[k]].order = ORDER_SINGLE;
+    for (int k = 0; k < s->n; k++)
+        for (int e = m->first[s->atoms[k]]; aromatic[k] && e < m->first[s->atoms[k] + 1]; e++)
+            if (m->bonds[m->adj[e]].aromatic) m->bonds[m->adj[e]].order = ORDER_SINGLE;
 }
 
 // Undoes everything since the last choice: visited atoms go back to the front of the queue, double
 // bonds between them become single.
+// RDKit: backTrack
 static void return_to_choice(KekuleSearch *s, int last) {
     ChemMol *m = s->m;
-    while (s->n_done) {
-        int i = s->done[--s->n_done];
+    for (int i = -1; s->n_done && i != last;) {
+        i = s->done[--s->n_done];
         s->is_done[i] = 0;
-        queue_front(s, i);
-        if (i == last) break;
+        s->queue[--s->head] = i;
+        s->queued[i] = 1;
     }
     for (int b = 0; b < m->n_bonds; b++) {
         int i = m->bonds[b].begin, j = m->bonds[b].end;
@@ -2826,7 +2591,9 @@ static void return_to_choice(KekuleSearch *s, int last) {
     }
 }
 
-// Partners atom i could share a double bond with; unvisited neighbours join the queue.
+// Partners atom i could share a double bond with, into partners; returns how many. Unvisited
+// neighbours join the queue.
+// RDKit: kekulizeWorker
 static int find_partners(KekuleSearch *s, int i, int *partners) {
     ChemMol *m = s->m;
     int n = 0;
@@ -2838,41 +2605,34 @@ static int find_partners(KekuleSearch *s, int i, int *partners) {
             s->queue[s->tail++] = j;
             s->queued[j] = 1;
         }
-        if (s->wants[i] && s->wants[j] &&
-            (b->aromatic || m->atoms[i].z == 0 || m->atoms[j].z == 0))
-            partners[n++] = j;
+        if (s->wants[i] && s->wants[j] && b->aromatic) partners[n++] = j;
     }
     return n;
 }
 
 // Makes the bond from i to the first of its partners double and remembers the others.
+// RDKit: kekulizeWorker
 static void take_partner(KekuleSearch *s, int i, int *partners, int n) {
     int b = bond_between(s->m, i, partners[0]), seen_before = s->untried[i] != NULL;
     s->m->bonds[b].order = ORDER_DOUBLE;
     s->wants[i] = s->wants[partners[0]] = 0;
     s->doubled[b] = 1;
     s->n_untried[i] = n - 1;
-    if (n > 1) {
-        s->untried[i] = partners + 1;
-        if (!seen_before) s->choice[s->n_choices++] = i;
-    } else if (seen_before) {
-        s->untried[i] = NULL;
-        s->n_choices--;
-    }
+    s->untried[i] = n > 1 ? partners + 1 : NULL;
+    if (n > 1 && !seen_before) s->choice[s->n_choices++] = i;
+    if (n == 1 && seen_before) s->n_choices--;
 }
 
-// The search itself. Returns 0 if there is no Kekule structure (bonds it made double are single
-// again), or none is found within BACKTRACKS_MAX returns to earlier choices.
+// The search itself. Returns 0 if there is no Kekule structure, or none is found within
+// BACKTRACKS_MAX returns to earlier choices.
+// RDKit: kekulizeWorker
 static int kekulize_system(KekuleSearch *s) {
     ChemMol *m = s->m;
     int backtracks = 0, unvisited = 0;
     s->n_choices = 0;
     s->head = s->tail = (BACKTRACKS_MAX + 1) * s->n;
-    memset(s->queued, 0, (size_t)m->n_atoms);
-    memset(s->doubled, 0, (size_t)m->n_bonds);
-    for (int k = 0; k < s->n; k++) s->untried[s->atoms[k]] = NULL;
     while (s->n_done < s->n || s->head < s->tail) {
-        int i = -1, n;
+        int i, n;
         if (s->head < s->tail) {
             i = s->queue[s->head++];
             s->queued[i] = 0;
@@ -2892,12 +2652,8 @@ static int kekulize_system(KekuleSearch *s) {
         if (!wanting) continue;
         if (n) {
             take_partner(s, i, partners, n);
-        } else if (m->atoms[i].z) {
-            if (!s->n_choices || backtracks == BACKTRACKS_MAX) {
-                for (int b = 0; b < m->n_bonds; b++)
-                    if (s->doubled[b]) m->bonds[b].order = ORDER_SINGLE;
-                return 0;
-            }
+        } else {
+            if (!s->n_choices || backtracks == BACKTRACKS_MAX) return 0;
             return_to_choice(s, s->choice[s->n_choices - 1]);
             backtracks++;
         }
@@ -2905,127 +2661,101 @@ static int kekulize_system(KekuleSearch *s) {
     return 1;
 }
 
-// Tries again with some of the dummy atoms barred from double bonds, subset by subset.
-static int kekulize_with_dummies(KekuleSearch *s, const uint8_t *wants) {
-    ChemMol *m = s->m;
-    int n_trials = s->n_dummies > 12 ? DUMMY_TRIALS_MAX : 1 << s->n_dummies;
-    for (int trial = 1; trial < n_trials; trial++) {
-        for (int b = 0; b < m->n_bonds; b++) {
-            ChemBond *bond = &m->bonds[b];
-            if (bond->aromatic && s->inside[bond->begin] && s->inside[bond->end])
-                bond->order = ORDER_SINGLE;
-        }
-        memcpy(s->wants, wants, (size_t)m->n_atoms);
-        for (int k = 0; k < s->n_dummies && k < 12; k++)
-            if (trial >> k & 1) s->wants[s->dummies[k]] = 0;
-        memset(s->is_done, 0, (size_t)m->n_atoms);
-        s->n_done = 0;
-        if (kekulize_system(s)) return 1;
-    }
-    return 0;
-}
-
-// Fills rings->bonds from the atoms.
-static void fill_ring_bonds(ChemMol *m, RingList *rings) {
-    rings->bonds = prep_ints(&m->arena, rings->used);
-    for (int r = 0; r < rings->n; r++) {
-        int n = ring_size(rings, r), *atoms = ring_atoms(rings, r);
-        for (int k = 0; k < n; k++)
-            rings->bonds[rings->start[r] + k] = bond_between(m, atoms[k], atoms[(k + 1) % n]);
-    }
-}
-
-// The candidate rings: no bond with an order query, at least one atom that is not a dummy.
-static RingList kekule_rings(ChemMol *m) {
-    RingList rings = {0};
-    for (int r = 0; r < m->rings.n; r++) {
-        int real = 0, fixed = 0;
-        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
-            real |= m->atoms[m->rings.atoms[k]].z != 0;
-            fixed |= m->bonds[m->rings.bonds[k]].query & QUERY_ORDER;
-        }
-        if (real && !fixed)
-            ring_push(&m->arena, &rings, ring_atoms(&m->rings, r), ring_size(&m->rings, r));
-    }
-    fill_ring_bonds(m, &rings);
-    return rings;
-}
-
 // Working arrays of a search; the deque has room for every return to a choice.
 static KekuleSearch kekule_begin(ChemMol *m) {
-    PrepArena *arena = &m->arena;
+    Arena *arena = &m->arena;
     KekuleSearch s = {.m = m};
-    s.atoms = prep_ints(arena, m->n_atoms);
-    s.inside = prep_flags(arena, m->n_atoms);
-    s.wants = prep_flags(arena, m->n_atoms);
-    s.dummies = prep_ints(arena, m->n_atoms);
-    s.done = prep_ints(arena, m->n_atoms);
-    s.is_done = prep_flags(arena, m->n_atoms);
-    s.queued = prep_flags(arena, m->n_atoms);
-    s.doubled = prep_flags(arena, m->n_bonds);
-    s.choice = prep_ints(arena, m->n_atoms);
-    s.untried = prep_take(arena, (size_t)m->n_atoms, sizeof *s.untried);
-    s.n_untried = prep_ints(arena, m->n_atoms);
-    s.queue = prep_take(arena, (size_t)m->n_atoms, (BACKTRACKS_MAX + 2) * sizeof(int));
-    s.partners = prep_ints(arena, 2 * m->n_bonds);
+    s.atoms = arena_ints(arena, m->n_atoms);
+    s.inside = arena_flags(arena, m->n_atoms);
+    s.wants = arena_flags(arena, m->n_atoms);
+    s.done = arena_ints(arena, m->n_atoms);
+    s.is_done = arena_flags(arena, m->n_atoms);
+    s.queued = arena_flags(arena, m->n_atoms);
+    s.doubled = arena_flags(arena, m->n_bonds);
+    s.choice = arena_ints(arena, m->n_atoms);
+    s.untried = arena_take(arena, (size_t)m->n_atoms, sizeof *s.untried);
+    s.n_untried = arena_ints(arena, m->n_atoms);
+    s.queue = arena_take(arena, (size_t)m->n_atoms, (BACKTRACKS_MAX + 2) * sizeof(int));
+    s.partners = arena_ints(arena, 2 * m->n_bonds);
     return s;
 }
 
-// Kekulizes every fused system of rings.
+// Whether a ring with a dummy atom is aromatic: all its real atoms are, one of them not because of
+// another ring. *dummies: it is made of dummy atoms only.
+static int is_dubious_ring(const ChemMol *m, int r, int *dummies) {
+    int n_real = 0, n_aromatic = 0, own = 0, n = ring_size(&m->rings, r);
+    for (int k = 0; k < n; k++) {
+        int i = ring_atoms(&m->rings, r)[k];
+        n_real += m->atoms[i].z != 0;
+        if (m->atoms[i].z == 0 || !is_aromatic_atom(m, i)) continue;
+        n_aromatic++;
+        own |= m->atom_rings[i] == 1;
+    }
+    *dummies = n_real == 0;
+    return own && n_real < n && n_aromatic == n_real;
+}
+
+// Kekulizes every fused system of rings; rings of nothing but dummy atoms stay as they are.
+// RDKit: kekulizeFused
 static int kekulize_rings(ChemMol *m, Fault *fault) {
-    RingList rings = kekule_rings(m);
+    RingList rings = {0};
+    for (int r = 0, dummies; r < m->rings.n; r++) {
+        if (is_dubious_ring(m, r, &dummies))
+            return fault_at(fault, 0, 0, "dummy atom in an aromatic ring",
+                            "the aromatic ring of atom %d has a dummy atom",
+                            ring_atoms(&m->rings, r)[0] + 1);
+        if (!dummies) ring_copy(&m->arena, &rings, &m->rings, r);
+    }
     RingNeighbours nb = ring_neighbours(m, &rings, 0, 0);
     KekuleSearch s = kekule_begin(m);
-    uint8_t *done = prep_flags(&m->arena, rings.n), *wants = prep_flags(&m->arena, m->n_atoms);
-    int *system = prep_ints(&m->arena, rings.n);
+    uint8_t *done = arena_flags(&m->arena, rings.n);
+    int *system = arena_ints(&m->arena, rings.n);
     for (int r = 0; r < rings.n; r++) {
         if (done[r]) continue;
-        int n_rings = fused_system(m, &nb, rings.n, r, done, system);
-        s.n = s.n_done = s.n_dummies = 0;
+        int n_rings = fused_system(m, &nb, rings.n, r, done, system), culprit = -1;
+        s.n = s.n_done = 0;
         memset(s.inside, 0, (size_t)m->n_atoms);
-        memset(s.wants, 0, (size_t)m->n_atoms);
         memset(s.is_done, 0, (size_t)m->n_atoms);
-        for (int q = 0; q < n_rings; q++) {
+        memset(s.doubled, 0, (size_t)m->n_bonds);
+        for (int q = 0; q < n_rings; q++)
             for (int k = rings.start[system[q]]; k < rings.start[system[q] + 1]; k++) {
                 if (s.inside[rings.atoms[k]]) continue;
                 s.inside[rings.atoms[k]] = 1;
+                s.untried[rings.atoms[k]] = NULL;
                 s.atoms[s.n++] = rings.atoms[k];
             }
-        }
         mark_wanting_atoms(&s);
-        memcpy(wants, s.wants, (size_t)m->n_atoms);
-        if (kekulize_system(&s) || (s.n_dummies && kekulize_with_dummies(&s, wants))) continue;
-        int culprit = 0;
-        while (!wants[culprit] && culprit + 1 < m->n_atoms) culprit++;
-        return fault_at(fault, 0, 0, "no Kekule structure",
-                        "the aromatic ring system of atom %d has no Kekule structure", culprit + 1);
+        for (int i = m->n_atoms - 1; i >= 0; i--)
+            if (s.inside[i] && s.wants[i]) culprit = i;
+        if (!kekulize_system(&s))
+            return fault_at(fault, 0, 0, "no Kekule structure",
+                            "the aromatic ring system of atom %d has no Kekule structure",
+                            culprit + 1);
     }
     return 0;
 }
 
 // Replaces aromatic bonds by a Kekule structure and takes all aromatic flags off. The hydrogen of a
-// pyrrole nitrogen, which had to be stated, becomes an implicit one.
+// pyrrole nitrogen, which had to be explicit, becomes an implicit one.
+// RDKit: MolOps::Kekulize
 static int kekulize(ChemMol *m, Fault *fault) {
     if (!m->any_aromatic) return 0;
-    int n_free = 0, *before = prep_ints(&m->arena, m->n_atoms);
-    for (int b = 0; b < m->n_bonds; b++) n_free += !(m->bonds[b].query & QUERY_ORDER);
+    int *before = arena_ints(&m->arena, m->n_atoms);
     for (int i = 0; i < m->n_atoms; i++) before[i] = total_valence(&m->atoms[i]);
     m->had_aromatic = 1;
-    if (n_free && kekulize_rings(m, fault)) return -1;
-    for (int b = 0; b < m->n_bonds; b++)
-        if (!(m->bonds[b].query & QUERY_ORDER)) m->bonds[b].aromatic = 0;
+    if (kekulize_rings(m, fault)) return -1;
+    for (int b = 0; b < m->n_bonds; b++) m->bonds[b].aromatic = 0;
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
         if (!a->aromatic) continue;
-        if (n_free == m->n_bonds && !m->atom_rings[i])
+        if (!m->atom_rings[i])
             return fault_at(fault, 0, 0, "aromatic atom outside a ring",
                             "atom %d (%s) is marked aromatic but in no ring", i + 1,
                             ELEMENTS[a->z].symbol);
         a->aromatic = 0;
-        if ((a->z == 7 || a->z == 15) && a->charge == 0 && a->stated_h == 1) {
-            a->no_implicit = a->stated_h = 0;
-            set_valence(m, i);
-            set_implicit_hydrogens(m, i);
+        if ((a->z == 7 || a->z == 15) && a->charge == 0 && a->explicit_h == 1) {
+            a->no_implicit = a->explicit_h = 0;
+            update_valence(m, i);
         }
     }
     for (int i = 0; i < m->n_atoms; i++)
@@ -3039,12 +2769,12 @@ static int kekulize(ChemMol *m, Fault *fault) {
 // 12 Radicals, aromaticity, conjugation, hybridization
 // =================================================================================================
 
-// Electrons an atom with stated hydrogens is short of: up to the octet (or the next allowed valence
+// Electrons an atom with explicit hydrogens is short of: up to the octet (or the next allowed valence
 // of a heavy atom), but no more than it has; for metals, parity decides.
 static int count_radicals(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
-    int twice = 2 * a->stated_h, octet = a->z <= 2 ? 2 : 8;
+    int twice = 2 * a->explicit_h, octet = a->z <= 2 ? 2 : 8;
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         twice += twice_contribution(&m->bonds[m->adj[k]], i);
     if (e->n_valences == 1 && e->valence[0] == -1)
@@ -3110,7 +2840,7 @@ static int multiple_bond_to(const ChemMol *m, int i, int ring) {
 
 // Whether an atom's bonds use more valence than it has neighbours.
 static int has_multiple_bond(const ChemMol *m, int i) {
-    int degree = mol_degree(m, i) + m->atoms[i].stated_h;
+    int degree = mol_degree(m, i) + m->atoms[i].explicit_h;
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         degree -= twice_contribution(&m->bonds[m->adj[k]], i) == 0;
     return m->atoms[i].valence != degree;
@@ -3246,8 +2976,8 @@ static void grow_subsets(AromaticSearch *s, int *subset, int n, int size, const 
 // Tests one fused system: single rings, then pairs, triples, ... until all its bonds are aromatic.
 static void test_system(AromaticSearch *s, const int *system, int n) {
     ChemMol *m = s->m;
-    uint8_t *seen = prep_flags(&m->arena, s->rings.n), *counted = prep_flags(&m->arena, m->n_bonds);
-    int n_bonds = 0, subset[FUSED_MAX], *frontier = prep_ints(&m->arena, s->rings.n);
+    uint8_t *seen = arena_flags(&m->arena, s->rings.n), *counted = arena_flags(&m->arena, m->n_bonds);
+    int n_bonds = 0, subset[FUSED_MAX], *frontier = arena_ints(&m->arena, s->rings.n);
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[system[q]]; k < s->rings.start[system[q] + 1]; k++) {
             n_bonds += !counted[s->rings.bonds[k]];
@@ -3284,7 +3014,7 @@ static void test_system(AromaticSearch *s, const int *system, int n) {
 static RingList aromatic_candidates(AromaticSearch *s) {
     ChemMol *m = s->m;
     RingList rings = {0};
-    uint8_t *known = prep_flags(&m->arena, m->n_atoms), *able = prep_flags(&m->arena, m->n_atoms);
+    uint8_t *known = arena_flags(&m->arena, m->n_atoms), *able = arena_flags(&m->arena, m->n_atoms);
     for (int r = 0; r < m->rings.n; r++) {
         int all = 1, real = 0;
         for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
@@ -3298,9 +3028,8 @@ static RingList aromatic_candidates(AromaticSearch *s) {
             real |= m->atoms[i].z != 0;
         }
         if (all && real)
-            ring_push(&m->arena, &rings, ring_atoms(&m->rings, r), ring_size(&m->rings, r));
+            ring_copy(&m->arena, &rings, &m->rings, r);
     }
-    fill_ring_bonds(m, &rings);
     return rings;
 }
 
@@ -3308,15 +3037,15 @@ static RingList aromatic_candidates(AromaticSearch *s) {
 static int assign_aromaticity(ChemMol *m) {
     AromaticSearch s = {.m = m};
     if (m->rings.n == 0) return 0;
-    s.donor = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *s.donor);
+    s.donor = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *s.donor);
     s.rings = aromatic_candidates(&s);
     if (s.rings.n == 0) return 0;
     s.nb = ring_neighbours(m, &s.rings, FUSED_RING_MAX, 1);
-    s.atom_count = prep_ints(&m->arena, m->n_atoms);
-    s.bond_count = prep_ints(&m->arena, m->n_bonds);
-    s.bond_done = prep_flags(&m->arena, m->n_bonds);
-    uint8_t *done = prep_flags(&m->arena, s.rings.n);
-    int *system = prep_ints(&m->arena, s.rings.n);
+    s.atom_count = arena_ints(&m->arena, m->n_atoms);
+    s.bond_count = arena_ints(&m->arena, m->n_bonds);
+    s.bond_done = arena_flags(&m->arena, m->n_bonds);
+    uint8_t *done = arena_flags(&m->arena, s.rings.n);
+    int *system = arena_ints(&m->arena, s.rings.n);
     for (int r = 0; r < s.rings.n; r++)
         if (!done[r]) test_system(&s, system, fused_system(m, &s.nb, s.rings.n, r, done, system));
     return 1;
@@ -3400,11 +3129,10 @@ static void restore_hydrogens(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
         int before = a->no_implicit ? 0 : a->implicit_h;
-        set_valence(m, i);
-        set_implicit_hydrogens(m, i);
+        update_valence(m, i);
         int now = a->no_implicit ? 0 : a->implicit_h;
         if (now >= before) continue;
-        a->stated_h = (uint8_t)(a->stated_h + before - now);
+        a->explicit_h = (uint8_t)(a->explicit_h + before - now);
         set_valence(m, i);
     }
 }
@@ -3614,7 +3342,7 @@ static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
 
 // Chirality from the wedges of a flat drawing. A wavy bond takes back what another bond said.
 static int chirality_from_wedges(ChemMol *m, Fault *fault) {
-    uint8_t *set = prep_flags(&m->arena, m->n_atoms);
+    uint8_t *set = arena_flags(&m->arena, m->n_atoms);
     for (int k = 0; k < m->n_bonds; k++) {
         const ChemBond *b = &m->bonds[k];
         ChemAtom *a = &m->atoms[b->begin];
@@ -3624,15 +3352,13 @@ static int chirality_from_wedges(ChemMol *m, Fault *fault) {
         }
         if ((b->direction != DIR_WEDGE && b->direction != DIR_DASH) || set[b->begin]) continue;
         if (a->no_implicit == 0 && a->implicit_h < 0) {
-            set_valence(m, b->begin);
-            set_implicit_hydrogens(m, b->begin);
+            update_valence(m, b->begin);
         }
         a->chirality = (uint8_t)chirality_from_wedge(m, b);
         if (a->chirality != CHI_NONE) set[b->begin] = 1;
-        if (mol_degree(m, b->begin) == 3 && !a->stated_h && atom_hydrogens(a) == 1) {
-            a->stated_h = 1;  // it has a place in the order of the bonds now
-            set_valence(m, b->begin);
-            int possible = set_implicit_hydrogens(m, b->begin);
+        if (mol_degree(m, b->begin) == 3 && !a->explicit_h && atom_hydrogens(a) == 1) {
+            a->explicit_h = 1;  // it has a place in the order of the bonds now
+            int possible = update_valence(m, b->begin);
             if (valence_too_high(a) || !possible)
                 return fault_at(fault, 0, 0, "valence too high", "atom %d (%s): valence %d",
                                 b->begin + 1, ELEMENTS[a->z].symbol, a->valence);
@@ -3825,13 +3551,13 @@ static int compare_weighted(const void *a, const void *b) {
 // Bond directions from coordinates, double bond by double bond: those outside rings and with large
 // numbers of their neighbouring bonds first (which is how RDKit adds it up).
 static void directions_from_coordinates(ChemMol *m) {
-    PrepArena *arena = &m->arena;
-    Directions d = {m, prep_flags(arena, m->n_bonds), prep_ints(arena, m->n_bonds),
-                    prep_flags(arena, m->n_bonds)};
+    Arena *arena = &m->arena;
+    Directions d = {m, arena_flags(arena, m->n_bonds), arena_ints(arena, m->n_bonds),
+                    arena_flags(arena, m->n_bonds)};
     int n = direction_candidates(&d), used = 0, top = 0;
     if (!n) return;
-    WeightedBond *order = prep_take(arena, (size_t)n, sizeof *order);
-    int *stack = prep_ints(arena, 16 * m->n_bonds + 64), *next = prep_ints(arena, 4 * m->n_bonds);
+    WeightedBond *order = arena_take(arena, (size_t)n, sizeof *order);
+    int *stack = arena_ints(arena, 16 * m->n_bonds + 64), *next = arena_ints(arena, 4 * m->n_bonds);
     for (int b = 0; b < m->n_bonds; b++) {
         const ChemBond *bond = &m->bonds[b];
         int64_t weight = 0;
@@ -3946,7 +3672,7 @@ static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
     n_ranks = assign_ranks(entries, n, rank);
     if (n_ranks == n) return;
     for (int b = 0; b < m->n_bonds; b++) room += 2 * twice_order(&m->bonds[b]);
-    lists = prep_ints(&m->arena, room);
+    lists = arena_ints(&m->arena, room);
     for (int round = 0; round <= n / 2 && n_ranks < n && last < n_ranks; round++) {
         for (int k = 0, used = 0, end; k < n; k = end) {
             for (end = k; end < n && rank[entries[end].atom] == rank[entries[k].atom];) end++;
@@ -3966,7 +3692,7 @@ static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
 
 // Ranks from scratch: element, isotope (as distance from the most common one), atom map number.
 static void first_cip_ranks(ChemMol *m, int *rank) {
-    CipEntry *entries = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
+    CipEntry *entries = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
     for (int i = 0; i < m->n_atoms; i++) {
         const ChemAtom *a = &m->atoms[i];
         int mass = a->isotope ? a->isotope - ELEMENTS[a->z].isotope : 0;
@@ -3980,7 +3706,7 @@ static void first_cip_ranks(ChemMol *m, int *rank) {
 
 // Ranks again, with the centres and double bonds known by now.
 static void next_cip_ranks(ChemMol *m, int *rank) {
-    CipEntry *entries = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
+    CipEntry *entries = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
     int64_t factor = 100;
     while (factor < m->n_atoms) factor *= 10;
     for (int i = 0; i < m->n_atoms; i++) {
@@ -4011,7 +3737,7 @@ static int is_bridgehead(ChemMol *m, int i) {
     int n = 0;
     for (int k = m->first[i]; k < m->first[i + 1]; k++) n += m->bonds[m->adj[k]].rings > 0;
     if (n < 3) return 0;
-    int *stamp = prep_ints(&m->arena, m->n_bonds);
+    int *stamp = arena_ints(&m->arena, m->n_bonds);
     for (int r = 0; r < rings->n; r++) {
         if (!ring_has(rings, r, i)) continue;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
@@ -4141,7 +3867,7 @@ static int label_double_bond(ChemMol *m, int b, const int *rank, uint8_t *forget
 // Labels all double bonds that can be. *open: some possible ones are without a label. Returns
 // whether any was dealt with.
 static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
-    uint8_t *forget = prep_flags(&m->arena, m->n_bonds);
+    uint8_t *forget = arena_flags(&m->arena, m->n_bonds);
     int changed = 0;
     *open = 0;
     for (int b = 0; b < m->n_bonds; b++) {
@@ -4213,10 +3939,10 @@ static void walk_ring_bonds(RingStereo *s, int i, int first) {
 // Marks (in `special` and ring_stereo) the unlabelled chiral ring atoms that have a partner in
 // their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans.
 static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
-    PrepArena *arena = &m->arena;
-    RingStereo s = {m, rank, prep_flags(arena, m->n_atoms), prep_flags(arena, m->n_atoms),
-                    prep_flags(arena, m->n_bonds), prep_flags(arena, m->n_atoms), 0, 0,
-                    prep_ints(arena, 2 * m->n_bonds + m->n_atoms + 1)};
+    Arena *arena = &m->arena;
+    RingStereo s = {m, rank, arena_flags(arena, m->n_atoms), arena_flags(arena, m->n_atoms),
+                    arena_flags(arena, m->n_bonds), arena_flags(arena, m->n_atoms), 0, 0,
+                    arena_ints(arena, 2 * m->n_bonds + m->n_atoms + 1)};
     for (int i = 0; i < m->n_atoms; i++) m->atoms[i].ring_stereo = 0;
     for (int i = 0; i < m->n_atoms; i++) {
         int partners;
@@ -4272,10 +3998,9 @@ static void drop_false_centre(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     if (a->chirality == CHI_NONE || is_nontetrahedral(a) || a->cip) return;
     a->chirality = CHI_NONE;
-    if (a->stated_h != 1 || a->charge || a->aromatic) return;
-    a->stated_h = a->no_implicit = 0;
-    set_valence(m, i);
-    set_implicit_hydrogens(m, i);
+    if (a->explicit_h != 1 || a->charge || a->aromatic) return;
+    a->explicit_h = a->no_implicit = 0;
+    update_valence(m, i);
 }
 
 // The same for all atoms, except those that are cis or trans to another one on a ring.
@@ -4297,7 +4022,7 @@ static void assign_stereo(ChemMol *m) {
         for (int i = 0; i < m->n_atoms; i++) drop_false_centre(m, i);
         return;
     }
-    int *rank = prep_ints(&m->arena, m->n_atoms);
+    int *rank = arena_ints(&m->arena, m->n_atoms);
     first_cip_ranks(m, rank);
     do {
         changed = 0;
@@ -4341,7 +4066,7 @@ static int sanitize(ChemMol *m, Fault *fault) {
     return 0;
 }
 
-// Turns the valence field of a mol block (15 or -1: none) into stated hydrogens.
+// Turns the valence field of a mol block (15 or -1: none) into explicit hydrogens.
 static void apply_valence_fields(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
@@ -4349,7 +4074,7 @@ static void apply_valence_fields(ChemMol *m) {
         set_valence(m, i);
         int none = a->field_valence == 15 || a->field_valence == -1;
         a->no_implicit = 1;
-        a->stated_h = none || a->valence > a->field_valence
+        a->explicit_h = none || a->valence > a->field_valence
                           ? 0 : (uint8_t)(a->field_valence - a->valence);
     }
 }
@@ -4410,19 +4135,19 @@ static int perceive_smiles(ChemMol *m, int keep_hydrogens, int max_atoms, Fault 
 // =================================================================================================
 
 // Index into a list whose last entry stands for everything else.
-static uint8_t at_most(int value, int last) {
+static uint8_t index_or_misc(int value, int last) {
     return (uint8_t)(value >= 0 && value < last ? value : last);
 }
 
 // The nine features of atom i, in the order of ATOM_FEATURE_SIZES.
 static void atom_features(const ChemMol *m, int i, uint8_t *f) {
     const ChemAtom *a = &m->atoms[i];
-    f[0] = at_most(a->z - 1, 118);
-    f[1] = at_most(a->chirality, 4);
-    f[2] = at_most(total_degree(m, i), 11);
-    f[3] = at_most(a->charge + 5, 11);
-    f[4] = at_most(atom_hydrogens(a), 9);
-    f[5] = at_most(a->radicals, 5);
+    f[0] = index_or_misc(a->z - 1, 118);
+    f[1] = index_or_misc(a->chirality, 4);
+    f[2] = index_or_misc(total_degree(m, i), 11);
+    f[3] = index_or_misc(a->charge + 5, 11);
+    f[4] = index_or_misc(atom_hydrogens(a), 9);
+    f[5] = index_or_misc(a->radicals, 5);
     f[6] = a->hybrid;
     f[7] = a->aromatic;
     f[8] = m->atom_rings[i] > 0;
@@ -4547,7 +4272,7 @@ static uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64
 // Marks the atoms of rings and linkers: what is left when end atoms are cut off again and again.
 static void mark_framework(ChemMol *m, uint8_t *keep) {
     int n = m->n_atoms, top = 0;
-    int *degree = prep_ints(&m->arena, n), *stack = prep_ints(&m->arena, n);
+    int *degree = arena_ints(&m->arena, n), *stack = arena_ints(&m->arena, n);
     for (int i = 0; i < n; i++) {
         keep[i] = 1;
         degree[i] = mol_degree(m, i);
@@ -4572,9 +4297,9 @@ static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
         if (!framework[j]) continue;
         if (m->bonds[m->adj[k]].order == ORDER_DOUBLE) return 0;
         if (a->aromatic && (a->z != 6 || a->charge == 1)) {
-            a->stated_h = 1;
+            a->explicit_h = 1;
         } else if (a->no_implicit || a->chirality != CHI_NONE) {
-            a->no_implicit = a->stated_h = 0;
+            a->no_implicit = a->explicit_h = 0;
             a->chirality = CHI_NONE;
         }
     }
@@ -4613,9 +4338,9 @@ static uint64_t graph_hash(const ChemMol *m, const uint64_t *start, int special,
 // Key of the scaffold of m, which is reduced to it. Setting every atom apart in turn distinguishes
 // graphs that plain refinement cannot, such as decalin and bicyclopentyl.
 static ScaffoldKey scaffold_key(ChemMol *m) {
-    PrepArena *arena = &m->arena;
-    int n = m->n_atoms, kept = 0, *to = prep_ints(arena, n);
-    uint8_t *framework = prep_flags(arena, n);
+    Arena *arena = &m->arena;
+    int n = m->n_atoms, kept = 0, *to = arena_ints(arena, n);
+    uint8_t *framework = arena_flags(arena, n);
     mark_framework(m, framework);
     for (int i = 0; i < n; i++)
         to[i] = framework[i] || !cut_side_atom(m, i, framework) ? kept++ : -1;
@@ -4626,9 +4351,9 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
     if (kept == 0) return (ScaffoldKey){0, 0};
     mol_connect(m);
     update_valences(m);
-    uint64_t *start = prep_take(arena, (size_t)kept, sizeof *start);
-    uint64_t *colour = prep_take(arena, (size_t)kept, sizeof *colour);
-    uint64_t *next = prep_take(arena, (size_t)kept, sizeof *next);
+    uint64_t *start = arena_take(arena, (size_t)kept, sizeof *start);
+    uint64_t *colour = arena_take(arena, (size_t)kept, sizeof *colour);
+    uint64_t *next = arena_take(arena, (size_t)kept, sizeof *next);
     for (int i = 0; i < kept; i++) {
         const ChemAtom *a = &m->atoms[i];
         uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->aromatic << 16;
@@ -4864,7 +4589,7 @@ static int parse_label(Span s, float *label) {
 
 // The next field of a row from *p, quotes undone (in `arena` memory); advances *p behind it. 0 if
 // there is none.
-static int csv_field(PrepArena *arena, const char **p, const char *end, char separator,
+static int csv_field(Arena *arena, const char **p, const char *end, char separator,
                      Span *field) {
     const char *q = *p;
     if (!q || q > end) return 0;
@@ -4874,7 +4599,7 @@ static int csv_field(PrepArena *arena, const char **p, const char *end, char sep
         *p = stop ? stop + 1 : end + 1;
         return 1;
     }
-    char *copy = prep_take(arena, (size_t)(end - q) + 1, 1);
+    char *copy = arena_take(arena, (size_t)(end - q) + 1, 1);
     int n = 0, quoted = 1;
     for (q++; q < end; q++) {
         if (quoted && *q == '"' && q + 1 < end && q[1] == '"') {
@@ -5026,7 +4751,7 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
     if (r->too_long)
         return fault_at(&o->fault, 1, 0, "record too long", "the record is longer than %d MiB",
                         RECORD_BYTES_MAX >> 20);
-    float *labels = prep_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
+    float *labels = arena_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
     for (int t = 0; t < c->n_tasks; t++) labels[t] = NAN;
     if (s->format == FORMAT_SDF) {
         if (read_mol_block(m, in, &title, &o->fault)) return -1;
@@ -5134,14 +4859,14 @@ static void find_tag_tasks(Conversion *c, const Record *records, int n) {
 }
 
 // Whether a column holds numbers (or nothing) in the first rows.
-static int is_number_column(const Source *s, PrepArena *arena, const Record *records, int n,
+static int is_number_column(const Source *s, Arena *arena, const Record *records, int n,
                             int wanted) {
     int numbers = 0;
     for (int k = 0; k < n && k < 1000; k++) {
         const char *p = records[k].text, *end = row_end(&records[k]);
         Span field;
         float label;
-        prep_reset(arena);
+        arena_reset(arena);
         for (int column = 0; csv_field(arena, &p, end, separator_of(s), &field); column++) {
             if (column != wanted) continue;
             if (!parse_label(field, &label)) return 0;
@@ -5163,11 +4888,11 @@ static int same_word(Span a, const char *b) {
 // tasks of --labels all are still to be found, in the rows that follow.
 static void read_header(Conversion *c, Source *s, const Record *header, const Record *rows,
                         int n_rows, int first) {
-    PrepArena arena = {0}, row_arena = {0};
+    Arena arena = {0}, row_arena = {0};
     const char *p = header->text, *end = row_end(header);
     Span names[4096];
     int n = 0;
-    prep_reset(&arena);
+    arena_reset(&arena);
     if (end - p >= 3 && memcmp(p, "\xEF\xBB\xBF", 3) == 0) p += 3;  // UTF-8 byte order mark
     while (n < 4096 && csv_field(&arena, &p, end, separator_of(s), &names[n])) {
         names[n] = trim(names[n]);
@@ -5196,8 +4921,8 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
             if (span_is(names[k], c->task_names[t])) s->task_of_column[k] = t, found = 1;
         CHECK(found, "%s:1: expected a column \"%s\" (--labels)", s->path, c->task_names[t]);
     }
-    prep_free(&arena);
-    prep_free(&row_arena);
+    arena_free(&arena);
+    arena_free(&row_arena);
 }
 
 // ---- the summary

@@ -1847,9 +1847,9 @@ static const struct { const char *rule, *smiles, *expected; } PREP_SMILES[] = {
      "refused"},
     {"no Kekule structure", "c1cccc1",
      "refused"},
-    {"dummy in an aromatic ring", "*1cccc1",
-     "*02500511 C03510111 C03510111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 "
-     "4-0:301"},
+    {"dummy in a ring beside one", "*1Cc2ccccc21",
+     "*02500501 C04520201 C03500111 C03510111 C03510111 C03510111 C03510111 C03500111 0-1:000 "
+     "1-2:000 2-3:301 3-4:301 4-5:301 5-6:301 6-7:301 7-0:000 7-2:301"},
     {"conjugated diene", "C=CC=C",
      "C03520100 C03510100 C03510100 C03520100 0-1:101 1-2:001 2-3:101"},
     {"amide and ester", "NC(=O)C.CC(=O)OC",
@@ -2251,6 +2251,7 @@ static const struct {
     {FORMAT_SMI, "C(C)(C)(C)(C)C", 0, 0, "atom 1 (C): valence 5 is greater than permitted"},
     {FORMAT_SMI, "c1cccc1", 0, 0, "the aromatic ring system of atom 1 has no Kekule structure"},
     {FORMAT_SMI, "cC", 0, 0, "atom 1 (C) is marked aromatic but in no ring"},
+    {FORMAT_SMI, "*1cccc1", 0, 0, "the aromatic ring of atom 1 has a dummy atom"},
     {FORMAT_CSV, ",a,1", 1, 1, "the SMILES is empty"},
     {FORMAT_CSV, "\"C,a,1", 1, 2, "expected an atom, found \",\""},
     {FORMAT_SDF, "x\n", 1, 1, "expected a counts line, found \"\""},
