@@ -147,8 +147,8 @@ static void *arena_overflow(Arena *arena, size_t bytes) {
     return (char *)block + head;
 }
 
-// `count` zeroed elements of `size` bytes that live until arena_reset(). Inline, so that the check of
-// the product needs no division: a record takes some sixty small blocks.
+// `count` zeroed elements of `size` bytes that live until arena_reset(). Inline, so that the check
+// of the product needs no division: a record takes some sixty small blocks.
 static inline void *arena_take(Arena *arena, size_t count, size_t size) {
     size_t bytes = mul_size(count, size);
     CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
@@ -209,7 +209,7 @@ static void arena_free(Arena *arena) {
 // =================================================================================================
 
 enum { ORDER_NONE, ORDER_SINGLE, ORDER_DOUBLE, ORDER_TRIPLE, ORDER_QUADRUPLE, ORDER_AROMATIC,
-       ORDER_DATIVE, ORDER_HYDROGEN, ORDER_ZERO };
+       ORDER_DATIVE, ORDER_HYDROGEN };
 
 // A wedge starts at the narrow end, the bond's first atom. DOWN and UP belong to the single bonds
 // beside a double bond and are read from first to second atom, like \ and / in SMILES.
@@ -222,15 +222,13 @@ enum { CHI_NONE, CHI_CW, CHI_CCW, CHI_OTHER, CHI_TETRAHEDRAL, CHI_ALLENE, CHI_SQ
 
 enum { HYBRID_SP, HYBRID_SP2, HYBRID_SP3, HYBRID_SP3D, HYBRID_SP3D2, HYBRID_MISC };
 
-enum { QUERY_ANY = 1, QUERY_ORDER = 2, QUERY_COMPLEX = 4 };  // of a bond; see bond_query_bits()
-
 typedef struct {
     uint8_t z;              // atomic number, 0 = dummy
     int8_t charge;
     uint8_t explicit_h;       // hydrogens that belong to the atom as written ([nH], valence fields)
     uint8_t radicals;
     uint8_t no_implicit;    // takes no hydrogens beyond the stated ones
-    uint8_t aromatic, chirality, hybrid, query;
+    uint8_t aromatic, chirality, hybrid;
     uint8_t unknown_stereo; // a wavy bond began here
     uint8_t first_of_fragment;  // opens a SMILES or follows a dot
     uint8_t ring_stereo;    // its stereo depends on another centre of the same ring system
@@ -244,7 +242,7 @@ typedef struct {
 
 typedef struct {
     int begin, end;
-    uint8_t order, aromatic, conjugated, direction, stereo, query;
+    uint8_t order, aromatic, conjugated, direction, stereo;
     uint8_t unknown;        // was drawn wavy
     uint8_t dead;           // goes away with its hydrogen
     uint8_t unspecified;    // SMILES / or \ or nothing: single or aromatic, as its atoms turn out
@@ -381,7 +379,7 @@ static inline int total_valence(const ChemAtom *a) {
 
 // Twice a bond's order, so that an aromatic bond counts 3 and no fractions appear.
 static inline int twice_order(const ChemBond *b) {
-    static const int8_t twice[] = {0, 2, 4, 6, 8, 3, 2, 0, 0};
+    static const int8_t twice[] = {0, 2, 4, 6, 8, 3, 2, 0};
     return twice[b->order];
 }
 
@@ -545,81 +543,84 @@ static int parse_whole(Span s, int *value) {
 //
 //   Many programs write such blocks and few write them by the book, so what is accepted here is
 //   what RDKit accepts in its strict mode, down to columns that are blank or run into each other.
+//   Refused is what RDKit reads as a query: atom lists, R-groups, "any" atoms and bonds, conditions
+//   on hydrogens, rings or neighbours. They stand for many molecules, a dataset holds single ones.
 // =================================================================================================
 
 enum { RAW_ATOMS_MAX = 65535 };  // atoms of a record before hydrogens are removed
 
+// A block being read; atoms and bonds go to m.
 typedef struct {
     Lines in;
     ChemMol *m;
     Fault *fault;
-    Span title;
-    int tagged_3d;       // the header says so
     int n_atoms, n_bonds;
     int *label_table;    // V3000: hash table from atom label to atom, see v3_atom_with_label()
     int *label_of;
     int table_size;
 } MolBlock;
 
-// Integer in columns [at, at + width) of an atom or bond line, as RDKit reads it: only digits,
-// signs and blanks are allowed there, and if all are blanks it reads on into the next field.
-// Returns 0 if there is anything else.
+// The fault of the line last read; returns -1.
+#define MOL_FAULT(b, column, ...) \
+    fault_at((b)->fault, (b)->in.line, column, "malformed mol block", __VA_ARGS__)
+
+// The fault of something that makes the block a query, or that is too rare to be implemented.
+static int not_supported(MolBlock *b, Span what) {
+    return fault_at(b->fault, b->in.line, 0, "query, R-group or rare property",
+                    "%.*s is not supported", what.n < 60 ? what.n : 60, what.p);
+}
+
+// Integer in columns [at, at + width) of an atom or bond line: only digits, signs and blanks are
+// allowed there; if there are nothing but blanks, and one more, it reads on into the next field.
+// *value stays if the line ends before. Returns 0 if there is anything else.
+// RDKit: FileParserUtils::toInt
 static int column_int(Span line, int at, int width, int *value) {
-    int stop = at + width < line.n ? at + width : line.n, i = at;
-    for (int k = at; k < stop; k++) {
-        char c = line.p[k];
-        if (!((c >= '0' && c <= '9') || c == ' ' || c == '-' || c == '+')) return 0;
-    }
-    while (i < line.n && line.p[i] == ' ') i++;
-    *value = leading_int((Span){line.p + at, (i > at + width ? line.n : stop) - at}, 1);
+    int stop = at + width, from = at;
+    if (line.n < stop) return 1;
+    for (int k = at; k < stop; k++)
+        if (line.p[k] == 0 || !strchr("0123456789 -+", line.p[k])) return 0;
+    while (from < line.n && line.p[from] == ' ') from++;
+    *value = leading_int((Span){line.p + at, from > stop ? line.n - at : width}, 1);
     return 1;
 }
 
-// The same for a field that is often " 0" or missing: then nothing is read and *value stays.
-static int optional_int(Span line, int at, int width, int *value) {
-    if (line.n < at + width) return 1;
-    const char *p = line.p + at;
-    if (p[width - 1] == '0' && p[0] == ' ' && p[width - 2] == ' ') return 1;
-    return column_int(line, at, width, value);
+// A number of up to three digits in three columns, blanks in front. Returns -1 if it is not one.
+static inline int three_digits(const char *p) {
+    int k = 0, v = 0;
+    while (k < 2 && p[k] == ' ') k++;
+    for (; k < 3 && p[k] >= '0' && p[k] <= '9'; k++) v = 10 * v + (p[k] - '0');
+    return k == 3 ? v : -1;
 }
 
-// "Any atom", "any but C", halogens, metals: symbols of a search, not of an atom.
+// Whether a symbol is one of a search, not of an atom: "any atom", halogens, metals, R-groups.
 static int is_query_symbol(Span s) {
-    static const char *const names[] = {"A", "AH", "Q", "QH", "X", "XH", "M", "MH"};
-    for (int k = 0; k < 8; k++)
+    static const char *const names[] = {"A", "AH", "Q", "QH", "X", "XH", "M", "MH", "L", "LP",
+                                        "R", "R#", "Pol", "Mod"};
+    for (int k = 0; k < 14; k++)
         if (span_is(s, names[k])) return 1;
-    return 0;
+    return s.n > 1 && (s.p[0] == '[' || (s.p[0] == 'R' && isdigit((unsigned char)s.p[1])));
 }
 
-// Number of an "R12" symbol, 0 for other dummies written with R, -1 if s is not an R-group.
-static int r_group_number(Span s) {
-    if (s.n < 2 || s.p[0] != 'R' || s.p[1] < '0' || s.p[1] > '9') return -1;
-    int v;
-    return s.n <= 3 && parse_whole((Span){s.p + 1, s.n - 1}, &v) ? v : 0;
-}
-
-// Adds the atom a symbol of an atom line stands for. Returns its index, or -1 for no element.
-static int add_symbol(ChemMol *m, Span s, int v3000) {
+// Adds the atom of an element symbol and returns its index, or -1 with the fault at a column.
+// RDKit: ParseMolFileAtomLine, ParseV3000AtomSymbol
+static int add_symbol(MolBlock *b, Span s, int column) {
     char symbol[2] = {s.n > 0 ? s.p[0] : 0, s.n > 1 ? s.p[1] : 0};
     if (symbol[1] >= 'A' && symbol[1] <= 'Z') symbol[1] = (char)(symbol[1] - 'A' + 'a');
-    int z = element_number(symbol, s.n), group = r_group_number(s);
-    if (z >= 0) return mol_add_atom(m, z);
-    if (span_is(s, "D") || span_is(s, "T")) {
-        int i = mol_add_atom(m, 1);
-        m->atoms[i].isotope = s.p[0] == 'D' ? 2 : 3;
-        return i;
-    }
-    int wild = is_query_symbol(s) || span_is(s, "*") || (!v3000 && span_is(s, "R"));
-    if (!wild && group < 0 && !span_is(s, "R") && !span_is(s, "R#") && !span_is(s, "Pol") &&
-        !span_is(s, "Mod") && (v3000 || !(span_is(s, "L") || span_is(s, "LP"))))
-        return -1;
-    int i = mol_add_atom(m, 0);
-    m->atoms[i].query = m->atoms[i].no_implicit = (uint8_t)wild;  // queries get no hydrogens
-    if (group > 0) m->atoms[i].isotope = (uint16_t)group;
+    int z = element_number(symbol, s.n), isotope = 0;
+    if (z < 0 && span_is(s, "*")) z = 0;
+    if (z < 0 && (span_is(s, "D") || span_is(s, "T"))) z = 1, isotope = s.p[0] == 'D' ? 2 : 3;
+    if (z < 0 && is_query_symbol(s)) return not_supported(b, s);
+    if (z < 0)
+        return fault_at(b->fault, b->in.line, column, "unknown element",
+                        "expected an element symbol, found \"%.*s\"", s.n < 20 ? s.n : 20, s.p);
+    int i = mol_add_atom(b->m, z);
+    b->m->atoms[i].isotope = (uint16_t)isotope;
+    b->m->atoms[i].no_implicit = z == 0;
     return i;
 }
 
 // Fields of an atom line after the symbol.
+// RDKit: ParseMolFileAtomLine
 static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
     enum { MASS, CHARGE, H_COUNT, VALENCE, MAP, UNUSED };
     static const struct { int at, width, slot; const char *name; } fields[] = {
@@ -629,18 +630,17 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
         {45, 3, UNUSED, "stereo care flag"}, {54, 3, UNUSED, "reaction role"},
         {57, 3, UNUSED, "reaction component"}, {63, 3, UNUSED, "inversion flag"},
         {66, 3, UNUSED, "exact change flag"}};
-    int value[UNUSED + 1] = {[MAP] = -1};
+    int value[UNUSED + 1] = {0};
     for (int k = 0; k < 11; k++)
-        if (!optional_int(line, fields[k].at, fields[k].width, &value[fields[k].slot]))
-            return fault_at(b->fault, b->in.line, fields[k].at + 1, "malformed mol block",
-                            "expected a %s in columns %d-%d, found \"%.*s\"", fields[k].name,
-                            fields[k].at + 1, fields[k].at + fields[k].width, fields[k].width,
-                            line.p + fields[k].at);
+        if (!column_int(line, fields[k].at, fields[k].width, &value[fields[k].slot]))
+            return MOL_FAULT(b, fields[k].at + 1, "expected a %s in columns %d-%d, found \"%.*s\"",
+                             fields[k].name, fields[k].at + 1, fields[k].at + fields[k].width,
+                             fields[k].width, line.p + fields[k].at);
+    if (value[H_COUNT] > 0) return not_supported(b, (Span){"a hydrogen count", 16});
     if (value[MASS]) a->isotope = (uint16_t)(ELEMENTS[a->z].isotope + value[MASS]);
     if (value[CHARGE]) a->charge = (int8_t)(4 - value[CHARGE]);
-    if (value[H_COUNT] >= 1) a->query = a->no_implicit = 1;  // a hydrogen count makes it a query
     a->field_valence = value[VALENCE];
-    a->map = value[MAP];
+    if (value[MAP] > 0) a->map = value[MAP];
     return 0;
 }
 
@@ -667,18 +667,18 @@ static int fixed_decimal(const char *p, double *value) {
     return 1;
 }
 
-static const char ZERO_FIELDS[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // after the symbol
-
 // The usual atom line, taken without looking for its end: as long as the last one, usual
 // coordinates, a symbol of one letter, nothing but zeros. Returns 0, and takes nothing, if the
-// next line is not of that kind.
+// next line is not of that kind. With v2_usual_bond() it makes a conversion of small molecules 12 %
+// faster.
 static int v2_usual_atom(MolBlock *b, int length) {
+    static const char zeros[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // after the symbol
     const char *p = b->in.at;
     double xyz[3];
     if (length < 34 || b->in.end - p <= length || p[length] != '\n') return 0;
-    int zeros = length - 34 - (p[length - 1] == '\r');
-    if (zeros < 0 || zeros >= (int)sizeof ZERO_FIELDS || p[30] != ' ' || p[32] != ' ' ||
-        p[33] != ' ' || memcmp(p + 34, ZERO_FIELDS, (size_t)zeros) != 0)
+    int n = length - 34 - (p[length - 1] == '\r');
+    if (n < 0 || n >= (int)sizeof zeros || p[30] != ' ' || p[32] != ' ' || p[33] != ' ' ||
+        memcmp(p + 34, zeros, (size_t)n) != 0)
         return 0;
     for (int axis = 0; axis < 3; axis++)
         if (!fixed_decimal(p + 10 * axis, &xyz[axis])) return 0;
@@ -692,60 +692,44 @@ static int v2_usual_atom(MolBlock *b, int length) {
 }
 
 // An atom line: x, y, z in ten columns each, the symbol in 32-34, then small integers.
+// RDKit: ParseMolFileAtomLine
 static int v2_atom_line(MolBlock *b, Span line) {
-    if (line.n < 34)
-        return fault_at(b->fault, b->in.line, line.n + 1, "malformed mol block",
-                        "expected an atom line of at least 34 columns, found %d", line.n);
     double xyz[3];
+    if (line.n < 34)
+        return MOL_FAULT(b, line.n + 1, "expected an atom line of at least 34 columns, found %d",
+                         line.n);
     for (int axis = 0; axis < 3; axis++) {
         const char *p = line.p + 10 * axis;
         if (fixed_decimal(p, &xyz[axis])) continue;
         for (int k = 0; k < 10; k++)
-            if (!((p[k] >= '0' && p[k] <= '9') || p[k] == ' ' || p[k] == '-' || p[k] == '+' ||
-                  p[k] == '.' || p[k] == ','))
-                return fault_at(b->fault, b->in.line, 10 * axis + k + 1, "malformed mol block",
-                                "expected a coordinate, found \"%.10s\"", p);
+            if (p[k] == 0 || !strchr("0123456789 -+.,", p[k]))
+                return MOL_FAULT(b, 10 * axis + k + 1, "expected a coordinate, found \"%.10s\"", p);
         xyz[axis] = parse_decimal((Span){p, line.n - 10 * axis});  // not cut off at ten columns
     }
-    Span symbol = trim((Span){line.p + 31, 3});
-    int i = add_symbol(b->m, symbol, 0);
-    if (i < 0)
-        return fault_at(b->fault, b->in.line, 32, "unknown element",
-                        "expected an element symbol, found \"%.*s\"", symbol.n, symbol.p);
+    int i = add_symbol(b, trim((Span){line.p + 31, 3}), 32);
+    if (i < 0) return -1;
     memcpy(b->m->xyz[i], xyz, sizeof xyz);
     return v2_atom_fields(b, line, &b->m->atoms[i]);
 }
 
-// Order, query bits and aromaticity of a mol block's bond type.
-static void set_bond_type(ChemBond *bond, int type) {
+// Adds a bond of a mol block's type between two atoms, or returns NULL if the type is a query.
+// RDKit: ParseMolFileBondLine, ParseV3000BondBlock
+static ChemBond *add_typed_bond(MolBlock *b, int i, int j, int type) {
     static const uint8_t orders[] = {ORDER_NONE, ORDER_SINGLE, ORDER_DOUBLE, ORDER_TRIPLE,
-                                     ORDER_AROMATIC};
-    bond->order = type >= 0 && type <= 4 ? orders[type] : ORDER_NONE;
-    bond->aromatic = type == 4;
-    if (type >= 5 && type <= 7) bond->query = QUERY_ANY | QUERY_ORDER | QUERY_COMPLEX;
-    if (type > 7) bond->query = QUERY_ANY;
-}
-
-// A number of up to three digits in three columns, blanks in front. Returns 0 if it is not one.
-static int three_digits(const char *p, int *value) {
-    int v = 0, k = 0;
-    while (k < 2 && p[k] == ' ') k++;
-    for (; k < 3; k++) {
-        if (p[k] < '0' || p[k] > '9') return 0;
-        v = 10 * v + (p[k] - '0');
+                                     ORDER_AROMATIC, 0, 0, 0, 0, ORDER_DATIVE, ORDER_HYDROGEN};
+    if (type < 0 || type > 10 || (type > 4 && !orders[type])) {
+        not_supported(b, (Span){"a query bond", 12});
+        return NULL;
     }
-    *value = v;
-    return 1;
+    return mol_add_bond(b->m, i, j, orders[type]);
 }
 
 // The usual bond line, "  1  2  1  0", as v2_usual_atom() takes atoms.
 static int v2_usual_bond(MolBlock *b) {
     const char *p = b->in.at;
-    int i, j, type;
-    if (b->in.end - p <= 12 || p[12] != '\n' || memcmp(p + 9, "  0", 3) != 0 ||
-        !three_digits(p, &i) || !three_digits(p + 3, &j) || !three_digits(p + 6, &type) ||
-        i < 1 || i > b->m->n_atoms || j < 1 || j > b->m->n_atoms || type < 1 || type > 3)
-        return 0;
+    if (b->in.end - p <= 12 || p[12] != '\n' || memcmp(p + 9, "  0", 3) != 0) return 0;
+    int i = three_digits(p), j = three_digits(p + 3), type = three_digits(p + 6);
+    if (i < 1 || i > b->m->n_atoms || j < 1 || j > b->m->n_atoms || type < 1 || type > 3) return 0;
     mol_add_bond(b->m, i - 1, j - 1, type);  // single, double, triple are 1, 2, 3 here and there
     b->in.at += 13;
     b->in.line++;
@@ -753,177 +737,111 @@ static int v2_usual_bond(MolBlock *b) {
 }
 
 // A bond line: two atoms, type, stereo mark, (unused), topology, in three columns each.
+// RDKit: ParseMolFileBondLine
 static int v2_bond_line(MolBlock *b, Span line) {
+    static const uint8_t directions[] = {DIR_NONE, DIR_WEDGE, DIR_NONE, DIR_EITHER, DIR_UNKNOWN,
+                                         DIR_NONE, DIR_DASH};
     int v[3], stereo = 0, topology = 0;
     if (line.n < 9)
-        return fault_at(b->fault, b->in.line, line.n + 1, "malformed mol block",
-                        "expected a bond line of at least 9 columns, found %d", line.n);
+        return MOL_FAULT(b, line.n + 1, "expected a bond line of at least 9 columns, found %d",
+                         line.n);
     for (int k = 0; k < 3; k++)
-        if (!three_digits(line.p + 3 * k, &v[k]) &&
-            (!column_int(line, 3 * k, 3, &v[k]) || memchr(line.p + 3 * k, '-', 3)))
-            return fault_at(b->fault, b->in.line, 3 * k + 1, "malformed mol block",
-                            "expected a number in columns %d-%d, found \"%.3s\"", 3 * k + 1,
-                            3 * k + 3, line.p + 3 * k);
+        if (!column_int(line, 3 * k, 3, &v[k]) || memchr(line.p + 3 * k, '-', 3))
+            return MOL_FAULT(b, 3 * k + 1, "expected a number in columns %d-%d, found \"%.3s\"",
+                             3 * k + 1, 3 * k + 3, line.p + 3 * k);
     for (int k = 0; k < 2; k++)
         if (v[k] < 1 || v[k] > b->m->n_atoms)
             return fault_at(b->fault, b->in.line, 3 * k + 1, "bond to a missing atom",
                             "expected an atom from 1 to %d, found %d", b->m->n_atoms, v[k]);
-    ChemBond *bond = mol_add_bond(b->m, v[0] - 1, v[1] - 1, ORDER_NONE);
-    set_bond_type(bond, v[2]);
-    if (!optional_int(line, 9, 3, &stereo)) stereo = 0;
-    if (stereo == 1) bond->direction = DIR_WEDGE;
-    if (stereo == 6) bond->direction = DIR_DASH;
-    if (stereo == 3) bond->direction = DIR_EITHER, bond->stereo = STEREO_ANY;
-    if (stereo == 4) bond->direction = DIR_UNKNOWN;
-    if (bond->direction != DIR_NONE && bond->direction != DIR_UNKNOWN) b->m->wedged = 1;
-    if (!optional_int(line, 15, 3, &topology)) topology = 0;
-    if (topology > 2 || topology < 0)
-        return fault_at(b->fault, b->in.line, 16, "malformed mol block",
-                        "expected a bond topology of 0, 1 or 2, found %d", topology);
-    if (topology) bond->query |= QUERY_ANY | QUERY_ORDER;
+    ChemBond *bond = add_typed_bond(b, v[0] - 1, v[1] - 1, v[2] > 4 ? -1 : v[2]);
+    if (!bond) return -1;
+    if (!column_int(line, 9, 3, &stereo) || stereo < 0 || stereo > 6) stereo = 0;
+    bond->direction = directions[stereo];
+    if (stereo == 3) bond->stereo = STEREO_ANY;
+    if (stereo && stereo != 4) b->m->wedged |= bond->direction != DIR_NONE;
+    if (column_int(line, 15, 3, &topology) && topology)
+        return not_supported(b, (Span){"a bond topology", 15});
     return 0;
 }
 
-// Integer of a property line in [at, at + width); unless `needed`, blanks give 0 and signs are
-// taken lightly.
-static int property_int(MolBlock *b, Span line, int at, int width, int needed, int *value) {
+// Integer of a property or counts line in [at, at + width); blanks give 0 and signs are taken
+// lightly.
+// RDKit: FileParserUtils::toInt, stripSpacesAndCast
+static int property_int(MolBlock *b, Span line, int at, int width, int *value) {
     Span field = {line.p + at, line.n - at < width ? line.n - at : width};
-    int loose = !needed && at <= line.n;
+    int loose = at <= line.n;
     *value = 0;
-    if (at <= line.n && parse_whole(field, value)) return 0;
+    if (loose && parse_whole(field, value)) return 0;
     for (int k = 0; k < field.n; k++) loose &= strchr("0123456789 +-", field.p[k]) != NULL;
     if (loose) *value = leading_int(field, 1);
     if (loose) return 0;
-    return fault_at(b->fault, b->in.line, at + 1, "malformed mol block",
-                    "expected a number in columns %d-%d, found \"%.*s\"", at + 1, at + width,
-                    at <= line.n ? field.n : 0, line.p + (at <= line.n ? at : 0));
-}
-
-// What a pair (atom or bond, value) of a property line changes.
-static int apply_property(MolBlock *b, const char *tag, int index, int value) {
-    int is_bond = strcmp(tag, "ZBO") == 0;
-    if (index < 1 || index > (is_bond ? b->m->n_bonds : b->m->n_atoms))
-        return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                        "M  %s names %s %d, expected 1 to %d", tag, is_bond ? "bond" : "atom",
-                        index, is_bond ? b->m->n_bonds : b->m->n_atoms);
-    ChemAtom *a = &b->m->atoms[is_bond ? 0 : index - 1];
-    if (is_bond) {
-        ChemBond *bond = &b->m->bonds[index - 1];
-        if (value < 0)
-            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                            "expected a bond order from 0 for bond %d, found %d", index, value);
-        bond->order = value == 0 ? ORDER_ZERO : value == 12 ? ORDER_AROMATIC
-                    : value == 17 ? ORDER_DATIVE : value <= 4 ? (uint8_t)value : ORDER_NONE;
-    } else if (strcmp(tag, "CHG") == 0 || strcmp(tag, "ZCH") == 0) {
-        a->charge = (int8_t)value;
-    } else if (strcmp(tag, "RAD") == 0) {
-        if (value < 1 || value > 3)
-            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                            "expected a radical of 1, 2 or 3 on atom %d, found %d", index, value);
-        a->radicals = value == 2 ? 1 : 2;
-    } else if (strcmp(tag, "ISO") == 0) {
-        if (value >= 0) a->isotope = (uint16_t)value;
-    } else if (strcmp(tag, "RGP") == 0) {
-        a->query = 1;
-        if (value > 0 && value < 999) a->isotope = (uint16_t)value;
-    } else if (strcmp(tag, "HYD") == 0) {
-        if (value >= 0) a->explicit_h = (uint8_t)value, a->field_valence = 0;
-    } else if (value != 0) {
-        a->query = 1;  // SUB, UNS, RBC: conditions of a substructure search
-    }
-    return 0;
+    return MOL_FAULT(b, at + 1, "expected a number in columns %d-%d, found \"%.*s\"", at + 1,
+                     at + width, at <= line.n ? field.n : 0, line.p + (at <= line.n ? at : 0));
 }
 
 // A property line of index-value pairs, four columns each, after a three-column count.
+// RDKit: ParseChargeLine, ParseRadicalLine, ParseIsotopeLine
 static int v2_pairs(MolBlock *b, Span line, const char *tag) {
-    int count, index, value, strict = strcmp(tag, "CHG") != 0 && strcmp(tag, "RAD") != 0;
-    if (property_int(b, line, 6, 3, strict, &count)) return -1;
+    int count, index, value;
+    if (property_int(b, line, 6, 3, &count)) return -1;
     for (int k = 0, at = 9; k < count; k++, at += 8) {
-        if (property_int(b, line, at, 4, strict, &index)) return -1;
-        Span rest = trim((Span){line.p + at + 4, line.n - at - 4});
-        if (strict && rest.n <= 0) break;
-        if (property_int(b, line, at + 4, 4, 0, &value)) return -1;
-        if (apply_property(b, tag, index, value)) return -1;
+        if (property_int(b, line, at, 4, &index)) return -1;
+        if (*tag == 'I' && trim((Span){line.p + at + 4, line.n - at - 4}).n <= 0) break;
+        if (property_int(b, line, at + 4, 4, &value)) return -1;
+        if (index < 1 || index > b->m->n_atoms)
+            return MOL_FAULT(b, 0, "M  %s names atom %d, expected 1 to %d", tag, index,
+                             b->m->n_atoms);
+        ChemAtom *a = &b->m->atoms[index - 1];
+        if (*tag == 'R' && (value < 1 || value > 3))
+            return MOL_FAULT(b, 0, "expected a radical of 1, 2 or 3 on atom %d, found %d", index,
+                             value);
+        if (*tag == 'C') a->charge = (int8_t)value;
+        if (*tag == 'R') a->radicals = value == 2 ? 1 : 2;
+        if (*tag == 'I' && value >= 0) a->isotope = (uint16_t)value;
     }
-    return 0;
-}
-
-// `M  ALS`: the atom is one of a list. It is taken for the first of them.
-static int v2_atom_list(MolBlock *b, Span line) {
-    int index, count;
-    if (property_int(b, line, 7, 3, 1, &index)) return -1;
-    if (property_int(b, line, 10, 3, 0, &count)) return -1;
-    if (count == 0) return 0;
-    Span symbol = line.n >= 20 ? trim((Span){line.p + 16, 4}) : (Span){line.p, 0};
-    int z = element_number(symbol.p, symbol.n);
-    if (index < 1 || index > b->m->n_atoms || count < 0 || z < 0 || line.n < 16 + 4 * count)
-        return fault_at(b->fault, b->in.line, 8, "malformed mol block",
-                        "expected an atom list, found \"%.*s\"", line.n < 60 ? line.n : 60, line.p);
-    b->m->atoms[index - 1].z = (uint8_t)z;
-    b->m->atoms[index - 1].query = 1;
-    return 0;
-}
-
-// The line after the bonds may be an atom list in the old form, "  1 F    2   6   7".
-static int v2_old_atom_list(MolBlock *b, Span line) {
-    int index, count, z;
-    if (property_int(b, line, 0, 3, 1, &index) || property_int(b, line, 9, 1, 0, &count) ||
-        (count > 0 && property_int(b, line, 11, 3, 0, &z)))
-        return -1;
-    if (index < 1 || index > b->m->n_atoms || (line.p[4] != 'T' && line.p[4] != 'F') || count < 0 ||
-        count > 5 || (count > 0 && (z < 0 || z > Z_MAX)))
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                        "expected an atom list or a property line, found \"%.*s\"",
-                        line.n < 60 ? line.n : 60, line.p);
-    if (count > 0) b->m->atoms[index - 1].z = (uint8_t)z;
-    b->m->atoms[index - 1].query = 1;
     return 0;
 }
 
 // One line of the property block. *charged: whether a CHG or RAD line was seen, the first of which
 // replaces the charges of the atom lines.
+// RDKit: ParseMolBlockProperties
 static int v2_property(MolBlock *b, Span line, int *charged) {
-    static const char *const pair_tags[] = {"CHG", "RAD", "ISO", "RGP", "SUB", "UNS", "RBC",
-                                            "ZBO", "ZCH", "HYD"};
-    Span skipped;
-    int count;
+    static const char *const tags[] = {"CHG", "RAD", "ISO", "ALS", "RGP", "SUB", "UNS", "RBC",
+                                       "ZBO", "ZCH", "HYD", "CRS"};
+    Span skipped, tag = {line.p + 3, line.n - 3};
+    int count, k = 0;
     if (starts_with(line, "G")) {
         next_line(&b->in, &skipped);  // the abbreviation itself
     } else if (starts_with(line, "A") || starts_with(line, "V")) {
-        if (property_int(b, line, 3, 3, 1, &count)) return -1;
+        if (property_int(b, line, 3, 3, &count)) return -1;
         if (line.n < 7 - 2 * (line.p[0] == 'A') || line.p[1] != ' ' || count < 1 ||
             count > b->m->n_atoms)
-            return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                            "expected an alias or value of an atom from 1 to %d", b->m->n_atoms);
+            return MOL_FAULT(b, 1, "expected an alias or value of an atom from 1 to %d",
+                             b->m->n_atoms);
         if (line.p[0] == 'A') next_line(&b->in, &skipped);  // the alias itself
     } else if (starts_with(line, "S  SKP")) {
-        if (property_int(b, line, 6, 3, 0, &count)) return -1;
+        if (property_int(b, line, 6, 3, &count)) return -1;
         while (count-- > 0 && next_line(&b->in, &skipped)) {}
-    } else if (starts_with(line, "M  ALS")) {
-        return v2_atom_list(b, line);
-    } else if (starts_with(line, "M  CRS")) {
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block", "M  CRS is not supported");
     } else if (starts_with(line, "M  ")) {
-        for (int k = 0; k < 10; k++) {
-            if (!starts_with((Span){line.p + 3, line.n - 3}, pair_tags[k])) continue;
-            if (k < 2 && !*charged) {
-                for (int i = 0; i < b->m->n_atoms; i++) b->m->atoms[i].charge = 0;
-                *charged = 1;
-            }
-            return v2_pairs(b, line, pair_tags[k]);
-        }
+        while (k < 12 && !starts_with(tag, tags[k])) k++;
+        if (k < 2 && !*charged)
+            for (int i = 0; i < b->m->n_atoms; i++) b->m->atoms[i].charge = 0;
+        *charged |= k < 2;
+        if (k < 3) return v2_pairs(b, line, tags[k]);
+        if (k < 12) return not_supported(b, (Span){line.p, 6});
     }
     return 0;
 }
 
-// The property block, up to and including `M  END`.
+// The property block, up to and including `M  END`. It begins at once: the old form of an atom
+// list, "  1 F    2   6   7", would stand before it.
+// RDKit: ParseMolBlockProperties
 static int v2_properties(MolBlock *b) {
     Span line;
     int charged = 0, any = next_line(&b->in, &line);
     if (any && line.n == 0)
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                        "expected a property line or M  END, found a blank line");
-    if (any && !strchr("MAVGS$", line.p[0]) && v2_old_atom_list(b, line)) return -1;
+        return MOL_FAULT(b, 1, "expected a property line or M  END, found a blank line");
+    if (any && !strchr("MAVGS$", line.p[0])) return not_supported(b, line);
     for (; any; any = next_line(&b->in, &line)) {
         if (starts_with(line, "M  END")) return 0;
         if (v2_property(b, line, &charged)) return -1;
@@ -933,23 +851,22 @@ static int v2_properties(MolBlock *b) {
 }
 
 // Atoms, bonds and properties of a V2000 block, as many as the counts line says.
+// RDKit: ParseV2000CTAB
 static int v2_body(MolBlock *b) {
-    Span line = {0};
+    Span line;
     int length = 0;  // of the last atom line, with a CR
     for (int k = 0; k < b->n_atoms; k++) {
         const char *start = b->in.at;
         if (v2_usual_atom(b, length)) continue;
         if (!next_line(&b->in, &line))
-            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                            "expected %d atom lines, found %d", b->n_atoms, k);
+            return MOL_FAULT(b, 0, "expected %d atom lines, found %d", b->n_atoms, k);
         if (v2_atom_line(b, line)) return -1;
         length = (int)(b->in.at - start) - 1;
     }
     for (int k = 0; k < b->n_bonds; k++) {
         if (v2_usual_bond(b)) continue;
         if (!next_line(&b->in, &line))
-            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                            "expected %d bond lines, found %d", b->n_bonds, k);
+            return MOL_FAULT(b, 0, "expected %d bond lines, found %d", b->n_bonds, k);
         if (v2_bond_line(b, line)) return -1;
     }
     return v2_properties(b);
@@ -957,7 +874,7 @@ static int v2_body(MolBlock *b) {
 
 // ---- V3000
 
-// Case-insensitive starts_with(); `text` is in capitals.
+// Case-insensitive starts_with(), and equality; `text` is in capitals.
 static int starts_with_word(Span s, const char *text) {
     int k = 0;
     for (; text[k]; k++)
@@ -965,35 +882,35 @@ static int starts_with_word(Span s, const char *text) {
     return 1;
 }
 
-// Next V3000 line without its "M  V30 "; lines that end in '-' go on in the next one.
+static int word_is(Span s, const char *text) {
+    return (size_t)s.n == strlen(text) && starts_with_word(s, text);
+}
+
+// Next V3000 line without its "M  V30 "; lines that end in '-' go on in the next one, and are
+// joined in the molecule's arena.
+// RDKit: getV3000Line
 static int v3_line(MolBlock *b, Span *out) {
     Span line;
     char *joined = NULL;
     int room = 0, used = 0;
     for (;;) {
         if (!next_line(&b->in, &line) || !starts_with(line, "M  V30 "))
-            return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                            "expected \"M  V30 \", found \"%.*s\"", line.n < 20 ? line.n : 20,
-                            line.p);
-        Span part = {line.p + 7, line.n - 7};
-        int more = line.p[line.n - 1] == '-';
-        if (more) part.n--;
-        if (!more && !joined) {
-            *out = part;
-            return 0;
-        }
-        if (part.n < 0) part.n = 0;
-        while (used + part.n > room) joined = arena_grow(&b->m->arena, joined, &room, 1);
-        memcpy(joined + used, part.p, (size_t)part.n);
-        used += part.n;
-        if (!more) {
-            *out = (Span){joined, used};
-            return 0;
-        }
+            return MOL_FAULT(b, 1, "expected \"M  V30 \", found \"%.*s\"",
+                             line.n < 20 ? line.n : 20, line.p);
+        int more = line.p[line.n - 1] == '-' && line.n > 7;
+        *out = (Span){line.p + 7, line.n - 7 - more};
+        if (!more && !joined) return 0;
+        while (used + out->n > room) joined = arena_grow(&b->m->arena, joined, &room, 1);
+        memcpy(joined + used, out->p, (size_t)out->n);
+        used += out->n;
+        *out = (Span){joined, used};
+        if (!more) return 0;
     }
 }
 
-// Splits a line at blanks, except inside "..." and (...). Returns the number of tokens.
+// Splits a line at blanks, except inside "..." and (...), into *tokens in the molecule's arena.
+// Returns their number.
+// RDKit: tokenizeV3000Line
 static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
     int n = 0, room = 0, start = 0, pos = 0, quoted = 0, inside = 0;
     line = trim(line);
@@ -1028,6 +945,7 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
 }
 
 // Splits NAME=value. Returns 0 if the token is anything else.
+// RDKit: splitAssignToken
 static int v3_assignment(Span token, Span *name, Span *value) {
     const char *eq = memchr(token.p, '=', (size_t)token.n);
     if (!eq) return 0;
@@ -1036,68 +954,43 @@ static int v3_assignment(Span token, Span *name, Span *value) {
     return memchr(value->p, '=', (size_t)value->n) == NULL;
 }
 
-// Case-insensitive equality; `text` is in capitals.
-static int word_is(Span s, const char *text) {
-    return (size_t)s.n == strlen(text) && starts_with_word(s, text);
-}
-
 // The fault of a V3000 token that is not what was expected.
 static int v3_bad(MolBlock *b, Span token, const char *expected) {
-    return fault_at(b->fault, b->in.line, 0, "malformed mol block", "expected %s, found \"%.*s\"",
-                    expected, token.n < 60 ? token.n : 60, token.p);
+    return MOL_FAULT(b, 0, "expected %s, found \"%.*s\"", expected, token.n < 60 ? token.n : 60,
+                     token.p);
 }
 
 // One NAME=value of an atom line. Values RDKit ignores or keeps as notes are passed over.
+// RDKit: ParseV3000AtomProps
 static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
+    static const char *const queries[] = {"UNSAT", "HCOUNT", "RBCNT", "SUBST", "RGROUPS"};
     Span name, value;
     int v = 0;
     if (!v3_assignment(token, &name, &value)) return v3_bad(b, token, "NAME=value");
     int whole = parse_whole(value, &v);
     if (word_is(name, "CHG")) {
         if (!whole) return v3_bad(b, token, "a charge");
-        if (!a->query) a->charge = (int8_t)v;
+        if (a->z) a->charge = (int8_t)v;
     } else if (word_is(name, "RAD")) {
         if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a radical of 0 to 3");
         if (v) a->radicals = v == 2 ? 1 : 2;
     } else if (word_is(name, "MASS")) {
         v = whole ? v : (int)floor(parse_decimal(value));
         if (v < 0) return v3_bad(b, token, "a mass");
-        if (!a->query) a->isotope = (uint16_t)v;
+        if (a->z) a->isotope = (uint16_t)v;
     } else if (word_is(name, "CFG")) {
         if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a configuration of 0 to 3");
     } else if (word_is(name, "VAL")) {
         if (!whole) return v3_bad(b, token, "a valence");
         a->field_valence = v;
-    } else if (word_is(name, "UNSAT")) {
-        if (v == 1) a->query = 1;
-    } else if (word_is(name, "HCOUNT") || word_is(name, "RBCNT") || word_is(name, "SUBST")) {
-        if (!whole) return v3_bad(b, token, "a number");
-        if (v) a->query = 1;
-    } else if (word_is(name, "RGROUPS")) {
-        Span rest = value.n > 1 ? (Span){value.p + 1, value.n - 2} : value;
-        const char *blank = memchr(rest.p, ' ', (size_t)rest.n);
-        Span label = blank ? (Span){blank + 1, (int)(rest.p + rest.n - blank) - 1} : rest;
-        if (!blank || !parse_whole(label, &v)) return v3_bad(b, token, "RGROUPS=(1 n)");
-        a->query = 1;
-        a->isotope = (uint16_t)v;
     }
+    for (int k = 0; k < 5; k++)
+        if (word_is(name, queries[k]) && !span_is(value, "0")) return not_supported(b, token);
     return 0;
 }
 
-// Adds the atom of a V3000 symbol, which may also be a list "[C,N]" or "NOT [C,N]".
-static int v3_symbol(MolBlock *b, Span s) {
-    if (s.n > 3 && starts_with_word(s, "NOT")) s = trim((Span){s.p + 3, s.n - 3});
-    if (s.n < 2 || s.p[0] != '[') return add_symbol(b->m, s, 1);
-    if (s.p[s.n - 1] != ']') return -1;
-    const char *comma = memchr(s.p, ',', (size_t)s.n);
-    Span one = trim((Span){s.p + 1, comma ? (int)(comma - s.p) - 1 : s.n - 2});
-    int i = add_symbol(b->m, one, 1);
-    if (i >= 0) b->m->atoms[i].query = 1;
-    return i;
-}
-
 // The atom with a label, through a hash table: label k is usually atom k, but need not be. With
-// `add` the label is entered for that atom first; the first of equal labels counts.
+// `add` >= 0 the label is entered for that atom first; the first of equal labels counts. -1: none.
 static int v3_atom_with_label(MolBlock *b, int label, int add) {
     unsigned mask = (unsigned)b->table_size - 1, slot = (unsigned)label * 2654435761u & mask;
     while (b->label_table[slot] && b->label_of[slot] != label) slot = (slot + 1) & mask;
@@ -1109,67 +1002,53 @@ static int v3_atom_with_label(MolBlock *b, int label, int add) {
 }
 
 // "index symbol x y z map NAME=value ...".
+// RDKit: ParseV3000AtomBlock
 static int v3_atom_line(MolBlock *b, Span line) {
     Span *token;
-    int n = v3_tokens(b, line, &token), map, at = 1;
-    if (n > 2 && word_is(token[1], "NOT")) {  // "NOT [C,N]" is one symbol in two tokens
-        token[2].n += (int)(token[2].p - token[1].p);
-        token[2].p = token[1].p;
-        at = 2;
-    }
-    if (n < at + 5)
-        return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                        "expected index, symbol, x, y, z and map number, found %d fields", n);
-    int i = v3_symbol(b, trim(token[at]));
-    if (i < 0)
-        return fault_at(b->fault, b->in.line, (int)(token[at].p - line.p) + 8, "unknown element",
-                        "expected an element symbol, found \"%.*s\"",
-                        token[at].n < 20 ? token[at].n : 20, token[at].p);
+    int n = v3_tokens(b, line, &token);
+    if (n > 1 && word_is(token[1], "NOT")) return not_supported(b, token[1]);
+    if (n < 6)
+        return MOL_FAULT(b, 0, "expected index, symbol, x, y, z and map number, found %d fields",
+                         n);
+    int i = add_symbol(b, trim(token[1]), (int)(token[1].p - line.p) + 8);
+    if (i < 0) return -1;
     v3_atom_with_label(b, leading_int(token[0], 0), i);
-    for (int axis = 0; axis < 3; axis++) b->m->xyz[i][axis] = parse_decimal(token[at + 1 + axis]);
-    map = leading_int(token[at + 4], 1);
+    for (int axis = 0; axis < 3; axis++) b->m->xyz[i][axis] = parse_decimal(token[2 + axis]);
+    int map = leading_int(token[5], 1);
     if (map > 0) b->m->atoms[i].map = map;
-    for (int k = at + 5; k < n; k++)
+    for (int k = 6; k < n; k++)
         if (v3_atom_property(b, &b->m->atoms[i], token[k])) return -1;
     return 0;
 }
 
 // "index type atom1 atom2 NAME=value ...".
+// RDKit: ParseV3000BondBlock
 static int v3_bond_line(MolBlock *b, Span line) {
     Span *token, name, value;
-    int n = v3_tokens(b, line, &token), v[4] = {0}, end[2];
-    if (n < 4)
-        return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                        "expected index, type and two atoms, found %d fields", n);
-    for (int k = 0; k < 4; k++) v[k] = leading_int(token[k], 0);
+    int n = v3_tokens(b, line, &token), end[2];
+    if (n < 4) return MOL_FAULT(b, 0, "expected index, type and two atoms, found %d fields", n);
+    int type = leading_int(token[1], 0);
     for (int k = 0; k < 2; k++) {
-        end[k] = v3_atom_with_label(b, v[2 + k], -1);
+        end[k] = v3_atom_with_label(b, leading_int(token[2 + k], 0), -1);
         if (end[k] < 0)
             return fault_at(b->fault, b->in.line, (int)(token[2 + k].p - line.p) + 8,
                             "bond to a missing atom",
                             "expected the index of an atom, found \"%.*s\"",
                             token[2 + k].n < 20 ? token[2 + k].n : 20, token[2 + k].p);
     }
-    ChemBond *bond = mol_add_bond(b->m, end[0], end[1], ORDER_NONE);
-    set_bond_type(bond, v[1]);
-    if (v[1] == 9) bond->order = ORDER_DATIVE, bond->query = 0;
-    if (v[1] == 10) bond->order = ORDER_HYDROGEN, bond->query = 0;
+    ChemBond *bond = add_typed_bond(b, end[0], end[1], type);
+    if (!bond) return -1;
     for (int k = 4; k < n; k++) {
-        int cfg = 0;
         if (!v3_assignment(token[k], &name, &value)) return v3_bad(b, token[k], "NAME=value");
-        if (word_is(name, "CFG")) {
-            cfg = leading_int(value, 0);
-            if (cfg > 3) return v3_bad(b, token[k], "a configuration of 0 to 3");
-            if (cfg == 1) bond->direction = DIR_WEDGE;
-            if (cfg == 3) bond->direction = DIR_DASH;
-            if (cfg == 1 || cfg == 3) b->m->wedged = 1;
-            if (cfg == 2 && v[1] == 1) bond->direction = DIR_UNKNOWN;
-            if (cfg == 2 && v[1] == 2) bond->direction = DIR_EITHER, bond->stereo = STEREO_ANY;
-        } else if (word_is(name, "TOPO") && !span_is(value, "0")) {
-            if (!span_is(value, "1") && !span_is(value, "2"))
-                return v3_bad(b, token[k], "a topology of 0, 1 or 2");
-            bond->query |= QUERY_ANY | QUERY_ORDER;
-        }
+        if (word_is(name, "TOPO") && !span_is(value, "0")) return not_supported(b, token[k]);
+        if (!word_is(name, "CFG")) continue;
+        int cfg = leading_int(value, 0);
+        if (cfg > 3) return v3_bad(b, token[k], "a configuration of 0 to 3");
+        if (cfg == 1) bond->direction = DIR_WEDGE;
+        if (cfg == 3) bond->direction = DIR_DASH;
+        if (cfg == 1 || cfg == 3) b->m->wedged = 1;
+        if (cfg == 2 && type == 1) bond->direction = DIR_UNKNOWN;
+        if (cfg == 2 && type == 2) bond->direction = DIR_EITHER, bond->stereo = STEREO_ANY;
     }
     return 0;
 }
@@ -1190,11 +1069,11 @@ static int v3_block(MolBlock *b, const char *name, int count,
 }
 
 // Everything between the counts line of the header and `M  END`.
+// RDKit: ParseV3000CTAB
 static int v3_body(MolBlock *b) {
     Span line, *token;
     if (b->n_atoms || b->n_bonds)
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                        "expected counts of 0 in the header of a V3000 block");
+        return MOL_FAULT(b, 1, "expected counts of 0 in the header of a V3000 block");
     if (v3_line(b, &line)) return -1;
     if (!starts_with_word(line, "BEGIN CTAB")) return v3_bad(b, line, "BEGIN CTAB");
     if (v3_line(b, &line)) return -1;
@@ -1222,37 +1101,36 @@ static int v3_body(MolBlock *b) {
 }
 
 // The counts line: atoms and bonds in three columns each, version in columns 35-39.
+// RDKit: MolDataStreamToMol
 static int counts_line(MolBlock *b, int *v3000) {
     Span line;
     if (!next_line(&b->in, &line) || line.n < 6)
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                        "expected a counts line, found \"%.*s\"", line.n < 40 ? line.n : 40,
-                        line.p);
-    if (property_int(b, line, 0, 3, 0, &b->n_atoms) || property_int(b, line, 3, 3, 0, &b->n_bonds))
+        return MOL_FAULT(b, 1, "expected a counts line, found \"%.*s\"",
+                         line.n < 40 ? line.n : 40, line.p);
+    if (property_int(b, line, 0, 3, &b->n_atoms) || property_int(b, line, 3, 3, &b->n_bonds))
         return -1;
-    if (b->n_atoms < 0 || b->n_bonds < 0)
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block", "negative counts");
-    Span version = {line.p + 34, line.n > 34 ? line.n - 34 : 0};
-    *v3000 = line.n > 35 && starts_with(version, "V3000");
-    if (line.n > 35 && !*v3000 && !starts_with(version, "V2000"))
-        return fault_at(b->fault, b->in.line, 35, "malformed mol block",
-                        "expected V2000 or V3000, found \"%.*s\"",
-                        version.n < 5 ? version.n : 5, version.p);
+    if (b->n_atoms < 0 || b->n_bonds < 0) return MOL_FAULT(b, 1, "negative counts");
+    Span version = {line.p + 34, line.n > 35 ? line.n - 34 : 0};
+    *v3000 = starts_with(version, "V3000");
+    if (version.n && !*v3000 && !starts_with(version, "V2000"))
+        return MOL_FAULT(b, 35, "expected V2000 or V3000, found \"%.*s\"",
+                         version.n < 5 ? version.n : 5, version.p);
     return 0;
 }
 
 // Reads the mol block at the beginning of a record into m; `rest` is what follows M  END.
+// RDKit: MolDataStreamToMol
 static int read_mol_block(ChemMol *m, Lines *rest, Span *title, Fault *fault) {
     MolBlock b = {.in = *rest, .m = m, .fault = fault};
     Span line;
     int v3000 = 0;
     next_line(&b.in, title);
     next_line(&b.in, &line);
-    b.tagged_3d = line.n >= 22 && (line.p[20] == '3') && (line.p[21] == 'D' || line.p[21] == 'd');
+    int tagged_3d = line.n >= 22 && line.p[20] == '3' && (line.p[21] == 'D' || line.p[21] == 'd');
     next_line(&b.in, &line);
     if (counts_line(&b, &v3000) || (v3000 ? v3_body(&b) : v2_body(&b))) return -1;
     m->has_xyz = 1;
-    m->is_3d = b.tagged_3d && m->n_atoms > 0;
+    m->is_3d = tagged_3d && m->n_atoms > 0;
     for (int i = 0; i < m->n_atoms && !m->is_3d; i++) m->is_3d = m->xyz[i][2] != 0.0;
     *rest = b.in;
     return 0;
@@ -1278,7 +1156,7 @@ typedef struct {
 } SmilesReader;
 
 // A bond symbol that was read, or nothing.
-typedef struct { int given, order, direction, query, unspecified, reversed; } BondSymbol;
+typedef struct { int given, order, direction, unspecified, reversed; } BondSymbol;
 
 // The fault of a character that is not what was expected.
 static int smiles_fault(SmilesReader *s, int at, const char *expected) {
@@ -1444,7 +1322,7 @@ static BondSymbol smiles_bond(SmilesReader *s) {
     else if (smiles_take(s, "#")) b.order = ORDER_TRIPLE;
     else if (smiles_take(s, "$")) b.order = ORDER_QUADRUPLE;
     else if (smiles_take(s, ":")) b.order = ORDER_AROMATIC;
-    else if (smiles_take(s, "~")) b.query = QUERY_ANY;
+    else if (smiles_take(s, "~")) b.order = ORDER_NONE;
     else if (smiles_take(s, "/")) b.direction = DIR_UP, b.unspecified = 1;
     else if (smiles_take(s, "\\\\") || smiles_take(s, "\\"))
         b.direction = DIR_DOWN, b.unspecified = 1;
@@ -1463,7 +1341,6 @@ static void smiles_join(SmilesReader *s, int i, BondSymbol symbol) {
     int begin = symbol.reversed ? i : s->active, end = symbol.reversed ? s->active : i;
     ChemBond *b = mol_add_bond(s->m, begin, end, order);
     b->direction = (uint8_t)symbol.direction;
-    b->query = (uint8_t)symbol.query;
     b->unspecified = (uint8_t)symbol.unspecified;
     s->active = i;
 }
@@ -1715,8 +1592,6 @@ static int set_implicit_hydrogens(ChemMol *m, int i) {
     if (a->no_implicit) return 1;
     a->implicit_h = 0;
     if (a->z == 0) return 1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        if (m->bonds[m->adj[k]].query & QUERY_COMPLEX) return 1;
     if (a->valence == 0 && a->z == 1 && a->radicals == 0) {  // a lone hydrogen
         a->implicit_h = a->charge == 0;
         return a->charge >= -1 && a->charge <= 1;
@@ -1748,8 +1623,7 @@ static void update_valences(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
         if (a->z == 1 && !a->charge && !a->explicit_h && !a->radicals && !a->no_implicit &&
-            mol_degree(m, i) == 1 && m->bonds[m->adj[m->first[i]]].order == ORDER_SINGLE &&
-            !m->bonds[m->adj[m->first[i]]].query) {
+            mol_degree(m, i) == 1 && m->bonds[m->adj[m->first[i]]].order == ORDER_SINGLE) {
             a->valence = 1;  // half of all atoms are this
             a->implicit_h = 0;
             continue;
@@ -1864,7 +1738,7 @@ static int is_nontetrahedral(const ChemAtom *a) { return a->chirality >= CHI_SQU
 // Whether hydrogen i is nothing but a hydrogen.
 static int is_removable_hydrogen(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
-    if (a->z != 1 || a->query || a->isotope || mol_degree(m, i) != 1) return 0;
+    if (a->z != 1 || a->isotope || mol_degree(m, i) != 1) return 0;
     const ChemBond *b = &m->bonds[m->adj[m->first[i]]];
     int j = bond_other(b, i);
     const ChemAtom *heavy = &m->atoms[j];
@@ -2816,10 +2690,8 @@ static int pi_electrons(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int valence = default_valence(a->z), degree = total_degree(m, i);
     if (valence <= 1) return -1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        if (!(b->query & QUERY_COMPLEX) && twice_contribution(b, i) == 0) degree--;
-    }
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        degree -= twice_contribution(&m->bonds[m->adj[k]], i) == 0;
     if (degree > 3) return -1;
     int lone = ELEMENTS[a->z].outer - valence - a->charge;
     int n = valence - degree + (lone > 0 ? lone : 0) - a->radicals;
@@ -3088,8 +2960,6 @@ static void assign_conjugation(ChemMol *m) {
 static int bonds_and_lone_pairs(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int degree = total_degree(m, i), outer = ELEMENTS[a->z].outer, valence = total_valence(a);
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        degree -= m->bonds[m->adj[k]].order == ORDER_ZERO;
     if (a->z <= 1) return degree;
     int unbound = outer - (valence + a->charge);
     if (valence + outer - a->charge >= 8) return degree + unbound / 2;
@@ -3181,8 +3051,7 @@ static double angle_between(Point a, Point b) {
 
 // Whether a bond counts as a neighbour direction of atom i in tetrahedral stereo.
 static int bond_has_direction(const ChemBond *b, int i) {
-    return b->order != ORDER_NONE && b->order != ORDER_ZERO &&
-           !(b->order == ORDER_DATIVE && b->begin == i);
+    return b->order != ORDER_NONE && !(b->order == ORDER_DATIVE && b->begin == i);
 }
 
 // Number of such bonds.
@@ -3635,7 +3504,7 @@ static void sort_entries(CipEntry *entries, int n) {
 // (once for the double bond of a phosphoryl group), highest first, then 0 for each hydrogen.
 // Returns its length.
 static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
-    int n = 0, hydrogens = m->atoms[i].query ? 0 : atom_hydrogens(&m->atoms[i]);
+    int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]);
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
         const ChemBond *b = &m->bonds[m->adj[k]];
         int j = bond_other(b, i), count = twice_order(b), degree = mol_degree(m, j);
@@ -4155,7 +4024,7 @@ static void atom_features(const ChemMol *m, int i, uint8_t *f) {
 
 // The three features of a bond as one code, see BOND_CODES.
 static uint8_t bond_code(const ChemBond *b) {
-    static const uint8_t type[] = {4, 0, 1, 2, 4, 3, 4, 4, 4};
+    static const uint8_t type[] = {4, 0, 1, 2, 4, 3, 4, 4};
     return (uint8_t)(12 * type[b->order] + 2 * b->stereo + b->conjugated);
 }
 
