@@ -30,7 +30,14 @@
 //   23 options and main
 //
 // Where RDKit's behaviour is an accident of its code, it is followed and a comment says so: equal
-// numbers are worth more here than better chemistry.
+// numbers are worth more here than better chemistry. A line "RDKit: f" over a function names what
+// it mirrors there (release 2022.09; MolOps, FindRings, ... are namespaces); helpers of our own
+// have none. Records that RDKit reads and this program refuses, with a reason:
+//
+//    query features, R-groups, rare properties  of mol blocks: they describe no single molecule
+//    rare chirality classes                     @AL, @SP, @TB, @OH in SMILES
+//    rings too intricate                        cages whose rings need RDKit's fallback searches
+//    dummy atoms in aromatic rings              *1cccc1 has no Kekule structure to be sure of
 #ifndef MB_PROGRAM
 #define MB_PROGRAM "data_prep"
 #endif
@@ -116,6 +123,7 @@ static int element_number(const char *text, int n) {
 }
 
 // Whether the first element attracts electrons more than the second, by RDKit's rough measure.
+// RDKit: PeriodicTable::moreElectroNegative
 static int more_electronegative(int z1, int z2) {
     int outer1 = ELEMENTS[z1].outer, outer2 = ELEMENTS[z2].outer;
     return outer1 != outer2 ? outer1 > outer2 : z1 < z2;
@@ -217,8 +225,8 @@ enum { DIR_NONE, DIR_WEDGE, DIR_DASH, DIR_DOWN, DIR_UP, DIR_EITHER, DIR_UNKNOWN 
 
 enum { STEREO_NONE, STEREO_Z, STEREO_E, STEREO_CIS, STEREO_TRANS, STEREO_ANY };  // OGB's order
 
-enum { CHI_NONE, CHI_CW, CHI_CCW, CHI_OTHER, CHI_TETRAHEDRAL, CHI_ALLENE, CHI_SQUARE,
-       CHI_BIPYRAMID, CHI_OCTAHEDRON };  // the first four in OGB's order, the rest is its "misc"
+// The first three are OGB's, the others its "misc", which is 4.
+enum { CHI_NONE, CHI_CW, CHI_CCW, CHI_SQUARE = 4, CHI_BIPYRAMID, CHI_OCTAHEDRON };
 
 enum { HYBRID_SP, HYBRID_SP2, HYBRID_SP3, HYBRID_SP3D, HYBRID_SP3D2, HYBRID_MISC };
 
@@ -318,6 +326,7 @@ static inline int bond_other(const ChemBond *b, int i) { return b->begin == i ? 
 static inline int mol_degree(const ChemMol *m, int i) { return m->first[i + 1] - m->first[i]; }
 
 // The bond between two atoms, or -1.
+// RDKit: ROMol::getBondBetweenAtoms
 static int bond_between(const ChemMol *m, int i, int j) {
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         if (bond_other(&m->bonds[m->adj[k]], i) == j) return m->adj[k];
@@ -364,11 +373,13 @@ static int find_bad_bond(ChemMol *m) {
 }
 
 // Hydrogens on an atom that are not atoms themselves.
+// RDKit: Atom::getTotalNumHs
 static inline int atom_hydrogens(const ChemAtom *a) {
     return a->explicit_h + (a->no_implicit ? 0 : a->implicit_h);
 }
 
 // Neighbours and hydrogens; bonds and hydrogens, in units of single bonds.
+// RDKit: Atom::getTotalDegree
 static inline int total_degree(const ChemMol *m, int i) {
     return mol_degree(m, i) + atom_hydrogens(&m->atoms[i]);
 }
@@ -378,22 +389,33 @@ static inline int total_valence(const ChemAtom *a) {
 }
 
 // Twice a bond's order, so that an aromatic bond counts 3 and no fractions appear.
+// RDKit: getTwiceBondType
 static inline int twice_order(const ChemBond *b) {
     static const int8_t twice[] = {0, 2, 4, 6, 8, 3, 2, 0};
     return twice[b->order];
 }
 
 // Twice what a bond adds to an atom's valence: a dative bond costs its donor (begin) nothing.
+// RDKit: Bond::getValenceContrib
 static inline int twice_contribution(const ChemBond *b, int i) {
     return b->order == ORDER_DATIVE && b->begin == i ? 0 : twice_order(b);
 }
 
 // The mirror image of a tetrahedral centre.
+// RDKit: Atom::invertChirality
 static int invert_chirality(int chirality) {
     return chirality == CHI_CW ? CHI_CCW : chirality == CHI_CCW ? CHI_CW : chirality;
 }
 
+// Whether a direction is / or \\; the other one of the two (any other direction stays).
+static int is_sloped(int direction) { return direction == DIR_DOWN || direction == DIR_UP; }
+
+static uint8_t opposite_direction(int direction) {
+    return (uint8_t)(is_sloped(direction) ? DIR_DOWN + DIR_UP - direction : direction);
+}
+
 // Whether an atom is aromatic itself or has an aromatic bond (mol blocks mark only bonds).
+// RDKit: isAromaticAtom
 static int is_aromatic_atom(const ChemMol *m, int i) {
     if (!m->any_aromatic) return 0;
     if (m->atoms[i].aromatic) return 1;
@@ -1141,8 +1163,11 @@ static int read_mol_block(ChemMol *m, Lines *rest, Span *title, Fault *fault) {
 //   atoms [#6], any-bond ~. Names and CXSMILES extensions behind a blank are not read.
 // =================================================================================================
 
+// A bond symbol as read; no symbol is an unspecified bond without direction.
+typedef struct { uint8_t order, direction, unspecified, reversed; } BondSymbol;
+
 // A ring number at an atom. Bonds are made of pairs of them when all atoms are there.
-typedef struct { int atom, number, order, direction, unspecified, column, bond; } RingMark;
+typedef struct { int atom, number, column, bond; BondSymbol symbol; } RingMark;
 
 typedef struct {
     ChemMol *m;
@@ -1152,11 +1177,8 @@ typedef struct {
     int active;             // the atom the next bond starts at
     int n_branches, branch_room, *branches;
     int n_marks, mark_room;
-    RingMark *marks;
+    RingMark *marks;        // as written
 } SmilesReader;
-
-// A bond symbol that was read, or nothing.
-typedef struct { int given, order, direction, unspecified, reversed; } BondSymbol;
 
 // The fault of a character that is not what was expected.
 static int smiles_fault(SmilesReader *s, int at, const char *expected) {
@@ -1198,6 +1220,7 @@ static int smiles_number(SmilesReader *s, int *value) {
 
 // Adds the element symbol at the cursor as an atom and returns its index, or -1. In brackets all
 // elements are allowed, outside only B C N O P S F Cl Br I, b c n o p s and *.
+// RDKit: smiles.yy, simple_atom
 static int smiles_element(SmilesReader *s, int bracket) {
     static const char *const aromatic[] = {"si", "as", "se", "te", "b", "c", "n", "o", "p", "s"};
     char c = (char)smiles_peek(s, 0), d = (char)smiles_peek(s, 1), pair[2] = {c, d};
@@ -1220,27 +1243,28 @@ static int smiles_element(SmilesReader *s, int bracket) {
     return mol_add_atom(s->m, z);
 }
 
-// Chirality: @, @@, or a class such as @TH1, @AL2, @SP3, @TB20, @OH30.
+// Chirality: @, @@, @TH1, @TH2. The classes of other geometries (@AL, @SP, @TB, @OH) are refused.
+// RDKit: smiles.yy, chiral_element
 static int smiles_chirality(SmilesReader *s, ChemAtom *a) {
-    static const struct { const char *name; int chirality, most; } classes[] = {
-        {"TH", CHI_TETRAHEDRAL, 2}, {"AL", CHI_ALLENE, 2}, {"SP", CHI_SQUARE, 3},
-        {"TB", CHI_BIPYRAMID, 20}, {"OH", CHI_OCTAHEDRON, 30}};
+    int start = s->pos + 1, permutation = 1;
     if (!smiles_take(s, "@")) return 0;
     a->chirality = CHI_CCW;
-    if (smiles_take(s, "@")) a->chirality = CHI_CW;
-    else for (int k = 0; k < 5; k++) {
-        int start = s->pos, permutation = 0;
-        if (!smiles_take(s, classes[k].name)) continue;
-        a->chirality = (uint8_t)classes[k].chirality;
+    if (smiles_take(s, "@")) {
+        a->chirality = CHI_CW;
+    } else if (smiles_take(s, "TH")) {
         if (smiles_number(s, &permutation) < 0) return -1;
-        if (permutation > classes[k].most)
-            return smiles_fault(s, start, "a chirality class with a number it has");
-        if (k == 0) a->chirality = permutation == 2 ? CHI_CW : CHI_CCW;
+        if (permutation > 2) return smiles_fault(s, start, "TH1 or TH2");
+        if (permutation == 2) a->chirality = CHI_CW;
+    } else if (smiles_take(s, "AL") || smiles_take(s, "SP") || smiles_take(s, "TB") ||
+               smiles_take(s, "OH")) {
+        return fault_at(s->fault, 1, start + 1, "rare chirality class",
+                        "@%.2s is not supported, only @, @@, @TH1 and @TH2", s->text + start);
     }
     return 0;
 }
 
 // Hydrogen as the atom in brackets: [H], [2H], [HH], [H+]. Returns 1 if it is one.
+// RDKit: smiles.yy, hydrogen_atom
 static int smiles_hydrogen(SmilesReader *s, int *atom) {
     int count = 1, got, d = smiles_peek(s, 1);
     char pair[2] = {'H', (char)d};
@@ -1255,6 +1279,7 @@ static int smiles_hydrogen(SmilesReader *s, int *atom) {
 }
 
 // A charge: +, ++, +2, -, --, -2.
+// RDKit: smiles.yy, charge_element
 static int smiles_charge(SmilesReader *s, ChemAtom *a) {
     int sign = smiles_peek(s, 0) == '+' ? 1 : smiles_peek(s, 0) == '-' ? -1 : 0, value = 1;
     if (!sign) return 0;
@@ -1266,6 +1291,7 @@ static int smiles_charge(SmilesReader *s, ChemAtom *a) {
 }
 
 // What stands in brackets: isotope, element, chirality, hydrogens, charge, map number.
+// RDKit: smiles.yy, atomd
 static int smiles_bracket(SmilesReader *s) {
     int isotope = 0, i = -1, z = 0, count = 1, map;
     if (smiles_number(s, &isotope) < 0) return -1;
@@ -1313,8 +1339,9 @@ static int smiles_atom(SmilesReader *s) {
 }
 
 // A bond symbol at the cursor, if there is one.
+// RDKit: smiles.yy, bondd
 static BondSymbol smiles_bond(SmilesReader *s) {
-    BondSymbol b = {.given = 1};
+    BondSymbol b = {0};
     if (smiles_take(s, "->")) b.order = ORDER_DATIVE;
     else if (smiles_take(s, "<-")) b.order = ORDER_DATIVE, b.reversed = 1;
     else if (smiles_take(s, "-")) b.order = ORDER_SINGLE;
@@ -1323,29 +1350,25 @@ static BondSymbol smiles_bond(SmilesReader *s) {
     else if (smiles_take(s, "$")) b.order = ORDER_QUADRUPLE;
     else if (smiles_take(s, ":")) b.order = ORDER_AROMATIC;
     else if (smiles_take(s, "~")) b.order = ORDER_NONE;
-    else if (smiles_take(s, "/")) b.direction = DIR_UP, b.unspecified = 1;
-    else if (smiles_take(s, "\\\\") || smiles_take(s, "\\"))
-        b.direction = DIR_DOWN, b.unspecified = 1;
-    else b.given = 0;
+    else b.unspecified = 1;
+    if (b.unspecified && smiles_take(s, "/")) b.direction = DIR_UP;
+    else if (b.unspecified && (smiles_take(s, "\\\\") || smiles_take(s, "\\")))
+        b.direction = DIR_DOWN;
     return b;
 }
 
-// Single, or aromatic between two aromatic atoms.
-static int default_order(const ChemMol *m, int i, int j) {
-    return m->atoms[i].aromatic && m->atoms[j].aromatic ? ORDER_AROMATIC : ORDER_SINGLE;
-}
-
-// Bonds atom i to the active atom, and makes it the active one.
-static void smiles_join(SmilesReader *s, int i, BondSymbol symbol) {
-    int order = symbol.given ? symbol.order : default_order(s->m, s->active, i);
-    int begin = symbol.reversed ? i : s->active, end = symbol.reversed ? s->active : i;
-    ChemBond *b = mol_add_bond(s->m, begin, end, order);
-    b->direction = (uint8_t)symbol.direction;
-    b->unspecified = (uint8_t)symbol.unspecified;
-    s->active = i;
+// Adds a bond from atom i to atom j. The order of an unspecified one is found at the end.
+// RDKit: SmilesParseOps::AddFragToMol
+static ChemBond *smiles_add_bond(SmilesReader *s, int i, int j, BondSymbol symbol) {
+    ChemBond *b = mol_add_bond(s->m, symbol.reversed ? j : i, symbol.reversed ? i : j,
+                               symbol.order);
+    b->direction = symbol.direction;
+    b->unspecified = symbol.unspecified;
+    return b;
 }
 
 // A ring number: a digit, %12 or %(12345). Returns -1 if there is none.
+// RDKit: smiles.yy, ring_number
 static int smiles_ring_number(SmilesReader *s) {
     int c = smiles_peek(s, 0), value = 0, digits = 0;
     if (isdigit(c)) {
@@ -1366,19 +1389,17 @@ static int smiles_ring_number(SmilesReader *s) {
     return value;
 }
 
-// Notes a ring number at the active atom (a ~ before it means nothing). If it comes after branches,
-// the order in which RDKit sees the neighbours of a stereo centre differs from the written one.
+// Notes a ring number at the active atom. If it comes after branches, the order in which RDKit sees
+// the neighbours of a stereo centre differs from the written one.
+// RDKit: SmilesParseOps::CheckRingClosureBranchStatus
 static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     int column = s->pos, number = smiles_ring_number(s), degree = 0, i = s->active;
     if (number < 0) return -1;
     if (s->n_marks == s->mark_room)
         s->marks = arena_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
-    s->marks[s->n_marks++] = (RingMark){i, number, symbol.given ? symbol.order : ORDER_NONE,
-                                        symbol.direction,
-                                        symbol.given ? symbol.unspecified : 1, column, -1};
-    s->marks[s->n_marks - 1].order |= symbol.reversed << 8;
+    s->marks[s->n_marks++] = (RingMark){i, number, column, -1, symbol};
     ChemAtom *a = &s->m->atoms[i];
-    if (i == s->m->n_atoms - 1 || (a->chirality != CHI_CW && a->chirality != CHI_CCW)) return 0;
+    if (i == s->m->n_atoms - 1 || a->chirality == CHI_NONE) return 0;
     for (int b = s->m->n_bonds - 1; b >= 0; b--)
         degree += s->m->bonds[b].begin == i || s->m->bonds[b].end == i;
     if (degree == 1 || (degree == 2 && i != 0) || (degree == 3 && i == 0))
@@ -1386,41 +1407,41 @@ static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     return 0;
 }
 
-// By ring number, then as written.
+// By ring number, then as written; for pointers to marks.
 static int compare_marks(const void *a, const void *b) {
-    const RingMark *x = a, *y = b;
+    const RingMark *x = *(RingMark *const *)a, *y = *(RingMark *const *)b;
     if (x->number != y->number) return x->number < y->number ? -1 : 1;
     return (x->column > y->column) - (x->column < y->column);
 }
 
-// Makes the bond of two ring marks: what the first says counts, unless it says nothing.
-static void smiles_ring_bond(ChemMol *m, RingMark *first, RingMark *second) {
-    RingMark *says = first->unspecified ? second : first, *other = says == first ? second : first;
-    int order = says->order & 255, begin = says->atom, end = other->atom;
-    if (says->order >> 8) begin = other->atom, end = says->atom;
-    if (order == ORDER_NONE) order = default_order(m, begin, end);
-    ChemBond *b = mol_add_bond(m, begin, end, order);
-    b->unspecified = (uint8_t)says->unspecified;
-    int direction = says->direction;
-    if (direction == DIR_NONE && other->direction != DIR_NONE)
-        direction = other->direction == DIR_UP ? DIR_DOWN : DIR_UP;  // it was read from there
-    b->direction = (uint8_t)direction;
-    first->bond = second->bond = m->n_bonds - 1;
+// Makes the bond of two ring marks: what the first says counts, unless it says nothing. A ~ means
+// nothing here, and a direction that only the other one has is read from there.
+// RDKit: SmilesParseOps::CloseMolRings
+static void smiles_ring_bond(SmilesReader *s, RingMark *first, RingMark *second) {
+    RingMark *says = first->symbol.unspecified ? second : first;
+    RingMark *other = says == first ? second : first;
+    ChemBond *b = smiles_add_bond(s, says->atom, other->atom, says->symbol);
+    b->unspecified |= b->order == ORDER_NONE;
+    if (b->direction == DIR_NONE) b->direction = opposite_direction(other->symbol.direction);
+    first->bond = second->bond = s->m->n_bonds - 1;
 }
 
 // Closes all rings, by rising number.
+// RDKit: SmilesParseOps::CloseMolRings
 static int smiles_close_rings(SmilesReader *s) {
     ChemMol *m = s->m;
-    if (s->n_marks) qsort(s->marks, (size_t)s->n_marks, sizeof *s->marks, compare_marks);
+    RingMark **sorted = arena_take(&m->arena, (size_t)s->n_marks, sizeof *sorted);
+    for (int k = 0; k < s->n_marks; k++) sorted[k] = &s->marks[k];
+    qsort(sorted, (size_t)s->n_marks, sizeof *sorted, compare_marks);
     for (int k = 0; k < s->n_marks; k += 2) {
-        RingMark *a = &s->marks[k], *b = a + 1;
-        if (k + 1 == s->n_marks || b->number != a->number)
+        RingMark *a = sorted[k], *b = k + 1 < s->n_marks ? sorted[k + 1] : a;
+        if (b == a || b->number != a->number)
             return fault_at(s->fault, 1, a->column + 1, "malformed SMILES", "ring %d is not closed",
                             a->number);
         if (a->atom == b->atom)
             return fault_at(s->fault, 1, b->column + 1, "malformed SMILES",
                             "ring %d bonds an atom to itself", a->number);
-        smiles_ring_bond(m, a, b);
+        smiles_ring_bond(s, a, b);
     }
     int bad = find_bad_bond(m);
     if (bad < 0) return 0;
@@ -1431,36 +1452,25 @@ static int smiles_close_rings(SmilesReader *s) {
     return fault_at(s->fault, 1, 0, "malformed SMILES", "a second bond between two atoms");
 }
 
-// As written.
-static int compare_mark_columns(const void *a, const void *b) {
-    const RingMark *x = a, *y = b;
-    return (x->column > y->column) - (x->column < y->column);
-}
-
 // Chirality as written refers to the neighbours in the order of the text, ring numbers counting
 // where they stand; here it refers to the order of the bonds.
+// RDKit: SmilesParseOps::AdjustAtomChiralityFlags
 static void smiles_fix_chirality(SmilesReader *s, int i) {
     ChemMol *m = s->m;
     ChemAtom *a = &m->atoms[i];
-    int degree = mol_degree(m, i), n = 0, n_closures = 0, swaps = 0, unsaturated = 0;
-    int *place = arena_ints(&m->arena, degree);  // of each bond of the text in the atom's bond list
-    for (int pass = 0; pass < 3; pass++) {  // atom before, ring numbers, atoms after
-        for (int k = 0; pass == 1 && k < s->n_marks; k++) {
-            if (s->marks[k].atom != i) continue;
+    int degree = mol_degree(m, i), n_closures = 0, swaps = 0, unsaturated = 0;
+    int *where = arena_ints(&m->arena, degree);  // each bond stands in the text
+    for (int q = 0; q < degree; q++) {  // atom before, ring numbers, atoms after
+        const ChemBond *b = &m->bonds[m->adj[m->first[i] + q]];
+        where[q] = bond_other(b, i) < i ? -1 : s->n_marks + q;
+        for (int k = 0; k < s->n_marks; k++) {
+            if (s->marks[k].atom != i || s->marks[k].bond != m->adj[m->first[i] + q]) continue;
+            where[q] = k;
             n_closures++;
-            for (int q = 0; q < degree; q++)
-                if (m->adj[m->first[i] + q] == s->marks[k].bond) place[n++] = q;
         }
-        for (int q = 0; pass != 1 && q < degree; q++) {
-            int b = m->adj[m->first[i] + q], j = bond_other(&m->bonds[b], i), closure = 0;
-            for (int k = 0; k < s->n_marks; k++) closure |= s->marks[k].bond == b;
-            if (!closure && (j < i) == (pass == 0)) place[n++] = q;
-        }
+        for (int p = 0; p < q; p++) swaps += where[p] > where[q];
+        unsaturated |= twice_order(b) > 2;
     }
-    for (int p = 0; p < n; p++)
-        for (int q = p + 1; q < n; q++) swaps += place[p] > place[q];
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        unsaturated |= twice_order(&m->bonds[m->adj[k]]) > 2;
     if (degree == 3 && ((a->first_of_fragment && a->explicit_h == 1) ||
                         (a->explicit_h != 1 && n_closures == 1 && !unsaturated)))
         swaps++;  // the hydrogen or lone pair comes first in the text but last here
@@ -1468,8 +1478,8 @@ static void smiles_fix_chirality(SmilesReader *s, int i) {
 }
 
 // One step of the chain: a bonded atom, a branch, a ring number or a dot.
+// RDKit: smiles.yy, mol
 static int smiles_step(SmilesReader *s) {
-    BondSymbol none = {0};
     int c = smiles_peek(s, 0), i;
     if (c == ')') {
         if (!s->n_branches) return smiles_fault(s, s->pos, "an atom, a bond or a branch");
@@ -1494,11 +1504,13 @@ static int smiles_step(SmilesReader *s) {
     int next = smiles_peek(s, 0);
     if (c != '(' && (isdigit(next) || next == '%')) return smiles_ring_mark(s, symbol);
     if ((i = smiles_atom(s)) < 0) return -1;
-    smiles_join(s, i, symbol.given ? symbol : none);
+    smiles_add_bond(s, s->active, i, symbol);
+    s->active = i;
     return 0;
 }
 
 // Reads a SMILES (without what may follow it) into m.
+// RDKit: SmilesToMol, SmilesParseOps::SetUnspecifiedBondTypes
 static int read_smiles(ChemMol *m, Span text, Fault *fault) {
     SmilesReader s = {.m = m, .fault = fault, .text = text.p, .n = text.n};
     if (text.n == 0) return fault_at(fault, 1, 1, "no atoms", "the SMILES is empty");
@@ -1511,13 +1523,11 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
     for (int k = 0; k < m->n_bonds; k++) {
         ChemBond *b = &m->bonds[k];
         if (!b->unspecified) continue;
-        b->order = (uint8_t)default_order(m, b->begin, b->end);
-        b->aromatic = b->order == ORDER_AROMATIC;
+        b->aromatic = m->atoms[b->begin].aromatic && m->atoms[b->end].aromatic;
+        b->order = b->aromatic ? ORDER_AROMATIC : ORDER_SINGLE;
     }
-    if (s.n_marks) qsort(s.marks, (size_t)s.n_marks, sizeof *s.marks, compare_mark_columns);
     for (int i = 0; i < m->n_atoms; i++)
-        if (m->atoms[i].chirality == CHI_CW || m->atoms[i].chirality == CHI_CCW)
-            smiles_fix_chirality(&s, i);
+        if (m->atoms[i].chirality != CHI_NONE) smiles_fix_chirality(&s, i);
     return 0;
 }
 
@@ -1534,12 +1544,14 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
 
 // How a charge shifts the allowed valences: left of carbon, and for carbon cations, a positive
 // charge takes a bond away; everywhere else it adds one.
+// RDKit: isEarlyAtom, in Atom::calcExplicitValence
 static int valence_shift(const ChemAtom *a) {
     int charge = ELEMENTS[a->z].early ? -a->charge : a->charge;
     return a->z == 6 && charge > 0 ? -charge : charge;
 }
 
 // The first allowed valence of an element, -1 for any or for no element.
+// RDKit: PeriodicTable::getDefaultValence
 static inline int default_valence(int z) {
     return z >= 0 && z <= Z_MAX ? ELEMENTS[z].valence[0] : -1;
 }
@@ -1547,6 +1559,7 @@ static inline int default_valence(int z) {
 // Sets the explicit valence. An aromatic atom may count half a bond or a whole one too many
 // before its Kekule structure is known: it is taken down to the next allowed valence if that is at
 // most 1.5 away. Half orders round up.
+// RDKit: Atom::calcExplicitValence
 static void set_valence(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
@@ -1567,6 +1580,7 @@ static void set_valence(ChemMol *m, int i) {
 }
 
 // Whether the explicit valence exceeds the largest allowed one.
+// RDKit: Atom::calcExplicitValence(strict)
 static int valence_too_high(const ChemAtom *a) {
     const Element *e = &ELEMENTS[a->z];
     int effective = e->outer >= 4 ? a->valence - a->charge : a->valence + a->charge;
@@ -1576,6 +1590,7 @@ static int valence_too_high(const ChemAtom *a) {
 
 // Implicit hydrogens of an aromatic atom: up to the default valence, else none. Returns -1 if the
 // valence is not an allowed one.
+// RDKit: Atom::calcImplicitValence
 static int aromatic_hydrogens(const ChemAtom *a, int used, int shift) {
     const Element *e = &ELEMENTS[a->z];
     if (used <= e->valence[0] + shift) return e->valence[0] + shift - used;
@@ -1586,6 +1601,7 @@ static int aromatic_hydrogens(const ChemAtom *a, int used, int shift) {
 
 // Sets the implicit hydrogens from the explicit valence. Returns 0 if no number of them makes an
 // allowed valence (they are 0 then).
+// RDKit: Atom::calcImplicitValence
 static int set_implicit_hydrogens(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
@@ -1633,6 +1649,7 @@ static void update_valences(ChemMol *m) {
 }
 
 // The same, but an impossible valence is a fault.
+// RDKit: ROMol::updatePropertyCache(true)
 static int check_valences(ChemMol *m, Fault *fault) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
@@ -1655,6 +1672,7 @@ static int check_valences(ChemMol *m, Fault *fault) {
 
 // A neutral nitrogen with five bonds gives one of them away:
 //   C-N(=O)=O  ->  C-[N+]([O-])=O        C-N=N#N  ->  C-N=[N+]=[N-]
+// RDKit: nitrogenCleanup
 static void clean_nitrogen(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     if (a->charge) return;
@@ -1677,6 +1695,7 @@ static void clean_nitrogen(ChemMol *m, int i) {
 
 // A neutral phosphorus with three neighbours and five bonds, doubly bonded to O and to C or N:
 //   C=P(=O)X  ->  C=[P+]([O-])X
+// RDKit: phosphorusCleanup
 static void clean_phosphorus(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     ChemBond *to_oxygen = NULL;
@@ -1699,6 +1718,7 @@ static void clean_phosphorus(ChemMol *m, int i) {
 
 // A neutral Cl, Br or I with 3, 5 or 7 bonds, all to oxygen:
 //   O-Cl(=O)(=O)=O  ->  O-[Cl+3]([O-])([O-])[O-]
+// RDKit: halogenCleanup
 static void clean_halogen(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     int charge = 0;
@@ -1717,6 +1737,7 @@ static void clean_halogen(ChemMol *m, int i) {
 }
 
 // Applies the rules above to every atom, in order.
+// RDKit: MolOps::cleanUp
 static void clean_up(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         int z = m->atoms[i].z;
@@ -1733,9 +1754,11 @@ static void clean_up(ChemMol *m) {
 // =================================================================================================
 
 // Square planar, trigonal bipyramidal or octahedral.
+// RDKit: Chirality::hasNonTetrahedralStereo
 static int is_nontetrahedral(const ChemAtom *a) { return a->chirality >= CHI_SQUARE; }
 
 // Whether hydrogen i is nothing but a hydrogen.
+// RDKit: shouldRemoveH
 static int is_removable_hydrogen(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     if (a->z != 1 || a->isotope || mol_degree(m, i) != 1) return 0;
@@ -1751,6 +1774,7 @@ static int is_removable_hydrogen(const ChemMol *m, int i) {
 
 // The neighbour's hydrogen count must be stated where it would not come back by itself: if all
 // are (`count_all`, for SMILES), on stereo centres, and at unusual valences.
+// RDKit: molRemoveH
 static int must_count_hydrogen(const ChemMol *m, int heavy, int count_all) {
     const ChemAtom *a = &m->atoms[heavy];
     const Element *e = &ELEMENTS[a->z];
@@ -1762,6 +1786,7 @@ static int must_count_hydrogen(const ChemMol *m, int heavy, int count_all) {
 }
 
 // A / or \ on a bond to a vanishing hydrogen moves to another single bond of its neighbour.
+// RDKit: molRemoveH
 static void hand_over_direction(ChemMol *m, const ChemBond *gone, int heavy) {
     ChemBond *heir = NULL;
     for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
@@ -1772,12 +1797,12 @@ static void hand_over_direction(ChemMol *m, const ChemBond *gone, int heavy) {
     }
     if (!heir) return;
     int flip = heir->begin == heavy && gone->begin == heavy;
-    int opposite = gone->direction == DIR_DOWN ? DIR_UP : DIR_DOWN;
-    heir->direction = flip ? (uint8_t)opposite : gone->direction;
+    heir->direction = flip ? opposite_direction(gone->direction) : gone->direction;
 }
 
 // Takes hydrogen i off its neighbour. Chirality is relative to the order of the bonds, in which
 // a hydrogen that is a mere count comes last.
+// RDKit: molRemoveH
 static void remove_hydrogen(ChemMol *m, int i, int count_all) {
     ChemBond *gone = &m->bonds[m->adj[m->first[i]]];
     int heavy = bond_other(gone, i), behind = 0, seen = 0;
@@ -1792,12 +1817,13 @@ static void remove_hydrogen(ChemMol *m, int i, int count_all) {
         if (behind % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
     }
     if (gone->direction == DIR_UNKNOWN && gone->begin == heavy) a->unknown_stereo = 1;
-    else if (gone->direction == DIR_DOWN || gone->direction == DIR_UP)
+    else if (is_sloped(gone->direction))
         hand_over_direction(m, gone, heavy);
     gone->dead = 1;
 }
 
 // Squeezes removed atoms and dead bonds out of the arrays; to[i] is an atom's new index or -1.
+// RDKit: RWMol::commitBatchEdit
 static void compact(ChemMol *m, const int *to) {
     int n_bonds = 0;
     for (int i = 0, n = 0; i < m->n_atoms; i++) {
@@ -1818,6 +1844,7 @@ static void compact(ChemMol *m, const int *to) {
 
 // Removes every hydrogen that is nothing but one, the last first, as the order decides what the
 // chirality of a centre with several of them becomes. count_all: see must_count_hydrogen().
+// RDKit: MolOps::removeHs
 static void remove_hydrogens(ChemMol *m, int count_all) {
     int n = m->n_atoms, kept = 0, *to = arena_ints(&m->arena, n);
     for (int i = 0; i < n; i++) to[i] = is_removable_hydrogen(m, i) ? -1 : kept++;
@@ -1923,6 +1950,7 @@ static int pop_changed(RingSearch *s) {
 
 // Joins the two paths from the root that meet at the bond curr-next into s->ring, root first.
 // Returns the size, or 0 if the paths meet before the root.
+// RDKit: FindRings::BFSWorkspace::smallestRingsBfs
 static int close_ring(RingSearch *s, int root, int curr, int next) {
     int n = 0, back = s->depth[curr] + 1;  // the way from the root to curr comes first
     int *ring = s->ring;
@@ -1939,7 +1967,8 @@ static int close_ring(RingSearch *s, int root, int curr, int next) {
 // Appends the ring s->ring of n atoms with its bonds to `out`.
 // RDKit: RingUtils::convertToBonds
 static void keep_closed_ring(RingSearch *s, RingList *out, int n) {
-    int r = ring_add(&s->m->arena, out, n), *atoms = ring_atoms(out, r), *bonds = ring_bonds(out, r);
+    int r = ring_add(&s->m->arena, out, n);
+    int *atoms = ring_atoms(out, r), *bonds = ring_bonds(out, r);
     for (int k = 0; k < n; k++) {
         atoms[k] = s->ring[k];
         bonds[k] = bond_between(s->m, s->ring[k], s->ring[k + 1 < n ? k + 1 : 0]);
@@ -1981,6 +2010,7 @@ static void smallest_rings(RingSearch *s, int root, int avoid, RingList *out) {
 }
 
 // Adds those rings to the fragment's that are new and not larger than max_size.
+// RDKit: the RINGINVAR_SET of FindRings
 static void keep_new_rings(RingSearch *s, const RingList *rings, int max_size) {
     for (int r = 0, index; r < rings->n; r++)
         if (ring_size(rings, r) <= max_size &&
@@ -2017,6 +2047,7 @@ static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *pick
 typedef struct { int atom, ring; } Find;
 
 // Order of two rings as bit sets read as binary numbers; their atoms are in falling order.
+// RDKit: boost::dynamic_bitset operator<, of a RINGINVAR
 static int compare_atom_sets(const RingList *all, int r1, int r2) {
     const int *a = ring_atoms(all, r1), *b = ring_atoms(all, r2);
     int na = ring_size(all, r1), nb = ring_size(all, r2);
@@ -2165,7 +2196,8 @@ static void drop_surplus_rings(RingSearch *s, RingList *extra) {
         ring_copy(&m->arena, keep[r] ? &s->found : extra, &all, sorted[r]);
 }
 
-// Searches the rings of one fragment of n atoms and n_bonds bonds. Returns 0 if it finds fewer than there must be.
+// Searches the rings of one fragment of n atoms and n_bonds bonds. Returns 0 if it finds fewer than
+// there must be.
 // RDKit: MolOps::findSSSR
 static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bonds,
                            RingList *extra) {
@@ -2643,8 +2675,9 @@ static int kekulize(ChemMol *m, Fault *fault) {
 // 12 Radicals, aromaticity, conjugation, hybridization
 // =================================================================================================
 
-// Electrons an atom with explicit hydrogens is short of: up to the octet (or the next allowed valence
-// of a heavy atom), but no more than it has; for metals, parity decides.
+// Electrons an atom with explicit hydrogens is short of: up to the octet (or the next allowed
+// valence of a heavy atom), but no more than it has; for metals, parity decides.
+// RDKit: MolOps::assignRadicals
 static int count_radicals(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
@@ -2667,6 +2700,7 @@ static int count_radicals(const ChemMol *m, int i) {
 }
 
 // Radicals of all atoms that had their hydrogens stated and no radical given.
+// RDKit: MolOps::assignRadicals
 static void assign_radicals(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
@@ -2686,6 +2720,7 @@ static void assign_radicals(ChemMol *m) {
 //   those on the outside of some aromatic set.
 
 // Electrons an atom can give to a pi system; -1 if it cannot be part of one.
+// RDKit: MolOps::countAtomElec
 static int pi_electrons(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int valence = default_valence(a->z), degree = total_degree(m, i);
@@ -2702,6 +2737,7 @@ static int pi_electrons(const ChemMol *m, int i) {
 typedef enum { DONOR_NONE, DONOR_VACANT, DONOR_ONE, DONOR_TWO, DONOR_ANY } Donor;
 
 // A multiple bond of atom i in a ring (ring = 1) or outside (0); returns its other atom or -1.
+// RDKit: incidentCyclicMultipleBond, incidentNonCyclicMultipleBond
 static int multiple_bond_to(const ChemMol *m, int i, int ring) {
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
         const ChemBond *b = &m->bonds[m->adj[k]];
@@ -2711,6 +2747,7 @@ static int multiple_bond_to(const ChemMol *m, int i, int ring) {
 }
 
 // Whether an atom's bonds use more valence than it has neighbours.
+// RDKit: incidentMultipleBond
 static int has_multiple_bond(const ChemMol *m, int i) {
     int degree = mol_degree(m, i) + m->atoms[i].explicit_h;
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
@@ -2720,6 +2757,7 @@ static int has_multiple_bond(const ChemMol *m, int i) {
 
 // What atom i offers a ring. A multiple bond to outside the ring takes an electron along if its
 // other atom is the more electronegative one (C=O), and shares it otherwise (C=C).
+// RDKit: getAtomDonorTypeArom
 static Donor donor_type(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int n = pi_electrons(m, i), outside = multiple_bond_to(m, i, 0);
@@ -2739,6 +2777,7 @@ static Donor donor_type(const ChemMol *m, int i) {
 }
 
 // Whether an atom may be aromatic at all.
+// RDKit: isAtomCandForArom
 static int may_be_aromatic(const ChemMol *m, int i, Donor donor) {
     const ChemAtom *a = &m->atoms[i];
     int n_multiple = 0;
@@ -2770,6 +2809,7 @@ typedef struct {
 
 // Hueckel's rule for the atoms of a subset of rings that are in one or two of them (an atom in
 // three is buried). An electron count that is not fixed may be either number.
+// RDKit: applyHuckel, getMinMaxAtomElecs
 static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
     int low = 0, high = 0, n_any = 0;
     for (int q = 0; q < n; q++) {
@@ -2792,6 +2832,7 @@ static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
 }
 
 // Tests a subset of fused rings; if aromatic, marks its atoms, and the bonds on its outside.
+// RDKit: applyHuckelToFused, markAtomsBondsArom
 static void test_subset(AromaticSearch *s, const int *subset, int n) {
     ChemMol *m = s->m;
     for (int q = 0; q < n; q++)
@@ -2821,6 +2862,7 @@ static void test_subset(AromaticSearch *s, const int *subset, int n) {
 // Enumerates the connected subsets of `size` rings that have `subset[0]` as their lowest ring, each
 // once (Wernicke's ESU): a ring is added from the frontier, which then grows by those neighbours of
 // it that no earlier ring of the subset touches. state: 0 unseen, 1 in the subset or its frontier.
+// RDKit: checkFused; it tries all subsets and drops the unconnected ones
 static void grow_subsets(AromaticSearch *s, int *subset, int n, int size, const int *frontier,
                          int n_frontier, uint8_t *seen) {
     int next[MANY_RINGS];
@@ -2846,9 +2888,11 @@ static void grow_subsets(AromaticSearch *s, int *subset, int n, int size, const 
 }
 
 // Tests one fused system: single rings, then pairs, triples, ... until all its bonds are aromatic.
+// RDKit: applyHuckelToFused
 static void test_system(AromaticSearch *s, const int *system, int n) {
     ChemMol *m = s->m;
-    uint8_t *seen = arena_flags(&m->arena, s->rings.n), *counted = arena_flags(&m->arena, m->n_bonds);
+    uint8_t *seen = arena_flags(&m->arena, s->rings.n);
+    uint8_t *counted = arena_flags(&m->arena, m->n_bonds);
     int n_bonds = 0, subset[FUSED_MAX], *frontier = arena_ints(&m->arena, s->rings.n);
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[system[q]]; k < s->rings.start[system[q] + 1]; k++) {
@@ -2883,6 +2927,7 @@ static void test_system(AromaticSearch *s, const int *system, int n) {
 }
 
 // The rings all of whose atoms may be aromatic, at least one of them not a dummy.
+// RDKit: aromaticityHelper
 static RingList aromatic_candidates(AromaticSearch *s) {
     ChemMol *m = s->m;
     RingList rings = {0};
@@ -2906,6 +2951,7 @@ static RingList aromatic_candidates(AromaticSearch *s) {
 }
 
 // Marks aromatic atoms and bonds. Returns whether any ring could be.
+// RDKit: MolOps::setAromaticity
 static int assign_aromaticity(ChemMol *m) {
     AromaticSearch s = {.m = m};
     if (m->rings.n == 0) return 0;
@@ -2926,6 +2972,7 @@ static int assign_aromaticity(ChemMol *m) {
 // ---- conjugation and hybridization
 
 // Whether an atom can hand on conjugation: it has pi electrons and is not a heavy P or S.
+// RDKit: isAtomConjugCand
 static int is_conjugation_candidate(const ChemMol *m, int i) {
     int z = m->atoms[i].z, outer = ELEMENTS[z].outer;
     return (z <= 10 || (outer != 5 && outer != 6) || (outer == 6 && total_degree(m, i) < 2)) &&
@@ -2934,6 +2981,7 @@ static int is_conjugation_candidate(const ChemMol *m, int i) {
 
 // Aromatic bonds are conjugated; so is a multiple bond and its single-bonded neighbour if the atom
 // beyond can take part.
+// RDKit: MolOps::setConjugation, markConjAtomBonds
 static void assign_conjugation(ChemMol *m) {
     for (int b = 0; b < m->n_bonds; b++) m->bonds[b].conjugated = m->bonds[b].aromatic;
     for (int i = 0; i < m->n_atoms; i++) {
@@ -2957,6 +3005,7 @@ static void assign_conjugation(ChemMol *m) {
 }
 
 // Number of orbitals an atom needs: its bonds, lone pairs and, below an octet, radicals.
+// RDKit: numBondsPlusLonePairs
 static int bonds_and_lone_pairs(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int degree = total_degree(m, i), outer = ELEMENTS[a->z].outer, valence = total_valence(a);
@@ -2968,11 +3017,12 @@ static int bonds_and_lone_pairs(const ChemMol *m, int i) {
 
 // A stereo centre's geometry settles its hybridization; otherwise the number of bonds and lone
 // pairs does, except that a lone pair next to a double bond delocalises (the O of an ester is SP2).
+// RDKit: MolOps::setHybridization
 static int hybridization(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int degree = total_degree(m, i), c = a->chirality;
     if (a->z == 0) return HYBRID_MISC;
-    if ((c == CHI_CW || c == CHI_CCW || c == CHI_TETRAHEDRAL) && degree == 4) return HYBRID_SP3;
+    if ((c == CHI_CW || c == CHI_CCW) && degree == 4) return HYBRID_SP3;
     if (c == CHI_SQUARE && degree >= 2 && degree <= 4) return HYBRID_MISC;  // SP2D
     if (c == CHI_BIPYRAMID && degree >= 2 && degree <= 5) return HYBRID_SP3D;
     if (c == CHI_OCTAHEDRON && degree >= 2 && degree <= 6) return HYBRID_SP3D2;
@@ -2990,11 +3040,13 @@ static int hybridization(const ChemMol *m, int i) {
 }
 
 // Hybridization of all atoms; needs chirality from coordinates and conjugation.
+// RDKit: MolOps::setHybridization
 static void assign_hybridization(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) m->atoms[i].hybrid = (uint8_t)hybridization(m, i);
 }
 
 // An aromatic atom may have lost implicit hydrogens to its new bond orders: they become stated.
+// RDKit: MolOps::adjustHs
 static void restore_hydrogens(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
@@ -3044,17 +3096,20 @@ static Point unit(Point a) {
 }
 
 // Angle in 0 to pi; NaN if a vector has no length.
+// RDKit: RDGeom::Point3D::angleTo
 static double angle_between(Point a, Point b) {
     double c = dot(a, b) / sqrt(dot(a, a) * dot(b, b));
     return c <= -1 ? PI : c >= 1 ? 0 : acos(c);
 }
 
 // Whether a bond counts as a neighbour direction of atom i in tetrahedral stereo.
+// RDKit: bondAffectsAtomChirality
 static int bond_has_direction(const ChemBond *b, int i) {
     return b->order != ORDER_NONE && !(b->order == ORDER_DATIVE && b->begin == i);
 }
 
 // Number of such bonds.
+// RDKit: getAtomNonzeroDegree
 static int stereo_degree(const ChemMol *m, int i) {
     int n = 0;
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
@@ -3063,6 +3118,7 @@ static int stereo_degree(const ChemMol *m, int i) {
 }
 
 // A wavy bond at i says: the geometry here means nothing.
+// RDKit: isWigglyBond
 static int is_wavy(const ChemBond *b, int i) {
     return b->begin == i && b->order == ORDER_SINGLE &&
            (b->direction == DIR_UNKNOWN || b->unknown);
@@ -3077,6 +3133,7 @@ static int has_wavy_bond(const ChemMol *m, int i) {
 
 // Square planar, trigonal bipyramidal or octahedral geometry of an atom from phosphorus on, by the
 // number of neighbours and of pairs of them opposite each other; CHI_NONE if it is none of them.
+// RDKit: assignNontetrahedralChiralTypeFrom3D
 static int nontetrahedral_class(const ChemMol *m, int i) {
     Point v[6];
     int n = mol_degree(m, i), pairs = 0, opposite[6] = {0}, loose[6], n_loose = 0;
@@ -3105,6 +3162,7 @@ static int nontetrahedral_class(const ChemMol *m, int i) {
 }
 
 // Chirality from the sign of the volume its first three bonds span; a flat centre has none.
+// RDKit: MolOps::assignChiralTypesFrom3D
 static int tetrahedral_class(const ChemMol *m, int i, int total) {
     int z = m->atoms[i].z, n = 0;
     Point v[3], centre = atom_point(m, i);
@@ -3121,6 +3179,7 @@ static int tetrahedral_class(const ChemMol *m, int i, int total) {
 
 // Chirality of every atom with three neighbours or more from its geometry. Whether it is a stereo
 // centre is found out later.
+// RDKit: MolOps::assignChiralTypesFrom3D
 static void chirality_from_3d(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         int found = CHI_NONE, degree = mol_degree(m, i) < 3 ? 0 : stereo_degree(m, i);
@@ -3136,6 +3195,7 @@ static void chirality_from_3d(ChemMol *m) {
 // ---- wedges in a drawing
 
 // Angle from a to b counterclockwise in the plane, 0 to 2 pi.
+// RDKit: RDGeom::Point3D::signedAngleTo
 static double turn(Point a, Point b) {
     double angle = angle_between(a, b);
     return a.x * b.y - a.y * b.x < -1e-6 ? 2 * PI - angle : angle;
@@ -3146,6 +3206,7 @@ static int wedge_at(const ChemBond *b, int i) { return b->begin == i ? b->direct
 
 // Whether the wedges of a three-coordinate centre contradict each other (InChI technical manual,
 // table 10). a01, a12, a20: angles between the bonds, a02 from the first to the last; d: wedges.
+// RDKit: atomChiralTypeFromBondDir
 static int wedges_conflict(double a01, double a12, double a20, double a02, const int d[3]) {
     if (a01 < PI - 1e-3 && a12 < PI - 1e-3 && a20 < PI - 1e-3)
         return (d[1] != DIR_NONE && d[1] != d[0]) || (d[2] != DIR_NONE && d[2] != d[0]);
@@ -3158,6 +3219,7 @@ static int wedges_conflict(double a01, double a12, double a20, double a02, const
 
 // Chirality that wedge `w` gives to its first atom: the sense in which the other bonds turn, seen
 // from above the paper.
+// RDKit: atomChiralTypeFromBondDir
 static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
     int i = w->begin, n = 1, hydrogen = 0, single = 1, order[4];
     const ChemBond *bond[4] = {w};
@@ -3210,6 +3272,7 @@ static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
 }
 
 // Chirality from the wedges of a flat drawing. A wavy bond takes back what another bond said.
+// RDKit: MolOps::assignChiralTypesFromBondDirs
 static int chirality_from_wedges(ChemMol *m, Fault *fault) {
     uint8_t *set = arena_flags(&m->arena, m->n_atoms);
     for (int k = 0; k < m->n_bonds; k++) {
@@ -3255,6 +3318,7 @@ static int chirality_from_wedges(ChemMol *m, Fault *fault) {
 enum { STEREO_RING_MIN = 8 };  // double bonds in smaller rings have no choice
 
 // Whether a double bond is free to be either Z or E.
+// RDKit: shouldDetectDoubleBondStereo
 static int may_have_bond_stereo(const ChemBond *b) {
     return !b->rings || b->smallest_ring >= STEREO_RING_MIN;
 }
@@ -3275,6 +3339,7 @@ static int is_single_like(const ChemBond *b) {
 // The single bond at atom i that shall carry the direction, and the other one (or -1). Prefers one
 // that has a direction already, then one with more double bonds beside it. Returns 1 if all is
 // well, 0 if there is none or a wavy one, -1 if there is another double bond (an allene).
+// RDKit: controllingBondFromAtom
 static int controlling_bonds(const Directions *d, int double_bond, int i, int *main_bond,
                              int *other) {
     const ChemMol *m = d->m;
@@ -3302,6 +3367,7 @@ static int controlling_bonds(const Directions *d, int double_bond, int i, int *m
 }
 
 // Whether two bonds from one atom lie in a line (within two degrees), or one has no length.
+// RDKit: isLinearArrangement
 static int is_linear(Point a, Point b) {
     double lengths = dot(a, a) * dot(b, b);
     return lengths < 1e-6 || dot(a, b) < -0.999388 * sqrt(lengths);
@@ -3309,6 +3375,7 @@ static int is_linear(Point a, Point b) {
 
 // If the main bond at an end of the double bond lies in its line, the other one takes over. The
 // second end's other bond is measured from the wrong atom, as RDKit does. Returns 0 if both do.
+// RDKit: updateDoubleBondNeighbors
 static int avoid_linear(const ChemMol *m, int near, int far, int measure, int *main_bond,
                         int *other) {
     Point axis = point_minus(atom_point(m, far), atom_point(m, near));
@@ -3325,14 +3392,15 @@ static int avoid_linear(const ChemMol *m, int near, int far, int measure, int *m
 }
 
 // Gives a single bond a direction as seen from atom i, or its opposite.
+// RDKit: setBondDirRelativeToAtom
 static void set_direction(ChemBond *b, int i, int direction, int reverse) {
     if (b->begin != i) reverse = !reverse;
-    if (reverse) direction = direction == DIR_UP ? DIR_DOWN : DIR_UP;
-    b->direction = (uint8_t)direction;
+    b->direction = reverse ? opposite_direction(direction) : (uint8_t)direction;
 }
 
 // Sets the directions of the single bonds beside one double bond. `next` receives the other double
 // bonds beside them, which shall follow at once; returns how many.
+// RDKit: updateDoubleBondNeighbors
 static int set_directions(Directions *d, int double_bond, int *next) {
     ChemMol *m = d->m;
     ChemBond *db = &m->bonds[double_bond];
@@ -3382,6 +3450,7 @@ static int set_directions(Directions *d, int double_bond, int *next) {
 }
 
 // Finds the candidate double bonds. Returns how many there are.
+// RDKit: MolOps::setDoubleBondNeighborDirections, isBondCandidateForStereo
 static int direction_candidates(Directions *d) {
     ChemMol *m = d->m;
     int n = 0;
@@ -3400,7 +3469,7 @@ static int direction_candidates(Directions *d) {
                 if (!is_single_like(beside)) continue;
                 d->uses[m->adj[k]]++;
                 int dir = beside->direction;
-                if (dir == DIR_NONE || dir == DIR_DOWN || dir == DIR_UP) d->open[m->adj[k]] = 1;
+                if (dir == DIR_NONE || is_sloped(dir)) d->open[m->adj[k]] = 1;
                 d->open[b] = 1;
             }
         }
@@ -3419,6 +3488,7 @@ static int compare_weighted(const void *a, const void *b) {
 
 // Bond directions from coordinates, double bond by double bond: those outside rings and with large
 // numbers of their neighbouring bonds first (which is how RDKit adds it up).
+// RDKit: MolOps::detectBondStereochemistry, setDoubleBondNeighborDirections
 static void directions_from_coordinates(ChemMol *m) {
     Arena *arena = &m->arena;
     Directions d = {m, arena_flags(arena, m->n_bonds), arena_ints(arena, m->n_bonds),
@@ -3450,6 +3520,7 @@ static void directions_from_coordinates(ChemMol *m) {
 }
 
 // Wedges have said what they had to say; wavy bonds are remembered as such.
+// RDKit: MolOps::clearSingleBondDirFlags
 static void clear_wedges(ChemMol *m) {
     for (int k = 0; k < m->n_bonds; k++) {
         ChemBond *b = &m->bonds[k];
@@ -3469,6 +3540,7 @@ static void clear_wedges(ChemMol *m) {
 //
 //   This is not the full Cahn-Ingold-Prelog rule (no trees, no duplicate atoms), and it need not
 //   be: what matters is which neighbours are equal, and that Z and E come out as RDKit's do.
+//   What is mirrored is the stereo perception RDKit calls legacy, its default in 2022.09.
 // =================================================================================================
 
 // An atom with what it is compared by: an invariant, or its neighbours' ranks, highest first.
@@ -3503,6 +3575,7 @@ static void sort_entries(CipEntry *entries, int n) {
 // Writes the neighbour list of atom i: each neighbour's rank + 1, as often as twice the bond order
 // (once for the double bond of a phosphoryl group), highest first, then 0 for each hydrogen.
 // Returns its length.
+// RDKit: iterateCIPRanks
 static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
     int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]);
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
@@ -3520,6 +3593,7 @@ static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
 }
 
 // Ranks of sorted entries. Returns how many different ones there are.
+// RDKit: iterateCIPRanks
 static int assign_ranks(const CipEntry *entries, int n, int *rank) {
     int n_ranks = 0;
     for (int k = 0; k < n; k++) {
@@ -3531,6 +3605,7 @@ static int assign_ranks(const CipEntry *entries, int n, int *rank) {
 
 // Ranks by invariants, entries[i].value, then refines within equal ranks until they stop changing,
 // all differ, or information has crossed half the molecule.
+// RDKit: iterateCIPRanks
 static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
     int n = m->n_atoms, room = 0, n_ranks, last = -1, *lists;
     for (int i = 0; i < n; i++) {
@@ -3560,6 +3635,7 @@ static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
 }
 
 // Ranks from scratch: element, isotope (as distance from the most common one), atom map number.
+// RDKit: buildCIPInvariants, assignAtomCIPRanks
 static void first_cip_ranks(ChemMol *m, int *rank) {
     CipEntry *entries = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
     for (int i = 0; i < m->n_atoms; i++) {
@@ -3574,6 +3650,7 @@ static void first_cip_ranks(ChemMol *m, int *rank) {
 }
 
 // Ranks again, with the centres and double bonds known by now.
+// RDKit: rerankAtoms
 static void next_cip_ranks(ChemMol *m, int *rank) {
     CipEntry *entries = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
     int64_t factor = 100;
@@ -3594,6 +3671,7 @@ static void next_cip_ranks(ChemMol *m, int *rank) {
 // ---- stereo centres
 
 // Whether an atom is in a ring of this size.
+// RDKit: RingInfo::isAtomInRingOfSize
 static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
     for (int r = 0; r < m->rings.n; r++)
         if (ring_size(&m->rings, r) == size && ring_has(&m->rings, r, i)) return 1;
@@ -3601,6 +3679,7 @@ static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
 }
 
 // Bridgehead: three ring bonds, and two rings through the atom that share two bonds or more.
+// RDKit: queryIsAtomBridgehead
 static int is_bridgehead(ChemMol *m, int i) {
     const RingList *rings = &m->rings;
     int n = 0;
@@ -3623,6 +3702,7 @@ static int is_bridgehead(ChemMol *m, int i) {
 
 // Whether an atom has the neighbours of a stereo centre: four, or three and a hydrogen or a lone
 // pair that does not invert.
+// RDKit: isAtomPotentialChiralCenter
 static int is_possible_centre(ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int degree = stereo_degree(m, i), total = degree + atom_hydrogens(a);
@@ -3637,6 +3717,7 @@ static int is_possible_centre(ChemMol *m, int i) {
 }
 
 // R or S of a centre from its chirality and the ranks of its neighbours, or 0 if two are equal.
+// RDKit: assignAtomChiralCodes, Atom::getPerturbationOrder
 static char cip_label(const ChemMol *m, int i, const int *rank) {
     const ChemAtom *a = &m->atoms[i];
     int n = mol_degree(m, i), odd = n == 3 && atom_hydrogens(a) == 1;
@@ -3656,13 +3737,14 @@ static char cip_label(const ChemMol *m, int i, const int *rank) {
 
 // Labels the centres whose neighbours differ. *open: some that may be centres are without a label.
 // Returns whether any label is new.
+// RDKit: assignAtomChiralCodes
 static int label_centres(ChemMol *m, const int *rank, int *open) {
     int changed = 0;
     *open = 0;
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
         if (a->cip || a->chirality == CHI_NONE) continue;  // what is not marked never gets a label
-        if (a->chirality != CHI_OTHER && is_possible_centre(m, i)) a->cip = cip_label(m, i, rank);
+        if (is_possible_centre(m, i)) a->cip = cip_label(m, i, rank);
         if (a->cip) changed = 1;
         else if (mol_degree(m, i) >= 3 || a->z >= 15) *open = 1;
     }
@@ -3674,13 +3756,9 @@ static int label_centres(ChemMol *m, const int *rank, int *open) {
 // One end of a double bond: its neighbours and their directions as seen from the end.
 typedef struct { int n, atom[8], direction[8]; } BondEnd;
 
-// / for \\ and the other way round; whether it is one of them.
-static int opposite_direction(int direction) { return direction == DIR_DOWN ? DIR_UP : DIR_DOWN; }
-
-static int is_sloped(int direction) { return direction == DIR_DOWN || direction == DIR_UP; }
-
 // Collects the end at atom i. n = 0 if no direction is known or the two neighbours are equal; a
 // neighbour without direction gets the opposite of the other one's. *wavy: a wavy bond was seen.
+// RDKit: findAtomNeighborDirHelper
 static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *rank, int *wavy) {
     BondEnd end = {0};
     int known = 0;
@@ -3689,10 +3767,8 @@ static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *ran
         int direction = b->direction;
         if (direction == DIR_UNKNOWN || b->unknown) *wavy = 1;
         if (m->adj[k] == double_bond) continue;
-        if (is_sloped(direction)) {
-            known = 1;
-            if (b->begin != i) direction = opposite_direction(direction);
-        }
+        known |= is_sloped(direction);
+        if (b->begin != i) direction = opposite_direction(direction);
         end.atom[end.n] = bond_other(b, i);
         end.direction[end.n++] = direction;
     }
@@ -3708,6 +3784,7 @@ static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *ran
 
 // Labels one double bond Z, E or "any" if its ends say so. Returns 1 if it is a possible stereo
 // bond that stays without label for now, 2 if it is done with, 0 if it cannot have stereo.
+// RDKit: assignBondStereoCodes
 static int label_double_bond(ChemMol *m, int b, const int *rank, uint8_t *forget) {
     ChemBond *bond = &m->bonds[b];
     int begin = bond->begin, last = bond->end;
@@ -3735,6 +3812,7 @@ static int label_double_bond(ChemMol *m, int b, const int *rank, uint8_t *forget
 
 // Labels all double bonds that can be. *open: some possible ones are without a label. Returns
 // whether any was dealt with.
+// RDKit: assignBondStereoCodes
 static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
     uint8_t *forget = arena_flags(&m->arena, m->n_bonds);
     int changed = 0;
@@ -3753,6 +3831,7 @@ static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
 // ---- centres without label that still matter: cis and trans on a ring
 
 // Whether an atom of a ring may be cis or trans to another one.
+// RDKit: atomIsCandidateForRingStereochem
 static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     const ChemAtom *a = &m->atoms[i];
     int outside[2], n_outside = 0, n_inside = 0, inside[8], n_ranks = 0;
@@ -3786,6 +3865,7 @@ typedef struct {
 } RingStereo;
 
 // A chiral ring atom without label that may have a partner.
+// RDKit: findChiralAtomSpecialCases
 static int is_ring_stereo_atom(RingStereo *s, int i) {
     const ChemAtom *a = &s->m->atoms[i];
     return a->chirality != CHI_NONE && !a->cip && may_have_ring_stereo(s->m, i, s->rank);
@@ -3793,6 +3873,7 @@ static int is_ring_stereo_atom(RingStereo *s, int i) {
 
 // Queues the neighbours of i over ring bonds not walked yet; from the `first` atom of a search also
 // those that an earlier search had queued.
+// RDKit: findChiralAtomSpecialCases
 static void walk_ring_bonds(RingStereo *s, int i, int first) {
     ChemMol *m = s->m;
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
@@ -3807,6 +3888,7 @@ static void walk_ring_bonds(RingStereo *s, int i, int first) {
 
 // Marks (in `special` and ring_stereo) the unlabelled chiral ring atoms that have a partner in
 // their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans.
+// RDKit: findChiralAtomSpecialCases
 static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
     Arena *arena = &m->arena;
     RingStereo s = {m, rank, arena_flags(arena, m->n_atoms), arena_flags(arena, m->n_atoms),
@@ -3839,6 +3921,7 @@ static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
 // ---- the whole
 
 // Clears what cannot be stereo; returns whether there is a double bond with directions beside it.
+// RDKit: legacyStereoPerception
 static int prepare_bond_stereo(ChemMol *m) {
     int any = 0;
     for (int k = 0; k < m->n_bonds; k++) {
@@ -3863,6 +3946,7 @@ static int prepare_bond_stereo(ChemMol *m) {
 
 // Takes the chirality off an atom that turned out to be no centre, and the hydrogen that was stated
 // only for its sake.
+// RDKit: legacyStereoPerception
 static void drop_false_centre(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     if (a->chirality == CHI_NONE || is_nontetrahedral(a) || a->cip) return;
@@ -3873,6 +3957,7 @@ static void drop_false_centre(ChemMol *m, int i) {
 }
 
 // The same for all atoms, except those that are cis or trans to another one on a ring.
+// RDKit: legacyStereoPerception
 static void drop_false_centres(ChemMol *m, const int *rank) {
     const uint8_t *special = find_ring_stereo(m, rank);
     for (int i = 0; i < m->n_atoms; i++)
@@ -3880,6 +3965,7 @@ static void drop_false_centres(ChemMol *m, const int *rank) {
 }
 
 // Decides which marked centres and double bonds are real, and labels the double bonds.
+// RDKit: MolOps::assignStereochemistry, legacyStereoPerception
 static void assign_stereo(ChemMol *m) {
     int bonds = prepare_bond_stereo(m), atoms = 1, tags = 0, changed;  // what is left to label
     for (int i = 0; i < m->n_atoms; i++) {
@@ -3904,12 +3990,13 @@ static void assign_stereo(ChemMol *m) {
 }
 
 // Chirality needs a tetrahedral centre (SP3), or as many neighbours as its polyhedron has corners.
+// RDKit: MolOps::cleanupChirality
 static void clean_chirality(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
         int c = a->chirality, degree = c ? total_degree(m, i) : 0;
         int most = c == CHI_SQUARE ? 4 : c == CHI_BIPYRAMID ? 5 : c == CHI_OCTAHEDRON ? 6 : 0;
-        if ((c == CHI_CW || c == CHI_CCW || c == CHI_TETRAHEDRAL) && a->hybrid != HYBRID_SP3)
+        if ((c == CHI_CW || c == CHI_CCW) && a->hybrid != HYBRID_SP3)
             a->chirality = CHI_NONE;
         if (most && (degree < 2 || degree > most)) a->chirality = CHI_NONE;
     }
@@ -3923,6 +4010,7 @@ static void clean_chirality(ChemMol *m) {
 // =================================================================================================
 
 // Everything that makes a molecule out of atoms and bonds, except stereo.
+// RDKit: MolOps::sanitizeMol
 static int sanitize(ChemMol *m, Fault *fault) {
     clean_up(m);
     if (check_valences(m, fault) || find_rings(m, fault) || kekulize(m, fault)) return -1;
@@ -3936,6 +4024,7 @@ static int sanitize(ChemMol *m, Fault *fault) {
 }
 
 // Turns the valence field of a mol block (15 or -1: none) into explicit hydrogens.
+// RDKit: ProcessMolProps
 static void apply_valence_fields(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
@@ -3970,6 +4059,7 @@ static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
 }
 
 // Removes hydrogens unless told not to, and counts what is left.
+// RDKit: MolOps::removeHs
 static int drop_hydrogens(ChemMol *m, int keep, int count_all, int max_atoms, Fault *fault) {
     if (!keep) remove_hydrogens(m, count_all);
     if (m->n_atoms <= max_atoms && m->n_bonds <= MAX_BONDS) return 0;
@@ -3978,6 +4068,7 @@ static int drop_hydrogens(ChemMol *m, int keep, int count_all, int max_atoms, Fa
 }
 
 // Perceives a molecule read from a mol block.
+// RDKit: finishMolProcessing
 static int perceive_mol_block(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
     if (connect_and_count(m, max_atoms, fault)) return -1;
     apply_valence_fields(m);
@@ -3992,6 +4083,7 @@ static int perceive_mol_block(ChemMol *m, int keep_hydrogens, int max_atoms, Fau
 }
 
 // Perceives a molecule read from SMILES.
+// RDKit: SmilesToMol
 static int perceive_smiles(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
     update_valences(m);
     if (drop_hydrogens(m, keep_hydrogens, 1, max_atoms, fault) || sanitize(m, fault)) return -1;
@@ -4009,6 +4101,7 @@ static uint8_t index_or_misc(int value, int last) {
 }
 
 // The nine features of atom i, in the order of ATOM_FEATURE_SIZES.
+// OGB: atom_to_feature_vector
 static void atom_features(const ChemMol *m, int i, uint8_t *f) {
     const ChemAtom *a = &m->atoms[i];
     f[0] = index_or_misc(a->z - 1, 118);
@@ -4023,6 +4116,7 @@ static void atom_features(const ChemMol *m, int i, uint8_t *f) {
 }
 
 // The three features of a bond as one code, see BOND_CODES.
+// OGB: bond_to_feature_vector
 static uint8_t bond_code(const ChemBond *b) {
     static const uint8_t type[] = {4, 0, 1, 2, 4, 3, 4, 4};
     return (uint8_t)(12 * type[b->order] + 2 * b->stereo + b->conjugated);
@@ -4139,6 +4233,7 @@ static uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64
 }
 
 // Marks the atoms of rings and linkers: what is left when end atoms are cut off again and again.
+// RDKit: MurckoDecompose
 static void mark_framework(ChemMol *m, uint8_t *keep) {
     int n = m->n_atoms, top = 0;
     int *degree = arena_ints(&m->arena, n), *stack = arena_ints(&m->arena, n);
@@ -4159,6 +4254,7 @@ static void mark_framework(ChemMol *m, uint8_t *keep) {
 
 // Cuts atom i off the framework, unless a double bond holds it there (returns 0). Its neighbours
 // in the framework get hydrogens instead.
+// RDKit: MurckoDecompose
 static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
         int j = bond_other(&m->bonds[m->adj[k]], i);
@@ -4206,6 +4302,7 @@ static uint64_t graph_hash(const ChemMol *m, const uint64_t *start, int special,
 
 // Key of the scaffold of m, which is reduced to it. Setting every atom apart in turn distinguishes
 // graphs that plain refinement cannot, such as decalin and bicyclopentyl.
+// RDKit: MurckoDecompose; the key has none
 static ScaffoldKey scaffold_key(ChemMol *m) {
     Arena *arena = &m->arena;
     int n = m->n_atoms, kept = 0, *to = arena_ints(arena, n);
@@ -4543,8 +4640,8 @@ static int64_t count_lines(const char *p, const char *end) {
     return n;
 }
 
-// Encodes the molecule at the end of the worker's bytes. One record that a reader refuses would make
-// the whole dataset useless, so the reader's own checks decide here whether this one is kept.
+// Encodes the molecule at the end of the worker's bytes. One record that a reader refuses would
+// make the whole dataset useless, so the reader's own checks decide whether this one is kept.
 static int store_molecule(Worker *w, Outcome *o) {
     const Molecule *m = &w->molecule;
     size_t size = record_size(m->n_atoms, m->n_bonds, m->n_tasks, m->name_length, m->has_pos);
