@@ -493,6 +493,19 @@ static int starts_with(Span s, const char *text) {
     return s.n >= 0 && (size_t)s.n >= n && memcmp(s.p, text, n) == 0;
 }
 
+// The same without regard to capitals: whether s is, or starts with, a word.
+static int word_is(Span s, const char *word) {
+    int n = (int)strlen(word);
+    for (int k = 0; k < n && s.n == n; k++)
+        if (tolower((unsigned char)s.p[k]) != tolower((unsigned char)word[k])) return 0;
+    return s.n == n;
+}
+
+static int starts_with_word(Span s, const char *word) {
+    int n = (int)strlen(word);
+    return s.n >= n && word_is((Span){s.p, n}, word);
+}
+
 // Number at the start of s after blanks (what atof reads), exactly rounded. Up to 15 digits are an
 // exact integer, and one division by an exact power of ten rounds once; the rest is strtod's.
 static double parse_decimal(Span s) {
@@ -896,18 +909,6 @@ static int v2_body(MolBlock *b) {
 
 // ---- V3000
 
-// Case-insensitive starts_with(), and equality; `text` is in capitals.
-static int starts_with_word(Span s, const char *text) {
-    int k = 0;
-    for (; text[k]; k++)
-        if (k >= s.n || toupper((unsigned char)s.p[k]) != text[k]) return 0;
-    return 1;
-}
-
-static int word_is(Span s, const char *text) {
-    return (size_t)s.n == strlen(text) && starts_with_word(s, text);
-}
-
 // Next V3000 line without its "M  V30 "; lines that end in '-' go on in the next one, and are
 // joined in the molecule's arena.
 // RDKit: getV3000Line
@@ -1238,7 +1239,7 @@ static int smiles_element(SmilesReader *s, int bracket) {
         return mol_add_atom(s->m, z);
     }
     z = c ? element_number(&c, 1) : -1;
-    if (z < 0 || z == 1 || (!bracket && !strchr("BCNOPSFI", c))) return -1;
+    if (z < 0 || (!bracket && !strchr("BCNOPSFI", c))) return -1;
     s->pos++;
     return mol_add_atom(s->m, z);
 }
@@ -1263,21 +1264,6 @@ static int smiles_chirality(SmilesReader *s, ChemAtom *a) {
     return 0;
 }
 
-// Hydrogen as the atom in brackets: [H], [2H], [HH], [H+]. Returns 1 if it is one.
-// RDKit: smiles.yy, hydrogen_atom
-static int smiles_hydrogen(SmilesReader *s, int *atom) {
-    int count = 1, got, d = smiles_peek(s, 1);
-    char pair[2] = {'H', (char)d};
-    if (smiles_peek(s, 0) != 'H' || (d >= 'a' && d <= 'z' && element_number(pair, 2) > 0)) return 0;
-    s->pos++;
-    *atom = mol_add_atom(s->m, 1);
-    if (smiles_take(s, "H")) {
-        if ((got = smiles_number(s, &count)) < 0) return -1;
-        s->m->atoms[*atom].explicit_h = (uint8_t)count;
-    }
-    return 1;
-}
-
 // A charge: +, ++, +2, -, --, -2.
 // RDKit: smiles.yy, charge_element
 static int smiles_charge(SmilesReader *s, ChemAtom *a) {
@@ -1290,19 +1276,17 @@ static int smiles_charge(SmilesReader *s, ChemAtom *a) {
     return 0;
 }
 
-// What stands in brackets: isotope, element, chirality, hydrogens, charge, map number.
+// What stands in brackets: isotope, element, chirality (not on H), hydrogens, charge, map number.
 // RDKit: smiles.yy, atomd
 static int smiles_bracket(SmilesReader *s) {
-    int isotope = 0, i = -1, z = 0, count = 1, map;
+    int isotope = 0, i, z = 0, count = 0, map, got;
     if (smiles_number(s, &isotope) < 0) return -1;
-    int hydrogen = smiles_hydrogen(s, &i);
-    if (hydrogen < 0) return -1;
-    if (!hydrogen && smiles_take(s, "#")) {
-        int got = smiles_number(s, &z), at = s->pos;
+    if (smiles_take(s, "#")) {
+        got = smiles_number(s, &z);
         if (got < 0) return -1;
-        if (!got || z > Z_MAX) return smiles_fault(s, at, "an atomic number up to 118");
+        if (!got || z > Z_MAX) return smiles_fault(s, s->pos, "an atomic number up to 118");
         i = mol_add_atom(s->m, z);
-    } else if (!hydrogen) {
+    } else {
         int quoted = smiles_take(s, "'");  // some programs write ['Db']
         i = smiles_element(s, 1);
         if (i < 0) return smiles_fault(s, s->pos, "an element symbol");
@@ -1311,16 +1295,15 @@ static int smiles_bracket(SmilesReader *s) {
     ChemAtom *a = &s->m->atoms[i];
     a->isotope = (uint16_t)isotope;
     a->no_implicit = 1;
-    if (!hydrogen) {
-        if (smiles_chirality(s, a)) return -1;
-        if (smiles_take(s, "H")) {
-            if (smiles_number(s, &count) < 0) return -1;
-            a->explicit_h = (uint8_t)count;
-        }
+    if (a->z != 1 && smiles_chirality(s, a)) return -1;
+    if (smiles_take(s, "H")) {
+        count = 1;
+        if (smiles_number(s, &count) < 0) return -1;
     }
+    a->explicit_h = (uint8_t)count;
     if (smiles_charge(s, a)) return -1;
     if (smiles_take(s, ":")) {
-        int got = smiles_number(s, &map);
+        got = smiles_number(s, &map);
         if (got < 0) return -1;
         if (!got) return smiles_fault(s, s->pos, "a map number");
         a->map = map;
@@ -1588,19 +1571,9 @@ static int valence_too_high(const ChemAtom *a) {
     return largest > 0 && effective > largest;
 }
 
-// Implicit hydrogens of an aromatic atom: up to the default valence, else none. Returns -1 if the
-// valence is not an allowed one.
-// RDKit: Atom::calcImplicitValence
-static int aromatic_hydrogens(const ChemAtom *a, int used, int shift) {
-    const Element *e = &ELEMENTS[a->z];
-    if (used <= e->valence[0] + shift) return e->valence[0] + shift - used;
-    for (int k = 0; k < e->n_valences && e->valence[k] > 0; k++)
-        if (used == e->valence[k] + shift) return 0;
-    return -1;
-}
-
-// Sets the implicit hydrogens from the explicit valence. Returns 0 if no number of them makes an
-// allowed valence (they are 0 then).
+// Sets the implicit hydrogens from the explicit valence: up to the next allowed valence, but those
+// of an aromatic atom only up to the first. Returns 0 if no number of them makes an allowed valence
+// (they are 0 then).
 // RDKit: Atom::calcImplicitValence
 static int set_implicit_hydrogens(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
@@ -1614,14 +1587,12 @@ static int set_implicit_hydrogens(ChemMol *m, int i) {
     }
     if (e->valence[0] == -1) return 1;
     int used = a->valence + a->radicals, shift = valence_shift(a), h = -1;
-    if (is_aromatic_atom(m, i)) {
-        h = aromatic_hydrogens(a, used, shift);
-        if (h < 0) return 0;
-    } else {
-        for (int k = 0; k < e->n_valences && e->valence[k] >= 0 && h < 0; k++)
-            if (used <= e->valence[k] + shift) h = e->valence[k] + shift - used;
-        if (h < 0) return e->valence[e->n_valences - 1] == -1;
+    int aromatic = is_aromatic_atom(m, i);
+    for (int k = 0; k < e->n_valences && e->valence[k] >= 0 && h < 0; k++) {
+        int allowed = e->valence[k] + shift;
+        if (used == allowed || (used < allowed && (k == 0 || !aromatic))) h = allowed - used;
     }
+    if (h < 0) return !aromatic && e->valence[e->n_valences - 1] == -1;
     a->implicit_h = (int16_t)h;
     return 1;
 }
@@ -3124,23 +3095,18 @@ static int is_wavy(const ChemBond *b, int i) {
            (b->direction == DIR_UNKNOWN || b->unknown);
 }
 
-// Whether any bond of the atom is wavy.
-static int has_wavy_bond(const ChemMol *m, int i) {
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        if (is_wavy(&m->bonds[m->adj[k]], i)) return 1;
-    return 0;
-}
-
 // Square planar, trigonal bipyramidal or octahedral geometry of an atom from phosphorus on, by the
 // number of neighbours and of pairs of them opposite each other; CHI_NONE if it is none of them.
 // RDKit: assignNontetrahedralChiralTypeFrom3D
 static int nontetrahedral_class(const ChemMol *m, int i) {
     Point v[6];
     int n = mol_degree(m, i), pairs = 0, opposite[6] = {0}, loose[6], n_loose = 0;
-    if (m->atoms[i].z < 15 || n < 3 || n > 6 || has_wavy_bond(m, i)) return CHI_NONE;
-    for (int k = 0; k < n; k++)
-        v[k] = unit(point_minus(atom_point(m, bond_other(&m->bonds[m->adj[m->first[i] + k]], i)),
-                                atom_point(m, i)));
+    if (m->atoms[i].z < 15 || n < 3 || n > 6) return CHI_NONE;
+    for (int k = 0; k < n; k++) {
+        const ChemBond *b = &m->bonds[m->adj[m->first[i] + k]];
+        if (is_wavy(b, i)) return CHI_NONE;
+        v[k] = unit(point_minus(atom_point(m, bond_other(b, i)), atom_point(m, i)));
+    }
     for (int k = 0; k < n; k++)
         for (int q = k + 1; q < n; q++) {
             if (!(dot(v[k], v[q]) < -0.9)) continue;
@@ -3546,24 +3512,22 @@ static void clear_wedges(ChemMol *m) {
 // An atom with what it is compared by: an invariant, or its neighbours' ranks, highest first.
 typedef struct { int64_t value; int atom, n; const int *list; } CipEntry;
 
-// By value, then by list; a list that ends comes before one that goes on.
-static int compare_entries(const CipEntry *a, const CipEntry *b) {
+// By value, then by list; a list that ends comes before one that goes on. For qsort(), too.
+static int compare_entries(const void *left, const void *right) {
+    const CipEntry *a = left, *b = right;
     if (a->value != b->value) return a->value < b->value ? -1 : 1;
     for (int k = 0; k < a->n && k < b->n; k++)
         if (a->list[k] != b->list[k]) return a->list[k] < b->list[k] ? -1 : 1;
     return (a->n > b->n) - (a->n < b->n);
 }
 
-// The same for qsort().
-static int compare_entries_void(const void *a, const void *b) { return compare_entries(a, b); }
-
 // Sorts entries; most groups of equals are small.
 static void sort_entries(CipEntry *entries, int n) {
     if (n > 40) {
-        qsort(entries, (size_t)n, sizeof *entries, compare_entries_void);
+        qsort(entries, (size_t)n, sizeof *entries, compare_entries);
         return;
     }
-    for (int i = 1; i < n; i++) {  // most groups are small
+    for (int i = 1; i < n; i++) {
         CipEntry moved = entries[i];
         int k = i;
         for (; k > 0 && compare_entries(&moved, &entries[k - 1]) < 0; k--)
@@ -3956,14 +3920,6 @@ static void drop_false_centre(ChemMol *m, int i) {
     update_valence(m, i);
 }
 
-// The same for all atoms, except those that are cis or trans to another one on a ring.
-// RDKit: legacyStereoPerception
-static void drop_false_centres(ChemMol *m, const int *rank) {
-    const uint8_t *special = find_ring_stereo(m, rank);
-    for (int i = 0; i < m->n_atoms; i++)
-        if (!special[i] || !m->atoms[i].ring_stereo) drop_false_centre(m, i);
-}
-
 // Decides which marked centres and double bonds are real, and labels the double bonds.
 // RDKit: MolOps::assignStereochemistry, legacyStereoPerception
 static void assign_stereo(ChemMol *m) {
@@ -3986,7 +3942,9 @@ static void assign_stereo(ChemMol *m) {
         changed = changed && (atoms || bonds);
         if (changed) next_cip_ranks(m, rank);
     } while (changed);
-    drop_false_centres(m, rank);
+    const uint8_t *special = find_ring_stereo(m, rank);
+    for (int i = 0; i < m->n_atoms; i++)
+        if (!special[i] || !m->atoms[i].ring_stereo) drop_false_centre(m, i);
 }
 
 // Chirality needs a tetrahedral centre (SP3), or as many neighbours as its polyhedron has corners.
@@ -4365,11 +4323,8 @@ static Format format_by_name(const char *name) {
     static const struct { const char *name; Format format; } known[] = {
         {"sdf", FORMAT_SDF}, {"sd", FORMAT_SDF}, {"mol", FORMAT_SDF}, {"mdl", FORMAT_SDF},
         {"smi", FORMAT_SMI}, {"smiles", FORMAT_SMI}, {"csv", FORMAT_CSV}, {"tsv", FORMAT_TSV}};
-    for (int k = 0; k < 8; k++) {
-        const char *a = name, *b = known[k].name;
-        while (*a && tolower((unsigned char)*a) == *b) a++, b++;
-        if (!*a && !*b) return known[k].format;
-    }
+    for (int k = 0; k < 8; k++)
+        if (word_is((Span){name, (int)strlen(name)}, known[k].name)) return known[k].format;
     return FORMAT_NONE;
 }
 
@@ -4824,37 +4779,31 @@ static void find_tag_tasks(Conversion *c, const Record *records, int n) {
     free(words.task_names);
 }
 
-// Whether a column holds numbers (or nothing) in the first rows.
-static int is_number_column(const Source *s, Arena *arena, const Record *records, int n,
-                            int wanted) {
-    int numbers = 0;
+// --labels all, CSV: marks the columns that hold numbers (or nothing) in the first rows, and at
+// least one number.
+static void find_number_columns(const Source *s, const Record *rows, int n, uint8_t *numbers) {
+    enum { EMPTY, NUMBERS, WORDS };
+    Arena arena = {0};
     for (int k = 0; k < n && k < 1000; k++) {
-        const char *p = records[k].text, *end = row_end(&records[k]);
+        const char *p = rows[k].text, *end = row_end(&rows[k]);
         Span field;
         float label;
-        arena_reset(arena);
-        for (int column = 0; csv_field(arena, &p, end, separator_of(s), &field); column++) {
-            if (column != wanted) continue;
-            if (!parse_label(field, &label)) return 0;
-            numbers += !isnan(label);
+        arena_reset(&arena);
+        for (int column = 0; csv_field(&arena, &p, end, separator_of(s), &field); column++) {
+            if (column >= s->n_columns) break;
+            if (!parse_label(field, &label)) numbers[column] = WORDS;
+            else if (!isnan(label) && numbers[column] == EMPTY) numbers[column] = NUMBERS;
         }
     }
-    return numbers > 0;
-}
-
-// Whether two spans are the same word but for capitals.
-static int same_word(Span a, const char *b) {
-    if ((size_t)a.n != strlen(b)) return 0;
-    for (int k = 0; k < a.n; k++)
-        if (tolower((unsigned char)a.p[k]) != tolower((unsigned char)b[k])) return 0;
-    return 1;
+    for (int k = 0; k < s->n_columns; k++) numbers[k] = numbers[k] == NUMBERS;
+    arena_free(&arena);
 }
 
 // Reads the header of a CSV source: which column is the SMILES, the name, which task. `first`:
 // tasks of --labels all are still to be found, in the rows that follow.
 static void read_header(Conversion *c, Source *s, const Record *header, const Record *rows,
                         int n_rows, int first) {
-    Arena arena = {0}, row_arena = {0};
+    Arena arena = {0};
     const char *p = header->text, *end = row_end(header);
     Span names[4096];
     int n = 0;
@@ -4868,7 +4817,7 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
     s->smiles_column = s->name_column = -1;
     s->task_of_column = xmalloc((size_t)n, sizeof *s->task_of_column);
     for (int k = 0; k < n; k++) {
-        if (s->smiles_column < 0 && same_word(names[k], c->smiles_name ? c->smiles_name : "smiles"))
+        if (s->smiles_column < 0 && word_is(names[k], c->smiles_name ? c->smiles_name : "smiles"))
             s->smiles_column = k;
         if (c->name_tag && span_is(names[k], c->name_tag)) s->name_column = k;
         s->task_of_column[k] = -1;
@@ -4877,10 +4826,10 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
           "--smiles", s->path, c->smiles_name ? c->smiles_name : "smiles");
     CHECK(!c->name_tag || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
           c->name_tag);
-    for (int k = 0; k < n && first; k++)
-        if (k != s->smiles_column && k != s->name_column &&
-            is_number_column(s, &row_arena, rows, n_rows, k))
-            add_task(c, names[k]);
+    uint8_t *numbers = arena_flags(&arena, n);
+    if (first) find_number_columns(s, rows, n_rows, numbers);
+    for (int k = 0; k < n; k++)
+        if (numbers[k] && k != s->smiles_column && k != s->name_column) add_task(c, names[k]);
     for (int t = 0; t < c->n_tasks; t++) {
         int found = 0;
         for (int k = 0; k < n; k++)
@@ -4888,7 +4837,6 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
         CHECK(found, "%s:1: expected a column \"%s\" (--labels)", s->path, c->task_names[t]);
     }
     arena_free(&arena);
-    arena_free(&row_arena);
 }
 
 // ---- the summary
@@ -5170,12 +5118,10 @@ static void dump_dataset(const char *path, const char *range) {
     long long from = 0, to = LLONG_MAX;
     if (range) {
         char *end;
-        const char *colon = strchr(range, ':');
-        CHECK(colon, "--range: expected A:B, found \"%s\"", range);
-        if (colon > range) from = strtoll(range, &end, 10), colon = end == colon ? colon : NULL;
-        CHECK(colon && from >= 0, "--range: expected A:B, found \"%s\"", range);
-        if (colon[1]) {
-            to = strtoll(colon + 1, &end, 10);
+        from = strtoll(range, &end, 10);
+        CHECK(*end == ':' && from >= 0, "--range: expected A:B, found \"%s\"", range);
+        if (end[1]) {
+            to = strtoll(end + 1, &end, 10);
             CHECK(*end == 0 && to >= from, "--range: expected A:B with A <= B, found \"%s\"",
                   range);
         }
