@@ -342,16 +342,10 @@ static void mol_connect(ChemMol *m) {
         m->first[m->bonds[b].begin]++;
         m->first[m->bonds[b].end]++;
     }
-    for (int i = 0, sum = 0; i <= n; i++) {
-        int degree = i < n ? m->first[i] : 0;
-        m->first[i] = sum;
-        sum += degree;
-    }
-    int *next = arena_ints(&m->arena, n);
-    for (int b = 0; b < m->n_bonds; b++) {
-        ChemBond *bond = &m->bonds[b];
-        m->adj[m->first[bond->begin] + next[bond->begin]++] = b;
-        m->adj[m->first[bond->end] + next[bond->end]++] = b;
+    for (int i = 0; i < n; i++) m->first[i + 1] += m->first[i];
+    for (int b = m->n_bonds - 1; b >= 0; b--) {  // every list from its end
+        m->adj[--m->first[m->bonds[b].begin]] = b;
+        m->adj[--m->first[m->bonds[b].end]] = b;
     }
 }
 
@@ -3415,35 +3409,39 @@ static int set_directions(Directions *d, int double_bond, int *next) {
     return n_next;
 }
 
-// Finds the candidate double bonds. Returns how many there are.
+typedef struct { int64_t weight; int bond; } WeightedBond;
+
+// Finds the candidate double bonds and their weights: the sum of the numbers of the single bonds
+// beside them, ten times as much outside rings (RDKit adds it up in this way). `order` has room for
+// all bonds. Returns how many there are.
 // RDKit: MolOps::setDoubleBondNeighborDirections, isBondCandidateForStereo
-static int direction_candidates(Directions *d) {
+static int direction_candidates(Directions *d, WeightedBond *order) {
     ChemMol *m = d->m;
     int n = 0;
     for (int b = 0; b < m->n_bonds; b++) {
         const ChemBond *bond = &m->bonds[b];
+        int64_t weight = 0;
         if (bond->order != ORDER_DOUBLE || bond->stereo == STEREO_ANY ||
             bond->direction == DIR_EITHER || mol_degree(m, bond->begin) < 2 ||
             mol_degree(m, bond->end) < 2 || !may_have_bond_stereo(bond))
             continue;
-        d->candidate[b] = 1;
-        n++;
         for (int e = 0; e < 2; e++) {
             int i = e ? bond->end : bond->begin;
             for (int k = m->first[i]; k < m->first[i + 1]; k++) {
                 const ChemBond *beside = &m->bonds[m->adj[k]];
                 if (!is_single_like(beside)) continue;
+                weight += m->adj[k];
                 d->uses[m->adj[k]]++;
-                int dir = beside->direction;
-                if (dir == DIR_NONE || is_sloped(dir)) d->open[m->adj[k]] = 1;
+                if (beside->direction == DIR_NONE || is_sloped(beside->direction))
+                    d->open[m->adj[k]] = 1;
                 d->open[b] = 1;
             }
         }
+        d->candidate[b] = 1;
+        order[n++] = (WeightedBond){bond->rings ? weight : 10 * weight, b};
     }
     return n;
 }
-
-typedef struct { int64_t weight; int bond; } WeightedBond;
 
 // Larger weights first, then later bonds.
 static int compare_weighted(const void *a, const void *b) {
@@ -3452,30 +3450,19 @@ static int compare_weighted(const void *a, const void *b) {
     return (x->bond < y->bond) - (x->bond > y->bond);
 }
 
-// Bond directions from coordinates, double bond by double bond: those outside rings and with large
-// numbers of their neighbouring bonds first (which is how RDKit adds it up).
+// Bond directions from coordinates, double bond by double bond: by falling weight, and after each
+// one those that share a single bond with it.
 // RDKit: MolOps::detectBondStereochemistry, setDoubleBondNeighborDirections
 static void directions_from_coordinates(ChemMol *m) {
     Arena *arena = &m->arena;
     Directions d = {m, arena_flags(arena, m->n_bonds), arena_ints(arena, m->n_bonds),
                     arena_flags(arena, m->n_bonds)};
-    int n = direction_candidates(&d), used = 0, top = 0;
+    WeightedBond *order = arena_take(arena, (size_t)m->n_bonds, sizeof *order);
+    int n = direction_candidates(&d, order);
     if (!n) return;
-    WeightedBond *order = arena_take(arena, (size_t)n, sizeof *order);
     int *stack = arena_ints(arena, 16 * m->n_bonds + 64), *next = arena_ints(arena, 4 * m->n_bonds);
-    for (int b = 0; b < m->n_bonds; b++) {
-        const ChemBond *bond = &m->bonds[b];
-        int64_t weight = 0;
-        if (!d.candidate[b]) continue;
-        for (int e = 0; e < 2; e++) {
-            int i = e ? bond->end : bond->begin;
-            for (int k = m->first[i]; k < m->first[i + 1]; k++)
-                if (is_single_like(&m->bonds[m->adj[k]])) weight += m->adj[k];
-        }
-        order[used++] = (WeightedBond){bond->rings ? weight : 10 * weight, b};
-    }
-    qsort(order, (size_t)used, sizeof *order, compare_weighted);
-    for (int k = 0; k < used; k++) {
+    qsort(order, (size_t)n, sizeof *order, compare_weighted);
+    for (int k = 0, top = 0; k < n; k++) {
         stack[top++] = order[k].bond;
         while (top) {
             int n_next = set_directions(&d, stack[--top], next);
@@ -3820,66 +3807,47 @@ static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     return 0;
 }
 
-// State of the search for pairs of such atoms.
-typedef struct {
-    ChemMol *m;
-    const int *rank;
-    uint8_t *seen, *used, *bond_seen, *special;
-    int head, tail, *queue;
-} RingStereo;
-
 // A chiral ring atom without label that may have a partner.
-// RDKit: findChiralAtomSpecialCases
-static int is_ring_stereo_atom(RingStereo *s, int i) {
-    const ChemAtom *a = &s->m->atoms[i];
-    return a->chirality != CHI_NONE && !a->cip && may_have_ring_stereo(s->m, i, s->rank);
+static int is_ring_stereo_atom(ChemMol *m, int i, const int *rank) {
+    const ChemAtom *a = &m->atoms[i];
+    return a->chirality != CHI_NONE && !a->cip && may_have_ring_stereo(m, i, rank);
 }
 
-// Queues the neighbours of i over ring bonds not walked yet; from the `first` atom of a search also
-// those that an earlier search had queued.
-// RDKit: findChiralAtomSpecialCases
-static void walk_ring_bonds(RingStereo *s, int i, int first) {
-    ChemMol *m = s->m;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int b = m->adj[k], j = bond_other(&m->bonds[b], i);
-        if (s->bond_seen[b]) continue;
-        s->bond_seen[b] = 1;
-        if (!m->bonds[b].rings || s->seen[j] || (s->used[j] && !first)) continue;
-        s->used[j] = 1;
-        s->queue[s->tail++] = j;
-    }
-}
-
-// Marks (in `special` and ring_stereo) the unlabelled chiral ring atoms that have a partner in
-// their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans.
+// Marks (in the result, and in ring_stereo) the unlabelled chiral ring atoms that have a partner in
+// their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans. From each such atom
+// ring bonds are walked breadth first, each bond once in all; only the first atom of a walk takes
+// up atoms that an earlier walk had queued.
 // RDKit: findChiralAtomSpecialCases
 static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
     Arena *arena = &m->arena;
-    RingStereo s = {m, rank, arena_flags(arena, m->n_atoms), arena_flags(arena, m->n_atoms),
-                    arena_flags(arena, m->n_bonds), arena_flags(arena, m->n_atoms), 0, 0,
-                    arena_ints(arena, 2 * m->n_bonds + m->n_atoms + 1)};
+    uint8_t *seen = arena_flags(arena, m->n_atoms), *used = arena_flags(arena, m->n_atoms);
+    uint8_t *bond_seen = arena_flags(arena, m->n_bonds), *special = arena_flags(arena, m->n_atoms);
+    int *queue = arena_ints(arena, 2 * m->n_bonds + m->n_atoms + 1);
     for (int i = 0; i < m->n_atoms; i++) m->atoms[i].ring_stereo = 0;
     for (int i = 0; i < m->n_atoms; i++) {
-        int partners;
-        if (s.seen[i] || !is_ring_stereo_atom(&s, i)) continue;
-        s.head = s.tail = 0;
-        walk_ring_bonds(&s, i, 1);
-        partners = s.tail > 0 && m->atoms[i].ring_stereo;
-        while (s.head < s.tail) {
-            int j = s.queue[s.head++];
-            s.seen[j] = 1;
-            if (is_ring_stereo_atom(&s, j)) {
-                m->atoms[j].ring_stereo = 1;
-                s.special[i] = s.special[j] = 1;
-                partners = 1;
+        int tail = 0, partners = 0;
+        if (seen[i] || !is_ring_stereo_atom(m, i, rank)) continue;
+        for (int head = -1; head < tail; head++) {
+            int j = head < 0 ? i : queue[head];
+            if (head >= 0) seen[j] = 1;
+            if (head >= 0 && is_ring_stereo_atom(m, j, rank))
+                m->atoms[j].ring_stereo = special[i] = special[j] = 1;
+            for (int k = m->first[j]; k < m->first[j + 1]; k++) {
+                int b = m->adj[k], next = bond_other(&m->bonds[b], j);
+                if (bond_seen[b]) continue;
+                bond_seen[b] = 1;
+                if (!m->bonds[b].rings || seen[next] || (used[next] && head >= 0)) continue;
+                used[next] = 1;
+                queue[tail++] = next;
             }
-            walk_ring_bonds(&s, j, 0);
+            if (head < 0) partners = tail > 0 && m->atoms[i].ring_stereo;
         }
+        partners |= special[i];
         if (partners) m->atoms[i].ring_stereo = 1;
-        else s.special[i] = 0;
-        s.seen[i] = 1;
+        else special[i] = 0;
+        seen[i] = 1;
     }
-    return s.special;
+    return special;
 }
 
 // ---- the whole
