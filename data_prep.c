@@ -1839,6 +1839,7 @@ static void remove_hydrogens(ChemMol *m, int count_all) {
 typedef struct {
     ChemMol *m;
     RingList found;          // rings of the current fragment
+    RingList some;           // of the last smallest_rings()
     RingList all;            // every distinct ring seen, its atoms in falling order
     int *degree;             // active bonds of each atom
     uint8_t *active;         // per bond: not trimmed yet
@@ -1873,10 +1874,11 @@ static void ring_copy(Arena *arena, RingList *to, const RingList *from, int r) {
     memcpy(ring_bonds(to, at), ring_bonds(from, r), (size_t)n * sizeof(int));
 }
 
-// Whether a ring with these atoms was not seen before; then it is entered in s->all. *index: its
-// place there.
+// Whether ring r of a list was not seen before; then it is entered in s->all. *index: its place
+// there.
 // RDKit: RingUtils::computeRingInvariant
-static int ring_is_new(RingSearch *s, const int *atoms, int n, int *index) {
+static int ring_is_new(RingSearch *s, const RingList *rings, int r, int *index) {
+    const int *atoms = ring_atoms(rings, r), n = ring_size(rings, r);
     int *sorted = s->queue;  // free between searches
     for (int i = 0, k; i < n; i++) {
         for (k = i; k > 0 && sorted[k - 1] < atoms[i]; k--) sorted[k] = sorted[k - 1];
@@ -1929,25 +1931,25 @@ static int close_ring(RingSearch *s, int root, int curr, int next) {
     return n;
 }
 
-// Appends the ring s->ring of n atoms with its bonds to `out`.
+// Appends the ring s->ring of n atoms with its bonds to s->some.
 // RDKit: RingUtils::convertToBonds
-static void keep_closed_ring(RingSearch *s, RingList *out, int n) {
-    int r = ring_add(&s->m->arena, out, n);
-    int *atoms = ring_atoms(out, r), *bonds = ring_bonds(out, r);
+static void keep_closed_ring(RingSearch *s, int n) {
+    int r = ring_add(&s->m->arena, &s->some, n);
+    int *atoms = ring_atoms(&s->some, r), *bonds = ring_bonds(&s->some, r);
     for (int k = 0; k < n; k++) {
         atoms[k] = s->ring[k];
         bonds[k] = bond_between(s->m, s->ring[k], s->ring[k + 1 < n ? k + 1 : 0]);
     }
 }
 
-// All smallest rings through the root that avoid the `avoid` atom (-1: none), into `out`. A
+// All smallest rings through the root that avoid the `avoid` atom (-1: none), into s->some. A
 // breadth-first search: where two of its paths meet, a ring closes.
 // RDKit: FindRings::BFSWorkspace::smallestRingsBfs
-static void smallest_rings(RingSearch *s, int root, int avoid, RingList *out) {
+static void smallest_rings(RingSearch *s, int root, int avoid) {
     enum { WHITE, GREY, BLACK };
     ChemMol *m = s->m;
     int head = 0, tail = 0, best = INT_MAX, n;
-    *out = (RingList){0};
+    s->some.n = s->some.used = 0;
     memset(s->colour, WHITE, (size_t)m->n_atoms);
     if (avoid >= 0) s->colour[avoid] = BLACK;
     s->parent[root] = -1;
@@ -1968,7 +1970,7 @@ static void smallest_rings(RingSearch *s, int root, int avoid, RingList *out) {
             } else if ((n = close_ring(s, root, curr, next)) > 1) {
                 if (n > best) return;
                 best = n;
-                keep_closed_ring(s, out, n);
+                keep_closed_ring(s, n);
             }
         }
     }
@@ -1978,8 +1980,7 @@ static void smallest_rings(RingSearch *s, int root, int avoid, RingList *out) {
 // RDKit: the RINGINVAR_SET of FindRings
 static void keep_new_rings(RingSearch *s, const RingList *rings, int max_size) {
     for (int r = 0, index; r < rings->n; r++)
-        if (ring_size(rings, r) <= max_size &&
-            ring_is_new(s, ring_atoms(rings, r), ring_size(rings, r), &index))
+        if (ring_size(rings, r) <= max_size && ring_is_new(s, rings, r, &index))
             ring_copy(&s->m->arena, &s->found, rings, r);
 }
 
@@ -2047,7 +2048,7 @@ static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
     memcpy(active, s->active, (size_t)m->n_bonds);
     memcpy(degree, s->degree, (size_t)m->n_atoms * sizeof(int));
     for (int r = 0; r < n_rings; r++) {
-        RingList candidates = {0}, some;
+        RingList candidates = {0};
         int owners = 0, least = INT_MAX;
         for (int k = 0; k < n; k++) owners += finds[k].ring == rings[r];
         for (int k = 0; k < n && owners > 1; k++) {
@@ -2056,10 +2057,10 @@ static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
                 for (int b = 0; b < n && finds[a].atom == finds[k].atom; b++)
                     if (finds[b].ring == finds[a].ring && finds[b].atom != finds[k].atom)
                         trim_atom(s, finds[b].atom);
-            smallest_rings(s, finds[k].atom, -1, &some);
-            for (int c = 0; c < some.n; c++) {
-                if (ring_size(&some, c) < least) least = ring_size(&some, c);
-                ring_copy(&m->arena, &candidates, &some, c);
+            smallest_rings(s, finds[k].atom, -1);
+            for (int c = 0; c < s->some.n; c++) {
+                if (ring_size(&s->some, c) < least) least = ring_size(&s->some, c);
+                ring_copy(&m->arena, &candidates, &s->some, c);
             }
             memcpy(s->active, active, (size_t)m->n_bonds);
             memcpy(s->degree, degree, (size_t)m->n_atoms * sizeof(int));
@@ -2076,15 +2077,14 @@ static void search_chain_atoms(RingSearch *s, const int *picked, int n_picked) {
     Find *finds = NULL;
     int n = 0, room = 0;
     for (int p = 0; p < n_picked; p++) {
-        RingList rings;
-        smallest_rings(s, picked[p], -1, &rings);
-        keep_new_rings(s, &rings, INT_MAX);
-        for (int r = 0; r < rings.n; r++) {
+        smallest_rings(s, picked[p], -1);
+        for (int r = 0; r < s->some.n; r++) {
             if (n == room) finds = arena_grow(&m->arena, finds, &room, sizeof *finds);
             finds[n].atom = picked[p];
-            ring_is_new(s, ring_atoms(&rings, r), ring_size(&rings, r), &finds[n++].ring);
+            if (ring_is_new(s, &s->some, r, &finds[n++].ring))
+                ring_copy(&m->arena, &s->found, &s->some, r);
         }
-        if (rings.n) continue;
+        if (s->some.n) continue;
         s->changed[picked[p]] = 1;  // a chain between rings: cut it out
         for (int i; (i = pop_changed(s)) >= 0;) trim_atom(s, i);
     }
@@ -2103,23 +2103,24 @@ static int ring_has(const RingList *rings, int r, int atom) {
 // RDKit: FindRings::findRingsD3Node
 static int search_branch_atom(RingSearch *s, int i) {
     ChemMol *m = s->m;
-    RingList rings, more;
     int next[3], n = 0, only;
-    smallest_rings(s, i, -1, &rings);
-    keep_new_rings(s, &rings, INT_MAX);
-    if (rings.n >= 3) return 1;
+    smallest_rings(s, i, -1);
+    keep_new_rings(s, &s->some, INT_MAX);
+    int n_rings = s->some.n;
+    if (n_rings >= 3) return 1;
     for (int k = m->first[i]; k < m->first[i + 1] && n < 3; k++)
         if (s->active[m->adj[k]]) next[n++] = bond_other(&m->bonds[m->adj[k]], i);
-    if (n < 3 || rings.n == 0) return n == 3;
+    if (n < 3 || n_rings == 0) return n == 3;
     for (only = 0; only < 3; only++) {  // two rings: the neighbour in both; one: the one not in it
-        int in_all = ring_has(&rings, 0, next[only]) && ring_has(&rings, rings.n - 1, next[only]);
-        if (in_all == (rings.n == 2)) break;
+        int in_all = ring_has(&s->some, 0, next[only]);
+        in_all = in_all && ring_has(&s->some, n_rings - 1, next[only]);
+        if (in_all == (n_rings == 2)) break;
     }
     if (only == 3) return 0;
     for (int k = 2; k >= 0; k--) {  // the rings missing avoid that one, or one of the others each
-        if ((k == only) != (rings.n == 2)) continue;
-        smallest_rings(s, i, next[k], &more);
-        keep_new_rings(s, &more, INT_MAX);
+        if ((k == only) != (n_rings == 2)) continue;
+        smallest_rings(s, i, next[k]);
+        keep_new_rings(s, &s->some, INT_MAX);
     }
     return 1;
 }
