@@ -105,16 +105,6 @@ static const Element ELEMENTS[Z_MAX + 1] = {
 
 // Atomic number of an element symbol of n letters, or -1.
 static int element_number(const char *text, int n) {
-    if (n == 1) {
-        switch (text[0]) {  // what most atoms are
-            case 'H': return 1;
-            case 'C': return 6;
-            case 'N': return 7;
-            case 'O': return 8;
-            case 'F': return 9;
-            case 'S': return 16;
-        }
-    }
     for (int z = 1; z <= Z_MAX && n >= 1 && n <= 2; z++) {
         const char *s = ELEMENTS[z].symbol;
         if (s[0] == text[0] && (n == 1 ? s[1] == 0 : s[1] == text[1])) return z;
@@ -648,6 +638,13 @@ static int add_symbol(MolBlock *b, Span s, int column) {
     return i;
 }
 
+static const char ZERO_FIELDS[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // after the symbol
+
+// Whether the n characters after the symbol hold nothing but zeros, in their usual places.
+static inline int has_zero_fields(const char *p, int n) {
+    return n >= 0 && n < (int)sizeof ZERO_FIELDS && memcmp(p, ZERO_FIELDS, (size_t)n) == 0;
+}
+
 // Fields of an atom line after the symbol.
 // RDKit: ParseMolFileAtomLine
 static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
@@ -660,6 +657,7 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
         {57, 3, UNUSED, "reaction component"}, {63, 3, UNUSED, "inversion flag"},
         {66, 3, UNUSED, "exact change flag"}};
     int value[UNUSED + 1] = {0};
+    if (has_zero_fields(line.p + 34, line.n - 34)) return 0;
     for (int k = 0; k < 11; k++)
         if (!column_int(line, fields[k].at, fields[k].width, &value[fields[k].slot]))
             return MOL_FAULT(b, fields[k].at + 1, "expected a %s in columns %d-%d, found \"%.*s\"",
@@ -675,7 +673,7 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
 
 // The usual form of a coordinate, "-1234.5678" in ten columns, blanks and one sign in front. The
 // number is an exact integer over 10^4, so one division rounds it as strtod would. Returns 0 for
-// any other form. The digits are checked together: this is done for every atom of every file.
+// any other form.
 static int fixed_decimal(const char *p, double *value) {
     uint32_t digit[4], v = 0, largest = 0;
     int k = 0;
@@ -701,14 +699,11 @@ static int fixed_decimal(const char *p, double *value) {
 // next line is not of that kind. With v2_usual_bond() it makes a conversion of small molecules 12 %
 // faster.
 static int v2_usual_atom(MolBlock *b, int length) {
-    static const char zeros[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // after the symbol
     const char *p = b->in.at;
     double xyz[3];
     if (length < 34 || b->in.end - p <= length || p[length] != '\n') return 0;
     int n = length - 34 - (p[length - 1] == '\r');
-    if (n < 0 || n >= (int)sizeof zeros || p[30] != ' ' || p[32] != ' ' || p[33] != ' ' ||
-        memcmp(p + 34, zeros, (size_t)n) != 0)
-        return 0;
+    if (p[30] != ' ' || p[32] != ' ' || p[33] != ' ' || !has_zero_fields(p + 34, n)) return 0;
     for (int axis = 0; axis < 3; axis++)
         if (!fixed_decimal(p + 10 * axis, &xyz[axis])) return 0;
     int z = element_number(p + 31, 1);
@@ -1070,19 +1065,21 @@ static int v3_bond_line(MolBlock *b, Span line) {
     return 0;
 }
 
-// A block of `count` lines between BEGIN `name` and END `name`.
-static int v3_block(MolBlock *b, const char *name, int count,
+// The next line, which must start with a word.
+static int v3_expect(MolBlock *b, const char *word, Span *line) {
+    if (v3_line(b, line)) return -1;
+    return starts_with_word(*line, word) ? 0 : v3_bad(b, *line, word);
+}
+
+// A block of `count` lines between two others, each read by read_line.
+static int v3_block(MolBlock *b, const char *begin, const char *end, int count,
                     int (*read_line)(MolBlock *, Span)) {
     Span line;
-    char begin[24], end[24];
-    snprintf(begin, sizeof begin, "BEGIN %s", name);
-    snprintf(end, sizeof end, "END %s", name);
-    if (v3_line(b, &line)) return -1;
-    if (!starts_with_word(line, begin)) return v3_bad(b, line, begin);
+    if (count == 0) return 0;
+    if (v3_expect(b, begin, &line)) return -1;
     for (int k = 0; k < count; k++)
         if (v3_line(b, &line) || read_line(b, line)) return -1;
-    if (v3_line(b, &line)) return -1;
-    return starts_with_word(line, end) ? 0 : v3_bad(b, line, end);
+    return v3_expect(b, end, &line);
 }
 
 // Everything between the counts line of the header and `M  END`.
@@ -1091,10 +1088,7 @@ static int v3_body(MolBlock *b) {
     Span line, *token;
     if (b->n_atoms || b->n_bonds)
         return MOL_FAULT(b, 1, "expected counts of 0 in the header of a V3000 block");
-    if (v3_line(b, &line)) return -1;
-    if (!starts_with_word(line, "BEGIN CTAB")) return v3_bad(b, line, "BEGIN CTAB");
-    if (v3_line(b, &line)) return -1;
-    if (!starts_with_word(line, "COUNTS ")) return v3_bad(b, line, "COUNTS");
+    if (v3_expect(b, "BEGIN CTAB", &line) || v3_expect(b, "COUNTS ", &line)) return -1;
     int n = v3_tokens(b, line, &token);
     if (n < 3 || !parse_whole(token[1], &b->n_atoms) || !parse_whole(token[2], &b->n_bonds) ||
         b->n_atoms < 0 || b->n_bonds < 0)
@@ -1106,8 +1100,9 @@ static int v3_body(MolBlock *b) {
     for (b->table_size = 64; b->table_size < 2 * b->n_atoms; b->table_size *= 2) {}
     b->label_table = arena_ints(&b->m->arena, b->table_size);
     b->label_of = arena_ints(&b->m->arena, b->table_size);
-    if (b->n_atoms && v3_block(b, "ATOM", b->n_atoms, v3_atom_line)) return -1;
-    if (b->n_bonds && v3_block(b, "BOND", b->n_bonds, v3_bond_line)) return -1;
+    if (v3_block(b, "BEGIN ATOM", "END ATOM", b->n_atoms, v3_atom_line) ||
+        v3_block(b, "BEGIN BOND", "END BOND", b->n_bonds, v3_bond_line))
+        return -1;
     do {  // S groups, collections and the like change no feature
         if (v3_line(b, &line)) return -1;
     } while (!starts_with_word(line, "END CTAB"));
@@ -1601,16 +1596,7 @@ static int update_valence(ChemMol *m, int i) {
 // Valence and hydrogens of every atom, whatever they are.
 // RDKit: ROMol::updatePropertyCache(false)
 static void update_valences(ChemMol *m) {
-    for (int i = 0; i < m->n_atoms; i++) {
-        ChemAtom *a = &m->atoms[i];
-        if (a->z == 1 && !a->charge && !a->explicit_h && !a->radicals && !a->no_implicit &&
-            mol_degree(m, i) == 1 && m->bonds[m->adj[m->first[i]]].order == ORDER_SINGLE) {
-            a->valence = 1;  // half of all atoms are this
-            a->implicit_h = 0;
-            continue;
-        }
-        update_valence(m, i);
-    }
+    for (int i = 0; i < m->n_atoms; i++) update_valence(m, i);
 }
 
 // The same, but an impossible valence is a fault.
@@ -2802,20 +2788,19 @@ static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
 static void test_subset(AromaticSearch *s, const int *subset, int n) {
     ChemMol *m = s->m;
     for (int q = 0; q < n; q++)
-        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++)
-            s->atom_count[s->rings.atoms[k]]++;
-    if (!obeys_hueckel(s, subset, n)) return;
-    m->any_aromatic = 1;
-    for (int q = 0; q < n; q++)
         for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
-            m->atoms[s->rings.atoms[k]].aromatic = 1;
+            s->atom_count[s->rings.atoms[k]]++;
             s->bond_count[s->rings.bonds[k]]++;
         }
+    int aromatic = obeys_hueckel(s, subset, n);
+    m->any_aromatic |= aromatic;
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
             int b = s->rings.bonds[k], count = s->bond_count[b];
             ChemBond *bond = &m->bonds[b];
-            s->bond_count[b] = 0;
+            s->bond_count[b] = 0;  // each bond once
+            if (!aromatic) continue;
+            m->atoms[s->rings.atoms[k]].aromatic = 1;
             if (count != 1) continue;
             bond->aromatic = 1;
             if (bond->order == ORDER_SINGLE || bond->order == ORDER_DOUBLE)
@@ -4922,7 +4907,7 @@ static void split_by_order(uint8_t *part, size_t n, const uint32_t *order, const
     }
 }
 
-typedef struct { ScaffoldKey key; size_t first, size; } ScaffoldGroup;
+typedef struct { size_t first, start, size; } ScaffoldGroup;  // of the sorted entries
 typedef struct { ScaffoldKey key; size_t molecule; } ScaffoldEntry;
 
 // By scaffold, then by position.
@@ -4946,15 +4931,13 @@ static void split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
                               const double *fraction, int n_parts) {
     ScaffoldEntry *entries = xmalloc(n, sizeof *entries);
     ScaffoldGroup *groups = xmalloc(n, sizeof *groups);
-    size_t n_groups = 0, *start = xmalloc(n, sizeof *start), filled[PARTS_MAX] = {0};
+    size_t n_groups = 0, filled[PARTS_MAX] = {0};
     for (size_t i = 0; i < n; i++) entries[i] = (ScaffoldEntry){key[i], i};
     qsort(entries, n, sizeof *entries, compare_scaffold_entries);
     for (size_t i = 0; i < n; i++) {
         ScaffoldEntry *e = &entries[i];
-        if (i == 0 || e->key.a != e[-1].key.a || e->key.b != e[-1].key.b) {
-            groups[n_groups++] = (ScaffoldGroup){e->key, e->molecule, 0};
-            start[e->molecule] = i;
-        }
+        if (i == 0 || e->key.a != e[-1].key.a || e->key.b != e[-1].key.b)
+            groups[n_groups++] = (ScaffoldGroup){e->molecule, i, 0};
         groups[n_groups - 1].size++;
     }
     qsort(groups, n_groups, sizeof *groups, compare_scaffold_groups);
@@ -4969,11 +4952,10 @@ static void split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
         }
         filled[p] += groups[g].size;
         for (size_t k = 0; k < groups[g].size; k++)
-            part[entries[start[groups[g].first] + k].molecule] = (uint8_t)p;
+            part[entries[groups[g].start + k].molecule] = (uint8_t)p;
     }
     free(entries);
     free(groups);
-    free(start);
 }
 
 // Path of one part: {} in the pattern becomes its name; else "train" in the file name does, or
