@@ -2168,7 +2168,7 @@ static int prep_mol_block(char *out, size_t room, int k, int v3000) {
     return plain;
 }
 
-// Every rule of perception, from SMILES and from mol blocks in both versions, with LF and CRLF.
+// Catches a rule of perception that no longer gives RDKit's features, in any format or line end.
 static void test_perception(Worker *w) {
     char block[8192], crlf[8192], v2[2048], v3[2048];
     Outcome o;
@@ -2288,7 +2288,7 @@ static const struct {
      "expected \"M  V30 \", found \"M  END\""},
 };
 
-// Bad records give the fault, line and column of the table.
+// Catches a bad record being accepted, or blamed on the wrong line, column or reason.
 static void test_faults(Worker *w) {
     Outcome o;
     for (size_t k = 0; k < sizeof PREP_FAULTS / sizeof *PREP_FAULTS; k++) {
@@ -2310,7 +2310,7 @@ static void test_faults(Worker *w) {
                "an unreadable record was kept: \"%s\"", o.fault.text);
 }
 
-// Numbers are rounded as strtod rounds them.
+// Catches a number reader that rounds other than strtod.
 static void test_decimals(void) {
     int wrong = 0, wrong_fixed = 0;
     char text[64];
@@ -2348,7 +2348,7 @@ static int prep_cut(const char *name, const char *text, size_t length, size_t *s
     return n;
 }
 
-// Files are cut into the right records, whatever their line ends.
+// Catches records cut at the wrong place, by line ends, quotes or the borders of the buffer.
 static void test_records(void) {
     static const struct { const char *file, *text; int n; size_t last; } cases[] = {
         {"test.tmp.sdf", "a\n$$$$\nb\n$$$$\n", 2, 7}, {"test.tmp.sdf", "a\n$$$$\nb", 2, 1},
@@ -2382,7 +2382,7 @@ static void test_records(void) {
     free(text);
 }
 
-// CSV cells, labels, tags, what follows a SMILES.
+// Catches misread CSV cells, labels, tags and names, and parts that overwrite each other.
 static void test_fields(Worker *w) {
     static const struct { const char *text; float label; int ok; } labels[] = {
         {"1.5", 1.5f, 1}, {" -2e3 ", -2000, 1}, {"", NAN, 1}, {"NaN", NAN, 1}, {"n/a", NAN, 1},
@@ -2421,7 +2421,7 @@ static void test_fields(Worker *w) {
     }
 }
 
-// A turned molecule gets the same positions in its principal frame, which is right-handed.
+// Catches a principal frame that depends on how the molecule lay, or that mirrors it.
 static void test_orientation(Worker *w) {
     ChemMol *m = &w->mol;
     double pos[2][6][3], error = 0, moment[2] = {0};
@@ -2449,7 +2449,7 @@ static void test_orientation(Worker *w) {
     test_check(moment[0] > 0 && moment[1] > 0, "principal frame: third moments");
 }
 
-// Scaffolds: which molecules share one, and the split of the groups.
+// Catches equal scaffolds told apart, different ones confused, and groups in the wrong part.
 static void test_scaffolds(Worker *w) {
     static const char *const groups[][4] = {
         {"CCO", "C=CC", "[Na+]", NULL},
@@ -2483,7 +2483,7 @@ static void test_scaffolds(Worker *w) {
                part[1], part[2], part[3], part[4], part[5], part[6], part[7], part[8], part[9]);
 }
 
-// Fractions of the other splits; the same seed gives the same parts.
+// Catches wrong fractions, and a random split that a seed does not fix.
 static void test_split_fractions(void) {
     enum { N = 1001 };
     const double fraction[3] = {0.8, 0.1, 0.1};
@@ -2507,7 +2507,7 @@ static void test_split_fractions(void) {
     test_check(memcmp(part, again, N) != 0, "another seed gives another split");
 }
 
-// Arrays grow while a record is read: long chains as SMILES and as a mol block, in fresh memory.
+// Catches a pointer kept across an array's growth: long chains in fresh memory.
 static void test_growth(void) {
     enum { N = 500 };
     char *text = xmalloc(N * 100, 1), smiles[N + 1];
@@ -2530,7 +2530,7 @@ static void test_growth(void) {
     free(text);
 }
 
-// Records come out the same with any number of threads.
+// Catches records that depend on the number of threads.
 static void test_threads(void) {
     enum { N = (int)(sizeof PREP_SMILES / sizeof *PREP_SMILES) };
     static Record records[20 * N];
