@@ -225,7 +225,7 @@ typedef struct {
     int8_t charge;
     uint8_t explicit_h;       // hydrogens that belong to the atom as written ([nH], valence fields)
     uint8_t radicals;
-    uint8_t no_implicit;    // takes no hydrogens beyond the stated ones
+    uint8_t no_implicit;    // takes no hydrogens beyond the explicit ones
     uint8_t aromatic, chirality, hybrid;
     uint8_t unknown_stereo; // a wavy bond began here
     uint8_t first_of_fragment;  // opens a SMILES or follows a dot
@@ -1723,8 +1723,8 @@ static int is_removable_hydrogen(const ChemMol *m, int i) {
     return 1;
 }
 
-// The neighbour's hydrogen count must be stated where it would not come back by itself: if all
-// are (`count_all`, for SMILES), on stereo centres, and at unusual valences.
+// The neighbour's hydrogen must be counted as explicit where it would not come back by itself: if
+// all are (`count_all`, for SMILES), on stereo centres, and at unusual valences.
 // RDKit: molRemoveH
 static int must_count_hydrogen(const ChemMol *m, int heavy, int count_all) {
     const ChemAtom *a = &m->atoms[heavy];
@@ -2651,7 +2651,7 @@ static int count_radicals(const ChemMol *m, int i) {
     return available >= 0 && available < missing ? available : missing;
 }
 
-// Radicals of all atoms that had their hydrogens stated and no radical given.
+// Radicals of all atoms that take no implicit hydrogens and had no radical given.
 // RDKit: MolOps::assignRadicals
 static void assign_radicals(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
@@ -2996,7 +2996,7 @@ static void assign_hybridization(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) m->atoms[i].hybrid = (uint8_t)hybridization(m, i);
 }
 
-// An aromatic atom may have lost implicit hydrogens to its new bond orders: they become stated.
+// An aromatic atom may have lost implicit hydrogens to its new bond orders: they become explicit.
 // RDKit: MolOps::adjustHs
 static void restore_hydrogens(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
@@ -3862,8 +3862,8 @@ static int prepare_bond_stereo(ChemMol *m) {
     return any;
 }
 
-// Takes the chirality off an atom that turned out to be no centre, and the hydrogen that was stated
-// only for its sake.
+// Takes the chirality off an atom that turned out to be no centre, and the hydrogen that was
+// explicit only for its sake.
 // RDKit: legacyStereoPerception
 static void drop_false_centre(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
@@ -4595,12 +4595,11 @@ static void split_smiles(Span line, Span *smiles, Span *name) {
 static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
 
 // Reads the fields of a CSV row that matter.
-static int read_row(const Conversion *c, const Source *s, const Record *r, Worker *w, float *labels,
-                    Span *smiles, Span *name, Outcome *o) {
+static int read_row(const Source *s, const Record *r, Worker *w, float *labels, Span *smiles,
+                    Span *name, Outcome *o) {
     const char *p = r->text, *end = row_end(r);
     int column = 0, found = 0;
     Span field, rest;
-    (void)c;
     for (; csv_field(&w->mol.arena, &p, end, separator_of(s), &field); column++) {
         if (column >= s->n_columns) break;
         if (column == s->smiles_column) {
@@ -4636,7 +4635,7 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
     } else {
         if (s->format == FORMAT_SMI) {
             split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &name);
-        } else if (read_row(c, s, r, w, labels, &smiles, &name, o)) {
+        } else if (read_row(s, r, w, labels, &smiles, &name, o)) {
             return -1;
         }
         if (read_smiles(m, smiles, &o->fault)) return -1;
@@ -5165,11 +5164,10 @@ static void output_finish(Output *out, const PrepOptions *opt, const Conversion 
     free(part);
 }
 
-// Label t of an encoded record.
-static float record_label(const uint8_t *record, int t) {
-    int has_pos = (int)get_u16(record + 8);
-    size_t before = record_size((int)get_u16(record + 4), (int)get_u16(record + 6), t, 0, has_pos);
-    return get_f32(record + before);
+// Label t of n_tasks of an encoded record, in which labels and name come last.
+static float record_label(const uint8_t *record, size_t size, int n_tasks, int t) {
+    size_t name_length = get_u16(record + 10);
+    return get_f32(record + size - name_length - 4 * (size_t)(n_tasks - t));
 }
 
 // Counts the outcomes of a chunk and writes what was kept.
@@ -5184,7 +5182,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->n_atoms += o->n_atoms;
             sum->bad_labels += o->bad_labels;
             for (int t = 0; t < c->n_tasks; t++)
-                sum->labelled[t] |= !isnan(record_label(record, t));
+                sum->labelled[t] |= !isnan(record_label(record, o->size, c->n_tasks, t));
             if (out->n_parts > 1)
                 pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
