@@ -30,7 +30,14 @@
 //   23 options and main
 //
 // Where RDKit's behaviour is an accident of its code, it is followed and a comment says so: equal
-// numbers are worth more here than better chemistry.
+// numbers are worth more here than better chemistry. A line "RDKit: f" over a function names what
+// it mirrors there (release 2022.09; MolOps, FindRings, ... are namespaces); helpers of our own
+// have none. Records that RDKit reads and this program refuses, with a reason:
+//
+//    query features, R-groups, rare properties  of mol blocks: they describe no single molecule
+//    rare chirality classes                     @AL, @SP, @TB, @OH in SMILES
+//    rings too intricate                        cages whose rings need RDKit's fallback searches
+//    dummy atoms in aromatic rings              *1cccc1 has no Kekule structure to be sure of
 #ifndef MB_PROGRAM
 #define MB_PROGRAM "data_prep"
 #endif
@@ -98,16 +105,6 @@ static const Element ELEMENTS[Z_MAX + 1] = {
 
 // Atomic number of an element symbol of n letters, or -1.
 static int element_number(const char *text, int n) {
-    if (n == 1) {
-        switch (text[0]) {  // what most atoms are
-            case 'H': return 1;
-            case 'C': return 6;
-            case 'N': return 7;
-            case 'O': return 8;
-            case 'F': return 9;
-            case 'S': return 16;
-        }
-    }
     for (int z = 1; z <= Z_MAX && n >= 1 && n <= 2; z++) {
         const char *s = ELEMENTS[z].symbol;
         if (s[0] == text[0] && (n == 1 ? s[1] == 0 : s[1] == text[1])) return z;
@@ -116,6 +113,7 @@ static int element_number(const char *text, int n) {
 }
 
 // Whether the first element attracts electrons more than the second, by RDKit's rough measure.
+// RDKit: PeriodicTable::moreElectroNegative
 static int more_electronegative(int z1, int z2) {
     int outer1 = ELEMENTS[z1].outer, outer2 = ELEMENTS[z2].outer;
     return outer1 != outer2 ? outer1 > outer2 : z1 < z2;
@@ -126,58 +124,63 @@ static int more_electronegative(int z1, int z2) {
 //   which is emptied before the next record: no malloc in the common case, nothing to free.
 // =================================================================================================
 
-typedef struct PrepOverflow {
-    struct PrepOverflow *next;
+typedef struct ArenaOverflow {
+    struct ArenaOverflow *next;
     size_t bytes;
-} PrepOverflow;
+} ArenaOverflow;
 
 typedef struct {
     char *base;
     size_t used, room;
-    PrepOverflow *overflow;  // blocks that did not fit; the base grows by them at the next reset
-} PrepArena;
+    ArenaOverflow *overflow;  // blocks that did not fit; the base grows by them at the next reset
+} Arena;
 
-// `count` zeroed elements of `size` bytes that live until prep_reset().
-static void *prep_take(PrepArena *arena, size_t count, size_t size) {
-    size_t bytes = mul_size(count, size);
-    CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
-    bytes = (bytes + 63) / 64 * 64;
-    if (bytes <= arena->room - arena->used) {
-        void *p = arena->base + arena->used;
-        arena->used += bytes;
-        return memset(p, 0, bytes);
-    }
-    size_t head = (sizeof(PrepOverflow) + 63) / 64 * 64;
-    PrepOverflow *block = xmalloc(1, head + bytes);
+// A block of the heap for what the base has no room for.
+static void *arena_overflow(Arena *arena, size_t bytes) {
+    size_t head = (sizeof(ArenaOverflow) + 15) / 16 * 16;
+    ArenaOverflow *block = xmalloc(1, head + bytes);
     block->bytes = bytes;
     block->next = arena->overflow;
     arena->overflow = block;
     return (char *)block + head;
 }
 
-// Zeroed ints and flags from the arena.
-static int *prep_ints(PrepArena *arena, int count) {
-    return prep_take(arena, (size_t)count, sizeof(int));
+// `count` zeroed elements of `size` bytes that live until arena_reset(). Inline, so that the check
+// of the product needs no division: a record takes some sixty small blocks.
+static inline void *arena_take(Arena *arena, size_t count, size_t size) {
+    size_t bytes = mul_size(count, size);
+    CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
+    bytes = (bytes + 15) / 16 * 16;
+    if (bytes > arena->room - arena->used) return arena_overflow(arena, bytes);
+    void *p = arena->base + arena->used;
+    arena->used += bytes;
+    return p;
 }
 
-static uint8_t *prep_flags(PrepArena *arena, int count) {
-    return prep_take(arena, (size_t)count, 1);
+// Zeroed ints and flags from the arena.
+static int *arena_ints(Arena *arena, int count) {
+    return arena_take(arena, (size_t)count, sizeof(int));
+}
+
+static uint8_t *arena_flags(Arena *arena, int count) {
+    return arena_take(arena, (size_t)count, 1);
 }
 
 // A block twice as large as p's `room` elements with the same beginning; *room is updated.
-static void *prep_grow(PrepArena *arena, const void *p, int *room, size_t size) {
+static void *arena_grow(Arena *arena, const void *p, int *room, size_t size) {
     int more = *room < 16 ? 32 : 2 * *room;
-    void *grown = prep_take(arena, (size_t)more, size);
-    if (*room) memcpy(grown, p, (size_t)*room * size);
+    void *grown = arena_take(arena, (size_t)more, size);
+    if (p) memcpy(grown, p, (size_t)*room * size);
     *room = more;
     return grown;
 }
 
-// Empties the arena; what did not fit this time will fit the next time.
-static void prep_reset(PrepArena *arena) {
+// Empties the arena; what did not fit this time will fit the next time. What was used is zeroed in
+// one go.
+static void arena_reset(Arena *arena) {
     size_t missing = 0;
     while (arena->overflow) {
-        PrepOverflow *block = arena->overflow;
+        ArenaOverflow *block = arena->overflow;
         missing += block->bytes;
         arena->overflow = block->next;
         free(block);
@@ -186,15 +189,17 @@ static void prep_reset(PrepArena *arena) {
         free(arena->base);
         arena->room += missing + (1 << 16);
         arena->base = xmalloc(arena->room, 1);
+    } else {
+        memset(arena->base, 0, arena->used);
     }
     arena->used = 0;
 }
 
 // Gives the arena's memory back.
-static void prep_free(PrepArena *arena) {
-    prep_reset(arena);
+static void arena_free(Arena *arena) {
+    arena_reset(arena);
     free(arena->base);
-    *arena = (PrepArena){0};
+    *arena = (Arena){0};
 }
 
 // =================================================================================================
@@ -202,7 +207,7 @@ static void prep_free(PrepArena *arena) {
 // =================================================================================================
 
 enum { ORDER_NONE, ORDER_SINGLE, ORDER_DOUBLE, ORDER_TRIPLE, ORDER_QUADRUPLE, ORDER_AROMATIC,
-       ORDER_DATIVE, ORDER_HYDROGEN, ORDER_ZERO };
+       ORDER_DATIVE, ORDER_HYDROGEN };
 
 // A wedge starts at the narrow end, the bond's first atom. DOWN and UP belong to the single bonds
 // beside a double bond and are read from first to second atom, like \ and / in SMILES.
@@ -210,34 +215,32 @@ enum { DIR_NONE, DIR_WEDGE, DIR_DASH, DIR_DOWN, DIR_UP, DIR_EITHER, DIR_UNKNOWN 
 
 enum { STEREO_NONE, STEREO_Z, STEREO_E, STEREO_CIS, STEREO_TRANS, STEREO_ANY };  // OGB's order
 
-enum { CHI_NONE, CHI_CW, CHI_CCW, CHI_OTHER, CHI_TETRAHEDRAL, CHI_ALLENE, CHI_SQUARE,
-       CHI_BIPYRAMID, CHI_OCTAHEDRON };  // the first four in OGB's order, the rest is its "misc"
+// The first three are OGB's, the others its "misc", which is 4.
+enum { CHI_NONE, CHI_CW, CHI_CCW, CHI_SQUARE = 4, CHI_BIPYRAMID, CHI_OCTAHEDRON };
 
 enum { HYBRID_SP, HYBRID_SP2, HYBRID_SP3, HYBRID_SP3D, HYBRID_SP3D2, HYBRID_MISC };
-
-enum { QUERY_ANY = 1, QUERY_ORDER = 2, QUERY_COMPLEX = 4 };  // of a bond; see bond_query_bits()
 
 typedef struct {
     uint8_t z;              // atomic number, 0 = dummy
     int8_t charge;
-    uint8_t stated_h;       // hydrogens that belong to the atom as written ([nH], valence fields)
+    uint8_t explicit_h;       // hydrogens that belong to the atom as written ([nH], valence fields)
     uint8_t radicals;
-    uint8_t no_implicit;    // takes no hydrogens beyond the stated ones
-    uint8_t aromatic, chirality, hybrid, query;
+    uint8_t no_implicit;    // takes no hydrogens beyond the explicit ones
+    uint8_t aromatic, chirality, hybrid;
     uint8_t unknown_stereo; // a wavy bond began here
-    uint8_t first_of_part;  // opens a SMILES or follows a dot
+    uint8_t first_of_fragment;  // opens a SMILES or follows a dot
     uint8_t ring_stereo;    // its stereo depends on another centre of the same ring system
     char cip;               // 'R', 'S' or 0: not a centre with four different neighbours
     uint16_t isotope;
     int16_t implicit_h;     // -1: not computed yet
-    int valence;            // sum of bond orders and stated hydrogens, rounded as RDKit does
+    int valence;            // sum of bond orders and explicit hydrogens, rounded as RDKit does
     int map;                // atom map number, -1 = none
     int field_valence;      // the mol block's valence field, 0 = not given
 } ChemAtom;
 
 typedef struct {
     int begin, end;
-    uint8_t order, aromatic, conjugated, direction, stereo, query;
+    uint8_t order, aromatic, conjugated, direction, stereo;
     uint8_t unknown;        // was drawn wavy
     uint8_t dead;           // goes away with its hydrogen
     uint8_t unspecified;    // SMILES / or \ or nothing: single or aromatic, as its atoms turn out
@@ -262,12 +265,12 @@ typedef struct {
     int has_xyz, is_3d, wedged;
     int any_aromatic;       // 0: no atom or bond is, no need to look
     int had_aromatic;       // the input had some
-    PrepArena arena;
+    Arena arena;
 } ChemMol;
 
 // Empties m for the next record. Start from a zeroed struct; the owner calls mol_free().
 static void mol_clear(ChemMol *m) {
-    prep_reset(&m->arena);
+    arena_reset(&m->arena);
     m->n_atoms = m->n_bonds = 0;
     m->has_xyz = m->is_3d = m->wedged = m->had_aromatic = 0;
     m->any_aromatic = 1;
@@ -276,7 +279,7 @@ static void mol_clear(ChemMol *m) {
 
 // Frees everything m owns.
 static void mol_free(ChemMol *m) {
-    prep_free(&m->arena);
+    arena_free(&m->arena);
     free(m->atoms);
     free(m->bonds);
     free(m->xyz);
@@ -313,35 +316,37 @@ static inline int bond_other(const ChemBond *b, int i) { return b->begin == i ? 
 static inline int mol_degree(const ChemMol *m, int i) { return m->first[i + 1] - m->first[i]; }
 
 // The bond between two atoms, or -1.
+// RDKit: ROMol::getBondBetweenAtoms
 static int bond_between(const ChemMol *m, int i, int j) {
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         if (bond_other(&m->bonds[m->adj[k]], i) == j) return m->adj[k];
     return -1;
 }
 
-// Builds the adjacency lists. Returns a bond that joins an already bonded pair or an atom to
-// itself, or -1 if all is well.
-static int mol_connect(ChemMol *m) {
-    int n = m->n_atoms, bad = -1;
-    m->first = prep_ints(&m->arena, n + 1);
-    m->adj = prep_ints(&m->arena, 2 * m->n_bonds);
+// Builds the adjacency lists. The bonds must join different atoms, see find_bad_bond().
+static void mol_connect(ChemMol *m) {
+    int n = m->n_atoms;
+    m->first = arena_ints(&m->arena, n + 1);
+    m->adj = arena_ints(&m->arena, 2 * m->n_bonds);
     for (int b = 0; b < m->n_bonds; b++) {
         m->first[m->bonds[b].begin]++;
         m->first[m->bonds[b].end]++;
     }
-    for (int i = 0, sum = 0; i <= n; i++) {
-        int degree = i < n ? m->first[i] : 0;
-        m->first[i] = sum;
-        sum += degree;
+    for (int i = 0; i < n; i++) m->first[i + 1] += m->first[i];
+    for (int b = m->n_bonds - 1; b >= 0; b--) {  // every list from its end
+        m->adj[--m->first[m->bonds[b].begin]] = b;
+        m->adj[--m->first[m->bonds[b].end]] = b;
     }
-    int *next = prep_ints(&m->arena, n), *seen = prep_ints(&m->arena, n);
-    for (int b = 0; b < m->n_bonds; b++) {
-        ChemBond *bond = &m->bonds[b];
-        if (bond->begin == bond->end) return b;
-        m->adj[m->first[bond->begin] + next[bond->begin]++] = b;
-        m->adj[m->first[bond->end] + next[bond->end]++] = b;
-    }
-    for (int i = 0; i < n; i++) {
+}
+
+// Connects a molecule as read. Returns a bond that joins an already bonded pair or an atom to
+// itself (then there are no adjacency lists), or -1 if all is well.
+static int find_bad_bond(ChemMol *m) {
+    int bad = -1, *seen = arena_ints(&m->arena, m->n_atoms);
+    for (int b = 0; b < m->n_bonds; b++)
+        if (m->bonds[b].begin == m->bonds[b].end) return b;
+    mol_connect(m);
+    for (int i = 0; i < m->n_atoms; i++) {
         for (int k = m->first[i]; k < m->first[i + 1]; k++) {
             int j = bond_other(&m->bonds[m->adj[k]], i);
             if (seen[j] == i + 1) bad = m->adj[k];
@@ -352,11 +357,13 @@ static int mol_connect(ChemMol *m) {
 }
 
 // Hydrogens on an atom that are not atoms themselves.
+// RDKit: Atom::getTotalNumHs
 static inline int atom_hydrogens(const ChemAtom *a) {
-    return a->stated_h + (a->no_implicit ? 0 : a->implicit_h);
+    return a->explicit_h + (a->no_implicit ? 0 : a->implicit_h);
 }
 
 // Neighbours and hydrogens; bonds and hydrogens, in units of single bonds.
+// RDKit: Atom::getTotalDegree
 static inline int total_degree(const ChemMol *m, int i) {
     return mol_degree(m, i) + atom_hydrogens(&m->atoms[i]);
 }
@@ -366,22 +373,33 @@ static inline int total_valence(const ChemAtom *a) {
 }
 
 // Twice a bond's order, so that an aromatic bond counts 3 and no fractions appear.
+// RDKit: getTwiceBondType
 static inline int twice_order(const ChemBond *b) {
-    static const int8_t twice[] = {0, 2, 4, 6, 8, 3, 2, 0, 0};
+    static const int8_t twice[] = {0, 2, 4, 6, 8, 3, 2, 0};
     return twice[b->order];
 }
 
 // Twice what a bond adds to an atom's valence: a dative bond costs its donor (begin) nothing.
+// RDKit: Bond::getValenceContrib
 static inline int twice_contribution(const ChemBond *b, int i) {
     return b->order == ORDER_DATIVE && b->begin == i ? 0 : twice_order(b);
 }
 
 // The mirror image of a tetrahedral centre.
+// RDKit: Atom::invertChirality
 static int invert_chirality(int chirality) {
     return chirality == CHI_CW ? CHI_CCW : chirality == CHI_CCW ? CHI_CW : chirality;
 }
 
+// Whether a direction is / or \\; the other one of the two (any other direction stays).
+static int is_sloped(int direction) { return direction == DIR_DOWN || direction == DIR_UP; }
+
+static uint8_t opposite_direction(int direction) {
+    return (uint8_t)(is_sloped(direction) ? DIR_DOWN + DIR_UP - direction : direction);
+}
+
 // Whether an atom is aromatic itself or has an aromatic bond (mol blocks mark only bonds).
+// RDKit: isAromaticAtom
 static int is_aromatic_atom(const ChemMol *m, int i) {
     if (!m->any_aromatic) return 0;
     if (m->atoms[i].aromatic) return 1;
@@ -459,6 +477,19 @@ static int starts_with(Span s, const char *text) {
     return s.n >= 0 && (size_t)s.n >= n && memcmp(s.p, text, n) == 0;
 }
 
+// The same without regard to capitals: whether s is, or starts with, a word.
+static int word_is(Span s, const char *word) {
+    int n = (int)strlen(word);
+    for (int k = 0; k < n && s.n == n; k++)
+        if (tolower((unsigned char)s.p[k]) != tolower((unsigned char)word[k])) return 0;
+    return s.n == n;
+}
+
+static int starts_with_word(Span s, const char *word) {
+    int n = (int)strlen(word);
+    return s.n >= n && word_is((Span){s.p, n}, word);
+}
+
 // Number at the start of s after blanks (what atof reads), exactly rounded. Up to 15 digits are an
 // exact integer, and one division by an exact power of ten rounds once; the rest is strtod's.
 static double parse_decimal(Span s) {
@@ -531,81 +562,91 @@ static int parse_whole(Span s, int *value) {
 //
 //   Many programs write such blocks and few write them by the book, so what is accepted here is
 //   what RDKit accepts in its strict mode, down to columns that are blank or run into each other.
+//   Refused is what RDKit reads as a query: atom lists, R-groups, "any" atoms and bonds, conditions
+//   on hydrogens, rings or neighbours. They stand for many molecules, a dataset holds single ones.
 // =================================================================================================
 
 enum { RAW_ATOMS_MAX = 65535 };  // atoms of a record before hydrogens are removed
 
+// A block being read; atoms and bonds go to m.
 typedef struct {
     Lines in;
     ChemMol *m;
     Fault *fault;
-    Span title;
-    int tagged_3d;       // the header says so
     int n_atoms, n_bonds;
     int *label_table;    // V3000: hash table from atom label to atom, see v3_atom_with_label()
     int *label_of;
     int table_size;
 } MolBlock;
 
-// Integer in columns [at, at + width) of an atom or bond line, as RDKit reads it: only digits,
-// signs and blanks are allowed there, and if all are blanks it reads on into the next field.
-// Returns 0 if there is anything else.
+// The fault of the line last read; returns -1.
+#define MOL_FAULT(b, column, ...) \
+    fault_at((b)->fault, (b)->in.line, column, "malformed mol block", __VA_ARGS__)
+
+// The fault of something that makes the block a query, or that is too rare to be implemented.
+static int not_supported(MolBlock *b, Span what) {
+    return fault_at(b->fault, b->in.line, 0, "query, R-group or rare property",
+                    "%.*s is not supported", what.n < 60 ? what.n : 60, what.p);
+}
+
+// Integer in columns [at, at + width) of an atom or bond line: only digits, signs and blanks are
+// allowed there; if there are nothing but blanks, and one more, it reads on into the next field.
+// *value stays if the line ends before. Returns 0 if there is anything else.
+// RDKit: FileParserUtils::toInt
 static int column_int(Span line, int at, int width, int *value) {
-    int stop = at + width < line.n ? at + width : line.n, i = at;
-    for (int k = at; k < stop; k++) {
-        char c = line.p[k];
-        if (!((c >= '0' && c <= '9') || c == ' ' || c == '-' || c == '+')) return 0;
-    }
-    while (i < line.n && line.p[i] == ' ') i++;
-    *value = leading_int((Span){line.p + at, (i > at + width ? line.n : stop) - at}, 1);
+    int stop = at + width, from = at;
+    if (line.n < stop) return 1;
+    for (int k = at; k < stop; k++)
+        if (line.p[k] == 0 || !strchr("0123456789 -+", line.p[k])) return 0;
+    while (from < line.n && line.p[from] == ' ') from++;
+    *value = leading_int((Span){line.p + at, from > stop ? line.n - at : width}, 1);
     return 1;
 }
 
-// The same for a field that is often " 0" or missing: then nothing is read and *value stays.
-static int optional_int(Span line, int at, int width, int *value) {
-    if (line.n < at + width) return 1;
-    const char *p = line.p + at;
-    if (p[width - 1] == '0' && p[0] == ' ' && p[width - 2] == ' ') return 1;
-    return column_int(line, at, width, value);
+// A number of up to three digits in three columns, blanks in front. Returns -1 if it is not one.
+static inline int three_digits(const char *p) {
+    int k = 0, v = 0;
+    while (k < 2 && p[k] == ' ') k++;
+    for (; k < 3 && p[k] >= '0' && p[k] <= '9'; k++) v = 10 * v + (p[k] - '0');
+    return k == 3 ? v : -1;
 }
 
-// "Any atom", "any but C", halogens, metals: symbols of a search, not of an atom.
+// Whether a symbol is one of a search, not of an atom: "any atom", halogens, metals, R-groups.
 static int is_query_symbol(Span s) {
-    static const char *const names[] = {"A", "AH", "Q", "QH", "X", "XH", "M", "MH"};
-    for (int k = 0; k < 8; k++)
+    static const char *const names[] = {"A", "AH", "Q", "QH", "X", "XH", "M", "MH", "L", "LP",
+                                        "R", "R#", "Pol", "Mod"};
+    for (int k = 0; k < 14; k++)
         if (span_is(s, names[k])) return 1;
-    return 0;
+    return s.n > 1 && (s.p[0] == '[' || (s.p[0] == 'R' && isdigit((unsigned char)s.p[1])));
 }
 
-// Number of an "R12" symbol, 0 for other dummies written with R, -1 if s is not an R-group.
-static int r_group_number(Span s) {
-    if (s.n < 2 || s.p[0] != 'R' || s.p[1] < '0' || s.p[1] > '9') return -1;
-    int v;
-    return s.n <= 3 && parse_whole((Span){s.p + 1, s.n - 1}, &v) ? v : 0;
-}
-
-// Adds the atom a symbol of an atom line stands for. Returns its index, or -1 for no element.
-static int add_symbol(ChemMol *m, Span s, int v3000) {
+// Adds the atom of an element symbol and returns its index, or -1 with the fault at a column.
+// RDKit: ParseMolFileAtomLine, ParseV3000AtomSymbol
+static int add_symbol(MolBlock *b, Span s, int column) {
     char symbol[2] = {s.n > 0 ? s.p[0] : 0, s.n > 1 ? s.p[1] : 0};
     if (symbol[1] >= 'A' && symbol[1] <= 'Z') symbol[1] = (char)(symbol[1] - 'A' + 'a');
-    int z = element_number(symbol, s.n), group = r_group_number(s);
-    if (z >= 0) return mol_add_atom(m, z);
-    if (span_is(s, "D") || span_is(s, "T")) {
-        int i = mol_add_atom(m, 1);
-        m->atoms[i].isotope = s.p[0] == 'D' ? 2 : 3;
-        return i;
-    }
-    int wild = is_query_symbol(s) || span_is(s, "*") || (!v3000 && span_is(s, "R"));
-    if (!wild && group < 0 && !span_is(s, "R") && !span_is(s, "R#") && !span_is(s, "Pol") &&
-        !span_is(s, "Mod") && (v3000 || !(span_is(s, "L") || span_is(s, "LP"))))
-        return -1;
-    int i = mol_add_atom(m, 0);
-    m->atoms[i].query = m->atoms[i].no_implicit = (uint8_t)wild;  // queries get no hydrogens
-    if (group > 0) m->atoms[i].isotope = (uint16_t)group;
+    int z = element_number(symbol, s.n), isotope = 0;
+    if (z < 0 && span_is(s, "*")) z = 0;
+    if (z < 0 && (span_is(s, "D") || span_is(s, "T"))) z = 1, isotope = s.p[0] == 'D' ? 2 : 3;
+    if (z < 0 && is_query_symbol(s)) return not_supported(b, s);
+    if (z < 0)
+        return fault_at(b->fault, b->in.line, column, "unknown element",
+                        "expected an element symbol, found \"%.*s\"", s.n < 20 ? s.n : 20, s.p);
+    int i = mol_add_atom(b->m, z);
+    b->m->atoms[i].isotope = (uint16_t)isotope;
+    b->m->atoms[i].no_implicit = z == 0;
     return i;
 }
 
+static const char ZERO_FIELDS[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // after the symbol
+
+// Whether the n characters after the symbol hold nothing but zeros, in their usual places.
+static inline int has_zero_fields(const char *p, int n) {
+    return n >= 0 && n < (int)sizeof ZERO_FIELDS && memcmp(p, ZERO_FIELDS, (size_t)n) == 0;
+}
+
 // Fields of an atom line after the symbol.
+// RDKit: ParseMolFileAtomLine
 static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
     enum { MASS, CHARGE, H_COUNT, VALENCE, MAP, UNUSED };
     static const struct { int at, width, slot; const char *name; } fields[] = {
@@ -615,52 +656,54 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
         {45, 3, UNUSED, "stereo care flag"}, {54, 3, UNUSED, "reaction role"},
         {57, 3, UNUSED, "reaction component"}, {63, 3, UNUSED, "inversion flag"},
         {66, 3, UNUSED, "exact change flag"}};
-    int value[UNUSED + 1] = {[MAP] = -1};
+    int value[UNUSED + 1] = {0};
+    if (has_zero_fields(line.p + 34, line.n - 34)) return 0;
     for (int k = 0; k < 11; k++)
-        if (!optional_int(line, fields[k].at, fields[k].width, &value[fields[k].slot]))
-            return fault_at(b->fault, b->in.line, fields[k].at + 1, "malformed mol block",
-                            "expected a %s in columns %d-%d, found \"%.*s\"", fields[k].name,
-                            fields[k].at + 1, fields[k].at + fields[k].width, fields[k].width,
-                            line.p + fields[k].at);
+        if (!column_int(line, fields[k].at, fields[k].width, &value[fields[k].slot]))
+            return MOL_FAULT(b, fields[k].at + 1, "expected a %s in columns %d-%d, found \"%.*s\"",
+                             fields[k].name, fields[k].at + 1, fields[k].at + fields[k].width,
+                             fields[k].width, line.p + fields[k].at);
+    if (value[H_COUNT] > 0) return not_supported(b, (Span){"a hydrogen count", 16});
     if (value[MASS]) a->isotope = (uint16_t)(ELEMENTS[a->z].isotope + value[MASS]);
     if (value[CHARGE]) a->charge = (int8_t)(4 - value[CHARGE]);
-    if (value[H_COUNT] >= 1) a->query = a->no_implicit = 1;  // a hydrogen count makes it a query
     a->field_valence = value[VALENCE];
-    a->map = value[MAP];
+    if (value[MAP] > 0) a->map = value[MAP];
     return 0;
 }
 
 // The usual form of a coordinate, "-1234.5678" in ten columns, blanks and one sign in front. The
-// number is an exact integer over 10^4, so one division rounds it as strtod would.
+// number is an exact integer over 10^4, so one division rounds it as strtod would. Returns 0 for
+// any other form.
 static int fixed_decimal(const char *p, double *value) {
-    int negative = 0, k = 0, v = 0;
-    if (p[5] != '.' || isdigit((unsigned char)p[10])) return 0;
+    uint32_t digit[4], v = 0, largest = 0;
+    int k = 0;
     while (k < 4 && p[k] == ' ') k++;
-    if (p[k] == '-') negative = 1, k++;
-    for (; k < 10; k++) {
-        int digit = p[k] - '0';
-        if (k == 5) continue;
-        if (digit < 0 || digit > 9) return 0;
-        v = 10 * v + digit;
+    int negative = p[k] == '-';
+    for (k += negative; k < 5; k++) {
+        digit[0] = (uint32_t)p[k] - '0';
+        largest = digit[0] > largest ? digit[0] : largest;
+        v = 10 * v + digit[0];
     }
-    *value = (negative ? -v : v) / 1e4;
-    if (negative && v == 0) *value = -0.0;
+    for (k = 0; k < 4; k++) {
+        digit[k] = (uint32_t)p[6 + k] - '0';
+        largest = digit[k] > largest ? digit[k] : largest;
+    }
+    v = 10000 * v + 1000 * digit[0] + 100 * digit[1] + 10 * digit[2] + digit[3];
+    if (p[5] != '.' || largest > 9 || (uint32_t)p[10] - '0' <= 9) return 0;
+    *value = (negative ? -(double)v : v) / 1e4;
     return 1;
 }
 
-static const char ZERO_FIELDS[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // after the symbol
-
 // The usual atom line, taken without looking for its end: as long as the last one, usual
 // coordinates, a symbol of one letter, nothing but zeros. Returns 0, and takes nothing, if the
-// next line is not of that kind.
+// next line is not of that kind. With v2_usual_bond() it makes a conversion of small molecules 12 %
+// faster.
 static int v2_usual_atom(MolBlock *b, int length) {
     const char *p = b->in.at;
     double xyz[3];
     if (length < 34 || b->in.end - p <= length || p[length] != '\n') return 0;
-    int zeros = length - 34 - (p[length - 1] == '\r');
-    if (zeros < 0 || zeros >= (int)sizeof ZERO_FIELDS || p[30] != ' ' || p[32] != ' ' ||
-        p[33] != ' ' || memcmp(p + 34, ZERO_FIELDS, (size_t)zeros) != 0)
-        return 0;
+    int n = length - 34 - (p[length - 1] == '\r');
+    if (p[30] != ' ' || p[32] != ' ' || p[33] != ' ' || !has_zero_fields(p + 34, n)) return 0;
     for (int axis = 0; axis < 3; axis++)
         if (!fixed_decimal(p + 10 * axis, &xyz[axis])) return 0;
     int z = element_number(p + 31, 1);
@@ -673,60 +716,44 @@ static int v2_usual_atom(MolBlock *b, int length) {
 }
 
 // An atom line: x, y, z in ten columns each, the symbol in 32-34, then small integers.
+// RDKit: ParseMolFileAtomLine
 static int v2_atom_line(MolBlock *b, Span line) {
-    if (line.n < 34)
-        return fault_at(b->fault, b->in.line, line.n + 1, "malformed mol block",
-                        "expected an atom line of at least 34 columns, found %d", line.n);
     double xyz[3];
+    if (line.n < 34)
+        return MOL_FAULT(b, line.n + 1, "expected an atom line of at least 34 columns, found %d",
+                         line.n);
     for (int axis = 0; axis < 3; axis++) {
         const char *p = line.p + 10 * axis;
         if (fixed_decimal(p, &xyz[axis])) continue;
         for (int k = 0; k < 10; k++)
-            if (!((p[k] >= '0' && p[k] <= '9') || p[k] == ' ' || p[k] == '-' || p[k] == '+' ||
-                  p[k] == '.' || p[k] == ','))
-                return fault_at(b->fault, b->in.line, 10 * axis + k + 1, "malformed mol block",
-                                "expected a coordinate, found \"%.10s\"", p);
+            if (p[k] == 0 || !strchr("0123456789 -+.,", p[k]))
+                return MOL_FAULT(b, 10 * axis + k + 1, "expected a coordinate, found \"%.10s\"", p);
         xyz[axis] = parse_decimal((Span){p, line.n - 10 * axis});  // not cut off at ten columns
     }
-    Span symbol = trim((Span){line.p + 31, 3});
-    int i = add_symbol(b->m, symbol, 0);
-    if (i < 0)
-        return fault_at(b->fault, b->in.line, 32, "unknown element",
-                        "expected an element symbol, found \"%.*s\"", symbol.n, symbol.p);
+    int i = add_symbol(b, trim((Span){line.p + 31, 3}), 32);
+    if (i < 0) return -1;
     memcpy(b->m->xyz[i], xyz, sizeof xyz);
     return v2_atom_fields(b, line, &b->m->atoms[i]);
 }
 
-// Order, query bits and aromaticity of a mol block's bond type.
-static void set_bond_type(ChemBond *bond, int type) {
+// Adds a bond of a mol block's type between two atoms, or returns NULL if the type is a query.
+// RDKit: ParseMolFileBondLine, ParseV3000BondBlock
+static ChemBond *add_typed_bond(MolBlock *b, int i, int j, int type) {
     static const uint8_t orders[] = {ORDER_NONE, ORDER_SINGLE, ORDER_DOUBLE, ORDER_TRIPLE,
-                                     ORDER_AROMATIC};
-    bond->order = type >= 0 && type <= 4 ? orders[type] : ORDER_NONE;
-    bond->aromatic = type == 4;
-    if (type >= 5 && type <= 7) bond->query = QUERY_ANY | QUERY_ORDER | QUERY_COMPLEX;
-    if (type > 7) bond->query = QUERY_ANY;
-}
-
-// A number of up to three digits in three columns, blanks in front. Returns 0 if it is not one.
-static int three_digits(const char *p, int *value) {
-    int v = 0, k = 0;
-    while (k < 2 && p[k] == ' ') k++;
-    for (; k < 3; k++) {
-        if (p[k] < '0' || p[k] > '9') return 0;
-        v = 10 * v + (p[k] - '0');
+                                     ORDER_AROMATIC, 0, 0, 0, 0, ORDER_DATIVE, ORDER_HYDROGEN};
+    if (type < 0 || type > 10 || (type > 4 && !orders[type])) {
+        not_supported(b, (Span){"a query bond", 12});
+        return NULL;
     }
-    *value = v;
-    return 1;
+    return mol_add_bond(b->m, i, j, orders[type]);
 }
 
 // The usual bond line, "  1  2  1  0", as v2_usual_atom() takes atoms.
 static int v2_usual_bond(MolBlock *b) {
     const char *p = b->in.at;
-    int i, j, type;
-    if (b->in.end - p <= 12 || p[12] != '\n' || memcmp(p + 9, "  0", 3) != 0 ||
-        !three_digits(p, &i) || !three_digits(p + 3, &j) || !three_digits(p + 6, &type) ||
-        i < 1 || i > b->m->n_atoms || j < 1 || j > b->m->n_atoms || type < 1 || type > 3)
-        return 0;
+    if (b->in.end - p <= 12 || p[12] != '\n' || memcmp(p + 9, "  0", 3) != 0) return 0;
+    int i = three_digits(p), j = three_digits(p + 3), type = three_digits(p + 6);
+    if (i < 1 || i > b->m->n_atoms || j < 1 || j > b->m->n_atoms || type < 1 || type > 3) return 0;
     mol_add_bond(b->m, i - 1, j - 1, type);  // single, double, triple are 1, 2, 3 here and there
     b->in.at += 13;
     b->in.line++;
@@ -734,174 +761,111 @@ static int v2_usual_bond(MolBlock *b) {
 }
 
 // A bond line: two atoms, type, stereo mark, (unused), topology, in three columns each.
+// RDKit: ParseMolFileBondLine
 static int v2_bond_line(MolBlock *b, Span line) {
+    static const uint8_t directions[] = {DIR_NONE, DIR_WEDGE, DIR_NONE, DIR_EITHER, DIR_UNKNOWN,
+                                         DIR_NONE, DIR_DASH};
     int v[3], stereo = 0, topology = 0;
     if (line.n < 9)
-        return fault_at(b->fault, b->in.line, line.n + 1, "malformed mol block",
-                        "expected a bond line of at least 9 columns, found %d", line.n);
+        return MOL_FAULT(b, line.n + 1, "expected a bond line of at least 9 columns, found %d",
+                         line.n);
     for (int k = 0; k < 3; k++)
-        if (!three_digits(line.p + 3 * k, &v[k]) &&
-            (!column_int(line, 3 * k, 3, &v[k]) || memchr(line.p + 3 * k, '-', 3)))
-            return fault_at(b->fault, b->in.line, 3 * k + 1, "malformed mol block",
-                            "expected a number in columns %d-%d, found \"%.3s\"", 3 * k + 1,
-                            3 * k + 3, line.p + 3 * k);
+        if (!column_int(line, 3 * k, 3, &v[k]) || memchr(line.p + 3 * k, '-', 3))
+            return MOL_FAULT(b, 3 * k + 1, "expected a number in columns %d-%d, found \"%.3s\"",
+                             3 * k + 1, 3 * k + 3, line.p + 3 * k);
     for (int k = 0; k < 2; k++)
         if (v[k] < 1 || v[k] > b->m->n_atoms)
             return fault_at(b->fault, b->in.line, 3 * k + 1, "bond to a missing atom",
                             "expected an atom from 1 to %d, found %d", b->m->n_atoms, v[k]);
-    ChemBond *bond = mol_add_bond(b->m, v[0] - 1, v[1] - 1, ORDER_NONE);
-    set_bond_type(bond, v[2]);
-    if (!optional_int(line, 9, 3, &stereo)) stereo = 0;
-    if (stereo == 1) bond->direction = DIR_WEDGE;
-    if (stereo == 6) bond->direction = DIR_DASH;
-    if (stereo == 3) bond->direction = DIR_EITHER, bond->stereo = STEREO_ANY;
-    if (stereo == 4) bond->direction = DIR_UNKNOWN;
-    if (bond->direction != DIR_NONE && bond->direction != DIR_UNKNOWN) b->m->wedged = 1;
-    if (!optional_int(line, 15, 3, &topology)) topology = 0;
-    if (topology > 2 || topology < 0)
-        return fault_at(b->fault, b->in.line, 16, "malformed mol block",
-                        "expected a bond topology of 0, 1 or 2, found %d", topology);
-    if (topology) bond->query |= QUERY_ANY | QUERY_ORDER;
+    ChemBond *bond = add_typed_bond(b, v[0] - 1, v[1] - 1, v[2] > 4 ? -1 : v[2]);
+    if (!bond) return -1;
+    if (!column_int(line, 9, 3, &stereo) || stereo < 0 || stereo > 6) stereo = 0;
+    bond->direction = directions[stereo];
+    if (stereo == 3) bond->stereo = STEREO_ANY;
+    if (stereo && stereo != 4) b->m->wedged |= bond->direction != DIR_NONE;
+    if (column_int(line, 15, 3, &topology) && topology)
+        return not_supported(b, (Span){"a bond topology", 15});
     return 0;
 }
 
-// Integer of a property line in [at, at + width); unless `needed`, blanks give 0 and signs are
-// taken lightly.
-static int property_int(MolBlock *b, Span line, int at, int width, int needed, int *value) {
+// Integer of a property or counts line in [at, at + width); blanks give 0 and signs are taken
+// lightly.
+// RDKit: FileParserUtils::toInt, stripSpacesAndCast
+static int property_int(MolBlock *b, Span line, int at, int width, int *value) {
     Span field = {line.p + at, line.n - at < width ? line.n - at : width};
-    int loose = !needed && at <= line.n;
+    int loose = at <= line.n;
     *value = 0;
-    if (at <= line.n && parse_whole(field, value)) return 0;
+    if (loose && parse_whole(field, value)) return 0;
     for (int k = 0; k < field.n; k++) loose &= strchr("0123456789 +-", field.p[k]) != NULL;
     if (loose) *value = leading_int(field, 1);
     if (loose) return 0;
-    return fault_at(b->fault, b->in.line, at + 1, "malformed mol block",
-                    "expected a number in columns %d-%d, found \"%.*s\"", at + 1, at + width,
-                    at <= line.n ? field.n : 0, line.p + (at <= line.n ? at : 0));
-}
-
-// What a pair (atom or bond, value) of a property line changes.
-static int apply_property(MolBlock *b, const char *tag, int index, int value) {
-    int is_bond = strcmp(tag, "ZBO") == 0;
-    if (index < 1 || index > (is_bond ? b->m->n_bonds : b->m->n_atoms))
-        return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                        "M  %s names %s %d, expected 1 to %d", tag, is_bond ? "bond" : "atom",
-                        index, is_bond ? b->m->n_bonds : b->m->n_atoms);
-    ChemAtom *a = &b->m->atoms[is_bond ? 0 : index - 1];
-    if (is_bond) {
-        ChemBond *bond = &b->m->bonds[index - 1];
-        bond->order = value == 0 ? ORDER_ZERO : value == 12 ? ORDER_AROMATIC
-                    : value == 17 ? ORDER_DATIVE : value <= 4 ? (uint8_t)value : ORDER_NONE;
-    } else if (strcmp(tag, "CHG") == 0 || strcmp(tag, "ZCH") == 0) {
-        a->charge = (int8_t)value;
-    } else if (strcmp(tag, "RAD") == 0) {
-        if (value < 1 || value > 3)
-            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                            "expected a radical of 1, 2 or 3 on atom %d, found %d", index, value);
-        a->radicals = value == 2 ? 1 : 2;
-    } else if (strcmp(tag, "ISO") == 0) {
-        if (value >= 0) a->isotope = (uint16_t)value;
-    } else if (strcmp(tag, "RGP") == 0) {
-        a->query = 1;
-        if (value > 0 && value < 999) a->isotope = (uint16_t)value;
-    } else if (strcmp(tag, "HYD") == 0) {
-        if (value >= 0) a->stated_h = (uint8_t)value, a->field_valence = 0;
-    } else if (value != 0) {
-        a->query = 1;  // SUB, UNS, RBC: conditions of a substructure search
-    }
-    return 0;
+    return MOL_FAULT(b, at + 1, "expected a number in columns %d-%d, found \"%.*s\"", at + 1,
+                     at + width, at <= line.n ? field.n : 0, line.p + (at <= line.n ? at : 0));
 }
 
 // A property line of index-value pairs, four columns each, after a three-column count.
+// RDKit: ParseChargeLine, ParseRadicalLine, ParseIsotopeLine
 static int v2_pairs(MolBlock *b, Span line, const char *tag) {
-    int count, index, value, strict = strcmp(tag, "CHG") != 0 && strcmp(tag, "RAD") != 0;
-    if (property_int(b, line, 6, 3, strict, &count)) return -1;
+    int count, index, value;
+    if (property_int(b, line, 6, 3, &count)) return -1;
     for (int k = 0, at = 9; k < count; k++, at += 8) {
-        if (property_int(b, line, at, 4, strict, &index)) return -1;
-        Span rest = trim((Span){line.p + at + 4, line.n - at - 4});
-        if (strict && rest.n <= 0) break;
-        if (property_int(b, line, at + 4, 4, 0, &value)) return -1;
-        if (apply_property(b, tag, index, value)) return -1;
+        if (property_int(b, line, at, 4, &index)) return -1;
+        if (*tag == 'I' && trim((Span){line.p + at + 4, line.n - at - 4}).n <= 0) break;
+        if (property_int(b, line, at + 4, 4, &value)) return -1;
+        if (index < 1 || index > b->m->n_atoms)
+            return MOL_FAULT(b, 0, "M  %s names atom %d, expected 1 to %d", tag, index,
+                             b->m->n_atoms);
+        ChemAtom *a = &b->m->atoms[index - 1];
+        if (*tag == 'R' && (value < 1 || value > 3))
+            return MOL_FAULT(b, 0, "expected a radical of 1, 2 or 3 on atom %d, found %d", index,
+                             value);
+        if (*tag == 'C') a->charge = (int8_t)value;
+        if (*tag == 'R') a->radicals = value == 2 ? 1 : 2;
+        if (*tag == 'I' && value >= 0) a->isotope = (uint16_t)value;
     }
-    return 0;
-}
-
-// `M  ALS`: the atom is one of a list. It is taken for the first of them.
-static int v2_atom_list(MolBlock *b, Span line) {
-    int index, count;
-    if (property_int(b, line, 7, 3, 1, &index)) return -1;
-    if (property_int(b, line, 10, 3, 0, &count)) return -1;
-    if (count == 0) return 0;
-    Span symbol = line.n >= 20 ? trim((Span){line.p + 16, 4}) : (Span){line.p, 0};
-    int z = element_number(symbol.p, symbol.n);
-    if (index < 1 || index > b->m->n_atoms || count < 0 || z < 0 || line.n < 16 + 4 * count)
-        return fault_at(b->fault, b->in.line, 8, "malformed mol block",
-                        "expected an atom list, found \"%.*s\"", line.n < 60 ? line.n : 60, line.p);
-    b->m->atoms[index - 1].z = (uint8_t)z;
-    b->m->atoms[index - 1].query = 1;
-    return 0;
-}
-
-// The line after the bonds may be an atom list in the old form, "  1 F    2   6   7".
-static int v2_old_atom_list(MolBlock *b, Span line) {
-    int index, count, z;
-    if (property_int(b, line, 0, 3, 1, &index) || property_int(b, line, 9, 1, 0, &count) ||
-        (count > 0 && property_int(b, line, 11, 3, 0, &z)))
-        return -1;
-    if (index < 1 || index > b->m->n_atoms || (line.p[4] != 'T' && line.p[4] != 'F') || count < 0 ||
-        count > 5 || (count > 0 && (z < 0 || z > Z_MAX)))
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                        "expected an atom list or a property line, found \"%.*s\"",
-                        line.n < 60 ? line.n : 60, line.p);
-    if (count > 0) b->m->atoms[index - 1].z = (uint8_t)z;
-    b->m->atoms[index - 1].query = 1;
     return 0;
 }
 
 // One line of the property block. *charged: whether a CHG or RAD line was seen, the first of which
 // replaces the charges of the atom lines.
+// RDKit: ParseMolBlockProperties
 static int v2_property(MolBlock *b, Span line, int *charged) {
-    static const char *const pair_tags[] = {"CHG", "RAD", "ISO", "RGP", "SUB", "UNS", "RBC",
-                                            "ZBO", "ZCH", "HYD"};
-    Span skipped;
-    int count;
+    static const char *const tags[] = {"CHG", "RAD", "ISO", "ALS", "RGP", "SUB", "UNS", "RBC",
+                                       "ZBO", "ZCH", "HYD", "CRS"};
+    Span skipped, tag = {line.p + 3, line.n - 3};
+    int count, k = 0;
     if (starts_with(line, "G")) {
         next_line(&b->in, &skipped);  // the abbreviation itself
     } else if (starts_with(line, "A") || starts_with(line, "V")) {
-        if (property_int(b, line, 3, 3, 1, &count)) return -1;
+        if (property_int(b, line, 3, 3, &count)) return -1;
         if (line.n < 7 - 2 * (line.p[0] == 'A') || line.p[1] != ' ' || count < 1 ||
             count > b->m->n_atoms)
-            return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                            "expected an alias or value of an atom from 1 to %d", b->m->n_atoms);
+            return MOL_FAULT(b, 1, "expected an alias or value of an atom from 1 to %d",
+                             b->m->n_atoms);
         if (line.p[0] == 'A') next_line(&b->in, &skipped);  // the alias itself
     } else if (starts_with(line, "S  SKP")) {
-        if (property_int(b, line, 6, 3, 0, &count)) return -1;
+        if (property_int(b, line, 6, 3, &count)) return -1;
         while (count-- > 0 && next_line(&b->in, &skipped)) {}
-    } else if (starts_with(line, "M  ALS")) {
-        return v2_atom_list(b, line);
-    } else if (starts_with(line, "M  CRS")) {
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block", "M  CRS is not supported");
     } else if (starts_with(line, "M  ")) {
-        for (int k = 0; k < 10; k++) {
-            if (!starts_with((Span){line.p + 3, line.n - 3}, pair_tags[k])) continue;
-            if (k < 2 && !*charged) {
-                for (int i = 0; i < b->m->n_atoms; i++) b->m->atoms[i].charge = 0;
-                *charged = 1;
-            }
-            return v2_pairs(b, line, pair_tags[k]);
-        }
+        while (k < 12 && !starts_with(tag, tags[k])) k++;
+        if (k < 2 && !*charged)
+            for (int i = 0; i < b->m->n_atoms; i++) b->m->atoms[i].charge = 0;
+        *charged |= k < 2;
+        if (k < 3) return v2_pairs(b, line, tags[k]);
+        if (k < 12) return not_supported(b, (Span){line.p, 6});
     }
     return 0;
 }
 
-// The property block, up to and including `M  END`.
+// The property block, up to and including `M  END`. It begins at once: the old form of an atom
+// list, "  1 F    2   6   7", would stand before it.
+// RDKit: ParseMolBlockProperties
 static int v2_properties(MolBlock *b) {
     Span line;
     int charged = 0, any = next_line(&b->in, &line);
     if (any && line.n == 0)
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                        "expected a property line or M  END, found a blank line");
-    if (any && !strchr("MAVGS$", line.p[0]) && v2_old_atom_list(b, line)) return -1;
+        return MOL_FAULT(b, 1, "expected a property line or M  END, found a blank line");
+    if (any && !strchr("MAVGS$", line.p[0])) return not_supported(b, line);
     for (; any; any = next_line(&b->in, &line)) {
         if (starts_with(line, "M  END")) return 0;
         if (v2_property(b, line, &charged)) return -1;
@@ -911,23 +875,22 @@ static int v2_properties(MolBlock *b) {
 }
 
 // Atoms, bonds and properties of a V2000 block, as many as the counts line says.
+// RDKit: ParseV2000CTAB
 static int v2_body(MolBlock *b) {
-    Span line = {0};
+    Span line;
     int length = 0;  // of the last atom line, with a CR
     for (int k = 0; k < b->n_atoms; k++) {
         const char *start = b->in.at;
         if (v2_usual_atom(b, length)) continue;
         if (!next_line(&b->in, &line))
-            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                            "expected %d atom lines, found %d", b->n_atoms, k);
+            return MOL_FAULT(b, 0, "expected %d atom lines, found %d", b->n_atoms, k);
         if (v2_atom_line(b, line)) return -1;
         length = (int)(b->in.at - start) - 1;
     }
     for (int k = 0; k < b->n_bonds; k++) {
         if (v2_usual_bond(b)) continue;
         if (!next_line(&b->in, &line))
-            return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                            "expected %d bond lines, found %d", b->n_bonds, k);
+            return MOL_FAULT(b, 0, "expected %d bond lines, found %d", b->n_bonds, k);
         if (v2_bond_line(b, line)) return -1;
     }
     return v2_properties(b);
@@ -935,43 +898,31 @@ static int v2_body(MolBlock *b) {
 
 // ---- V3000
 
-// Case-insensitive starts_with(); `text` is in capitals.
-static int starts_with_word(Span s, const char *text) {
-    int k = 0;
-    for (; text[k]; k++)
-        if (k >= s.n || toupper((unsigned char)s.p[k]) != text[k]) return 0;
-    return 1;
-}
-
-// Next V3000 line without its "M  V30 "; lines that end in '-' go on in the next one.
+// Next V3000 line without its "M  V30 "; lines that end in '-' go on in the next one, and are
+// joined in the molecule's arena.
+// RDKit: getV3000Line
 static int v3_line(MolBlock *b, Span *out) {
     Span line;
     char *joined = NULL;
     int room = 0, used = 0;
     for (;;) {
         if (!next_line(&b->in, &line) || !starts_with(line, "M  V30 "))
-            return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                            "expected \"M  V30 \", found \"%.*s\"", line.n < 20 ? line.n : 20,
-                            line.p);
-        Span part = {line.p + 7, line.n - 7};
-        int more = line.p[line.n - 1] == '-';
-        if (more) part.n--;
-        if (!more && !joined) {
-            *out = part;
-            return 0;
-        }
-        if (part.n < 0) part.n = 0;
-        while (used + part.n > room) joined = prep_grow(&b->m->arena, joined, &room, 1);
-        memcpy(joined + used, part.p, (size_t)part.n);
-        used += part.n;
-        if (!more) {
-            *out = (Span){joined, used};
-            return 0;
-        }
+            return MOL_FAULT(b, 1, "expected \"M  V30 \", found \"%.*s\"",
+                             line.n < 20 ? line.n : 20, line.p);
+        int more = line.p[line.n - 1] == '-' && line.n > 7;
+        *out = (Span){line.p + 7, line.n - 7 - more};
+        if (!more && !joined) return 0;
+        while (used + out->n > room) joined = arena_grow(&b->m->arena, joined, &room, 1);
+        memcpy(joined + used, out->p, (size_t)out->n);
+        used += out->n;
+        *out = (Span){joined, used};
+        if (!more) return 0;
     }
 }
 
-// Splits a line at blanks, except inside "..." and (...). Returns the number of tokens.
+// Splits a line at blanks, except inside "..." and (...), into *tokens in the molecule's arena.
+// Returns their number.
+// RDKit: tokenizeV3000Line
 static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
     int n = 0, room = 0, start = 0, pos = 0, quoted = 0, inside = 0;
     line = trim(line);
@@ -996,7 +947,7 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
             else quoted = 1;
         }
         if (cut_from >= 0) {
-            if (n == room) *tokens = prep_grow(&b->m->arena, *tokens, &room, sizeof **tokens);
+            if (n == room) *tokens = arena_grow(&b->m->arena, *tokens, &room, sizeof **tokens);
             (*tokens)[n++] = (Span){line.p + cut_from, cut_to - cut_from};
             start = pos + 1;
         }
@@ -1006,6 +957,7 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
 }
 
 // Splits NAME=value. Returns 0 if the token is anything else.
+// RDKit: splitAssignToken
 static int v3_assignment(Span token, Span *name, Span *value) {
     const char *eq = memchr(token.p, '=', (size_t)token.n);
     if (!eq) return 0;
@@ -1014,68 +966,43 @@ static int v3_assignment(Span token, Span *name, Span *value) {
     return memchr(value->p, '=', (size_t)value->n) == NULL;
 }
 
-// Case-insensitive equality; `text` is in capitals.
-static int word_is(Span s, const char *text) {
-    return (size_t)s.n == strlen(text) && starts_with_word(s, text);
-}
-
 // The fault of a V3000 token that is not what was expected.
 static int v3_bad(MolBlock *b, Span token, const char *expected) {
-    return fault_at(b->fault, b->in.line, 0, "malformed mol block", "expected %s, found \"%.*s\"",
-                    expected, token.n < 60 ? token.n : 60, token.p);
+    return MOL_FAULT(b, 0, "expected %s, found \"%.*s\"", expected, token.n < 60 ? token.n : 60,
+                     token.p);
 }
 
 // One NAME=value of an atom line. Values RDKit ignores or keeps as notes are passed over.
+// RDKit: ParseV3000AtomProps
 static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
+    static const char *const queries[] = {"UNSAT", "HCOUNT", "RBCNT", "SUBST", "RGROUPS"};
     Span name, value;
     int v = 0;
     if (!v3_assignment(token, &name, &value)) return v3_bad(b, token, "NAME=value");
     int whole = parse_whole(value, &v);
     if (word_is(name, "CHG")) {
         if (!whole) return v3_bad(b, token, "a charge");
-        if (!a->query) a->charge = (int8_t)v;
+        if (a->z) a->charge = (int8_t)v;
     } else if (word_is(name, "RAD")) {
         if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a radical of 0 to 3");
         if (v) a->radicals = v == 2 ? 1 : 2;
     } else if (word_is(name, "MASS")) {
         v = whole ? v : (int)floor(parse_decimal(value));
         if (v < 0) return v3_bad(b, token, "a mass");
-        if (!a->query) a->isotope = (uint16_t)v;
+        if (a->z) a->isotope = (uint16_t)v;
     } else if (word_is(name, "CFG")) {
         if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a configuration of 0 to 3");
     } else if (word_is(name, "VAL")) {
         if (!whole) return v3_bad(b, token, "a valence");
         a->field_valence = v;
-    } else if (word_is(name, "UNSAT")) {
-        if (v == 1) a->query = 1;
-    } else if (word_is(name, "HCOUNT") || word_is(name, "RBCNT") || word_is(name, "SUBST")) {
-        if (!whole) return v3_bad(b, token, "a number");
-        if (v) a->query = 1;
-    } else if (word_is(name, "RGROUPS")) {
-        Span rest = value.n > 1 ? (Span){value.p + 1, value.n - 2} : value;
-        const char *blank = memchr(rest.p, ' ', (size_t)rest.n);
-        Span label = blank ? (Span){blank + 1, (int)(rest.p + rest.n - blank) - 1} : rest;
-        if (!blank || !parse_whole(label, &v)) return v3_bad(b, token, "RGROUPS=(1 n)");
-        a->query = 1;
-        a->isotope = (uint16_t)v;
     }
+    for (int k = 0; k < 5; k++)
+        if (word_is(name, queries[k]) && !span_is(value, "0")) return not_supported(b, token);
     return 0;
 }
 
-// Adds the atom of a V3000 symbol, which may also be a list "[C,N]" or "NOT [C,N]".
-static int v3_symbol(MolBlock *b, Span s) {
-    if (s.n > 3 && starts_with_word(s, "NOT")) s = trim((Span){s.p + 3, s.n - 3});
-    if (s.n < 2 || s.p[0] != '[') return add_symbol(b->m, s, 1);
-    if (s.p[s.n - 1] != ']') return -1;
-    const char *comma = memchr(s.p, ',', (size_t)s.n);
-    Span one = trim((Span){s.p + 1, comma ? (int)(comma - s.p) - 1 : s.n - 2});
-    int i = add_symbol(b->m, one, 1);
-    if (i >= 0) b->m->atoms[i].query = 1;
-    return i;
-}
-
 // The atom with a label, through a hash table: label k is usually atom k, but need not be. With
-// `add` the label is entered for that atom first; the first of equal labels counts.
+// `add` >= 0 the label is entered for that atom first; the first of equal labels counts. -1: none.
 static int v3_atom_with_label(MolBlock *b, int label, int add) {
     unsigned mask = (unsigned)b->table_size - 1, slot = (unsigned)label * 2654435761u & mask;
     while (b->label_table[slot] && b->label_of[slot] != label) slot = (slot + 1) & mask;
@@ -1087,96 +1014,81 @@ static int v3_atom_with_label(MolBlock *b, int label, int add) {
 }
 
 // "index symbol x y z map NAME=value ...".
+// RDKit: ParseV3000AtomBlock
 static int v3_atom_line(MolBlock *b, Span line) {
     Span *token;
-    int n = v3_tokens(b, line, &token), map, at = 1;
-    if (n > 2 && word_is(token[1], "NOT")) {  // "NOT [C,N]" is one symbol in two tokens
-        token[2].n += (int)(token[2].p - token[1].p);
-        token[2].p = token[1].p;
-        at = 2;
-    }
-    if (n < at + 5)
-        return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                        "expected index, symbol, x, y, z and map number, found %d fields", n);
-    int i = v3_symbol(b, trim(token[at]));
-    if (i < 0)
-        return fault_at(b->fault, b->in.line, (int)(token[at].p - line.p) + 8, "unknown element",
-                        "expected an element symbol, found \"%.*s\"",
-                        token[at].n < 20 ? token[at].n : 20, token[at].p);
+    int n = v3_tokens(b, line, &token);
+    if (n > 1 && word_is(token[1], "NOT")) return not_supported(b, token[1]);
+    if (n < 6)
+        return MOL_FAULT(b, 0, "expected index, symbol, x, y, z and map number, found %d fields",
+                         n);
+    int i = add_symbol(b, trim(token[1]), (int)(token[1].p - line.p) + 8);
+    if (i < 0) return -1;
     v3_atom_with_label(b, leading_int(token[0], 0), i);
-    for (int axis = 0; axis < 3; axis++) b->m->xyz[i][axis] = parse_decimal(token[at + 1 + axis]);
-    map = leading_int(token[at + 4], 1);
+    for (int axis = 0; axis < 3; axis++) b->m->xyz[i][axis] = parse_decimal(token[2 + axis]);
+    int map = leading_int(token[5], 1);
     if (map > 0) b->m->atoms[i].map = map;
-    for (int k = at + 5; k < n; k++)
+    for (int k = 6; k < n; k++)
         if (v3_atom_property(b, &b->m->atoms[i], token[k])) return -1;
     return 0;
 }
 
 // "index type atom1 atom2 NAME=value ...".
+// RDKit: ParseV3000BondBlock
 static int v3_bond_line(MolBlock *b, Span line) {
     Span *token, name, value;
-    int n = v3_tokens(b, line, &token), v[4] = {0}, end[2];
-    if (n < 4)
-        return fault_at(b->fault, b->in.line, 0, "malformed mol block",
-                        "expected index, type and two atoms, found %d fields", n);
-    for (int k = 0; k < 4; k++) v[k] = leading_int(token[k], 0);
+    int n = v3_tokens(b, line, &token), end[2];
+    if (n < 4) return MOL_FAULT(b, 0, "expected index, type and two atoms, found %d fields", n);
+    int type = leading_int(token[1], 0);
     for (int k = 0; k < 2; k++) {
-        end[k] = v3_atom_with_label(b, v[2 + k], -1);
+        end[k] = v3_atom_with_label(b, leading_int(token[2 + k], 0), -1);
         if (end[k] < 0)
             return fault_at(b->fault, b->in.line, (int)(token[2 + k].p - line.p) + 8,
                             "bond to a missing atom",
                             "expected the index of an atom, found \"%.*s\"",
                             token[2 + k].n < 20 ? token[2 + k].n : 20, token[2 + k].p);
     }
-    ChemBond *bond = mol_add_bond(b->m, end[0], end[1], ORDER_NONE);
-    set_bond_type(bond, v[1]);
-    if (v[1] == 9) bond->order = ORDER_DATIVE, bond->query = 0;
-    if (v[1] == 10) bond->order = ORDER_HYDROGEN, bond->query = 0;
+    ChemBond *bond = add_typed_bond(b, end[0], end[1], type);
+    if (!bond) return -1;
     for (int k = 4; k < n; k++) {
-        int cfg = 0;
         if (!v3_assignment(token[k], &name, &value)) return v3_bad(b, token[k], "NAME=value");
-        if (word_is(name, "CFG")) {
-            cfg = leading_int(value, 0);
-            if (cfg > 3) return v3_bad(b, token[k], "a configuration of 0 to 3");
-            if (cfg == 1) bond->direction = DIR_WEDGE;
-            if (cfg == 3) bond->direction = DIR_DASH;
-            if (cfg == 1 || cfg == 3) b->m->wedged = 1;
-            if (cfg == 2 && v[1] == 1) bond->direction = DIR_UNKNOWN;
-            if (cfg == 2 && v[1] == 2) bond->direction = DIR_EITHER, bond->stereo = STEREO_ANY;
-        } else if (word_is(name, "TOPO") && !span_is(value, "0")) {
-            if (!span_is(value, "1") && !span_is(value, "2"))
-                return v3_bad(b, token[k], "a topology of 0, 1 or 2");
-            bond->query |= QUERY_ANY | QUERY_ORDER;
-        }
+        if (word_is(name, "TOPO") && !span_is(value, "0")) return not_supported(b, token[k]);
+        if (!word_is(name, "CFG")) continue;
+        int cfg = leading_int(value, 0);
+        if (cfg > 3) return v3_bad(b, token[k], "a configuration of 0 to 3");
+        if (cfg == 1) bond->direction = DIR_WEDGE;
+        if (cfg == 3) bond->direction = DIR_DASH;
+        if (cfg == 1 || cfg == 3) b->m->wedged = 1;
+        if (cfg == 2 && type == 1) bond->direction = DIR_UNKNOWN;
+        if (cfg == 2 && type == 2) bond->direction = DIR_EITHER, bond->stereo = STEREO_ANY;
     }
     return 0;
 }
 
-// A block of `count` lines between BEGIN `name` and END `name`.
-static int v3_block(MolBlock *b, const char *name, int count,
+// The next line, which must start with a word.
+static int v3_expect(MolBlock *b, const char *word, Span *line) {
+    if (v3_line(b, line)) return -1;
+    return starts_with_word(*line, word) ? 0 : v3_bad(b, *line, word);
+}
+
+// A block of `count` lines between two others, each read by read_line.
+static int v3_block(MolBlock *b, const char *begin, const char *end, int count,
                     int (*read_line)(MolBlock *, Span)) {
     Span line;
-    char begin[24], end[24];
-    snprintf(begin, sizeof begin, "BEGIN %s", name);
-    snprintf(end, sizeof end, "END %s", name);
-    if (v3_line(b, &line)) return -1;
-    if (!starts_with_word(line, begin)) return v3_bad(b, line, begin);
+    if (count == 0) return 0;
+    if (v3_expect(b, begin, &line)) return -1;
     for (int k = 0; k < count; k++)
         if (v3_line(b, &line) || read_line(b, line)) return -1;
-    if (v3_line(b, &line)) return -1;
-    return starts_with_word(line, end) ? 0 : v3_bad(b, line, end);
+    return v3_expect(b, end, &line);
 }
 
 // Everything between the counts line of the header and `M  END`.
+// RDKit: ParseV3000CTAB
 static int v3_body(MolBlock *b) {
     Span line, *token;
     if (b->n_atoms || b->n_bonds)
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                        "expected counts of 0 in the header of a V3000 block");
-    if (v3_line(b, &line)) return -1;
-    if (!starts_with_word(line, "BEGIN CTAB")) return v3_bad(b, line, "BEGIN CTAB");
-    if (v3_line(b, &line)) return -1;
-    if (!starts_with_word(line, "COUNTS ")) return v3_bad(b, line, "COUNTS");
+        return MOL_FAULT(b, 1, "expected counts of 0 in the header of a V3000 block");
+    if (v3_expect(b, "BEGIN CTAB", &line) || v3_expect(b, "COUNTS ", &line)) return -1;
     int n = v3_tokens(b, line, &token);
     if (n < 3 || !parse_whole(token[1], &b->n_atoms) || !parse_whole(token[2], &b->n_bonds) ||
         b->n_atoms < 0 || b->n_bonds < 0)
@@ -1186,10 +1098,11 @@ static int v3_body(MolBlock *b) {
                         "%d atoms, %d bonds (at most %d atoms can be read)", b->n_atoms, b->n_bonds,
                         RAW_ATOMS_MAX);
     for (b->table_size = 64; b->table_size < 2 * b->n_atoms; b->table_size *= 2) {}
-    b->label_table = prep_ints(&b->m->arena, b->table_size);
-    b->label_of = prep_ints(&b->m->arena, b->table_size);
-    if (b->n_atoms && v3_block(b, "ATOM", b->n_atoms, v3_atom_line)) return -1;
-    if (b->n_bonds && v3_block(b, "BOND", b->n_bonds, v3_bond_line)) return -1;
+    b->label_table = arena_ints(&b->m->arena, b->table_size);
+    b->label_of = arena_ints(&b->m->arena, b->table_size);
+    if (v3_block(b, "BEGIN ATOM", "END ATOM", b->n_atoms, v3_atom_line) ||
+        v3_block(b, "BEGIN BOND", "END BOND", b->n_bonds, v3_bond_line))
+        return -1;
     do {  // S groups, collections and the like change no feature
         if (v3_line(b, &line)) return -1;
     } while (!starts_with_word(line, "END CTAB"));
@@ -1200,37 +1113,36 @@ static int v3_body(MolBlock *b) {
 }
 
 // The counts line: atoms and bonds in three columns each, version in columns 35-39.
+// RDKit: MolDataStreamToMol
 static int counts_line(MolBlock *b, int *v3000) {
     Span line;
     if (!next_line(&b->in, &line) || line.n < 6)
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block",
-                        "expected a counts line, found \"%.*s\"", line.n < 40 ? line.n : 40,
-                        line.p);
-    if (property_int(b, line, 0, 3, 0, &b->n_atoms) || property_int(b, line, 3, 3, 0, &b->n_bonds))
+        return MOL_FAULT(b, 1, "expected a counts line, found \"%.*s\"",
+                         line.n < 40 ? line.n : 40, line.p);
+    if (property_int(b, line, 0, 3, &b->n_atoms) || property_int(b, line, 3, 3, &b->n_bonds))
         return -1;
-    if (b->n_atoms < 0 || b->n_bonds < 0)
-        return fault_at(b->fault, b->in.line, 1, "malformed mol block", "negative counts");
-    Span version = {line.p + 34, line.n > 34 ? line.n - 34 : 0};
-    *v3000 = line.n > 35 && starts_with(version, "V3000");
-    if (line.n > 35 && !*v3000 && !starts_with(version, "V2000"))
-        return fault_at(b->fault, b->in.line, 35, "malformed mol block",
-                        "expected V2000 or V3000, found \"%.*s\"",
-                        version.n < 5 ? version.n : 5, version.p);
+    if (b->n_atoms < 0 || b->n_bonds < 0) return MOL_FAULT(b, 1, "negative counts");
+    Span version = {line.p + 34, line.n > 35 ? line.n - 34 : 0};
+    *v3000 = starts_with(version, "V3000");
+    if (version.n && !*v3000 && !starts_with(version, "V2000"))
+        return MOL_FAULT(b, 35, "expected V2000 or V3000, found \"%.*s\"",
+                         version.n < 5 ? version.n : 5, version.p);
     return 0;
 }
 
 // Reads the mol block at the beginning of a record into m; `rest` is what follows M  END.
+// RDKit: MolDataStreamToMol
 static int read_mol_block(ChemMol *m, Lines *rest, Span *title, Fault *fault) {
     MolBlock b = {.in = *rest, .m = m, .fault = fault};
     Span line;
     int v3000 = 0;
     next_line(&b.in, title);
     next_line(&b.in, &line);
-    b.tagged_3d = line.n >= 22 && (line.p[20] == '3') && (line.p[21] == 'D' || line.p[21] == 'd');
+    int tagged_3d = line.n >= 22 && line.p[20] == '3' && (line.p[21] == 'D' || line.p[21] == 'd');
     next_line(&b.in, &line);
     if (counts_line(&b, &v3000) || (v3000 ? v3_body(&b) : v2_body(&b))) return -1;
     m->has_xyz = 1;
-    m->is_3d = b.tagged_3d && m->n_atoms > 0;
+    m->is_3d = tagged_3d && m->n_atoms > 0;
     for (int i = 0; i < m->n_atoms && !m->is_3d; i++) m->is_3d = m->xyz[i][2] != 0.0;
     *rest = b.in;
     return 0;
@@ -1241,8 +1153,11 @@ static int read_mol_block(ChemMol *m, Lines *rest, Span *title, Fault *fault) {
 //   atoms [#6], any-bond ~. Names and CXSMILES extensions behind a blank are not read.
 // =================================================================================================
 
+// A bond symbol as read; no symbol is an unspecified bond without direction.
+typedef struct { uint8_t order, direction, unspecified, reversed; } BondSymbol;
+
 // A ring number at an atom. Bonds are made of pairs of them when all atoms are there.
-typedef struct { int atom, number, order, direction, unspecified, column, bond; } RingMark;
+typedef struct { int atom, number, column, bond; BondSymbol symbol; } RingMark;
 
 typedef struct {
     ChemMol *m;
@@ -1252,11 +1167,8 @@ typedef struct {
     int active;             // the atom the next bond starts at
     int n_branches, branch_room, *branches;
     int n_marks, mark_room;
-    RingMark *marks;
+    RingMark *marks;        // as written
 } SmilesReader;
-
-// A bond symbol that was read, or nothing.
-typedef struct { int given, order, direction, query, unspecified, reversed; } BondSymbol;
 
 // The fault of a character that is not what was expected.
 static int smiles_fault(SmilesReader *s, int at, const char *expected) {
@@ -1298,6 +1210,7 @@ static int smiles_number(SmilesReader *s, int *value) {
 
 // Adds the element symbol at the cursor as an atom and returns its index, or -1. In brackets all
 // elements are allowed, outside only B C N O P S F Cl Br I, b c n o p s and *.
+// RDKit: smiles.yy, simple_atom
 static int smiles_element(SmilesReader *s, int bracket) {
     static const char *const aromatic[] = {"si", "as", "se", "te", "b", "c", "n", "o", "p", "s"};
     char c = (char)smiles_peek(s, 0), d = (char)smiles_peek(s, 1), pair[2] = {c, d};
@@ -1315,46 +1228,33 @@ static int smiles_element(SmilesReader *s, int bracket) {
         return mol_add_atom(s->m, z);
     }
     z = c ? element_number(&c, 1) : -1;
-    if (z < 0 || z == 1 || (!bracket && !strchr("BCNOPSFI", c))) return -1;
+    if (z < 0 || (!bracket && !strchr("BCNOPSFI", c))) return -1;
     s->pos++;
     return mol_add_atom(s->m, z);
 }
 
-// Chirality: @, @@, or a class such as @TH1, @AL2, @SP3, @TB20, @OH30.
+// Chirality: @, @@, @TH1, @TH2. The classes of other geometries (@AL, @SP, @TB, @OH) are refused.
+// RDKit: smiles.yy, chiral_element
 static int smiles_chirality(SmilesReader *s, ChemAtom *a) {
-    static const struct { const char *name; int chirality, most; } classes[] = {
-        {"TH", CHI_TETRAHEDRAL, 2}, {"AL", CHI_ALLENE, 2}, {"SP", CHI_SQUARE, 3},
-        {"TB", CHI_BIPYRAMID, 20}, {"OH", CHI_OCTAHEDRON, 30}};
+    int start = s->pos + 1, permutation = 1;
     if (!smiles_take(s, "@")) return 0;
     a->chirality = CHI_CCW;
-    if (smiles_take(s, "@")) a->chirality = CHI_CW;
-    else for (int k = 0; k < 5; k++) {
-        int start = s->pos, permutation = 0;
-        if (!smiles_take(s, classes[k].name)) continue;
-        a->chirality = (uint8_t)classes[k].chirality;
+    if (smiles_take(s, "@")) {
+        a->chirality = CHI_CW;
+    } else if (smiles_take(s, "TH")) {
         if (smiles_number(s, &permutation) < 0) return -1;
-        if (permutation > classes[k].most)
-            return smiles_fault(s, start, "a chirality class with a number it has");
-        if (k == 0) a->chirality = permutation == 2 ? CHI_CW : CHI_CCW;
+        if (permutation > 2) return smiles_fault(s, start, "TH1 or TH2");
+        if (permutation == 2) a->chirality = CHI_CW;
+    } else if (smiles_take(s, "AL") || smiles_take(s, "SP") || smiles_take(s, "TB") ||
+               smiles_take(s, "OH")) {
+        return fault_at(s->fault, 1, start + 1, "rare chirality class",
+                        "@%.2s is not supported, only @, @@, @TH1 and @TH2", s->text + start);
     }
     return 0;
 }
 
-// Hydrogen as the atom in brackets: [H], [2H], [HH], [H+]. Returns 1 if it is one.
-static int smiles_hydrogen(SmilesReader *s, int *atom) {
-    int count = 1, got, d = smiles_peek(s, 1);
-    char pair[2] = {'H', (char)d};
-    if (smiles_peek(s, 0) != 'H' || (d >= 'a' && d <= 'z' && element_number(pair, 2) > 0)) return 0;
-    s->pos++;
-    *atom = mol_add_atom(s->m, 1);
-    if (smiles_take(s, "H")) {
-        if ((got = smiles_number(s, &count)) < 0) return -1;
-        s->m->atoms[*atom].stated_h = (uint8_t)count;
-    }
-    return 1;
-}
-
 // A charge: +, ++, +2, -, --, -2.
+// RDKit: smiles.yy, charge_element
 static int smiles_charge(SmilesReader *s, ChemAtom *a) {
     int sign = smiles_peek(s, 0) == '+' ? 1 : smiles_peek(s, 0) == '-' ? -1 : 0, value = 1;
     if (!sign) return 0;
@@ -1365,18 +1265,17 @@ static int smiles_charge(SmilesReader *s, ChemAtom *a) {
     return 0;
 }
 
-// What stands in brackets: isotope, element, chirality, hydrogens, charge, map number.
+// What stands in brackets: isotope, element, chirality (not on H), hydrogens, charge, map number.
+// RDKit: smiles.yy, atomd
 static int smiles_bracket(SmilesReader *s) {
-    int isotope = 0, i = -1, z = 0, count = 1, map;
+    int isotope = 0, i, z = 0, count = 0, map, got;
     if (smiles_number(s, &isotope) < 0) return -1;
-    int hydrogen = smiles_hydrogen(s, &i);
-    if (hydrogen < 0) return -1;
-    if (!hydrogen && smiles_take(s, "#")) {
-        int got = smiles_number(s, &z), at = s->pos;
+    if (smiles_take(s, "#")) {
+        got = smiles_number(s, &z);
         if (got < 0) return -1;
-        if (!got || z > Z_MAX) return smiles_fault(s, at, "an atomic number up to 118");
+        if (!got || z > Z_MAX) return smiles_fault(s, s->pos, "an atomic number up to 118");
         i = mol_add_atom(s->m, z);
-    } else if (!hydrogen) {
+    } else {
         int quoted = smiles_take(s, "'");  // some programs write ['Db']
         i = smiles_element(s, 1);
         if (i < 0) return smiles_fault(s, s->pos, "an element symbol");
@@ -1385,16 +1284,15 @@ static int smiles_bracket(SmilesReader *s) {
     ChemAtom *a = &s->m->atoms[i];
     a->isotope = (uint16_t)isotope;
     a->no_implicit = 1;
-    if (!hydrogen) {
-        if (smiles_chirality(s, a)) return -1;
-        if (smiles_take(s, "H")) {
-            if (smiles_number(s, &count) < 0) return -1;
-            a->stated_h = (uint8_t)count;
-        }
+    if (a->z != 1 && smiles_chirality(s, a)) return -1;
+    if (smiles_take(s, "H")) {
+        count = 1;
+        if (smiles_number(s, &count) < 0) return -1;
     }
+    a->explicit_h = (uint8_t)count;
     if (smiles_charge(s, a)) return -1;
     if (smiles_take(s, ":")) {
-        int got = smiles_number(s, &map);
+        got = smiles_number(s, &map);
         if (got < 0) return -1;
         if (!got) return smiles_fault(s, s->pos, "a map number");
         a->map = map;
@@ -1413,8 +1311,9 @@ static int smiles_atom(SmilesReader *s) {
 }
 
 // A bond symbol at the cursor, if there is one.
+// RDKit: smiles.yy, bondd
 static BondSymbol smiles_bond(SmilesReader *s) {
-    BondSymbol b = {.given = 1};
+    BondSymbol b = {0};
     if (smiles_take(s, "->")) b.order = ORDER_DATIVE;
     else if (smiles_take(s, "<-")) b.order = ORDER_DATIVE, b.reversed = 1;
     else if (smiles_take(s, "-")) b.order = ORDER_SINGLE;
@@ -1422,31 +1321,26 @@ static BondSymbol smiles_bond(SmilesReader *s) {
     else if (smiles_take(s, "#")) b.order = ORDER_TRIPLE;
     else if (smiles_take(s, "$")) b.order = ORDER_QUADRUPLE;
     else if (smiles_take(s, ":")) b.order = ORDER_AROMATIC;
-    else if (smiles_take(s, "~")) b.query = QUERY_ANY;
-    else if (smiles_take(s, "/")) b.direction = DIR_UP, b.unspecified = 1;
-    else if (smiles_take(s, "\\\\") || smiles_take(s, "\\"))
-        b.direction = DIR_DOWN, b.unspecified = 1;
-    else b.given = 0;
+    else if (smiles_take(s, "~")) b.order = ORDER_NONE;
+    else b.unspecified = 1;
+    if (b.unspecified && smiles_take(s, "/")) b.direction = DIR_UP;
+    else if (b.unspecified && (smiles_take(s, "\\\\") || smiles_take(s, "\\")))
+        b.direction = DIR_DOWN;
     return b;
 }
 
-// Single, or aromatic between two aromatic atoms.
-static int default_order(const ChemMol *m, int i, int j) {
-    return m->atoms[i].aromatic && m->atoms[j].aromatic ? ORDER_AROMATIC : ORDER_SINGLE;
-}
-
-// Bonds atom i to the active atom, and makes it the active one.
-static void smiles_join(SmilesReader *s, int i, BondSymbol symbol) {
-    int order = symbol.given ? symbol.order : default_order(s->m, s->active, i);
-    int begin = symbol.reversed ? i : s->active, end = symbol.reversed ? s->active : i;
-    ChemBond *b = mol_add_bond(s->m, begin, end, order);
-    b->direction = (uint8_t)symbol.direction;
-    b->query = (uint8_t)symbol.query;
-    b->unspecified = (uint8_t)symbol.unspecified;
-    s->active = i;
+// Adds a bond from atom i to atom j. The order of an unspecified one is found at the end.
+// RDKit: SmilesParseOps::AddFragToMol
+static ChemBond *smiles_add_bond(SmilesReader *s, int i, int j, BondSymbol symbol) {
+    ChemBond *b = mol_add_bond(s->m, symbol.reversed ? j : i, symbol.reversed ? i : j,
+                               symbol.order);
+    b->direction = symbol.direction;
+    b->unspecified = symbol.unspecified;
+    return b;
 }
 
 // A ring number: a digit, %12 or %(12345). Returns -1 if there is none.
+// RDKit: smiles.yy, ring_number
 static int smiles_ring_number(SmilesReader *s) {
     int c = smiles_peek(s, 0), value = 0, digits = 0;
     if (isdigit(c)) {
@@ -1467,19 +1361,17 @@ static int smiles_ring_number(SmilesReader *s) {
     return value;
 }
 
-// Notes a ring number at the active atom (a ~ before it means nothing). If it comes after branches,
-// the order in which RDKit sees the neighbours of a stereo centre differs from the written one.
+// Notes a ring number at the active atom. If it comes after branches, the order in which RDKit sees
+// the neighbours of a stereo centre differs from the written one.
+// RDKit: SmilesParseOps::CheckRingClosureBranchStatus
 static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     int column = s->pos, number = smiles_ring_number(s), degree = 0, i = s->active;
     if (number < 0) return -1;
     if (s->n_marks == s->mark_room)
-        s->marks = prep_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
-    s->marks[s->n_marks++] = (RingMark){i, number, symbol.given ? symbol.order : ORDER_NONE,
-                                        symbol.direction,
-                                        symbol.given ? symbol.unspecified : 1, column, -1};
-    s->marks[s->n_marks - 1].order |= symbol.reversed << 8;
+        s->marks = arena_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
+    s->marks[s->n_marks++] = (RingMark){i, number, column, -1, symbol};
     ChemAtom *a = &s->m->atoms[i];
-    if (i == s->m->n_atoms - 1 || (a->chirality != CHI_CW && a->chirality != CHI_CCW)) return 0;
+    if (i == s->m->n_atoms - 1 || a->chirality == CHI_NONE) return 0;
     for (int b = s->m->n_bonds - 1; b >= 0; b--)
         degree += s->m->bonds[b].begin == i || s->m->bonds[b].end == i;
     if (degree == 1 || (degree == 2 && i != 0) || (degree == 3 && i == 0))
@@ -1487,43 +1379,43 @@ static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     return 0;
 }
 
-// By ring number, then as written.
+// By ring number, then as written; for pointers to marks.
 static int compare_marks(const void *a, const void *b) {
-    const RingMark *x = a, *y = b;
+    const RingMark *x = *(RingMark *const *)a, *y = *(RingMark *const *)b;
     if (x->number != y->number) return x->number < y->number ? -1 : 1;
     return (x->column > y->column) - (x->column < y->column);
 }
 
-// Makes the bond of two ring marks: what the first says counts, unless it says nothing.
-static void smiles_ring_bond(ChemMol *m, RingMark *first, RingMark *second) {
-    RingMark *says = first->unspecified ? second : first, *other = says == first ? second : first;
-    int order = says->order & 255, begin = says->atom, end = other->atom;
-    if (says->order >> 8) begin = other->atom, end = says->atom;
-    if (order == ORDER_NONE) order = default_order(m, begin, end);
-    ChemBond *b = mol_add_bond(m, begin, end, order);
-    b->unspecified = (uint8_t)says->unspecified;
-    int direction = says->direction;
-    if (direction == DIR_NONE && other->direction != DIR_NONE)
-        direction = other->direction == DIR_UP ? DIR_DOWN : DIR_UP;  // it was read from there
-    b->direction = (uint8_t)direction;
-    first->bond = second->bond = m->n_bonds - 1;
+// Makes the bond of two ring marks: what the first says counts, unless it says nothing. A ~ means
+// nothing here, and a direction that only the other one has is read from there.
+// RDKit: SmilesParseOps::CloseMolRings
+static void smiles_ring_bond(SmilesReader *s, RingMark *first, RingMark *second) {
+    RingMark *says = first->symbol.unspecified ? second : first;
+    RingMark *other = says == first ? second : first;
+    ChemBond *b = smiles_add_bond(s, says->atom, other->atom, says->symbol);
+    b->unspecified |= b->order == ORDER_NONE;
+    if (b->direction == DIR_NONE) b->direction = opposite_direction(other->symbol.direction);
+    first->bond = second->bond = s->m->n_bonds - 1;
 }
 
 // Closes all rings, by rising number.
+// RDKit: SmilesParseOps::CloseMolRings
 static int smiles_close_rings(SmilesReader *s) {
     ChemMol *m = s->m;
-    if (s->n_marks) qsort(s->marks, (size_t)s->n_marks, sizeof *s->marks, compare_marks);
+    RingMark **sorted = arena_take(&m->arena, (size_t)s->n_marks, sizeof *sorted);
+    for (int k = 0; k < s->n_marks; k++) sorted[k] = &s->marks[k];
+    qsort(sorted, (size_t)s->n_marks, sizeof *sorted, compare_marks);
     for (int k = 0; k < s->n_marks; k += 2) {
-        RingMark *a = &s->marks[k], *b = a + 1;
-        if (k + 1 == s->n_marks || b->number != a->number)
+        RingMark *a = sorted[k], *b = k + 1 < s->n_marks ? sorted[k + 1] : a;
+        if (b == a || b->number != a->number)
             return fault_at(s->fault, 1, a->column + 1, "malformed SMILES", "ring %d is not closed",
                             a->number);
         if (a->atom == b->atom)
             return fault_at(s->fault, 1, b->column + 1, "malformed SMILES",
                             "ring %d bonds an atom to itself", a->number);
-        smiles_ring_bond(m, a, b);
+        smiles_ring_bond(s, a, b);
     }
-    int bad = mol_connect(m);
+    int bad = find_bad_bond(m);
     if (bad < 0) return 0;
     for (int k = 0; k < s->n_marks; k++)
         if (s->marks[k].bond == bad)
@@ -1532,45 +1424,34 @@ static int smiles_close_rings(SmilesReader *s) {
     return fault_at(s->fault, 1, 0, "malformed SMILES", "a second bond between two atoms");
 }
 
-// As written.
-static int compare_mark_columns(const void *a, const void *b) {
-    const RingMark *x = a, *y = b;
-    return (x->column > y->column) - (x->column < y->column);
-}
-
 // Chirality as written refers to the neighbours in the order of the text, ring numbers counting
 // where they stand; here it refers to the order of the bonds.
+// RDKit: SmilesParseOps::AdjustAtomChiralityFlags
 static void smiles_fix_chirality(SmilesReader *s, int i) {
     ChemMol *m = s->m;
     ChemAtom *a = &m->atoms[i];
-    int degree = mol_degree(m, i), n = 0, n_closures = 0, swaps = 0, unsaturated = 0;
-    int *place = prep_ints(&m->arena, degree);  // of each bond of the text in the atom's bond list
-    for (int pass = 0; pass < 3; pass++) {  // atom before, ring numbers, atoms after
-        for (int k = 0; pass == 1 && k < s->n_marks; k++) {
-            if (s->marks[k].atom != i) continue;
+    int degree = mol_degree(m, i), n_closures = 0, swaps = 0, unsaturated = 0;
+    int *where = arena_ints(&m->arena, degree);  // each bond stands in the text
+    for (int q = 0; q < degree; q++) {  // atom before, ring numbers, atoms after
+        const ChemBond *b = &m->bonds[m->adj[m->first[i] + q]];
+        where[q] = bond_other(b, i) < i ? -1 : s->n_marks + q;
+        for (int k = 0; k < s->n_marks; k++) {
+            if (s->marks[k].atom != i || s->marks[k].bond != m->adj[m->first[i] + q]) continue;
+            where[q] = k;
             n_closures++;
-            for (int q = 0; q < degree; q++)
-                if (m->adj[m->first[i] + q] == s->marks[k].bond) place[n++] = q;
         }
-        for (int q = 0; pass != 1 && q < degree; q++) {
-            int b = m->adj[m->first[i] + q], j = bond_other(&m->bonds[b], i), closure = 0;
-            for (int k = 0; k < s->n_marks; k++) closure |= s->marks[k].bond == b;
-            if (!closure && (j < i) == (pass == 0)) place[n++] = q;
-        }
+        for (int p = 0; p < q; p++) swaps += where[p] > where[q];
+        unsaturated |= twice_order(b) > 2;
     }
-    for (int p = 0; p < n; p++)
-        for (int q = p + 1; q < n; q++) swaps += place[p] > place[q];
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        unsaturated |= twice_order(&m->bonds[m->adj[k]]) > 2;
-    if (degree == 3 && ((a->first_of_part && a->stated_h == 1) ||
-                        (a->stated_h != 1 && n_closures == 1 && !unsaturated)))
+    if (degree == 3 && ((a->first_of_fragment && a->explicit_h == 1) ||
+                        (a->explicit_h != 1 && n_closures == 1 && !unsaturated)))
         swaps++;  // the hydrogen or lone pair comes first in the text but last here
     if (swaps % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
 }
 
 // One step of the chain: a bonded atom, a branch, a ring number or a dot.
+// RDKit: smiles.yy, mol
 static int smiles_step(SmilesReader *s) {
-    BondSymbol none = {0};
     int c = smiles_peek(s, 0), i;
     if (c == ')') {
         if (!s->n_branches) return smiles_fault(s, s->pos, "an atom, a bond or a branch");
@@ -1581,30 +1462,32 @@ static int smiles_step(SmilesReader *s) {
     if (c == '.') {
         s->pos++;
         if ((i = smiles_atom(s)) < 0) return -1;
-        s->m->atoms[i].first_of_part = 1;
+        s->m->atoms[i].first_of_fragment = 1;
         s->active = i;
         return 0;
     }
     if (c == '(') {
         s->pos++;
         if (s->n_branches == s->branch_room)
-            s->branches = prep_grow(&s->m->arena, s->branches, &s->branch_room, sizeof(int));
+            s->branches = arena_grow(&s->m->arena, s->branches, &s->branch_room, sizeof(int));
         s->branches[s->n_branches++] = s->active;
     }
     BondSymbol symbol = smiles_bond(s);
     int next = smiles_peek(s, 0);
     if (c != '(' && (isdigit(next) || next == '%')) return smiles_ring_mark(s, symbol);
     if ((i = smiles_atom(s)) < 0) return -1;
-    smiles_join(s, i, symbol.given ? symbol : none);
+    smiles_add_bond(s, s->active, i, symbol);
+    s->active = i;
     return 0;
 }
 
 // Reads a SMILES (without what may follow it) into m.
+// RDKit: SmilesToMol, SmilesParseOps::SetUnspecifiedBondTypes
 static int read_smiles(ChemMol *m, Span text, Fault *fault) {
     SmilesReader s = {.m = m, .fault = fault, .text = text.p, .n = text.n};
     if (text.n == 0) return fault_at(fault, 1, 1, "no atoms", "the SMILES is empty");
     if ((s.active = smiles_atom(&s)) < 0) return -1;
-    m->atoms[s.active].first_of_part = 1;
+    m->atoms[s.active].first_of_fragment = 1;
     while (s.pos < s.n)
         if (smiles_step(&s)) return -1;
     if (s.n_branches) return smiles_fault(&s, s.pos, ")");
@@ -1612,18 +1495,16 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
     for (int k = 0; k < m->n_bonds; k++) {
         ChemBond *b = &m->bonds[k];
         if (!b->unspecified) continue;
-        b->order = (uint8_t)default_order(m, b->begin, b->end);
-        b->aromatic = b->order == ORDER_AROMATIC;
+        b->aromatic = m->atoms[b->begin].aromatic && m->atoms[b->end].aromatic;
+        b->order = b->aromatic ? ORDER_AROMATIC : ORDER_SINGLE;
     }
-    if (s.n_marks) qsort(s.marks, (size_t)s.n_marks, sizeof *s.marks, compare_mark_columns);
     for (int i = 0; i < m->n_atoms; i++)
-        if (m->atoms[i].chirality == CHI_CW || m->atoms[i].chirality == CHI_CCW)
-            smiles_fix_chirality(&s, i);
+        if (m->atoms[i].chirality != CHI_NONE) smiles_fix_chirality(&s, i);
     return 0;
 }
 
 // =================================================================================================
-// 7 Valence. The explicit valence of an atom is what its bonds and stated hydrogens use; implicit
+// 7 Valence. The explicit valence of an atom is what its bonds and explicit hydrogens use; implicit
 //   hydrogens fill it up to the next allowed valence, shifted by the charge:
 //
 //     C in C-O     uses 1, allowed 4                     3 hydrogens
@@ -1635,12 +1516,14 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
 
 // How a charge shifts the allowed valences: left of carbon, and for carbon cations, a positive
 // charge takes a bond away; everywhere else it adds one.
+// RDKit: isEarlyAtom, in Atom::calcExplicitValence
 static int valence_shift(const ChemAtom *a) {
     int charge = ELEMENTS[a->z].early ? -a->charge : a->charge;
     return a->z == 6 && charge > 0 ? -charge : charge;
 }
 
 // The first allowed valence of an element, -1 for any or for no element.
+// RDKit: PeriodicTable::getDefaultValence
 static inline int default_valence(int z) {
     return z >= 0 && z <= Z_MAX ? ELEMENTS[z].valence[0] : -1;
 }
@@ -1648,10 +1531,11 @@ static inline int default_valence(int z) {
 // Sets the explicit valence. An aromatic atom may count half a bond or a whole one too many
 // before its Kekule structure is known: it is taken down to the next allowed valence if that is at
 // most 1.5 away. Half orders round up.
+// RDKit: Atom::calcExplicitValence
 static void set_valence(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
-    int twice = 2 * a->stated_h, shift = valence_shift(a);
+    int twice = 2 * a->explicit_h, shift = valence_shift(a);
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         twice += twice_contribution(&m->bonds[m->adj[k]], i);
     // unsigned, so that "any valence" (-1) and negative limits are never exceeded
@@ -1668,6 +1552,7 @@ static void set_valence(ChemMol *m, int i) {
 }
 
 // Whether the explicit valence exceeds the largest allowed one.
+// RDKit: Atom::calcExplicitValence(strict)
 static int valence_too_high(const ChemAtom *a) {
     const Element *e = &ELEMENTS[a->z];
     int effective = e->outer >= 4 ? a->valence - a->charge : a->valence + a->charge;
@@ -1675,61 +1560,47 @@ static int valence_too_high(const ChemAtom *a) {
     return largest > 0 && effective > largest;
 }
 
-// Implicit hydrogens of an aromatic atom: up to the default valence, else none. Returns -1 if the
-// valence is not an allowed one.
-static int aromatic_hydrogens(const ChemAtom *a, int used, int shift) {
-    const Element *e = &ELEMENTS[a->z];
-    if (used <= e->valence[0] + shift) return e->valence[0] + shift - used;
-    for (int k = 0; k < e->n_valences && e->valence[k] > 0; k++)
-        if (used == e->valence[k] + shift) return 0;
-    return -1;
-}
-
-// Sets the implicit hydrogens from the explicit valence. Returns 0 if no number of them makes an
-// allowed valence (they are 0 then).
+// Sets the implicit hydrogens from the explicit valence: up to the next allowed valence, but those
+// of an aromatic atom only up to the first. Returns 0 if no number of them makes an allowed valence
+// (they are 0 then).
+// RDKit: Atom::calcImplicitValence
 static int set_implicit_hydrogens(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
     if (a->no_implicit) return 1;
     a->implicit_h = 0;
     if (a->z == 0) return 1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        if (m->bonds[m->adj[k]].query & QUERY_COMPLEX) return 1;
     if (a->valence == 0 && a->z == 1 && a->radicals == 0) {  // a lone hydrogen
         a->implicit_h = a->charge == 0;
         return a->charge >= -1 && a->charge <= 1;
     }
     if (e->valence[0] == -1) return 1;
     int used = a->valence + a->radicals, shift = valence_shift(a), h = -1;
-    if (is_aromatic_atom(m, i)) {
-        h = aromatic_hydrogens(a, used, shift);
-        if (h < 0) return 0;
-    } else {
-        for (int k = 0; k < e->n_valences && e->valence[k] >= 0 && h < 0; k++)
-            if (used <= e->valence[k] + shift) h = e->valence[k] + shift - used;
-        if (h < 0) return e->valence[e->n_valences - 1] == -1;
+    int aromatic = is_aromatic_atom(m, i);
+    for (int k = 0; k < e->n_valences && e->valence[k] >= 0 && h < 0; k++) {
+        int allowed = e->valence[k] + shift;
+        if (used == allowed || (used < allowed && (k == 0 || !aromatic))) h = allowed - used;
     }
+    if (h < 0) return !aromatic && e->valence[e->n_valences - 1] == -1;
     a->implicit_h = (int16_t)h;
     return 1;
 }
 
+// Sets both. Returns 0 if no number of implicit hydrogens makes an allowed valence.
+// RDKit: Atom::updatePropertyCache
+static int update_valence(ChemMol *m, int i) {
+    set_valence(m, i);
+    return set_implicit_hydrogens(m, i);
+}
+
 // Valence and hydrogens of every atom, whatever they are.
+// RDKit: ROMol::updatePropertyCache(false)
 static void update_valences(ChemMol *m) {
-    for (int i = 0; i < m->n_atoms; i++) {
-        ChemAtom *a = &m->atoms[i];
-        if (a->z == 1 && !a->charge && !a->stated_h && !a->radicals && !a->no_implicit &&
-            mol_degree(m, i) == 1 && m->bonds[m->adj[m->first[i]]].order == ORDER_SINGLE &&
-            !m->bonds[m->adj[m->first[i]]].query) {
-            a->valence = 1;  // half of all atoms are this
-            a->implicit_h = 0;
-            continue;
-        }
-        set_valence(m, i);
-        set_implicit_hydrogens(m, i);
-    }
+    for (int i = 0; i < m->n_atoms; i++) update_valence(m, i);
 }
 
 // The same, but an impossible valence is a fault.
+// RDKit: ROMol::updatePropertyCache(true)
 static int check_valences(ChemMol *m, Fault *fault) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
@@ -1752,6 +1623,7 @@ static int check_valences(ChemMol *m, Fault *fault) {
 
 // A neutral nitrogen with five bonds gives one of them away:
 //   C-N(=O)=O  ->  C-[N+]([O-])=O        C-N=N#N  ->  C-N=[N+]=[N-]
+// RDKit: nitrogenCleanup
 static void clean_nitrogen(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     if (a->charge) return;
@@ -1774,6 +1646,7 @@ static void clean_nitrogen(ChemMol *m, int i) {
 
 // A neutral phosphorus with three neighbours and five bonds, doubly bonded to O and to C or N:
 //   C=P(=O)X  ->  C=[P+]([O-])X
+// RDKit: phosphorusCleanup
 static void clean_phosphorus(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     ChemBond *to_oxygen = NULL;
@@ -1796,6 +1669,7 @@ static void clean_phosphorus(ChemMol *m, int i) {
 
 // A neutral Cl, Br or I with 3, 5 or 7 bonds, all to oxygen:
 //   O-Cl(=O)(=O)=O  ->  O-[Cl+3]([O-])([O-])[O-]
+// RDKit: halogenCleanup
 static void clean_halogen(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     int charge = 0;
@@ -1814,6 +1688,7 @@ static void clean_halogen(ChemMol *m, int i) {
 }
 
 // Applies the rules above to every atom, in order.
+// RDKit: MolOps::cleanUp
 static void clean_up(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         int z = m->atoms[i].z;
@@ -1830,12 +1705,14 @@ static void clean_up(ChemMol *m) {
 // =================================================================================================
 
 // Square planar, trigonal bipyramidal or octahedral.
+// RDKit: Chirality::hasNonTetrahedralStereo
 static int is_nontetrahedral(const ChemAtom *a) { return a->chirality >= CHI_SQUARE; }
 
 // Whether hydrogen i is nothing but a hydrogen.
+// RDKit: shouldRemoveH
 static int is_removable_hydrogen(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
-    if (a->z != 1 || a->query || a->isotope || mol_degree(m, i) != 1) return 0;
+    if (a->z != 1 || a->isotope || mol_degree(m, i) != 1) return 0;
     const ChemBond *b = &m->bonds[m->adj[m->first[i]]];
     int j = bond_other(b, i);
     const ChemAtom *heavy = &m->atoms[j];
@@ -1846,9 +1723,10 @@ static int is_removable_hydrogen(const ChemMol *m, int i) {
     return 1;
 }
 
-// The neighbour's hydrogen count must be stated where it would not come back by itself: if all
-// are (`count_all`, for SMILES), on stereo centres, and at unusual valences.
-static int must_state_hydrogen(const ChemMol *m, int heavy, int count_all) {
+// The neighbour's hydrogen must be counted as explicit where it would not come back by itself: if
+// all are (`count_all`, for SMILES), on stereo centres, and at unusual valences.
+// RDKit: molRemoveH
+static int must_count_hydrogen(const ChemMol *m, int heavy, int count_all) {
     const ChemAtom *a = &m->atoms[heavy];
     const Element *e = &ELEMENTS[a->z];
     if (count_all || a->no_implicit || a->chirality != CHI_NONE) return 1;
@@ -1859,6 +1737,7 @@ static int must_state_hydrogen(const ChemMol *m, int heavy, int count_all) {
 }
 
 // A / or \ on a bond to a vanishing hydrogen moves to another single bond of its neighbour.
+// RDKit: molRemoveH
 static void hand_over_direction(ChemMol *m, const ChemBond *gone, int heavy) {
     ChemBond *heir = NULL;
     for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
@@ -1869,17 +1748,17 @@ static void hand_over_direction(ChemMol *m, const ChemBond *gone, int heavy) {
     }
     if (!heir) return;
     int flip = heir->begin == heavy && gone->begin == heavy;
-    int opposite = gone->direction == DIR_DOWN ? DIR_UP : DIR_DOWN;
-    heir->direction = flip ? (uint8_t)opposite : gone->direction;
+    heir->direction = flip ? opposite_direction(gone->direction) : gone->direction;
 }
 
 // Takes hydrogen i off its neighbour. Chirality is relative to the order of the bonds, in which
 // a hydrogen that is a mere count comes last.
+// RDKit: molRemoveH
 static void remove_hydrogen(ChemMol *m, int i, int count_all) {
     ChemBond *gone = &m->bonds[m->adj[m->first[i]]];
     int heavy = bond_other(gone, i), behind = 0, seen = 0;
     ChemAtom *a = &m->atoms[heavy];
-    if (must_state_hydrogen(m, heavy, count_all)) a->stated_h++;
+    if (must_count_hydrogen(m, heavy, count_all)) a->explicit_h++;
     if (a->chirality != CHI_NONE) {
         for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
             ChemBond *b = &m->bonds[m->adj[k]];
@@ -1889,12 +1768,13 @@ static void remove_hydrogen(ChemMol *m, int i, int count_all) {
         if (behind % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
     }
     if (gone->direction == DIR_UNKNOWN && gone->begin == heavy) a->unknown_stereo = 1;
-    else if (gone->direction == DIR_DOWN || gone->direction == DIR_UP)
+    else if (is_sloped(gone->direction))
         hand_over_direction(m, gone, heavy);
     gone->dead = 1;
 }
 
 // Squeezes removed atoms and dead bonds out of the arrays; to[i] is an atom's new index or -1.
+// RDKit: RWMol::commitBatchEdit
 static void compact(ChemMol *m, const int *to) {
     int n_bonds = 0;
     for (int i = 0, n = 0; i < m->n_atoms; i++) {
@@ -1914,9 +1794,10 @@ static void compact(ChemMol *m, const int *to) {
 }
 
 // Removes every hydrogen that is nothing but one, the last first, as the order decides what the
-// chirality of a centre with several of them becomes. count_all: see must_state_hydrogen().
+// chirality of a centre with several of them becomes. count_all: see must_count_hydrogen().
+// RDKit: MolOps::removeHs
 static void remove_hydrogens(ChemMol *m, int count_all) {
-    int n = m->n_atoms, kept = 0, *to = prep_ints(&m->arena, n);
+    int n = m->n_atoms, kept = 0, *to = arena_ints(&m->arena, n);
     for (int i = 0; i < n; i++) to[i] = is_removable_hydrogen(m, i) ? -1 : kept++;
     if (kept == n) return;
     for (int i = n - 1; i >= 0; i--)
@@ -1936,70 +1817,70 @@ static void remove_hydrogens(ChemMol *m, int count_all) {
 //   in a smallest set, but six equal faces: the sixth comes back.
 //
 //   Which Kekule structure and which fused systems are tried first depends on the order of rings,
-//   and the order of atoms in them: hence the care about order below.
+//   and the order of atoms in them: hence the care about order below. Graphs in which the searches
+//   find too few rings (RDKit then tries two more ways) are refused.
 // =================================================================================================
 
-enum { RING_QUEUE_MAX = 200000 };  // RDKit gives up on a search with more open paths
-
-// Ring search in progress.
+// Ring search in progress. All arrays live in the molecule's arena.
 typedef struct {
     ChemMol *m;
     RingList found;          // rings of the current fragment
+    RingList some;           // of the last smallest_rings()
     RingList all;            // every distinct ring seen, its atoms in falling order
     int *degree;             // active bonds of each atom
     uint8_t *active;         // per bond: not trimmed yet
-    uint8_t *ring_bond, *ring_atom;
     uint8_t *changed;        // atoms to look at again while trimming
     int *parent, *depth, *queue, *ring;  // of a breadth-first search
     uint8_t *colour;
 } RingSearch;
 
-// Size and atoms of ring r.
+// Size, atoms and bonds of ring r.
 static int ring_size(const RingList *rings, int r) { return rings->start[r + 1] - rings->start[r]; }
 static int *ring_atoms(const RingList *rings, int r) { return rings->atoms + rings->start[r]; }
+static int *ring_bonds(const RingList *rings, int r) { return rings->bonds + rings->start[r]; }
 
-// Appends a ring of n atoms and returns its index.
-static int ring_push(PrepArena *arena, RingList *rings, const int *atoms, int n) {
-    if (rings->n + 2 > rings->room) {
-        rings->start = prep_grow(arena, rings->start, &rings->room, sizeof(int));
-        if (rings->n == 0) rings->start[0] = 0;
+// Makes room for a ring of n atoms, which the caller fills in, and returns its index.
+static int ring_add(Arena *arena, RingList *rings, int n) {
+    if (rings->n + 2 > rings->room)
+        rings->start = arena_grow(arena, rings->start, &rings->room, sizeof(int));
+    while (rings->used + n > rings->atom_room) {
+        int room = rings->atom_room;
+        rings->atoms = arena_grow(arena, rings->atoms, &room, sizeof(int));
+        rings->bonds = arena_grow(arena, rings->bonds, &rings->atom_room, sizeof(int));
     }
-    while (rings->used + n > rings->atom_room)
-        rings->atoms = prep_grow(arena, rings->atoms, &rings->atom_room, sizeof(int));
-    memcpy(rings->atoms + rings->used, atoms, (size_t)n * sizeof(int));
     rings->used += n;
     rings->start[++rings->n] = rings->used;
     return rings->n - 1;
 }
 
-// Larger numbers first.
-static int compare_falling(const void *a, const void *b) {
-    int x = *(const int *)a, y = *(const int *)b;
-    return (x < y) - (x > y);
+// Appends ring r of another list.
+static void ring_copy(Arena *arena, RingList *to, const RingList *from, int r) {
+    int n = ring_size(from, r), at = ring_add(arena, to, n);
+    memcpy(ring_atoms(to, at), ring_atoms(from, r), (size_t)n * sizeof(int));
+    memcpy(ring_bonds(to, at), ring_bonds(from, r), (size_t)n * sizeof(int));
 }
 
-// Index in s->all of the ring with these atoms, which is entered if new (*is_new).
-static int ring_identity(RingSearch *s, const int *atoms, int n, int *is_new) {
+// Whether ring r of a list was not seen before; then it is entered in s->all. *index: its place
+// there.
+// RDKit: RingUtils::computeRingInvariant
+static int ring_is_new(RingSearch *s, const RingList *rings, int r, int *index) {
+    const int *atoms = ring_atoms(rings, r), n = ring_size(rings, r);
     int *sorted = s->queue;  // free between searches
-    if (n > 32) {
-        memcpy(sorted, atoms, (size_t)n * sizeof(int));
-        qsort(sorted, (size_t)n, sizeof(int), compare_falling);
-    } else {
-        for (int i = 0, k; i < n; i++) {
-            for (k = i; k > 0 && sorted[k - 1] < atoms[i]; k--) sorted[k] = sorted[k - 1];
-            sorted[k] = atoms[i];
-        }
+    for (int i = 0, k; i < n; i++) {
+        for (k = i; k > 0 && sorted[k - 1] < atoms[i]; k--) sorted[k] = sorted[k - 1];
+        sorted[k] = atoms[i];
     }
-    *is_new = 0;
-    for (int r = 0; r < s->all.n; r++)
-        if (ring_size(&s->all, r) == n && ring_atoms(&s->all, r)[0] == sorted[0] &&
-            memcmp(ring_atoms(&s->all, r), sorted, (size_t)n * sizeof(int)) == 0)
-            return r;
-    *is_new = 1;
-    return ring_push(&s->m->arena, &s->all, sorted, n);
+    for (*index = 0; *index < s->all.n; ++*index)
+        if (ring_size(&s->all, *index) == n &&
+            memcmp(ring_atoms(&s->all, *index), sorted, (size_t)n * sizeof(int)) == 0)
+            return 0;
+    memcpy(ring_atoms(&s->all, ring_add(&s->m->arena, &s->all, n)), sorted,
+           (size_t)n * sizeof(int));
+    return 1;
 }
 
 // Deactivates the bonds of an atom; neighbours left with at most one bond are marked in changed.
+// RDKit: FindRings::trimBonds
 static void trim_atom(RingSearch *s, int i) {
     ChemMol *m = s->m;
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
@@ -2022,6 +1903,7 @@ static int pop_changed(RingSearch *s) {
 
 // Joins the two paths from the root that meet at the bond curr-next into s->ring, root first.
 // Returns the size, or 0 if the paths meet before the root.
+// RDKit: FindRings::BFSWorkspace::smallestRingsBfs
 static int close_ring(RingSearch *s, int root, int curr, int next) {
     int n = 0, back = s->depth[curr] + 1;  // the way from the root to curr comes first
     int *ring = s->ring;
@@ -2035,12 +1917,25 @@ static int close_ring(RingSearch *s, int root, int curr, int next) {
     return n;
 }
 
-// All smallest rings through the root that avoid the `avoid` atom (-1: none), into `out`.
-static void smallest_rings(RingSearch *s, int root, int avoid, RingList *out) {
+// Appends the ring s->ring of n atoms with its bonds to s->some.
+// RDKit: RingUtils::convertToBonds
+static void keep_closed_ring(RingSearch *s, int n) {
+    int r = ring_add(&s->m->arena, &s->some, n);
+    int *atoms = ring_atoms(&s->some, r), *bonds = ring_bonds(&s->some, r);
+    for (int k = 0; k < n; k++) {
+        atoms[k] = s->ring[k];
+        bonds[k] = bond_between(s->m, s->ring[k], s->ring[k + 1 < n ? k + 1 : 0]);
+    }
+}
+
+// All smallest rings through the root that avoid the `avoid` atom (-1: none), into s->some. A
+// breadth-first search: where two of its paths meet, a ring closes.
+// RDKit: FindRings::BFSWorkspace::smallestRingsBfs
+static void smallest_rings(RingSearch *s, int root, int avoid) {
     enum { WHITE, GREY, BLACK };
     ChemMol *m = s->m;
     int head = 0, tail = 0, best = INT_MAX, n;
-    *out = (RingList){0};
+    s->some.n = s->some.used = 0;
     memset(s->colour, WHITE, (size_t)m->n_atoms);
     if (avoid >= 0) s->colour[avoid] = BLACK;
     s->parent[root] = -1;
@@ -2061,36 +1956,26 @@ static void smallest_rings(RingSearch *s, int root, int avoid, RingList *out) {
             } else if ((n = close_ring(s, root, curr, next)) > 1) {
                 if (n > best) return;
                 best = n;
-                ring_push(&m->arena, out, s->ring, n);
+                keep_closed_ring(s, n);
             }
         }
     }
 }
 
-// Marks the bonds and atoms of a ring as belonging to one.
-static void mark_ring(RingSearch *s, const int *ring, int n) {
-    for (int k = 0; k < n; k++) {
-        s->ring_bond[bond_between(s->m, ring[k], ring[(k + 1) % n])] = 1;
-        s->ring_atom[ring[k]] = 1;
-    }
-}
-
-// Adds the rings that are new to the fragment's; mark: also note their bonds and atoms.
-static void keep_new_rings(RingSearch *s, const RingList *rings, int mark) {
-    for (int r = 0; r < rings->n; r++) {
-        int is_new, n = ring_size(rings, r);
-        ring_identity(s, ring_atoms(rings, r), n, &is_new);
-        if (!is_new) continue;
-        ring_push(&s->m->arena, &s->found, ring_atoms(rings, r), n);
-        if (mark) mark_ring(s, ring_atoms(rings, r), n);
-    }
+// Adds those rings to the fragment's that are new and not larger than max_size.
+// RDKit: the RINGINVAR_SET of FindRings
+static void keep_new_rings(RingSearch *s, const RingList *rings, int max_size) {
+    for (int r = 0, index; r < rings->n; r++)
+        if (ring_size(rings, r) <= max_size && ring_is_new(s, rings, r, &index))
+            ring_copy(&s->m->arena, &s->found, rings, r);
 }
 
 // Picks one atom of degree two from every chain of such atoms. Returns how many.
+// RDKit: FindRings::pickD2Nodes, markUselessD2s
 static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *picked) {
     ChemMol *m = s->m;
     int n_picked = 0, *stack = s->queue;
-    uint8_t *covered = prep_flags(&m->arena, m->n_atoms);
+    uint8_t *covered = arena_flags(&m->arena, m->n_atoms);
     for (int f = 0; f < n; f++) {
         int top = 0;
         if (s->degree[fragment[f]] != 2 || covered[fragment[f]]) continue;
@@ -2110,24 +1995,11 @@ static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *pick
     return n_picked;
 }
 
-// Rings by which several chain atoms were led to the same ring: node[k] found ring[k] (as in
-// s->all). Such an atom may hide a second ring that the other one's chain cuts short.
-typedef struct { int n, room; int *node, *ring; } Finds;
-
-// Appends a find.
-static void finds_push(ChemMol *m, Finds *finds, int node, int ring) {
-    if (finds->n == finds->room) {
-        int room = finds->room;
-        finds->node = prep_grow(&m->arena, finds->node, &room, sizeof(int));
-        room = finds->room;
-        finds->ring = prep_grow(&m->arena, finds->ring, &room, sizeof(int));
-        finds->room = room;
-    }
-    finds->node[finds->n] = node;
-    finds->ring[finds->n++] = ring;
-}
+// That the search from a chain atom led to a ring (its place in RingSearch.all).
+typedef struct { int atom, ring; } Find;
 
 // Order of two rings as bit sets read as binary numbers; their atoms are in falling order.
+// RDKit: boost::dynamic_bitset operator<, of a RINGINVAR
 static int compare_atom_sets(const RingList *all, int r1, int r2) {
     const int *a = ring_atoms(all, r1), *b = ring_atoms(all, r2);
     int na = ring_size(all, r1), nb = ring_size(all, r2);
@@ -2136,70 +2008,73 @@ static int compare_atom_sets(const RingList *all, int r1, int r2) {
     return (na > nb) - (na < nb);
 }
 
-// For every ring found from several chain atoms: looks again from each of them, with the bonds of
-// the atoms that found the same rings cut, and keeps the smallest of what turns up.
-static void search_behind_duplicates(RingSearch *s, const Finds *finds) {
-    ChemMol *m = s->m;
-    int n_rings = 0, *rings = prep_ints(&m->arena, finds->n + 1);
-    uint8_t *active = prep_flags(&m->arena, m->n_bonds);
-    int *degree = prep_ints(&m->arena, m->n_atoms);
-    for (int k = 0; k < finds->n; k++) {  // the distinct rings, sorted
+// The distinct rings of the finds in rising order into rings; returns how many.
+static int distinct_rings(const RingSearch *s, const Find *finds, int n, int *rings) {
+    int n_rings = 0;
+    for (int k = 0; k < n; k++) {
         int at = 0;
-        while (at < n_rings && compare_atom_sets(&s->all, rings[at], finds->ring[k]) < 0) at++;
-        if (at < n_rings && rings[at] == finds->ring[k]) continue;
+        while (at < n_rings && compare_atom_sets(&s->all, rings[at], finds[k].ring) < 0) at++;
+        if (at < n_rings && rings[at] == finds[k].ring) continue;
         memmove(rings + at + 1, rings + at, (size_t)(n_rings - at) * sizeof(int));
-        rings[at] = finds->ring[k];
+        rings[at] = finds[k].ring;
         n_rings++;
     }
+    return n_rings;
+}
+
+// A ring found from several chain atoms may hide a second ring of one of them, which the chain of
+// another cuts short: looks again from each of them, with the bonds of the atoms that found the
+// same rings cut, and keeps the smallest of what turns up.
+// RDKit: FindRings::findSSSRforDupCands
+static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
+    ChemMol *m = s->m;
+    int *rings = arena_ints(&m->arena, n), n_rings = distinct_rings(s, finds, n, rings);
+    uint8_t *active = arena_flags(&m->arena, m->n_bonds);
+    int *degree = arena_ints(&m->arena, m->n_atoms);
     memcpy(active, s->active, (size_t)m->n_bonds);
     memcpy(degree, s->degree, (size_t)m->n_atoms * sizeof(int));
     for (int r = 0; r < n_rings; r++) {
-        RingList candidates = {0}, smallest = {0}, some;
+        RingList candidates = {0};
         int owners = 0, least = INT_MAX;
-        for (int k = 0; k < finds->n; k++) owners += finds->ring[k] == rings[r];
-        for (int k = 0; k < finds->n && owners > 1; k++) {
-            if (finds->ring[k] != rings[r]) continue;
-            int node = finds->node[k];
-            for (int a = 0; a < finds->n; a++) {
-                if (finds->node[a] != node) continue;
-                for (int b = 0; b < finds->n; b++)
-                    if (finds->ring[b] == finds->ring[a] && finds->node[b] != node)
-                        trim_atom(s, finds->node[b]);
-            }
-            smallest_rings(s, node, -1, &some);
-            for (int c = 0; c < some.n; c++) {
-                if (ring_size(&some, c) < least) least = ring_size(&some, c);
-                ring_push(&m->arena, &candidates, ring_atoms(&some, c), ring_size(&some, c));
+        for (int k = 0; k < n; k++) owners += finds[k].ring == rings[r];
+        for (int k = 0; k < n && owners > 1; k++) {
+            if (finds[k].ring != rings[r]) continue;
+            for (int a = 0; a < n; a++)
+                for (int b = 0; b < n && finds[a].atom == finds[k].atom; b++)
+                    if (finds[b].ring == finds[a].ring && finds[b].atom != finds[k].atom)
+                        trim_atom(s, finds[b].atom);
+            smallest_rings(s, finds[k].atom, -1);
+            for (int c = 0; c < s->some.n; c++) {
+                if (ring_size(&s->some, c) < least) least = ring_size(&s->some, c);
+                ring_copy(&m->arena, &candidates, &s->some, c);
             }
             memcpy(s->active, active, (size_t)m->n_bonds);
             memcpy(s->degree, degree, (size_t)m->n_atoms * sizeof(int));
         }
-        for (int c = 0; c < candidates.n; c++)
-            if (ring_size(&candidates, c) == least)
-                ring_push(&m->arena, &smallest, ring_atoms(&candidates, c), least);
-        keep_new_rings(s, &smallest, 0);
+        keep_new_rings(s, &candidates, least);
     }
     memset(s->changed, 0, (size_t)m->n_atoms);
 }
 
 // Rings through the picked atoms of degree two.
+// RDKit: FindRings::findRingsD2nodes
 static void search_chain_atoms(RingSearch *s, const int *picked, int n_picked) {
     ChemMol *m = s->m;
-    Finds finds = {0};
+    Find *finds = NULL;
+    int n = 0, room = 0;
     for (int p = 0; p < n_picked; p++) {
-        RingList rings;
-        smallest_rings(s, picked[p], -1, &rings);
-        keep_new_rings(s, &rings, 1);
-        for (int r = 0; r < rings.n; r++) {
-            int is_new;
-            finds_push(m, &finds, picked[p],
-                       ring_identity(s, ring_atoms(&rings, r), ring_size(&rings, r), &is_new));
+        smallest_rings(s, picked[p], -1);
+        for (int r = 0; r < s->some.n; r++) {
+            if (n == room) finds = arena_grow(&m->arena, finds, &room, sizeof *finds);
+            finds[n].atom = picked[p];
+            if (ring_is_new(s, &s->some, r, &finds[n++].ring))
+                ring_copy(&m->arena, &s->found, &s->some, r);
         }
-        if (rings.n) continue;
+        if (s->some.n) continue;
         s->changed[picked[p]] = 1;  // a chain between rings: cut it out
         for (int i; (i = pop_changed(s)) >= 0;) trim_atom(s, i);
     }
-    if (n_picked > 1) search_behind_duplicates(s, &finds);
+    if (n_picked > 1) search_behind_duplicates(s, finds, n);
 }
 
 // Whether an atom is in ring r.
@@ -2211,278 +2086,100 @@ static int ring_has(const RingList *rings, int r, int atom) {
 
 // Rings through an atom with three active bonds: the smallest, and, if these are fewer than three,
 // those that avoid a neighbour which has had its share. Returns 0 if the graph defies this.
+// RDKit: FindRings::findRingsD3Node
 static int search_branch_atom(RingSearch *s, int i) {
     ChemMol *m = s->m;
-    RingList rings, more;
-    int next[3], n = 0;
-    smallest_rings(s, i, -1, &rings);
-    keep_new_rings(s, &rings, 0);
-    if (rings.n >= 3) return 1;
+    int next[3], n = 0, only;
+    smallest_rings(s, i, -1);
+    keep_new_rings(s, &s->some, INT_MAX);
+    int n_rings = s->some.n;
+    if (n_rings >= 3) return 1;
     for (int k = m->first[i]; k < m->first[i + 1] && n < 3; k++)
         if (s->active[m->adj[k]]) next[n++] = bond_other(&m->bonds[m->adj[k]], i);
-    if (n < 3) return 0;
-    if (rings.n == 2) {  // the third ring avoids the neighbour common to both
-        for (n = 0; n < 3; n++)
-            if (ring_has(&rings, 0, next[n]) && ring_has(&rings, 1, next[n])) break;
-        if (n == 3) return 0;
-        smallest_rings(s, i, next[n], &more);
-        keep_new_rings(s, &more, 0);
-    } else if (rings.n == 1) {  // the others have one neighbour of this ring each, and the third
-        for (n = 0; n < 3; n++)
-            if (!ring_has(&rings, 0, next[n])) break;
-        if (n == 3) return 0;
-        int f1 = n == 0 ? next[1] : next[0], f2 = n == 2 ? next[1] : next[2];
-        smallest_rings(s, i, f2, &more);
-        keep_new_rings(s, &more, 0);
-        smallest_rings(s, i, f1, &more);
-        keep_new_rings(s, &more, 0);
+    if (n < 3 || n_rings == 0) return n == 3;
+    for (only = 0; only < 3; only++) {  // two rings: the neighbour in both; one: the one not in it
+        int in_all = ring_has(&s->some, 0, next[only]);
+        in_all = in_all && ring_has(&s->some, n_rings - 1, next[only]);
+        if (in_all == (n_rings == 2)) break;
+    }
+    if (only == 3) return 0;
+    for (int k = 2; k >= 0; k--) {  // the rings missing avoid that one, or one of the others each
+        if ((k == only) != (n_rings == 2)) continue;
+        smallest_rings(s, i, next[k]);
+        keep_new_rings(s, &s->some, INT_MAX);
     }
     return 1;
 }
 
-// Breadth-first over all simple paths from the begin to the end of a bond through ring atoms, for
-// the first that makes a ring not seen yet. 1 found and kept, 0 there is none, -1 too many paths.
-static int ring_through_bond(RingSearch *s, int bond) {
-    ChemMol *m = s->m;
-    int from = m->bonds[bond].begin, to = m->bonds[bond].end, head = 0, tail = 0, room = 0, is_new;
-    struct Step { int atom, back; } *steps = prep_grow(&m->arena, NULL, &room, sizeof *steps);
-    steps[tail++] = (struct Step){from, -1};
-    for (; head < tail; head++) {
-        int curr = steps[head].atom;
-        if (tail - head >= RING_QUEUE_MAX || tail > 20 * RING_QUEUE_MAX) return -1;
-        for (int k = m->first[curr]; k < m->first[curr + 1]; k++) {
-            int next = bond_other(&m->bonds[m->adj[k]], curr), n = 0;
-            if (next == to && curr == from) continue;
-            if (next != to && !s->ring_atom[next]) continue;
-            int again = 0;
-            for (int p = head; p >= 0; p = steps[p].back) {
-                s->ring[n++] = steps[p].atom;
-                again |= steps[p].atom == next;
-            }
-            if (next != to) {
-                if (again) continue;
-                if (tail == room) steps = prep_grow(&m->arena, steps, &room, sizeof *steps);
-                steps[tail++] = (struct Step){next, head};
-                continue;
-            }
-            for (int a = 0, z = n - 1; a < z; a++, z--) {  // the path was read backwards
-                int swap = s->ring[a];
-                s->ring[a] = s->ring[z];
-                s->ring[z] = swap;
-            }
-            s->ring[n++] = to;
-            ring_identity(s, s->ring, n, &is_new);
-            if (!is_new) continue;
-            ring_push(&m->arena, &s->found, s->ring, n);
-            mark_ring(s, s->ring, n);
-            return 1;
-        }
-    }
-    return 0;
-}
-
-// Some cages have fewer rings by now than they must: their rings are looked for through bonds that
-// no ring has yet. n_bonds is the number of bonds of the fragment, and RDKit looks at so many bonds
-// from the first one of the molecule. Returns -1 if it gives up.
-static int search_missing_rings(RingSearch *s, int n_bonds) {
-    ChemMol *m = s->m;
-    uint8_t *dead = prep_flags(&m->arena, m->n_bonds);
-    for (int b = 0; b < n_bonds; b++) {
-        if (s->ring_bond[b] || dead[b] || !s->ring_atom[m->bonds[b].begin] ||
-            !s->ring_atom[m->bonds[b].end])
-            continue;
-        int found = ring_through_bond(s, b);
-        if (found < 0) return -1;
-        if (!found) dead[b] = 1;
-        b = -1;  // start over: marks have changed
-    }
-    return 0;
-}
-
-// Whether a set of bonds, as bits, has one that another lacks.
-static int bits_missing(const uint64_t *a, const uint64_t *in, int words) {
-    for (int w = 0; w < words; w++)
-        if (a[w] & ~in[w]) return 1;
-    return 0;
-}
-
-// How many bits two sets share.
-static int bits_common(const uint64_t *a, const uint64_t *b, int words) {
-    int n = 0;
-    for (int w = 0; w < words; w++)
-        for (uint64_t x = a[w] & b[w]; x; x &= x - 1) n++;
-    return n;
-}
-
-// Unites two sets.
-static void bits_add(uint64_t *sum, const uint64_t *a, int words) {
-    for (int w = 0; w < words; w++) sum[w] |= a[w];
-}
-
-// Sorts ring indices by ring size exactly as libstdc++'s std::sort does, whose order among equals
-// (which it does not promise) decides which of several equally good rings RDKit drops: quicksort
-// with the median of three down to 16 elements, then insertion.
-static void sort_by_size(int *r, int n, const int *size) {
-    int first[64], last[64], top = 0;
-    first[0] = 0;
-    last[top++] = n;
-    while (top) {
-        int lo = first[--top], hi = last[top];
-        while (hi - lo > 16) {
-            int a = lo + 1, b = lo + (hi - lo) / 2, c = hi - 1, mid, swap;
-            if (size[r[a]] < size[r[b]])
-                mid = size[r[b]] < size[r[c]] ? b : size[r[a]] < size[r[c]] ? c : a;
-            else
-                mid = size[r[a]] < size[r[c]] ? a : size[r[b]] < size[r[c]] ? c : b;
-            swap = r[lo], r[lo] = r[mid], r[mid] = swap;
-            int i = lo + 1, j = hi, pivot = size[r[lo]];
-            for (;; i++) {
-                while (size[r[i]] < pivot) i++;
-                do j--; while (pivot < size[r[j]]);
-                if (i >= j) break;
-                swap = r[i], r[i] = r[j], r[j] = swap;
-            }
-            if (top < 64) first[top] = i, last[top++] = hi;
-            hi = i;
-        }
-    }
-    for (int i = 1; i < n; i++) {
-        int moved = r[i], k = i;
-        for (; k > 0 && size[moved] < size[r[k - 1]]; k--) r[k] = r[k - 1];
-        r[k] = moved;
-    }
-}
-
-// Fills bits (rings, words) with the bond sets of the rings in the order `sorted`.
-static void ring_bond_bits(ChemMol *m, const RingList *rings, const int *sorted, uint64_t *bits,
-                           int words) {
-    for (int r = 0; r < rings->n; r++) {
-        int ring = sorted[r], n = ring_size(rings, ring), *atoms = ring_atoms(rings, ring);
-        for (int k = 0; k < n; k++) {
-            int b = bond_between(m, atoms[k], atoms[(k + 1) % n]);
-            bits[(size_t)r * (size_t)words + (size_t)(b >> 6)] |= 1ull << (b & 63);
-        }
-    }
-}
-
 // Keeps a basis of the fragment's rings: smallest first, among equals always the one that shares
 // most bonds with what is there, unless it adds no bond. The others go to `extra`.
+// RDKit: FindRings::removeExtraRings
 static void drop_surplus_rings(RingSearch *s, RingList *extra) {
     ChemMol *m = s->m;
     RingList all = s->found;
-    int n = all.n, words = (m->n_bonds + 63) / 64;
-    int *sorted = prep_ints(&m->arena, n), *size = prep_ints(&m->arena, n);
-    uint8_t *keep = prep_flags(&m->arena, n), *decided = prep_flags(&m->arena, n);
-    uint64_t *bits = prep_take(&m->arena, (size_t)n * (size_t)words, sizeof *bits);
-    uint64_t *sum = prep_take(&m->arena, (size_t)words, sizeof *sum);
-    for (int r = 0; r < n; r++) {
-        sorted[r] = r;
-        size[r] = ring_size(&all, r);
+    int n = all.n, *sorted = arena_ints(&m->arena, n), *overlap = arena_ints(&m->arena, n);
+    uint8_t *keep = arena_flags(&m->arena, n), *covered = arena_flags(&m->arena, m->n_bonds);
+    for (int r = 0; r < n; r++) {  // by size, equal ones in the order they were found
+        int k = r;
+        for (; k > 0 && ring_size(&all, sorted[k - 1]) > ring_size(&all, r); k--)
+            sorted[k] = sorted[k - 1];
+        sorted[k] = r;
     }
-    sort_by_size(sorted, n, size);
-    ring_bond_bits(m, &all, sorted, bits, words);
-    for (int i = 0; i < n; i++) {
-        if (decided[i]) continue;
-        decided[i] = 1;
-        if (!bits_missing(bits + (size_t)i * (size_t)words, sum, words)) continue;
-        keep[i] = 1;
-        bits_add(sum, bits + (size_t)i * (size_t)words, words);
-        for (;;) {
-            int best = -1, most = -1;
-            for (int j = i + 1; j < n && size[sorted[j]] == size[sorted[i]]; j++) {
-                if (decided[j]) continue;
-                int common = bits_common(bits + (size_t)j * (size_t)words, sum, words);
-                if (common > most) most = common, best = j;
+    for (int i = 0, end; i < n; i = end) {
+        int size = ring_size(&all, sorted[i]);
+        for (end = i; end < n && ring_size(&all, sorted[end]) == size;) end++;
+        for (int left = end - i, first = 1; left; left--) {
+            int best = -1;
+            for (int j = i; j < end; j++) {
+                if (overlap[j] < 0) continue;  // decided
+                overlap[j] = 0;
+                for (int k = 0; k < size; k++)
+                    overlap[j] += covered[ring_bonds(&all, sorted[j])[k]];
+                if (best < 0 || (!first && overlap[j] > overlap[best])) best = j;
             }
-            if (best < 0) break;
-            decided[best] = 1;
-            if (!bits_missing(bits + (size_t)best * (size_t)words, sum, words)) continue;
-            keep[best] = 1;
-            bits_add(sum, bits + (size_t)best * (size_t)words, words);
+            keep[best] = overlap[best] < size;
+            first = first && !keep[best];
+            overlap[best] = -1;
+            for (int k = 0; k < size; k++) covered[ring_bonds(&all, sorted[best])[k]] = 1;
         }
     }
     s->found = *extra = (RingList){0};
     for (int r = 0; r < n; r++)
-        ring_push(&m->arena, keep[r] ? &s->found : extra, ring_atoms(&all, sorted[r]),
-                  size[sorted[r]]);
+        ring_copy(&m->arena, keep[r] ? &s->found : extra, &all, sorted[r]);
 }
 
-// A depth-first traversal that takes the ring of every back edge: what RDKit falls back to when the
-// search above finds too few rings.
-static void rings_by_traversal(RingSearch *s) {
-    ChemMol *m = s->m;
-    enum { NEW, OPEN, DONE };
-    int *path = prep_ints(&m->arena, m->n_atoms), *at = prep_ints(&m->arena, m->n_atoms);
-    uint8_t *state = prep_flags(&m->arena, m->n_atoms);
-    m->rings = (RingList){0};
-    for (int root = 0; root < m->n_atoms; root++) {
-        int depth = 0;
-        if (state[root] != NEW) continue;
-        if (mol_degree(m, root) < 2) {
-            state[root] = DONE;
-            continue;
-        }
-        path[0] = root;
-        at[0] = m->first[root];
-        state[root] = OPEN;
-        while (depth >= 0) {
-            int i = path[depth];
-            if (at[depth] == m->first[i + 1]) {
-                state[i] = DONE;
-                depth--;
-                continue;
-            }
-            int j = bond_other(&m->bonds[m->adj[at[depth]++]], i), n = 0;
-            if (state[j] == NEW && mol_degree(m, j) < 2) {
-                state[j] = DONE;
-            } else if (state[j] == NEW) {
-                state[j] = OPEN;
-                path[++depth] = j;
-                at[depth] = m->first[j];
-            } else if (state[j] == OPEN && depth > 0 && j != path[depth - 1]) {
-                for (int k = depth; path[k] != j; k--) s->ring[n++] = path[k];
-                s->ring[n++] = j;
-                ring_push(&m->arena, &m->rings, s->ring, n);
-            }
-        }
-    }
-}
-
-// Searches the rings of one fragment. 1 all well, 0 too few rings found, -1 given up.
+// Searches the rings of one fragment of n atoms and n_bonds bonds. Returns 0 if it finds fewer than
+// there must be.
+// RDKit: MolOps::findSSSR
 static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bonds,
                            RingList *extra) {
     ChemMol *m = s->m;
-    uint8_t *done = prep_flags(&m->arena, m->n_atoms);
-    int *picked = prep_ints(&m->arena, n), n_done = 0, expected = n_bonds - n + 1;
+    uint8_t *done = arena_flags(&m->arena, m->n_atoms);
+    int *picked = arena_ints(&m->arena, n), n_done = 0;
     memset(s->changed, 0, (size_t)m->n_atoms);
     s->found = (RingList){0};
     for (int f = 0; f < n; f++) s->changed[fragment[f]] = s->degree[fragment[f]] < 2;
     while (n_done < n) {
         for (int i; (i = pop_changed(s)) >= 0;) {
-            if (done[i]) continue;
+            n_done += !done[i];
             done[i] = 1;
-            n_done++;
             trim_atom(s, i);
         }
-        int n_picked = pick_chain_atoms(s, fragment, n, picked), branch = -1;
-        if (n_picked) {
-            search_chain_atoms(s, picked, n_picked);
-            for (int p = 0; p < n_picked; p++) {
-                done[picked[p]] = 1;
-                n_done++;
-                trim_atom(s, picked[p]);
-            }
-        } else if (n_done < n) {
-            for (int f = 0; f < n && branch < 0; f++)
-                if (s->degree[fragment[f]] == 3) branch = fragment[f];
-            if (branch < 0) break;
-            if (!search_branch_atom(s, branch)) return -1;
-            done[branch] = 1;
-            n_done++;
-            trim_atom(s, branch);
+        int n_picked = pick_chain_atoms(s, fragment, n, picked);
+        if (n_picked) search_chain_atoms(s, picked, n_picked);
+        for (int f = 0; f < n && !n_picked && n_done < n; f++) {
+            if (s->degree[fragment[f]] != 3) continue;
+            if (!search_branch_atom(s, fragment[f])) return 0;
+            picked[n_picked++] = fragment[f];
+        }
+        if (!n_picked) break;
+        for (int p = 0; p < n_picked; p++) {
+            n_done += !done[picked[p]];
+            done[picked[p]] = 1;
+            trim_atom(s, picked[p]);
         }
     }
-    if (s->found.n < expected && search_missing_rings(s, n_bonds) < 0) return -1;
+    int expected = n_bonds - n + 1;
     if (s->found.n < expected) return 0;
     if (s->found.n > expected) drop_surplus_rings(s, extra);
     return 1;
@@ -2490,123 +2187,107 @@ static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bond
 
 // Brings back surplus rings that could replace an equally large ring of the set: they share a bond
 // with it and have all the bonds that only it provides.
+// RDKit: MolOps::symmetrizeSSSR
 static void symmetrize_rings(ChemMol *m, const RingList *extra) {
-    int n_basis = m->rings.n, *uses = prep_ints(&m->arena, m->n_bonds);
-    int *in_extra = prep_ints(&m->arena, m->n_bonds), *bonds = prep_ints(&m->arena, m->rings.used);
-    for (int r = 0; r < n_basis; r++) {
-        int n = ring_size(&m->rings, r), *atoms = ring_atoms(&m->rings, r);
-        for (int k = 0; k < n; k++) {
-            bonds[m->rings.start[r] + k] = bond_between(m, atoms[k], atoms[(k + 1) % n]);
-            uses[bonds[m->rings.start[r] + k]]++;
-        }
-    }
+    RingList *rings = &m->rings;
+    if (!extra->n) return;
+    int n_basis = rings->n, *uses = arena_ints(&m->arena, m->n_bonds);
+    int *in_extra = arena_ints(&m->arena, m->n_bonds);
+    for (int k = 0; k < rings->used; k++) uses[rings->bonds[k]]++;
     for (int e = 0; e < extra->n; e++) {
-        int n = ring_size(extra, e), *atoms = ring_atoms(extra, e), fits = 0;
-        for (int k = 0; k < n; k++)
-            in_extra[bond_between(m, atoms[k], atoms[(k + 1) % n])] = e + 1;
+        int n = ring_size(extra, e), fits = 0;
+        for (int k = 0; k < n; k++) in_extra[ring_bonds(extra, e)[k]] = e + 1;
         for (int r = 0; r < n_basis && !fits; r++) {
-            int shared = 0, replaces = 1;
-            if (ring_size(&m->rings, r) != n) continue;
-            for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
-                int common = in_extra[bonds[k]] == e + 1;
+            int shared = 0, replaces = ring_size(rings, r) == n;
+            for (int k = rings->start[r]; k < rings->start[r + 1]; k++) {
+                int common = in_extra[rings->bonds[k]] == e + 1;
                 shared |= common;
-                if (!common && uses[bonds[k]] == 1) replaces = 0;
+                if (!common && uses[rings->bonds[k]] == 1) replaces = 0;
             }
             fits = shared && replaces;
         }
-        if (fits) ring_push(&m->arena, &m->rings, atoms, n);
+        if (fits) ring_copy(&m->arena, rings, extra, e);
     }
 }
 
 // Fills the ring counts of atoms and bonds from the list of rings.
+// RDKit: RingInfo::addRing, numAtomRings, numBondRings, minBondRingSize
 static void count_rings(ChemMol *m) {
-    m->atom_rings = prep_ints(&m->arena, m->n_atoms);
-    m->rings.bonds = prep_ints(&m->arena, m->rings.used);
+    m->atom_rings = arena_ints(&m->arena, m->n_atoms);
     for (int b = 0; b < m->n_bonds; b++) m->bonds[b].rings = m->bonds[b].smallest_ring = 0;
     for (int r = 0; r < m->rings.n; r++) {
-        int n = ring_size(&m->rings, r), *atoms = ring_atoms(&m->rings, r);
-        for (int k = 0; k < n; k++) {
-            int b = bond_between(m, atoms[k], atoms[(k + 1) % n]);
-            ChemBond *bond = &m->bonds[b];
-            m->rings.bonds[m->rings.start[r] + k] = b;
-            m->atom_rings[atoms[k]]++;
+        int n = ring_size(&m->rings, r);
+        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
+            ChemBond *bond = &m->bonds[m->rings.bonds[k]];
+            m->atom_rings[m->rings.atoms[k]]++;
             if (!bond->rings++ || n < bond->smallest_ring) bond->smallest_ring = n;
         }
     }
 }
 
-// Numbers the connected parts: part[i] of every atom. Returns how many there are.
-static int find_parts(ChemMol *m, int *part) {
-    int n_parts = 0, *stack = prep_ints(&m->arena, m->n_atoms);
-    for (int i = 0; i < m->n_atoms; i++) part[i] = -1;
+// Numbers the connected fragments: fragment_of[i] of every atom. Returns how many there are.
+// RDKit: MolOps::getMolFrags
+static int find_fragments(ChemMol *m, int *fragment_of) {
+    int n_fragments = 0, *stack = arena_ints(&m->arena, m->n_atoms);
+    for (int i = 0; i < m->n_atoms; i++) fragment_of[i] = -1;
     for (int root = 0; root < m->n_atoms; root++) {
         int top = 0;
-        if (part[root] >= 0) continue;
-        part[root] = n_parts;
+        if (fragment_of[root] >= 0) continue;
+        fragment_of[root] = n_fragments;
         stack[top++] = root;
         while (top) {
             int i = stack[--top];
             for (int k = m->first[i]; k < m->first[i + 1]; k++) {
                 int j = bond_other(&m->bonds[m->adj[k]], i);
-                if (part[j] >= 0) continue;
-                part[j] = n_parts;
+                if (fragment_of[j] >= 0) continue;
+                fragment_of[j] = n_fragments;
                 stack[top++] = j;
             }
         }
-        n_parts++;
+        n_fragments++;
     }
-    return n_parts;
+    return n_fragments;
 }
 
-// Prepares the working arrays of a search; zero-order bonds make no rings.
+// Prepares the working arrays of a search.
 static RingSearch ring_search_begin(ChemMol *m) {
-    PrepArena *arena = &m->arena;
+    Arena *arena = &m->arena;
     RingSearch s = {.m = m};
-    s.degree = prep_ints(arena, m->n_atoms);
-    s.active = prep_flags(arena, m->n_bonds);
-    s.ring_bond = prep_flags(arena, m->n_bonds);
-    s.ring_atom = prep_flags(arena, m->n_atoms);
-    s.changed = prep_flags(arena, m->n_atoms);
-    s.colour = prep_flags(arena, m->n_atoms);
-    s.parent = prep_ints(arena, m->n_atoms);
-    s.depth = prep_ints(arena, m->n_atoms);
-    s.queue = prep_ints(arena, m->n_atoms + 1);
-    s.ring = prep_ints(arena, m->n_atoms + 1);
-    for (int b = 0; b < m->n_bonds; b++) {
-        s.active[b] = m->bonds[b].order != ORDER_ZERO;
-        s.degree[m->bonds[b].begin] += s.active[b];
-        s.degree[m->bonds[b].end] += s.active[b];
-    }
+    s.degree = arena_ints(arena, m->n_atoms);
+    s.active = arena_flags(arena, m->n_bonds);
+    s.changed = arena_flags(arena, m->n_atoms);
+    s.colour = arena_flags(arena, m->n_atoms);
+    s.parent = arena_ints(arena, m->n_atoms);
+    s.depth = arena_ints(arena, m->n_atoms);
+    s.queue = arena_ints(arena, m->n_atoms + 1);
+    s.ring = arena_ints(arena, m->n_atoms + 1);
+    memset(s.active, 1, (size_t)m->n_bonds);
+    for (int i = 0; i < m->n_atoms; i++) s.degree[i] = mol_degree(m, i);
     return s;
 }
 
-// Finds all rings into m->rings and the ring counts of atoms and bonds.
+// Finds all rings into m->rings, and the ring counts of atoms and bonds.
+// RDKit: MolOps::symmetrizeSSSR
 static int find_rings(ChemMol *m, Fault *fault) {
     RingList extra = {0};
-    int *part = prep_ints(&m->arena, m->n_atoms), *fragment = prep_ints(&m->arena, m->n_atoms);
-    int n_parts = find_parts(m, part);
+    int *fragment_of = arena_ints(&m->arena, m->n_atoms);
+    int n_fragments = find_fragments(m, fragment_of);
     m->rings = (RingList){0};
-    if (m->n_bonds - m->n_atoms + n_parts > 0) {
+    if (m->n_bonds - m->n_atoms + n_fragments > 0) {
         RingSearch s = ring_search_begin(m);
-        for (int p = 0; p < n_parts; p++) {
-            int n = 0, twice_all = 0, twice_bonds = 0;
+        int *fragment = arena_ints(&m->arena, m->n_atoms);
+        for (int f = 0; f < n_fragments; f++) {
+            int n = 0, twice_bonds = 0;
             for (int i = 0; i < m->n_atoms; i++) {
-                if (part[i] != p) continue;
+                if (fragment_of[i] != f) continue;
                 fragment[n++] = i;
-                twice_all += mol_degree(m, i);
-                twice_bonds += s.degree[i];
+                twice_bonds += mol_degree(m, i);
             }
-            if (n < 3 || twice_all / 2 - n + 1 < 1) continue;
-            int found = search_fragment(&s, fragment, n, twice_bonds / 2, &extra);
-            if (found < 0)
+            if (twice_bonds / 2 < n) continue;
+            if (!search_fragment(&s, fragment, n, twice_bonds / 2, &extra))
                 return fault_at(fault, 0, 0, "rings too intricate",
-                                "the ring search needs more paths than RDKit allows");
-            if (!found) {
-                rings_by_traversal(&s);
-                break;
-            }
-            for (int r = 0; r < s.found.n; r++)
-                ring_push(&m->arena, &m->rings, ring_atoms(&s.found, r), ring_size(&s.found, r));
+                                "the ring search finds too few rings at atom %d", fragment[0] + 1);
+            for (int r = 0; r < s.found.n; r++) ring_copy(&m->arena, &m->rings, &s.found, r);
         }
         symmetrize_rings(m, &extra);
     }
@@ -2621,23 +2302,24 @@ static int find_rings(ChemMol *m, Fault *fault) {
 //
 //   Which atoms must? Counting aromatic bonds as single, an atom is short of its valence by one if
 //   it takes part in a double bond: the carbons of pyrrole do, its N-H does not, and without the
-//   stated hydrogen (c1ccnc1) its nitrogen would too: then five atoms cannot pair, and the
+//   explicit hydrogen (c1ccnc1) its nitrogen would too: then five atoms cannot pair, and the
 //   molecule is refused. Later steps start from the Kekule structure, never from the input's idea
-//   of what is aromatic.
+//   of what is aromatic. A dummy atom in an aromatic ring could be anything; it is refused.
 // =================================================================================================
 
-enum { BACKTRACKS_MAX = 100, DUMMY_TRIALS_MAX = 1 << 12 };
+enum { BACKTRACKS_MAX = 100 };  // RDKit: the default of maxBackTracks
 
-// Neighbouring rings of each ring, in rising order: those sharing a bond (max_shared = 0: any
-// number of bonds; else at most so many), rings larger than max_size (0: none) left out.
+// Neighbouring rings of each ring, in rising order: next[first[r]..first[r + 1]).
 typedef struct { int *first, *next; } RingNeighbours;
 
-// See RingNeighbours.
+// Rings that share a bond (max_shared = 0: any number of bonds; else at most so many), those larger
+// than max_size (0: no limit) left out. The result lives in the molecule's arena.
+// RDKit: RingUtils::makeRingNeighborMap
 static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max_size,
                                       int max_shared) {
-    PrepArena *arena = &m->arena;
-    RingNeighbours nb = {prep_ints(arena, rings->n + 1), NULL};
-    int room = 0, used = 0, *stamp = prep_ints(arena, m->n_bonds);
+    Arena *arena = &m->arena;
+    RingNeighbours nb = {arena_ints(arena, rings->n + 1), NULL};
+    int room = 0, used = 0, *stamp = arena_ints(arena, m->n_bonds);
     for (int r = 0; r < rings->n; r++) {
         nb.first[r] = used;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
@@ -2649,7 +2331,7 @@ static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max
             for (int k = rings->start[q]; k < rings->start[q + 1]; k++)
                 shared += stamp[rings->bonds[k]] == r + 1;
             if (!shared || (max_shared && shared > max_shared)) continue;
-            if (used == room) nb.next = prep_grow(arena, nb.next, &room, sizeof(int));
+            if (used == room) nb.next = arena_grow(arena, nb.next, &room, sizeof(int));
             nb.next[used++] = q;
         }
     }
@@ -2657,18 +2339,19 @@ static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max
     return nb;
 }
 
-// The fused system of ring r in depth-first order into system; marks its rings done.
+// The fused system of ring r in depth-first order into system, which has room for all rings; marks
+// its rings done. Returns how many there are.
+// RDKit: RingUtils::pickFusedRings
 static int fused_system(ChemMol *m, const RingNeighbours *nb, int n_rings, int r, uint8_t *done,
                         int *system) {
     int n = 0, depth = 0;
-    int *path = prep_ints(&m->arena, n_rings), *at = prep_ints(&m->arena, n_rings);
+    int *path = arena_ints(&m->arena, n_rings), *at = arena_ints(&m->arena, n_rings);
     path[0] = r;
     at[0] = nb->first[r];
     done[r] = 1;
     system[n++] = r;
     while (depth >= 0) {
-        int ring = path[depth];
-        if (at[depth] == nb->first[ring + 1]) {
+        if (at[depth] == nb->first[path[depth] + 1]) {
             depth--;
             continue;
         }
@@ -2682,13 +2365,12 @@ static int fused_system(ChemMol *m, const RingNeighbours *nb, int n_rings, int r
     return n;
 }
 
-// State of the search for one fused system.
+// State of the search for one fused system. The arrays live in the molecule's arena.
 typedef struct {
     ChemMol *m;
     int n, *atoms;            // of the system
     uint8_t *inside;          // per atom: in the system
-    uint8_t *wants;           // per atom: must get a double bond (dummies: may)
-    int n_dummies, *dummies;
+    uint8_t *wants;           // per atom: must get a double bond
     int n_done, *done;
     uint8_t *is_done;
     int head, tail, *queue;   // atoms to visit; a deque growing in both directions
@@ -2699,14 +2381,9 @@ typedef struct {
     int **untried, *n_untried;  // per atom
 } KekuleSearch;
 
-// Puts an atom at the front of the deque.
-static void queue_front(KekuleSearch *s, int i) {
-    s->queue[--s->head] = i;
-    s->queued[i] = 1;
-}
-
 // Whether an aromatic atom must take a double bond: its single-bond count plus one more makes the
 // valence it should have. `order_sum` counts aromatic bonds as single.
+// RDKit: markDbondCands
 static int wants_double_bond(const ChemMol *m, int i, int order_sum, int n_zero) {
     const ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
@@ -2724,75 +2401,44 @@ static int wants_double_bond(const ChemMol *m, int i, int order_sum, int n_zero)
     return !a->radicals && a->no_implicit && wanted == order_sum + 2;  // it will be a radical
 }
 
-// Whether a dummy atom may take a double bond: not all of its rings are out of the question.
-static int dummy_may_double(const ChemMol *m, int i, int saturated_neighbours,
-                            const uint8_t *hopeless) {
-    int n_hopeless = 0;
-    for (int r = 0; r < m->rings.n; r++)
-        if (hopeless[r] && ring_has(&m->rings, r, i)) n_hopeless++;
-    return saturated_neighbours < m->atom_rings[i] && n_hopeless < m->atom_rings[i];
-}
-
-// Finds out which atoms want a double bond, and makes all aromatic bonds of the system single.
+// Finds out which atoms of the system want a double bond, and makes all its aromatic bonds single.
+// Atoms that are not aromatic are done with.
+// RDKit: markDbondCands
 static void mark_wanting_atoms(KekuleSearch *s) {
     ChemMol *m = s->m;
-    uint8_t *hopeless = prep_flags(&m->arena, m->rings.n);  // no atom aromatic and in one ring only
-    int n_single = 0, *single, aromatic = 0, n_ends = 0;
+    uint8_t *aromatic = arena_flags(&m->arena, s->n);
+    for (int k = 0; k < s->n; k++) aromatic[k] = (uint8_t)is_aromatic_atom(m, s->atoms[k]);
+    if (!memchr(aromatic, 1, (size_t)s->n)) return;
     for (int k = 0; k < s->n; k++) {
-        aromatic |= m->atoms[s->atoms[k]].z == 0 || is_aromatic_atom(m, s->atoms[k]);
-        n_ends += mol_degree(m, s->atoms[k]);
-    }
-    if (!aromatic) return;
-    single = prep_ints(&m->arena, n_ends);
-    for (int r = 0; r < m->rings.n; r++) {
-        hopeless[r] = 1;
-        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++)
-            if (m->atom_rings[m->rings.atoms[k]] == 1 && is_aromatic_atom(m, m->rings.atoms[k]))
-                hopeless[r] = 0;
-    }
-    memset(s->inside, 0, (size_t)m->n_atoms);
-    for (int k = 0; k < s->n; k++) {
-        int i = s->atoms[k], order_sum = 0, n_zero = 0, saturated = 0;
-        s->inside[i] = 1;
-        if (m->atoms[i].z && !is_aromatic_atom(m, i)) {
+        int i = s->atoms[k], order_sum = 0, n_zero = 0;
+        if (!aromatic[k]) {
             s->done[s->n_done++] = i;
             s->is_done[i] = 1;
             continue;
         }
         for (int e = m->first[i]; e < m->first[i + 1]; e++) {
             ChemBond *b = &m->bonds[m->adj[e]];
-            const ChemAtom *other = &m->atoms[bond_other(b, i)];
-            saturated += other->z && !other->aromatic && s->inside[bond_other(b, i)];
-            if (b->aromatic && (b->order == ORDER_SINGLE || b->order == ORDER_DOUBLE ||
-                                b->order == ORDER_AROMATIC)) {
-                order_sum++;
-                single[n_single++] = m->adj[e];
-            } else {
-                int order = (twice_contribution(b, i) + 1) / 2;
-                order_sum += order;
-                n_zero += order == 0;
-            }
+            int order = b->aromatic ? 1 : (twice_contribution(b, i) + 1) / 2;
+            order_sum += order;
+            n_zero += order == 0;
         }
-        if (m->atoms[i].z == 0 && dummy_may_double(m, i, saturated, hopeless)) {
-            s->wants[i] = 1;
-            s->dummies[s->n_dummies++] = i;
-        } else if (wants_double_bond(m, i, order_sum, n_zero)) {
-            s->wants[i] = 1;
-        }
+        s->wants[i] = (uint8_t)wants_double_bond(m, i, order_sum, n_zero);
     }
-    for (int k = 0; k < s->n; k++) s->inside[s->atoms[k]] = 1;
-    for (int k = 0; k < n_single; k++) m->bonds[single[k]].order = ORDER_SINGLE;
+    for (int k = 0; k < s->n; k++)
+        for (int e = m->first[s->atoms[k]]; aromatic[k] && e < m->first[s->atoms[k] + 1]; e++)
+            if (m->bonds[m->adj[e]].aromatic) m->bonds[m->adj[e]].order = ORDER_SINGLE;
 }
 
 // Undoes everything since the last choice: visited atoms go back to the front of the queue, double
 // bonds between them become single.
+// RDKit: backTrack
 static void return_to_choice(KekuleSearch *s, int last) {
     ChemMol *m = s->m;
-    while (s->n_done) {
-        int i = s->done[--s->n_done];
+    for (int i = -1; s->n_done && i != last;) {
+        i = s->done[--s->n_done];
         s->is_done[i] = 0;
-        queue_front(s, i);
-        if (i == last) break;
+        s->queue[--s->head] = i;
+        s->queued[i] = 1;
     }
     for (int b = 0; b < m->n_bonds; b++) {
         int i = m->bonds[b].begin, j = m->bonds[b].end;
@@ -2803,7 +2449,9 @@ static void return_to_choice(KekuleSearch *s, int last) {
     }
 }
 
-// Partners atom i could share a double bond with; unvisited neighbours join the queue.
+// Partners atom i could share a double bond with, into partners; returns how many. Unvisited
+// neighbours join the queue.
+// RDKit: kekulizeWorker
 static int find_partners(KekuleSearch *s, int i, int *partners) {
     ChemMol *m = s->m;
     int n = 0;
@@ -2815,41 +2463,34 @@ static int find_partners(KekuleSearch *s, int i, int *partners) {
             s->queue[s->tail++] = j;
             s->queued[j] = 1;
         }
-        if (s->wants[i] && s->wants[j] &&
-            (b->aromatic || m->atoms[i].z == 0 || m->atoms[j].z == 0))
-            partners[n++] = j;
+        if (s->wants[i] && s->wants[j] && b->aromatic) partners[n++] = j;
     }
     return n;
 }
 
 // Makes the bond from i to the first of its partners double and remembers the others.
+// RDKit: kekulizeWorker
 static void take_partner(KekuleSearch *s, int i, int *partners, int n) {
     int b = bond_between(s->m, i, partners[0]), seen_before = s->untried[i] != NULL;
     s->m->bonds[b].order = ORDER_DOUBLE;
     s->wants[i] = s->wants[partners[0]] = 0;
     s->doubled[b] = 1;
     s->n_untried[i] = n - 1;
-    if (n > 1) {
-        s->untried[i] = partners + 1;
-        if (!seen_before) s->choice[s->n_choices++] = i;
-    } else if (seen_before) {
-        s->untried[i] = NULL;
-        s->n_choices--;
-    }
+    s->untried[i] = n > 1 ? partners + 1 : NULL;
+    if (n > 1 && !seen_before) s->choice[s->n_choices++] = i;
+    if (n == 1 && seen_before) s->n_choices--;
 }
 
-// The search itself. Returns 0 if there is no Kekule structure (bonds it made double are single
-// again), or none is found within BACKTRACKS_MAX returns to earlier choices.
+// The search itself. Returns 0 if there is no Kekule structure, or none is found within
+// BACKTRACKS_MAX returns to earlier choices.
+// RDKit: kekulizeWorker
 static int kekulize_system(KekuleSearch *s) {
     ChemMol *m = s->m;
     int backtracks = 0, unvisited = 0;
     s->n_choices = 0;
     s->head = s->tail = (BACKTRACKS_MAX + 1) * s->n;
-    memset(s->queued, 0, (size_t)m->n_atoms);
-    memset(s->doubled, 0, (size_t)m->n_bonds);
-    for (int k = 0; k < s->n; k++) s->untried[s->atoms[k]] = NULL;
     while (s->n_done < s->n || s->head < s->tail) {
-        int i = -1, n;
+        int i, n;
         if (s->head < s->tail) {
             i = s->queue[s->head++];
             s->queued[i] = 0;
@@ -2869,12 +2510,8 @@ static int kekulize_system(KekuleSearch *s) {
         if (!wanting) continue;
         if (n) {
             take_partner(s, i, partners, n);
-        } else if (m->atoms[i].z) {
-            if (!s->n_choices || backtracks == BACKTRACKS_MAX) {
-                for (int b = 0; b < m->n_bonds; b++)
-                    if (s->doubled[b]) m->bonds[b].order = ORDER_SINGLE;
-                return 0;
-            }
+        } else {
+            if (!s->n_choices || backtracks == BACKTRACKS_MAX) return 0;
             return_to_choice(s, s->choice[s->n_choices - 1]);
             backtracks++;
         }
@@ -2882,127 +2519,101 @@ static int kekulize_system(KekuleSearch *s) {
     return 1;
 }
 
-// Tries again with some of the dummy atoms barred from double bonds, subset by subset.
-static int kekulize_with_dummies(KekuleSearch *s, const uint8_t *wants) {
-    ChemMol *m = s->m;
-    int n_trials = s->n_dummies > 12 ? DUMMY_TRIALS_MAX : 1 << s->n_dummies;
-    for (int trial = 1; trial < n_trials; trial++) {
-        for (int b = 0; b < m->n_bonds; b++) {
-            ChemBond *bond = &m->bonds[b];
-            if (bond->aromatic && s->inside[bond->begin] && s->inside[bond->end])
-                bond->order = ORDER_SINGLE;
-        }
-        memcpy(s->wants, wants, (size_t)m->n_atoms);
-        for (int k = 0; k < s->n_dummies && k < 12; k++)
-            if (trial >> k & 1) s->wants[s->dummies[k]] = 0;
-        memset(s->is_done, 0, (size_t)m->n_atoms);
-        s->n_done = 0;
-        if (kekulize_system(s)) return 1;
-    }
-    return 0;
-}
-
-// Fills rings->bonds from the atoms.
-static void fill_ring_bonds(ChemMol *m, RingList *rings) {
-    rings->bonds = prep_ints(&m->arena, rings->used);
-    for (int r = 0; r < rings->n; r++) {
-        int n = ring_size(rings, r), *atoms = ring_atoms(rings, r);
-        for (int k = 0; k < n; k++)
-            rings->bonds[rings->start[r] + k] = bond_between(m, atoms[k], atoms[(k + 1) % n]);
-    }
-}
-
-// The candidate rings: no bond with an order query, at least one atom that is not a dummy.
-static RingList kekule_rings(ChemMol *m) {
-    RingList rings = {0};
-    for (int r = 0; r < m->rings.n; r++) {
-        int real = 0, fixed = 0;
-        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
-            real |= m->atoms[m->rings.atoms[k]].z != 0;
-            fixed |= m->bonds[m->rings.bonds[k]].query & QUERY_ORDER;
-        }
-        if (real && !fixed)
-            ring_push(&m->arena, &rings, ring_atoms(&m->rings, r), ring_size(&m->rings, r));
-    }
-    fill_ring_bonds(m, &rings);
-    return rings;
-}
-
 // Working arrays of a search; the deque has room for every return to a choice.
 static KekuleSearch kekule_begin(ChemMol *m) {
-    PrepArena *arena = &m->arena;
+    Arena *arena = &m->arena;
     KekuleSearch s = {.m = m};
-    s.atoms = prep_ints(arena, m->n_atoms);
-    s.inside = prep_flags(arena, m->n_atoms);
-    s.wants = prep_flags(arena, m->n_atoms);
-    s.dummies = prep_ints(arena, m->n_atoms);
-    s.done = prep_ints(arena, m->n_atoms);
-    s.is_done = prep_flags(arena, m->n_atoms);
-    s.queued = prep_flags(arena, m->n_atoms);
-    s.doubled = prep_flags(arena, m->n_bonds);
-    s.choice = prep_ints(arena, m->n_atoms);
-    s.untried = prep_take(arena, (size_t)m->n_atoms, sizeof *s.untried);
-    s.n_untried = prep_ints(arena, m->n_atoms);
-    s.queue = prep_take(arena, (size_t)m->n_atoms, (BACKTRACKS_MAX + 2) * sizeof(int));
-    s.partners = prep_ints(arena, 2 * m->n_bonds);
+    s.atoms = arena_ints(arena, m->n_atoms);
+    s.inside = arena_flags(arena, m->n_atoms);
+    s.wants = arena_flags(arena, m->n_atoms);
+    s.done = arena_ints(arena, m->n_atoms);
+    s.is_done = arena_flags(arena, m->n_atoms);
+    s.queued = arena_flags(arena, m->n_atoms);
+    s.doubled = arena_flags(arena, m->n_bonds);
+    s.choice = arena_ints(arena, m->n_atoms);
+    s.untried = arena_take(arena, (size_t)m->n_atoms, sizeof *s.untried);
+    s.n_untried = arena_ints(arena, m->n_atoms);
+    s.queue = arena_take(arena, (size_t)m->n_atoms, (BACKTRACKS_MAX + 2) * sizeof(int));
+    s.partners = arena_ints(arena, 2 * m->n_bonds);
     return s;
 }
 
-// Kekulizes every fused system of rings.
+// Whether a ring with a dummy atom is aromatic: all its real atoms are, one of them not because of
+// another ring. *dummies: it is made of dummy atoms only.
+static int is_dubious_ring(const ChemMol *m, int r, int *dummies) {
+    int n_real = 0, n_aromatic = 0, own = 0, n = ring_size(&m->rings, r);
+    for (int k = 0; k < n; k++) {
+        int i = ring_atoms(&m->rings, r)[k];
+        n_real += m->atoms[i].z != 0;
+        if (m->atoms[i].z == 0 || !is_aromatic_atom(m, i)) continue;
+        n_aromatic++;
+        own |= m->atom_rings[i] == 1;
+    }
+    *dummies = n_real == 0;
+    return own && n_real < n && n_aromatic == n_real;
+}
+
+// Kekulizes every fused system of rings; rings of nothing but dummy atoms stay as they are.
+// RDKit: kekulizeFused
 static int kekulize_rings(ChemMol *m, Fault *fault) {
-    RingList rings = kekule_rings(m);
+    RingList rings = {0};
+    for (int r = 0, dummies; r < m->rings.n; r++) {
+        if (is_dubious_ring(m, r, &dummies))
+            return fault_at(fault, 0, 0, "dummy atom in an aromatic ring",
+                            "the aromatic ring of atom %d has a dummy atom",
+                            ring_atoms(&m->rings, r)[0] + 1);
+        if (!dummies) ring_copy(&m->arena, &rings, &m->rings, r);
+    }
     RingNeighbours nb = ring_neighbours(m, &rings, 0, 0);
     KekuleSearch s = kekule_begin(m);
-    uint8_t *done = prep_flags(&m->arena, rings.n), *wants = prep_flags(&m->arena, m->n_atoms);
-    int *system = prep_ints(&m->arena, rings.n);
+    uint8_t *done = arena_flags(&m->arena, rings.n);
+    int *system = arena_ints(&m->arena, rings.n);
     for (int r = 0; r < rings.n; r++) {
         if (done[r]) continue;
-        int n_rings = fused_system(m, &nb, rings.n, r, done, system);
-        s.n = s.n_done = s.n_dummies = 0;
+        int n_rings = fused_system(m, &nb, rings.n, r, done, system), culprit = -1;
+        s.n = s.n_done = 0;
         memset(s.inside, 0, (size_t)m->n_atoms);
-        memset(s.wants, 0, (size_t)m->n_atoms);
         memset(s.is_done, 0, (size_t)m->n_atoms);
-        for (int q = 0; q < n_rings; q++) {
+        memset(s.doubled, 0, (size_t)m->n_bonds);
+        for (int q = 0; q < n_rings; q++)
             for (int k = rings.start[system[q]]; k < rings.start[system[q] + 1]; k++) {
                 if (s.inside[rings.atoms[k]]) continue;
                 s.inside[rings.atoms[k]] = 1;
+                s.untried[rings.atoms[k]] = NULL;
                 s.atoms[s.n++] = rings.atoms[k];
             }
-        }
         mark_wanting_atoms(&s);
-        memcpy(wants, s.wants, (size_t)m->n_atoms);
-        if (kekulize_system(&s) || (s.n_dummies && kekulize_with_dummies(&s, wants))) continue;
-        int culprit = 0;
-        while (!wants[culprit] && culprit + 1 < m->n_atoms) culprit++;
-        return fault_at(fault, 0, 0, "no Kekule structure",
-                        "the aromatic ring system of atom %d has no Kekule structure", culprit + 1);
+        for (int i = m->n_atoms - 1; i >= 0; i--)
+            if (s.inside[i] && s.wants[i]) culprit = i;
+        if (!kekulize_system(&s))
+            return fault_at(fault, 0, 0, "no Kekule structure",
+                            "the aromatic ring system of atom %d has no Kekule structure",
+                            culprit + 1);
     }
     return 0;
 }
 
 // Replaces aromatic bonds by a Kekule structure and takes all aromatic flags off. The hydrogen of a
-// pyrrole nitrogen, which had to be stated, becomes an implicit one.
+// pyrrole nitrogen, which had to be explicit, becomes an implicit one.
+// RDKit: MolOps::Kekulize
 static int kekulize(ChemMol *m, Fault *fault) {
     if (!m->any_aromatic) return 0;
-    int n_free = 0, *before = prep_ints(&m->arena, m->n_atoms);
-    for (int b = 0; b < m->n_bonds; b++) n_free += !(m->bonds[b].query & QUERY_ORDER);
+    int *before = arena_ints(&m->arena, m->n_atoms);
     for (int i = 0; i < m->n_atoms; i++) before[i] = total_valence(&m->atoms[i]);
     m->had_aromatic = 1;
-    if (n_free && kekulize_rings(m, fault)) return -1;
-    for (int b = 0; b < m->n_bonds; b++)
-        if (!(m->bonds[b].query & QUERY_ORDER)) m->bonds[b].aromatic = 0;
+    if (kekulize_rings(m, fault)) return -1;
+    for (int b = 0; b < m->n_bonds; b++) m->bonds[b].aromatic = 0;
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
         if (!a->aromatic) continue;
-        if (n_free == m->n_bonds && !m->atom_rings[i])
+        if (!m->atom_rings[i])
             return fault_at(fault, 0, 0, "aromatic atom outside a ring",
                             "atom %d (%s) is marked aromatic but in no ring", i + 1,
                             ELEMENTS[a->z].symbol);
         a->aromatic = 0;
-        if ((a->z == 7 || a->z == 15) && a->charge == 0 && a->stated_h == 1) {
-            a->no_implicit = a->stated_h = 0;
-            set_valence(m, i);
-            set_implicit_hydrogens(m, i);
+        if ((a->z == 7 || a->z == 15) && a->charge == 0 && a->explicit_h == 1) {
+            a->no_implicit = a->explicit_h = 0;
+            update_valence(m, i);
         }
     }
     for (int i = 0; i < m->n_atoms; i++)
@@ -3016,12 +2627,13 @@ static int kekulize(ChemMol *m, Fault *fault) {
 // 12 Radicals, aromaticity, conjugation, hybridization
 // =================================================================================================
 
-// Electrons an atom with stated hydrogens is short of: up to the octet (or the next allowed valence
-// of a heavy atom), but no more than it has; for metals, parity decides.
+// Electrons an atom with explicit hydrogens is short of: up to the octet (or the next allowed
+// valence of a heavy atom), but no more than it has; for metals, parity decides.
+// RDKit: MolOps::assignRadicals
 static int count_radicals(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
-    int twice = 2 * a->stated_h, octet = a->z <= 2 ? 2 : 8;
+    int twice = 2 * a->explicit_h, octet = a->z <= 2 ? 2 : 8;
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         twice += twice_contribution(&m->bonds[m->adj[k]], i);
     if (e->n_valences == 1 && e->valence[0] == -1)
@@ -3039,7 +2651,8 @@ static int count_radicals(const ChemMol *m, int i) {
     return available >= 0 && available < missing ? available : missing;
 }
 
-// Radicals of all atoms that had their hydrogens stated and no radical given.
+// Radicals of all atoms that take no implicit hydrogens and had no radical given.
+// RDKit: MolOps::assignRadicals
 static void assign_radicals(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
@@ -3059,14 +2672,13 @@ static void assign_radicals(ChemMol *m) {
 //   those on the outside of some aromatic set.
 
 // Electrons an atom can give to a pi system; -1 if it cannot be part of one.
+// RDKit: MolOps::countAtomElec
 static int pi_electrons(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int valence = default_valence(a->z), degree = total_degree(m, i);
     if (valence <= 1) return -1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        if (!(b->query & QUERY_COMPLEX) && twice_contribution(b, i) == 0) degree--;
-    }
+    for (int k = m->first[i]; k < m->first[i + 1]; k++)
+        degree -= twice_contribution(&m->bonds[m->adj[k]], i) == 0;
     if (degree > 3) return -1;
     int lone = ELEMENTS[a->z].outer - valence - a->charge;
     int n = valence - degree + (lone > 0 ? lone : 0) - a->radicals;
@@ -3077,6 +2689,7 @@ static int pi_electrons(const ChemMol *m, int i) {
 typedef enum { DONOR_NONE, DONOR_VACANT, DONOR_ONE, DONOR_TWO, DONOR_ANY } Donor;
 
 // A multiple bond of atom i in a ring (ring = 1) or outside (0); returns its other atom or -1.
+// RDKit: incidentCyclicMultipleBond, incidentNonCyclicMultipleBond
 static int multiple_bond_to(const ChemMol *m, int i, int ring) {
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
         const ChemBond *b = &m->bonds[m->adj[k]];
@@ -3086,8 +2699,9 @@ static int multiple_bond_to(const ChemMol *m, int i, int ring) {
 }
 
 // Whether an atom's bonds use more valence than it has neighbours.
+// RDKit: incidentMultipleBond
 static int has_multiple_bond(const ChemMol *m, int i) {
-    int degree = mol_degree(m, i) + m->atoms[i].stated_h;
+    int degree = mol_degree(m, i) + m->atoms[i].explicit_h;
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
         degree -= twice_contribution(&m->bonds[m->adj[k]], i) == 0;
     return m->atoms[i].valence != degree;
@@ -3095,6 +2709,7 @@ static int has_multiple_bond(const ChemMol *m, int i) {
 
 // What atom i offers a ring. A multiple bond to outside the ring takes an electron along if its
 // other atom is the more electronegative one (C=O), and shares it otherwise (C=C).
+// RDKit: getAtomDonorTypeArom
 static Donor donor_type(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int n = pi_electrons(m, i), outside = multiple_bond_to(m, i, 0);
@@ -3114,6 +2729,7 @@ static Donor donor_type(const ChemMol *m, int i) {
 }
 
 // Whether an atom may be aromatic at all.
+// RDKit: isAtomCandForArom
 static int may_be_aromatic(const ChemMol *m, int i, Donor donor) {
     const ChemAtom *a = &m->atoms[i];
     int n_multiple = 0;
@@ -3145,6 +2761,7 @@ typedef struct {
 
 // Hueckel's rule for the atoms of a subset of rings that are in one or two of them (an atom in
 // three is buried). An electron count that is not fixed may be either number.
+// RDKit: applyHuckel, getMinMaxAtomElecs
 static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
     int low = 0, high = 0, n_any = 0;
     for (int q = 0; q < n; q++) {
@@ -3167,23 +2784,23 @@ static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
 }
 
 // Tests a subset of fused rings; if aromatic, marks its atoms, and the bonds on its outside.
+// RDKit: applyHuckelToFused, markAtomsBondsArom
 static void test_subset(AromaticSearch *s, const int *subset, int n) {
     ChemMol *m = s->m;
     for (int q = 0; q < n; q++)
-        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++)
-            s->atom_count[s->rings.atoms[k]]++;
-    if (!obeys_hueckel(s, subset, n)) return;
-    m->any_aromatic = 1;
-    for (int q = 0; q < n; q++)
         for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
-            m->atoms[s->rings.atoms[k]].aromatic = 1;
+            s->atom_count[s->rings.atoms[k]]++;
             s->bond_count[s->rings.bonds[k]]++;
         }
+    int aromatic = obeys_hueckel(s, subset, n);
+    m->any_aromatic |= aromatic;
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
             int b = s->rings.bonds[k], count = s->bond_count[b];
             ChemBond *bond = &m->bonds[b];
-            s->bond_count[b] = 0;
+            s->bond_count[b] = 0;  // each bond once
+            if (!aromatic) continue;
+            m->atoms[s->rings.atoms[k]].aromatic = 1;
             if (count != 1) continue;
             bond->aromatic = 1;
             if (bond->order == ORDER_SINGLE || bond->order == ORDER_DOUBLE)
@@ -3196,6 +2813,7 @@ static void test_subset(AromaticSearch *s, const int *subset, int n) {
 // Enumerates the connected subsets of `size` rings that have `subset[0]` as their lowest ring, each
 // once (Wernicke's ESU): a ring is added from the frontier, which then grows by those neighbours of
 // it that no earlier ring of the subset touches. state: 0 unseen, 1 in the subset or its frontier.
+// RDKit: checkFused; it tries all subsets and drops the unconnected ones
 static void grow_subsets(AromaticSearch *s, int *subset, int n, int size, const int *frontier,
                          int n_frontier, uint8_t *seen) {
     int next[MANY_RINGS];
@@ -3221,10 +2839,12 @@ static void grow_subsets(AromaticSearch *s, int *subset, int n, int size, const 
 }
 
 // Tests one fused system: single rings, then pairs, triples, ... until all its bonds are aromatic.
+// RDKit: applyHuckelToFused
 static void test_system(AromaticSearch *s, const int *system, int n) {
     ChemMol *m = s->m;
-    uint8_t *seen = prep_flags(&m->arena, s->rings.n), *counted = prep_flags(&m->arena, m->n_bonds);
-    int n_bonds = 0, subset[FUSED_MAX], *frontier = prep_ints(&m->arena, s->rings.n);
+    uint8_t *seen = arena_flags(&m->arena, s->rings.n);
+    uint8_t *counted = arena_flags(&m->arena, m->n_bonds);
+    int n_bonds = 0, subset[FUSED_MAX], *frontier = arena_ints(&m->arena, s->rings.n);
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[system[q]]; k < s->rings.start[system[q] + 1]; k++) {
             n_bonds += !counted[s->rings.bonds[k]];
@@ -3258,10 +2878,11 @@ static void test_system(AromaticSearch *s, const int *system, int n) {
 }
 
 // The rings all of whose atoms may be aromatic, at least one of them not a dummy.
+// RDKit: aromaticityHelper
 static RingList aromatic_candidates(AromaticSearch *s) {
     ChemMol *m = s->m;
     RingList rings = {0};
-    uint8_t *known = prep_flags(&m->arena, m->n_atoms), *able = prep_flags(&m->arena, m->n_atoms);
+    uint8_t *known = arena_flags(&m->arena, m->n_atoms), *able = arena_flags(&m->arena, m->n_atoms);
     for (int r = 0; r < m->rings.n; r++) {
         int all = 1, real = 0;
         for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
@@ -3275,25 +2896,25 @@ static RingList aromatic_candidates(AromaticSearch *s) {
             real |= m->atoms[i].z != 0;
         }
         if (all && real)
-            ring_push(&m->arena, &rings, ring_atoms(&m->rings, r), ring_size(&m->rings, r));
+            ring_copy(&m->arena, &rings, &m->rings, r);
     }
-    fill_ring_bonds(m, &rings);
     return rings;
 }
 
 // Marks aromatic atoms and bonds. Returns whether any ring could be.
+// RDKit: MolOps::setAromaticity
 static int assign_aromaticity(ChemMol *m) {
     AromaticSearch s = {.m = m};
     if (m->rings.n == 0) return 0;
-    s.donor = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *s.donor);
+    s.donor = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *s.donor);
     s.rings = aromatic_candidates(&s);
     if (s.rings.n == 0) return 0;
     s.nb = ring_neighbours(m, &s.rings, FUSED_RING_MAX, 1);
-    s.atom_count = prep_ints(&m->arena, m->n_atoms);
-    s.bond_count = prep_ints(&m->arena, m->n_bonds);
-    s.bond_done = prep_flags(&m->arena, m->n_bonds);
-    uint8_t *done = prep_flags(&m->arena, s.rings.n);
-    int *system = prep_ints(&m->arena, s.rings.n);
+    s.atom_count = arena_ints(&m->arena, m->n_atoms);
+    s.bond_count = arena_ints(&m->arena, m->n_bonds);
+    s.bond_done = arena_flags(&m->arena, m->n_bonds);
+    uint8_t *done = arena_flags(&m->arena, s.rings.n);
+    int *system = arena_ints(&m->arena, s.rings.n);
     for (int r = 0; r < s.rings.n; r++)
         if (!done[r]) test_system(&s, system, fused_system(m, &s.nb, s.rings.n, r, done, system));
     return 1;
@@ -3302,6 +2923,7 @@ static int assign_aromaticity(ChemMol *m) {
 // ---- conjugation and hybridization
 
 // Whether an atom can hand on conjugation: it has pi electrons and is not a heavy P or S.
+// RDKit: isAtomConjugCand
 static int is_conjugation_candidate(const ChemMol *m, int i) {
     int z = m->atoms[i].z, outer = ELEMENTS[z].outer;
     return (z <= 10 || (outer != 5 && outer != 6) || (outer == 6 && total_degree(m, i) < 2)) &&
@@ -3310,6 +2932,7 @@ static int is_conjugation_candidate(const ChemMol *m, int i) {
 
 // Aromatic bonds are conjugated; so is a multiple bond and its single-bonded neighbour if the atom
 // beyond can take part.
+// RDKit: MolOps::setConjugation, markConjAtomBonds
 static void assign_conjugation(ChemMol *m) {
     for (int b = 0; b < m->n_bonds; b++) m->bonds[b].conjugated = m->bonds[b].aromatic;
     for (int i = 0; i < m->n_atoms; i++) {
@@ -3333,11 +2956,10 @@ static void assign_conjugation(ChemMol *m) {
 }
 
 // Number of orbitals an atom needs: its bonds, lone pairs and, below an octet, radicals.
+// RDKit: numBondsPlusLonePairs
 static int bonds_and_lone_pairs(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int degree = total_degree(m, i), outer = ELEMENTS[a->z].outer, valence = total_valence(a);
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        degree -= m->bonds[m->adj[k]].order == ORDER_ZERO;
     if (a->z <= 1) return degree;
     int unbound = outer - (valence + a->charge);
     if (valence + outer - a->charge >= 8) return degree + unbound / 2;
@@ -3346,11 +2968,12 @@ static int bonds_and_lone_pairs(const ChemMol *m, int i) {
 
 // A stereo centre's geometry settles its hybridization; otherwise the number of bonds and lone
 // pairs does, except that a lone pair next to a double bond delocalises (the O of an ester is SP2).
+// RDKit: MolOps::setHybridization
 static int hybridization(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int degree = total_degree(m, i), c = a->chirality;
     if (a->z == 0) return HYBRID_MISC;
-    if ((c == CHI_CW || c == CHI_CCW || c == CHI_TETRAHEDRAL) && degree == 4) return HYBRID_SP3;
+    if ((c == CHI_CW || c == CHI_CCW) && degree == 4) return HYBRID_SP3;
     if (c == CHI_SQUARE && degree >= 2 && degree <= 4) return HYBRID_MISC;  // SP2D
     if (c == CHI_BIPYRAMID && degree >= 2 && degree <= 5) return HYBRID_SP3D;
     if (c == CHI_OCTAHEDRON && degree >= 2 && degree <= 6) return HYBRID_SP3D2;
@@ -3368,20 +2991,21 @@ static int hybridization(const ChemMol *m, int i) {
 }
 
 // Hybridization of all atoms; needs chirality from coordinates and conjugation.
+// RDKit: MolOps::setHybridization
 static void assign_hybridization(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) m->atoms[i].hybrid = (uint8_t)hybridization(m, i);
 }
 
-// An aromatic atom may have lost implicit hydrogens to its new bond orders: they become stated.
+// An aromatic atom may have lost implicit hydrogens to its new bond orders: they become explicit.
+// RDKit: MolOps::adjustHs
 static void restore_hydrogens(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
         int before = a->no_implicit ? 0 : a->implicit_h;
-        set_valence(m, i);
-        set_implicit_hydrogens(m, i);
+        update_valence(m, i);
         int now = a->no_implicit ? 0 : a->implicit_h;
         if (now >= before) continue;
-        a->stated_h = (uint8_t)(a->stated_h + before - now);
+        a->explicit_h = (uint8_t)(a->explicit_h + before - now);
         set_valence(m, i);
     }
 }
@@ -3423,18 +3047,20 @@ static Point unit(Point a) {
 }
 
 // Angle in 0 to pi; NaN if a vector has no length.
+// RDKit: RDGeom::Point3D::angleTo
 static double angle_between(Point a, Point b) {
     double c = dot(a, b) / sqrt(dot(a, a) * dot(b, b));
     return c <= -1 ? PI : c >= 1 ? 0 : acos(c);
 }
 
 // Whether a bond counts as a neighbour direction of atom i in tetrahedral stereo.
+// RDKit: bondAffectsAtomChirality
 static int bond_has_direction(const ChemBond *b, int i) {
-    return b->order != ORDER_NONE && b->order != ORDER_ZERO &&
-           !(b->order == ORDER_DATIVE && b->begin == i);
+    return b->order != ORDER_NONE && !(b->order == ORDER_DATIVE && b->begin == i);
 }
 
 // Number of such bonds.
+// RDKit: getAtomNonzeroDegree
 static int stereo_degree(const ChemMol *m, int i) {
     int n = 0;
     for (int k = m->first[i]; k < m->first[i + 1]; k++)
@@ -3443,27 +3069,24 @@ static int stereo_degree(const ChemMol *m, int i) {
 }
 
 // A wavy bond at i says: the geometry here means nothing.
+// RDKit: isWigglyBond
 static int is_wavy(const ChemBond *b, int i) {
     return b->begin == i && b->order == ORDER_SINGLE &&
            (b->direction == DIR_UNKNOWN || b->unknown);
 }
 
-// Whether any bond of the atom is wavy.
-static int has_wavy_bond(const ChemMol *m, int i) {
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        if (is_wavy(&m->bonds[m->adj[k]], i)) return 1;
-    return 0;
-}
-
 // Square planar, trigonal bipyramidal or octahedral geometry of an atom from phosphorus on, by the
 // number of neighbours and of pairs of them opposite each other; CHI_NONE if it is none of them.
+// RDKit: assignNontetrahedralChiralTypeFrom3D
 static int nontetrahedral_class(const ChemMol *m, int i) {
     Point v[6];
     int n = mol_degree(m, i), pairs = 0, opposite[6] = {0}, loose[6], n_loose = 0;
-    if (m->atoms[i].z < 15 || n < 3 || n > 6 || has_wavy_bond(m, i)) return CHI_NONE;
-    for (int k = 0; k < n; k++)
-        v[k] = unit(point_minus(atom_point(m, bond_other(&m->bonds[m->adj[m->first[i] + k]], i)),
-                                atom_point(m, i)));
+    if (m->atoms[i].z < 15 || n < 3 || n > 6) return CHI_NONE;
+    for (int k = 0; k < n; k++) {
+        const ChemBond *b = &m->bonds[m->adj[m->first[i] + k]];
+        if (is_wavy(b, i)) return CHI_NONE;
+        v[k] = unit(point_minus(atom_point(m, bond_other(b, i)), atom_point(m, i)));
+    }
     for (int k = 0; k < n; k++)
         for (int q = k + 1; q < n; q++) {
             if (!(dot(v[k], v[q]) < -0.9)) continue;
@@ -3485,6 +3108,7 @@ static int nontetrahedral_class(const ChemMol *m, int i) {
 }
 
 // Chirality from the sign of the volume its first three bonds span; a flat centre has none.
+// RDKit: MolOps::assignChiralTypesFrom3D
 static int tetrahedral_class(const ChemMol *m, int i, int total) {
     int z = m->atoms[i].z, n = 0;
     Point v[3], centre = atom_point(m, i);
@@ -3501,6 +3125,7 @@ static int tetrahedral_class(const ChemMol *m, int i, int total) {
 
 // Chirality of every atom with three neighbours or more from its geometry. Whether it is a stereo
 // centre is found out later.
+// RDKit: MolOps::assignChiralTypesFrom3D
 static void chirality_from_3d(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         int found = CHI_NONE, degree = mol_degree(m, i) < 3 ? 0 : stereo_degree(m, i);
@@ -3516,6 +3141,7 @@ static void chirality_from_3d(ChemMol *m) {
 // ---- wedges in a drawing
 
 // Angle from a to b counterclockwise in the plane, 0 to 2 pi.
+// RDKit: RDGeom::Point3D::signedAngleTo
 static double turn(Point a, Point b) {
     double angle = angle_between(a, b);
     return a.x * b.y - a.y * b.x < -1e-6 ? 2 * PI - angle : angle;
@@ -3526,6 +3152,7 @@ static int wedge_at(const ChemBond *b, int i) { return b->begin == i ? b->direct
 
 // Whether the wedges of a three-coordinate centre contradict each other (InChI technical manual,
 // table 10). a01, a12, a20: angles between the bonds, a02 from the first to the last; d: wedges.
+// RDKit: atomChiralTypeFromBondDir
 static int wedges_conflict(double a01, double a12, double a20, double a02, const int d[3]) {
     if (a01 < PI - 1e-3 && a12 < PI - 1e-3 && a20 < PI - 1e-3)
         return (d[1] != DIR_NONE && d[1] != d[0]) || (d[2] != DIR_NONE && d[2] != d[0]);
@@ -3538,6 +3165,7 @@ static int wedges_conflict(double a01, double a12, double a20, double a02, const
 
 // Chirality that wedge `w` gives to its first atom: the sense in which the other bonds turn, seen
 // from above the paper.
+// RDKit: atomChiralTypeFromBondDir
 static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
     int i = w->begin, n = 1, hydrogen = 0, single = 1, order[4];
     const ChemBond *bond[4] = {w};
@@ -3590,8 +3218,9 @@ static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
 }
 
 // Chirality from the wedges of a flat drawing. A wavy bond takes back what another bond said.
+// RDKit: MolOps::assignChiralTypesFromBondDirs
 static int chirality_from_wedges(ChemMol *m, Fault *fault) {
-    uint8_t *set = prep_flags(&m->arena, m->n_atoms);
+    uint8_t *set = arena_flags(&m->arena, m->n_atoms);
     for (int k = 0; k < m->n_bonds; k++) {
         const ChemBond *b = &m->bonds[k];
         ChemAtom *a = &m->atoms[b->begin];
@@ -3601,15 +3230,13 @@ static int chirality_from_wedges(ChemMol *m, Fault *fault) {
         }
         if ((b->direction != DIR_WEDGE && b->direction != DIR_DASH) || set[b->begin]) continue;
         if (a->no_implicit == 0 && a->implicit_h < 0) {
-            set_valence(m, b->begin);
-            set_implicit_hydrogens(m, b->begin);
+            update_valence(m, b->begin);
         }
         a->chirality = (uint8_t)chirality_from_wedge(m, b);
         if (a->chirality != CHI_NONE) set[b->begin] = 1;
-        if (mol_degree(m, b->begin) == 3 && !a->stated_h && atom_hydrogens(a) == 1) {
-            a->stated_h = 1;  // it has a place in the order of the bonds now
-            set_valence(m, b->begin);
-            int possible = set_implicit_hydrogens(m, b->begin);
+        if (mol_degree(m, b->begin) == 3 && !a->explicit_h && atom_hydrogens(a) == 1) {
+            a->explicit_h = 1;  // it has a place in the order of the bonds now
+            int possible = update_valence(m, b->begin);
             if (valence_too_high(a) || !possible)
                 return fault_at(fault, 0, 0, "valence too high", "atom %d (%s): valence %d",
                                 b->begin + 1, ELEMENTS[a->z].symbol, a->valence);
@@ -3637,6 +3264,7 @@ static int chirality_from_wedges(ChemMol *m, Fault *fault) {
 enum { STEREO_RING_MIN = 8 };  // double bonds in smaller rings have no choice
 
 // Whether a double bond is free to be either Z or E.
+// RDKit: shouldDetectDoubleBondStereo
 static int may_have_bond_stereo(const ChemBond *b) {
     return !b->rings || b->smallest_ring >= STEREO_RING_MIN;
 }
@@ -3657,6 +3285,7 @@ static int is_single_like(const ChemBond *b) {
 // The single bond at atom i that shall carry the direction, and the other one (or -1). Prefers one
 // that has a direction already, then one with more double bonds beside it. Returns 1 if all is
 // well, 0 if there is none or a wavy one, -1 if there is another double bond (an allene).
+// RDKit: controllingBondFromAtom
 static int controlling_bonds(const Directions *d, int double_bond, int i, int *main_bond,
                              int *other) {
     const ChemMol *m = d->m;
@@ -3684,6 +3313,7 @@ static int controlling_bonds(const Directions *d, int double_bond, int i, int *m
 }
 
 // Whether two bonds from one atom lie in a line (within two degrees), or one has no length.
+// RDKit: isLinearArrangement
 static int is_linear(Point a, Point b) {
     double lengths = dot(a, a) * dot(b, b);
     return lengths < 1e-6 || dot(a, b) < -0.999388 * sqrt(lengths);
@@ -3691,6 +3321,7 @@ static int is_linear(Point a, Point b) {
 
 // If the main bond at an end of the double bond lies in its line, the other one takes over. The
 // second end's other bond is measured from the wrong atom, as RDKit does. Returns 0 if both do.
+// RDKit: updateDoubleBondNeighbors
 static int avoid_linear(const ChemMol *m, int near, int far, int measure, int *main_bond,
                         int *other) {
     Point axis = point_minus(atom_point(m, far), atom_point(m, near));
@@ -3707,14 +3338,15 @@ static int avoid_linear(const ChemMol *m, int near, int far, int measure, int *m
 }
 
 // Gives a single bond a direction as seen from atom i, or its opposite.
+// RDKit: setBondDirRelativeToAtom
 static void set_direction(ChemBond *b, int i, int direction, int reverse) {
     if (b->begin != i) reverse = !reverse;
-    if (reverse) direction = direction == DIR_UP ? DIR_DOWN : DIR_UP;
-    b->direction = (uint8_t)direction;
+    b->direction = reverse ? opposite_direction(direction) : (uint8_t)direction;
 }
 
 // Sets the directions of the single bonds beside one double bond. `next` receives the other double
 // bonds beside them, which shall follow at once; returns how many.
+// RDKit: updateDoubleBondNeighbors
 static int set_directions(Directions *d, int double_bond, int *next) {
     ChemMol *m = d->m;
     ChemBond *db = &m->bonds[double_bond];
@@ -3763,34 +3395,39 @@ static int set_directions(Directions *d, int double_bond, int *next) {
     return n_next;
 }
 
-// Finds the candidate double bonds. Returns how many there are.
-static int direction_candidates(Directions *d) {
+typedef struct { int64_t weight; int bond; } WeightedBond;
+
+// Finds the candidate double bonds and their weights: the sum of the numbers of the single bonds
+// beside them, ten times as much outside rings (RDKit adds it up in this way). `order` has room for
+// all bonds. Returns how many there are.
+// RDKit: MolOps::setDoubleBondNeighborDirections, isBondCandidateForStereo
+static int direction_candidates(Directions *d, WeightedBond *order) {
     ChemMol *m = d->m;
     int n = 0;
     for (int b = 0; b < m->n_bonds; b++) {
         const ChemBond *bond = &m->bonds[b];
+        int64_t weight = 0;
         if (bond->order != ORDER_DOUBLE || bond->stereo == STEREO_ANY ||
             bond->direction == DIR_EITHER || mol_degree(m, bond->begin) < 2 ||
             mol_degree(m, bond->end) < 2 || !may_have_bond_stereo(bond))
             continue;
-        d->candidate[b] = 1;
-        n++;
         for (int e = 0; e < 2; e++) {
             int i = e ? bond->end : bond->begin;
             for (int k = m->first[i]; k < m->first[i + 1]; k++) {
                 const ChemBond *beside = &m->bonds[m->adj[k]];
                 if (!is_single_like(beside)) continue;
+                weight += m->adj[k];
                 d->uses[m->adj[k]]++;
-                int dir = beside->direction;
-                if (dir == DIR_NONE || dir == DIR_DOWN || dir == DIR_UP) d->open[m->adj[k]] = 1;
+                if (beside->direction == DIR_NONE || is_sloped(beside->direction))
+                    d->open[m->adj[k]] = 1;
                 d->open[b] = 1;
             }
         }
+        d->candidate[b] = 1;
+        order[n++] = (WeightedBond){bond->rings ? weight : 10 * weight, b};
     }
     return n;
 }
-
-typedef struct { int64_t weight; int bond; } WeightedBond;
 
 // Larger weights first, then later bonds.
 static int compare_weighted(const void *a, const void *b) {
@@ -3799,29 +3436,19 @@ static int compare_weighted(const void *a, const void *b) {
     return (x->bond < y->bond) - (x->bond > y->bond);
 }
 
-// Bond directions from coordinates, double bond by double bond: those outside rings and with large
-// numbers of their neighbouring bonds first (which is how RDKit adds it up).
+// Bond directions from coordinates, double bond by double bond: by falling weight, and after each
+// one those that share a single bond with it.
+// RDKit: MolOps::detectBondStereochemistry, setDoubleBondNeighborDirections
 static void directions_from_coordinates(ChemMol *m) {
-    PrepArena *arena = &m->arena;
-    Directions d = {m, prep_flags(arena, m->n_bonds), prep_ints(arena, m->n_bonds),
-                    prep_flags(arena, m->n_bonds)};
-    int n = direction_candidates(&d), used = 0, top = 0;
+    Arena *arena = &m->arena;
+    Directions d = {m, arena_flags(arena, m->n_bonds), arena_ints(arena, m->n_bonds),
+                    arena_flags(arena, m->n_bonds)};
+    WeightedBond *order = arena_take(arena, (size_t)m->n_bonds, sizeof *order);
+    int n = direction_candidates(&d, order);
     if (!n) return;
-    WeightedBond *order = prep_take(arena, (size_t)n, sizeof *order);
-    int *stack = prep_ints(arena, 16 * m->n_bonds + 64), *next = prep_ints(arena, 4 * m->n_bonds);
-    for (int b = 0; b < m->n_bonds; b++) {
-        const ChemBond *bond = &m->bonds[b];
-        int64_t weight = 0;
-        if (!d.candidate[b]) continue;
-        for (int e = 0; e < 2; e++) {
-            int i = e ? bond->end : bond->begin;
-            for (int k = m->first[i]; k < m->first[i + 1]; k++)
-                if (is_single_like(&m->bonds[m->adj[k]])) weight += m->adj[k];
-        }
-        order[used++] = (WeightedBond){bond->rings ? weight : 10 * weight, b};
-    }
-    qsort(order, (size_t)used, sizeof *order, compare_weighted);
-    for (int k = 0; k < used; k++) {
+    int *stack = arena_ints(arena, 16 * m->n_bonds + 64), *next = arena_ints(arena, 4 * m->n_bonds);
+    qsort(order, (size_t)n, sizeof *order, compare_weighted);
+    for (int k = 0, top = 0; k < n; k++) {
         stack[top++] = order[k].bond;
         while (top) {
             int n_next = set_directions(&d, stack[--top], next);
@@ -3832,6 +3459,7 @@ static void directions_from_coordinates(ChemMol *m) {
 }
 
 // Wedges have said what they had to say; wavy bonds are remembered as such.
+// RDKit: MolOps::clearSingleBondDirFlags
 static void clear_wedges(ChemMol *m) {
     for (int k = 0; k < m->n_bonds; k++) {
         ChemBond *b = &m->bonds[k];
@@ -3851,29 +3479,28 @@ static void clear_wedges(ChemMol *m) {
 //
 //   This is not the full Cahn-Ingold-Prelog rule (no trees, no duplicate atoms), and it need not
 //   be: what matters is which neighbours are equal, and that Z and E come out as RDKit's do.
+//   What is mirrored is the stereo perception RDKit calls legacy, its default in 2022.09.
 // =================================================================================================
 
 // An atom with what it is compared by: an invariant, or its neighbours' ranks, highest first.
 typedef struct { int64_t value; int atom, n; const int *list; } CipEntry;
 
-// By value, then by list; a list that ends comes before one that goes on.
-static int compare_entries(const CipEntry *a, const CipEntry *b) {
+// By value, then by list; a list that ends comes before one that goes on. For qsort(), too.
+static int compare_entries(const void *left, const void *right) {
+    const CipEntry *a = left, *b = right;
     if (a->value != b->value) return a->value < b->value ? -1 : 1;
     for (int k = 0; k < a->n && k < b->n; k++)
         if (a->list[k] != b->list[k]) return a->list[k] < b->list[k] ? -1 : 1;
     return (a->n > b->n) - (a->n < b->n);
 }
 
-// The same for qsort().
-static int compare_entries_void(const void *a, const void *b) { return compare_entries(a, b); }
-
 // Sorts entries; most groups of equals are small.
 static void sort_entries(CipEntry *entries, int n) {
     if (n > 40) {
-        qsort(entries, (size_t)n, sizeof *entries, compare_entries_void);
+        qsort(entries, (size_t)n, sizeof *entries, compare_entries);
         return;
     }
-    for (int i = 1; i < n; i++) {  // most groups are small
+    for (int i = 1; i < n; i++) {
         CipEntry moved = entries[i];
         int k = i;
         for (; k > 0 && compare_entries(&moved, &entries[k - 1]) < 0; k--)
@@ -3885,8 +3512,9 @@ static void sort_entries(CipEntry *entries, int n) {
 // Writes the neighbour list of atom i: each neighbour's rank + 1, as often as twice the bond order
 // (once for the double bond of a phosphoryl group), highest first, then 0 for each hydrogen.
 // Returns its length.
+// RDKit: iterateCIPRanks
 static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
-    int n = 0, hydrogens = m->atoms[i].query ? 0 : atom_hydrogens(&m->atoms[i]);
+    int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]);
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
         const ChemBond *b = &m->bonds[m->adj[k]];
         int j = bond_other(b, i), count = twice_order(b), degree = mol_degree(m, j);
@@ -3902,6 +3530,7 @@ static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
 }
 
 // Ranks of sorted entries. Returns how many different ones there are.
+// RDKit: iterateCIPRanks
 static int assign_ranks(const CipEntry *entries, int n, int *rank) {
     int n_ranks = 0;
     for (int k = 0; k < n; k++) {
@@ -3913,6 +3542,7 @@ static int assign_ranks(const CipEntry *entries, int n, int *rank) {
 
 // Ranks by invariants, entries[i].value, then refines within equal ranks until they stop changing,
 // all differ, or information has crossed half the molecule.
+// RDKit: iterateCIPRanks
 static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
     int n = m->n_atoms, room = 0, n_ranks, last = -1, *lists;
     for (int i = 0; i < n; i++) {
@@ -3923,7 +3553,7 @@ static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
     n_ranks = assign_ranks(entries, n, rank);
     if (n_ranks == n) return;
     for (int b = 0; b < m->n_bonds; b++) room += 2 * twice_order(&m->bonds[b]);
-    lists = prep_ints(&m->arena, room);
+    lists = arena_ints(&m->arena, room);
     for (int round = 0; round <= n / 2 && n_ranks < n && last < n_ranks; round++) {
         for (int k = 0, used = 0, end; k < n; k = end) {
             for (end = k; end < n && rank[entries[end].atom] == rank[entries[k].atom];) end++;
@@ -3942,8 +3572,9 @@ static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
 }
 
 // Ranks from scratch: element, isotope (as distance from the most common one), atom map number.
+// RDKit: buildCIPInvariants, assignAtomCIPRanks
 static void first_cip_ranks(ChemMol *m, int *rank) {
-    CipEntry *entries = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
+    CipEntry *entries = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
     for (int i = 0; i < m->n_atoms; i++) {
         const ChemAtom *a = &m->atoms[i];
         int mass = a->isotope ? a->isotope - ELEMENTS[a->z].isotope : 0;
@@ -3956,8 +3587,9 @@ static void first_cip_ranks(ChemMol *m, int *rank) {
 }
 
 // Ranks again, with the centres and double bonds known by now.
+// RDKit: rerankAtoms
 static void next_cip_ranks(ChemMol *m, int *rank) {
-    CipEntry *entries = prep_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
+    CipEntry *entries = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
     int64_t factor = 100;
     while (factor < m->n_atoms) factor *= 10;
     for (int i = 0; i < m->n_atoms; i++) {
@@ -3976,6 +3608,7 @@ static void next_cip_ranks(ChemMol *m, int *rank) {
 // ---- stereo centres
 
 // Whether an atom is in a ring of this size.
+// RDKit: RingInfo::isAtomInRingOfSize
 static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
     for (int r = 0; r < m->rings.n; r++)
         if (ring_size(&m->rings, r) == size && ring_has(&m->rings, r, i)) return 1;
@@ -3983,12 +3616,13 @@ static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
 }
 
 // Bridgehead: three ring bonds, and two rings through the atom that share two bonds or more.
+// RDKit: queryIsAtomBridgehead
 static int is_bridgehead(ChemMol *m, int i) {
     const RingList *rings = &m->rings;
     int n = 0;
     for (int k = m->first[i]; k < m->first[i + 1]; k++) n += m->bonds[m->adj[k]].rings > 0;
     if (n < 3) return 0;
-    int *stamp = prep_ints(&m->arena, m->n_bonds);
+    int *stamp = arena_ints(&m->arena, m->n_bonds);
     for (int r = 0; r < rings->n; r++) {
         if (!ring_has(rings, r, i)) continue;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
@@ -4005,6 +3639,7 @@ static int is_bridgehead(ChemMol *m, int i) {
 
 // Whether an atom has the neighbours of a stereo centre: four, or three and a hydrogen or a lone
 // pair that does not invert.
+// RDKit: isAtomPotentialChiralCenter
 static int is_possible_centre(ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int degree = stereo_degree(m, i), total = degree + atom_hydrogens(a);
@@ -4019,6 +3654,7 @@ static int is_possible_centre(ChemMol *m, int i) {
 }
 
 // R or S of a centre from its chirality and the ranks of its neighbours, or 0 if two are equal.
+// RDKit: assignAtomChiralCodes, Atom::getPerturbationOrder
 static char cip_label(const ChemMol *m, int i, const int *rank) {
     const ChemAtom *a = &m->atoms[i];
     int n = mol_degree(m, i), odd = n == 3 && atom_hydrogens(a) == 1;
@@ -4038,13 +3674,14 @@ static char cip_label(const ChemMol *m, int i, const int *rank) {
 
 // Labels the centres whose neighbours differ. *open: some that may be centres are without a label.
 // Returns whether any label is new.
+// RDKit: assignAtomChiralCodes
 static int label_centres(ChemMol *m, const int *rank, int *open) {
     int changed = 0;
     *open = 0;
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
         if (a->cip || a->chirality == CHI_NONE) continue;  // what is not marked never gets a label
-        if (a->chirality != CHI_OTHER && is_possible_centre(m, i)) a->cip = cip_label(m, i, rank);
+        if (is_possible_centre(m, i)) a->cip = cip_label(m, i, rank);
         if (a->cip) changed = 1;
         else if (mol_degree(m, i) >= 3 || a->z >= 15) *open = 1;
     }
@@ -4056,13 +3693,9 @@ static int label_centres(ChemMol *m, const int *rank, int *open) {
 // One end of a double bond: its neighbours and their directions as seen from the end.
 typedef struct { int n, atom[8], direction[8]; } BondEnd;
 
-// / for \\ and the other way round; whether it is one of them.
-static int opposite_direction(int direction) { return direction == DIR_DOWN ? DIR_UP : DIR_DOWN; }
-
-static int is_sloped(int direction) { return direction == DIR_DOWN || direction == DIR_UP; }
-
 // Collects the end at atom i. n = 0 if no direction is known or the two neighbours are equal; a
 // neighbour without direction gets the opposite of the other one's. *wavy: a wavy bond was seen.
+// RDKit: findAtomNeighborDirHelper
 static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *rank, int *wavy) {
     BondEnd end = {0};
     int known = 0;
@@ -4071,10 +3704,8 @@ static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *ran
         int direction = b->direction;
         if (direction == DIR_UNKNOWN || b->unknown) *wavy = 1;
         if (m->adj[k] == double_bond) continue;
-        if (is_sloped(direction)) {
-            known = 1;
-            if (b->begin != i) direction = opposite_direction(direction);
-        }
+        known |= is_sloped(direction);
+        if (b->begin != i) direction = opposite_direction(direction);
         end.atom[end.n] = bond_other(b, i);
         end.direction[end.n++] = direction;
     }
@@ -4090,6 +3721,7 @@ static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *ran
 
 // Labels one double bond Z, E or "any" if its ends say so. Returns 1 if it is a possible stereo
 // bond that stays without label for now, 2 if it is done with, 0 if it cannot have stereo.
+// RDKit: assignBondStereoCodes
 static int label_double_bond(ChemMol *m, int b, const int *rank, uint8_t *forget) {
     ChemBond *bond = &m->bonds[b];
     int begin = bond->begin, last = bond->end;
@@ -4117,8 +3749,9 @@ static int label_double_bond(ChemMol *m, int b, const int *rank, uint8_t *forget
 
 // Labels all double bonds that can be. *open: some possible ones are without a label. Returns
 // whether any was dealt with.
+// RDKit: assignBondStereoCodes
 static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
-    uint8_t *forget = prep_flags(&m->arena, m->n_bonds);
+    uint8_t *forget = arena_flags(&m->arena, m->n_bonds);
     int changed = 0;
     *open = 0;
     for (int b = 0; b < m->n_bonds; b++) {
@@ -4135,6 +3768,7 @@ static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
 // ---- centres without label that still matter: cis and trans on a ring
 
 // Whether an atom of a ring may be cis or trans to another one.
+// RDKit: atomIsCandidateForRingStereochem
 static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     const ChemAtom *a = &m->atoms[i];
     int outside[2], n_outside = 0, n_inside = 0, inside[8], n_ranks = 0;
@@ -4159,68 +3793,53 @@ static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     return 0;
 }
 
-// State of the search for pairs of such atoms.
-typedef struct {
-    ChemMol *m;
-    const int *rank;
-    uint8_t *seen, *used, *bond_seen, *special;
-    int head, tail, *queue;
-} RingStereo;
-
 // A chiral ring atom without label that may have a partner.
-static int is_ring_stereo_atom(RingStereo *s, int i) {
-    const ChemAtom *a = &s->m->atoms[i];
-    return a->chirality != CHI_NONE && !a->cip && may_have_ring_stereo(s->m, i, s->rank);
+static int is_ring_stereo_atom(ChemMol *m, int i, const int *rank) {
+    const ChemAtom *a = &m->atoms[i];
+    return a->chirality != CHI_NONE && !a->cip && may_have_ring_stereo(m, i, rank);
 }
 
-// Queues the neighbours of i over ring bonds not walked yet; from the `first` atom of a search also
-// those that an earlier search had queued.
-static void walk_ring_bonds(RingStereo *s, int i, int first) {
-    ChemMol *m = s->m;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int b = m->adj[k], j = bond_other(&m->bonds[b], i);
-        if (s->bond_seen[b]) continue;
-        s->bond_seen[b] = 1;
-        if (!m->bonds[b].rings || s->seen[j] || (s->used[j] && !first)) continue;
-        s->used[j] = 1;
-        s->queue[s->tail++] = j;
-    }
-}
-
-// Marks (in `special` and ring_stereo) the unlabelled chiral ring atoms that have a partner in
-// their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans.
+// Marks (in the result, and in ring_stereo) the unlabelled chiral ring atoms that have a partner in
+// their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans. From each such atom
+// ring bonds are walked breadth first, each bond once in all; only the first atom of a walk takes
+// up atoms that an earlier walk had queued.
+// RDKit: findChiralAtomSpecialCases
 static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
-    PrepArena *arena = &m->arena;
-    RingStereo s = {m, rank, prep_flags(arena, m->n_atoms), prep_flags(arena, m->n_atoms),
-                    prep_flags(arena, m->n_bonds), prep_flags(arena, m->n_atoms), 0, 0,
-                    prep_ints(arena, 2 * m->n_bonds + m->n_atoms + 1)};
+    Arena *arena = &m->arena;
+    uint8_t *seen = arena_flags(arena, m->n_atoms), *used = arena_flags(arena, m->n_atoms);
+    uint8_t *bond_seen = arena_flags(arena, m->n_bonds), *special = arena_flags(arena, m->n_atoms);
+    int *queue = arena_ints(arena, 2 * m->n_bonds + m->n_atoms + 1);
     for (int i = 0; i < m->n_atoms; i++) m->atoms[i].ring_stereo = 0;
     for (int i = 0; i < m->n_atoms; i++) {
-        int partners;
-        if (s.seen[i] || !is_ring_stereo_atom(&s, i)) continue;
-        s.head = s.tail = 0;
-        walk_ring_bonds(&s, i, 1);
-        partners = s.tail > 0 && m->atoms[i].ring_stereo;
-        while (s.head < s.tail) {
-            int j = s.queue[s.head++];
-            s.seen[j] = 1;
-            if (is_ring_stereo_atom(&s, j)) {
-                m->atoms[j].ring_stereo = 1;
-                s.special[i] = s.special[j] = 1;
-                partners = 1;
+        int tail = 0, partners = 0;
+        if (seen[i] || !is_ring_stereo_atom(m, i, rank)) continue;
+        for (int head = -1; head < tail; head++) {
+            int j = head < 0 ? i : queue[head];
+            if (head >= 0) seen[j] = 1;
+            if (head >= 0 && is_ring_stereo_atom(m, j, rank))
+                m->atoms[j].ring_stereo = special[i] = special[j] = 1;
+            for (int k = m->first[j]; k < m->first[j + 1]; k++) {
+                int b = m->adj[k], next = bond_other(&m->bonds[b], j);
+                if (bond_seen[b]) continue;
+                bond_seen[b] = 1;
+                if (!m->bonds[b].rings || seen[next] || (used[next] && head >= 0)) continue;
+                used[next] = 1;
+                queue[tail++] = next;
             }
-            walk_ring_bonds(&s, j, 0);
+            if (head < 0) partners = tail > 0 && m->atoms[i].ring_stereo;
         }
+        partners |= special[i];
         if (partners) m->atoms[i].ring_stereo = 1;
-        else s.special[i] = 0;
-        s.seen[i] = 1;
+        else special[i] = 0;
+        seen[i] = 1;
     }
-    return s.special;
+    return special;
 }
 
 // ---- the whole
 
 // Clears what cannot be stereo; returns whether there is a double bond with directions beside it.
+// RDKit: legacyStereoPerception
 static int prepare_bond_stereo(ChemMol *m) {
     int any = 0;
     for (int k = 0; k < m->n_bonds; k++) {
@@ -4243,26 +3862,20 @@ static int prepare_bond_stereo(ChemMol *m) {
     return any;
 }
 
-// Takes the chirality off an atom that turned out to be no centre, and the hydrogen that was stated
-// only for its sake.
+// Takes the chirality off an atom that turned out to be no centre, and the hydrogen that was
+// explicit only for its sake.
+// RDKit: legacyStereoPerception
 static void drop_false_centre(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     if (a->chirality == CHI_NONE || is_nontetrahedral(a) || a->cip) return;
     a->chirality = CHI_NONE;
-    if (a->stated_h != 1 || a->charge || a->aromatic) return;
-    a->stated_h = a->no_implicit = 0;
-    set_valence(m, i);
-    set_implicit_hydrogens(m, i);
-}
-
-// The same for all atoms, except those that are cis or trans to another one on a ring.
-static void drop_false_centres(ChemMol *m, const int *rank) {
-    const uint8_t *special = find_ring_stereo(m, rank);
-    for (int i = 0; i < m->n_atoms; i++)
-        if (!special[i] || !m->atoms[i].ring_stereo) drop_false_centre(m, i);
+    if (a->explicit_h != 1 || a->charge || a->aromatic) return;
+    a->explicit_h = a->no_implicit = 0;
+    update_valence(m, i);
 }
 
 // Decides which marked centres and double bonds are real, and labels the double bonds.
+// RDKit: MolOps::assignStereochemistry, legacyStereoPerception
 static void assign_stereo(ChemMol *m) {
     int bonds = prepare_bond_stereo(m), atoms = 1, tags = 0, changed;  // what is left to label
     for (int i = 0; i < m->n_atoms; i++) {
@@ -4274,7 +3887,7 @@ static void assign_stereo(ChemMol *m) {
         for (int i = 0; i < m->n_atoms; i++) drop_false_centre(m, i);
         return;
     }
-    int *rank = prep_ints(&m->arena, m->n_atoms);
+    int *rank = arena_ints(&m->arena, m->n_atoms);
     first_cip_ranks(m, rank);
     do {
         changed = 0;
@@ -4283,16 +3896,19 @@ static void assign_stereo(ChemMol *m) {
         changed = changed && (atoms || bonds);
         if (changed) next_cip_ranks(m, rank);
     } while (changed);
-    drop_false_centres(m, rank);
+    const uint8_t *special = find_ring_stereo(m, rank);
+    for (int i = 0; i < m->n_atoms; i++)
+        if (!special[i] || !m->atoms[i].ring_stereo) drop_false_centre(m, i);
 }
 
 // Chirality needs a tetrahedral centre (SP3), or as many neighbours as its polyhedron has corners.
+// RDKit: MolOps::cleanupChirality
 static void clean_chirality(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
         int c = a->chirality, degree = c ? total_degree(m, i) : 0;
         int most = c == CHI_SQUARE ? 4 : c == CHI_BIPYRAMID ? 5 : c == CHI_OCTAHEDRON ? 6 : 0;
-        if ((c == CHI_CW || c == CHI_CCW || c == CHI_TETRAHEDRAL) && a->hybrid != HYBRID_SP3)
+        if ((c == CHI_CW || c == CHI_CCW) && a->hybrid != HYBRID_SP3)
             a->chirality = CHI_NONE;
         if (most && (degree < 2 || degree > most)) a->chirality = CHI_NONE;
     }
@@ -4306,6 +3922,7 @@ static void clean_chirality(ChemMol *m) {
 // =================================================================================================
 
 // Everything that makes a molecule out of atoms and bonds, except stereo.
+// RDKit: MolOps::sanitizeMol
 static int sanitize(ChemMol *m, Fault *fault) {
     clean_up(m);
     if (check_valences(m, fault) || find_rings(m, fault) || kekulize(m, fault)) return -1;
@@ -4318,7 +3935,8 @@ static int sanitize(ChemMol *m, Fault *fault) {
     return 0;
 }
 
-// Turns the valence field of a mol block (15 or -1: none) into stated hydrogens.
+// Turns the valence field of a mol block (15 or -1: none) into explicit hydrogens.
+// RDKit: ProcessMolProps
 static void apply_valence_fields(ChemMol *m) {
     for (int i = 0; i < m->n_atoms; i++) {
         ChemAtom *a = &m->atoms[i];
@@ -4326,7 +3944,7 @@ static void apply_valence_fields(ChemMol *m) {
         set_valence(m, i);
         int none = a->field_valence == 15 || a->field_valence == -1;
         a->no_implicit = 1;
-        a->stated_h = none || a->valence > a->field_valence
+        a->explicit_h = none || a->valence > a->field_valence
                           ? 0 : (uint8_t)(a->field_valence - a->valence);
     }
 }
@@ -4345,7 +3963,7 @@ static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
     if (heavy > max_atoms || m->n_atoms > RAW_ATOMS_MAX)
         return fault_at(fault, 0, 0, "too many atoms", "%d heavy atoms, --max-atoms is %d", heavy,
                         max_atoms);
-    if ((bad = mol_connect(m)) >= 0)
+    if ((bad = find_bad_bond(m)) >= 0)
         return fault_at(fault, 0, 0, "impossible bond",
                         "atoms %d and %d: a second bond, or one to itself",
                         m->bonds[bad].begin + 1, m->bonds[bad].end + 1);
@@ -4353,6 +3971,7 @@ static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
 }
 
 // Removes hydrogens unless told not to, and counts what is left.
+// RDKit: MolOps::removeHs
 static int drop_hydrogens(ChemMol *m, int keep, int count_all, int max_atoms, Fault *fault) {
     if (!keep) remove_hydrogens(m, count_all);
     if (m->n_atoms <= max_atoms && m->n_bonds <= MAX_BONDS) return 0;
@@ -4361,6 +3980,7 @@ static int drop_hydrogens(ChemMol *m, int keep, int count_all, int max_atoms, Fa
 }
 
 // Perceives a molecule read from a mol block.
+// RDKit: finishMolProcessing
 static int perceive_mol_block(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
     if (connect_and_count(m, max_atoms, fault)) return -1;
     apply_valence_fields(m);
@@ -4375,6 +3995,7 @@ static int perceive_mol_block(ChemMol *m, int keep_hydrogens, int max_atoms, Fau
 }
 
 // Perceives a molecule read from SMILES.
+// RDKit: SmilesToMol
 static int perceive_smiles(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
     update_valences(m);
     if (drop_hydrogens(m, keep_hydrogens, 1, max_atoms, fault) || sanitize(m, fault)) return -1;
@@ -4387,27 +4008,29 @@ static int perceive_smiles(ChemMol *m, int keep_hydrogens, int max_atoms, Fault 
 // =================================================================================================
 
 // Index into a list whose last entry stands for everything else.
-static uint8_t at_most(int value, int last) {
+static uint8_t index_or_misc(int value, int last) {
     return (uint8_t)(value >= 0 && value < last ? value : last);
 }
 
 // The nine features of atom i, in the order of ATOM_FEATURE_SIZES.
+// OGB: atom_to_feature_vector
 static void atom_features(const ChemMol *m, int i, uint8_t *f) {
     const ChemAtom *a = &m->atoms[i];
-    f[0] = at_most(a->z - 1, 118);
-    f[1] = at_most(a->chirality, 4);
-    f[2] = at_most(total_degree(m, i), 11);
-    f[3] = at_most(a->charge + 5, 11);
-    f[4] = at_most(atom_hydrogens(a), 9);
-    f[5] = at_most(a->radicals, 5);
+    f[0] = index_or_misc(a->z - 1, 118);
+    f[1] = index_or_misc(a->chirality, 4);
+    f[2] = index_or_misc(total_degree(m, i), 11);
+    f[3] = index_or_misc(a->charge + 5, 11);
+    f[4] = index_or_misc(atom_hydrogens(a), 9);
+    f[5] = index_or_misc(a->radicals, 5);
     f[6] = a->hybrid;
     f[7] = a->aromatic;
     f[8] = m->atom_rings[i] > 0;
 }
 
 // The three features of a bond as one code, see BOND_CODES.
+// OGB: bond_to_feature_vector
 static uint8_t bond_code(const ChemBond *b) {
-    static const uint8_t type[] = {4, 0, 1, 2, 4, 3, 4, 4, 4};
+    static const uint8_t type[] = {4, 0, 1, 2, 4, 3, 4, 4};
     return (uint8_t)(12 * type[b->order] + 2 * b->stereo + b->conjugated);
 }
 
@@ -4522,9 +4145,10 @@ static uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64
 }
 
 // Marks the atoms of rings and linkers: what is left when end atoms are cut off again and again.
+// RDKit: MurckoDecompose
 static void mark_framework(ChemMol *m, uint8_t *keep) {
     int n = m->n_atoms, top = 0;
-    int *degree = prep_ints(&m->arena, n), *stack = prep_ints(&m->arena, n);
+    int *degree = arena_ints(&m->arena, n), *stack = arena_ints(&m->arena, n);
     for (int i = 0; i < n; i++) {
         keep[i] = 1;
         degree[i] = mol_degree(m, i);
@@ -4542,6 +4166,7 @@ static void mark_framework(ChemMol *m, uint8_t *keep) {
 
 // Cuts atom i off the framework, unless a double bond holds it there (returns 0). Its neighbours
 // in the framework get hydrogens instead.
+// RDKit: MurckoDecompose
 static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
     for (int k = m->first[i]; k < m->first[i + 1]; k++) {
         int j = bond_other(&m->bonds[m->adj[k]], i);
@@ -4549,9 +4174,9 @@ static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
         if (!framework[j]) continue;
         if (m->bonds[m->adj[k]].order == ORDER_DOUBLE) return 0;
         if (a->aromatic && (a->z != 6 || a->charge == 1)) {
-            a->stated_h = 1;
+            a->explicit_h = 1;
         } else if (a->no_implicit || a->chirality != CHI_NONE) {
-            a->no_implicit = a->stated_h = 0;
+            a->no_implicit = a->explicit_h = 0;
             a->chirality = CHI_NONE;
         }
     }
@@ -4589,10 +4214,11 @@ static uint64_t graph_hash(const ChemMol *m, const uint64_t *start, int special,
 
 // Key of the scaffold of m, which is reduced to it. Setting every atom apart in turn distinguishes
 // graphs that plain refinement cannot, such as decalin and bicyclopentyl.
+// RDKit: MurckoDecompose; the key has none
 static ScaffoldKey scaffold_key(ChemMol *m) {
-    PrepArena *arena = &m->arena;
-    int n = m->n_atoms, kept = 0, *to = prep_ints(arena, n);
-    uint8_t *framework = prep_flags(arena, n);
+    Arena *arena = &m->arena;
+    int n = m->n_atoms, kept = 0, *to = arena_ints(arena, n);
+    uint8_t *framework = arena_flags(arena, n);
     mark_framework(m, framework);
     for (int i = 0; i < n; i++)
         to[i] = framework[i] || !cut_side_atom(m, i, framework) ? kept++ : -1;
@@ -4603,9 +4229,9 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
     if (kept == 0) return (ScaffoldKey){0, 0};
     mol_connect(m);
     update_valences(m);
-    uint64_t *start = prep_take(arena, (size_t)kept, sizeof *start);
-    uint64_t *colour = prep_take(arena, (size_t)kept, sizeof *colour);
-    uint64_t *next = prep_take(arena, (size_t)kept, sizeof *next);
+    uint64_t *start = arena_take(arena, (size_t)kept, sizeof *start);
+    uint64_t *colour = arena_take(arena, (size_t)kept, sizeof *colour);
+    uint64_t *next = arena_take(arena, (size_t)kept, sizeof *next);
     for (int i = 0; i < kept; i++) {
         const ChemAtom *a = &m->atoms[i];
         uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->aromatic << 16;
@@ -4651,11 +4277,8 @@ static Format format_by_name(const char *name) {
     static const struct { const char *name; Format format; } known[] = {
         {"sdf", FORMAT_SDF}, {"sd", FORMAT_SDF}, {"mol", FORMAT_SDF}, {"mdl", FORMAT_SDF},
         {"smi", FORMAT_SMI}, {"smiles", FORMAT_SMI}, {"csv", FORMAT_CSV}, {"tsv", FORMAT_TSV}};
-    for (int k = 0; k < 8; k++) {
-        const char *a = name, *b = known[k].name;
-        while (*a && tolower((unsigned char)*a) == *b) a++, b++;
-        if (!*a && !*b) return known[k].format;
-    }
+    for (int k = 0; k < 8; k++)
+        if (word_is((Span){name, (int)strlen(name)}, known[k].name)) return known[k].format;
     return FORMAT_NONE;
 }
 
@@ -4841,7 +4464,7 @@ static int parse_label(Span s, float *label) {
 
 // The next field of a row from *p, quotes undone (in `arena` memory); advances *p behind it. 0 if
 // there is none.
-static int csv_field(PrepArena *arena, const char **p, const char *end, char separator,
+static int csv_field(Arena *arena, const char **p, const char *end, char separator,
                      Span *field) {
     const char *q = *p;
     if (!q || q > end) return 0;
@@ -4851,7 +4474,7 @@ static int csv_field(PrepArena *arena, const char **p, const char *end, char sep
         *p = stop ? stop + 1 : end + 1;
         return 1;
     }
-    char *copy = prep_take(arena, (size_t)(end - q) + 1, 1);
+    char *copy = arena_take(arena, (size_t)(end - q) + 1, 1);
     int n = 0, quoted = 1;
     for (q++; q < end; q++) {
         if (quoted && *q == '"' && q + 1 < end && q[1] == '"') {
@@ -4897,6 +4520,7 @@ typedef struct {
 typedef struct {
     ChemMol mol;
     Molecule molecule;
+    Molecule check;          // what a reader makes of the encoded record
     uint8_t *bytes;          // encoded records of the chunk
     size_t used, room;
 } Worker;
@@ -4905,6 +4529,7 @@ typedef struct {
 static void worker_free(Worker *w) {
     mol_free(&w->mol);
     molecule_free(&w->molecule);
+    molecule_free(&w->check);
     free(w->bytes);
 }
 
@@ -4924,8 +4549,9 @@ static int64_t count_lines(const char *p, const char *end) {
     return n;
 }
 
-// Encodes the molecule at the end of the worker's bytes.
-static void store_molecule(Worker *w, Outcome *o) {
+// Encodes the molecule at the end of the worker's bytes. One record that a reader refuses would
+// make the whole dataset useless, so the reader's own checks decide whether this one is kept.
+static int store_molecule(Worker *w, Outcome *o) {
     const Molecule *m = &w->molecule;
     size_t size = record_size(m->n_atoms, m->n_bonds, m->n_tasks, m->name_length, m->has_pos);
     if (w->room - w->used < size) {
@@ -4934,8 +4560,11 @@ static void store_molecule(Worker *w, Outcome *o) {
     }
     o->offset = w->used;
     o->size = record_encode(w->bytes + w->used, m);
+    const char *wrong = record_decode(&w->check, w->bytes + w->used, o->size, m->n_tasks);
+    if (wrong) return fault_at(&o->fault, 0, 0, "cannot be written", "%s", wrong);
     o->n_atoms = m->n_atoms;
     w->used += o->size;
+    return 0;
 }
 
 // Reads labels and, if a tag is asked for, the name from the data items of an SD record.
@@ -4966,12 +4595,11 @@ static void split_smiles(Span line, Span *smiles, Span *name) {
 static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
 
 // Reads the fields of a CSV row that matter.
-static int read_row(const Conversion *c, const Source *s, const Record *r, Worker *w, float *labels,
-                    Span *smiles, Span *name, Outcome *o) {
+static int read_row(const Source *s, const Record *r, Worker *w, float *labels, Span *smiles,
+                    Span *name, Outcome *o) {
     const char *p = r->text, *end = row_end(r);
     int column = 0, found = 0;
     Span field, rest;
-    (void)c;
     for (; csv_field(&w->mol.arena, &p, end, separator_of(s), &field); column++) {
         if (column >= s->n_columns) break;
         if (column == s->smiles_column) {
@@ -4997,7 +4625,7 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
     if (r->too_long)
         return fault_at(&o->fault, 1, 0, "record too long", "the record is longer than %d MiB",
                         RECORD_BYTES_MAX >> 20);
-    float *labels = prep_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
+    float *labels = arena_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
     for (int t = 0; t < c->n_tasks; t++) labels[t] = NAN;
     if (s->format == FORMAT_SDF) {
         if (read_mol_block(m, in, &title, &o->fault)) return -1;
@@ -5007,7 +4635,7 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
     } else {
         if (s->format == FORMAT_SMI) {
             split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &name);
-        } else if (read_row(c, s, r, w, labels, &smiles, &name, o)) {
+        } else if (read_row(s, r, w, labels, &smiles, &name, o)) {
             return -1;
         }
         if (read_smiles(m, smiles, &o->fault)) return -1;
@@ -5017,7 +4645,7 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
     }
     if (fill_molecule(m, &w->molecule, c->n_tasks, name, c->principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
-    store_molecule(w, o);
+    if (store_molecule(w, o)) return -1;
     if (c->want_keys) o->key = scaffold_key(m);
     return 0;
 }
@@ -5095,41 +4723,35 @@ static void find_tag_tasks(Conversion *c, const Record *records, int n) {
     free(words.task_names);
 }
 
-// Whether a column holds numbers (or nothing) in the first rows.
-static int is_number_column(const Source *s, PrepArena *arena, const Record *records, int n,
-                            int wanted) {
-    int numbers = 0;
+// --labels all, CSV: marks the columns that hold numbers (or nothing) in the first rows, and at
+// least one number.
+static void find_number_columns(const Source *s, const Record *rows, int n, uint8_t *numbers) {
+    enum { EMPTY, NUMBERS, WORDS };
+    Arena arena = {0};
     for (int k = 0; k < n && k < 1000; k++) {
-        const char *p = records[k].text, *end = row_end(&records[k]);
+        const char *p = rows[k].text, *end = row_end(&rows[k]);
         Span field;
         float label;
-        prep_reset(arena);
-        for (int column = 0; csv_field(arena, &p, end, separator_of(s), &field); column++) {
-            if (column != wanted) continue;
-            if (!parse_label(field, &label)) return 0;
-            numbers += !isnan(label);
+        arena_reset(&arena);
+        for (int column = 0; csv_field(&arena, &p, end, separator_of(s), &field); column++) {
+            if (column >= s->n_columns) break;
+            if (!parse_label(field, &label)) numbers[column] = WORDS;
+            else if (!isnan(label) && numbers[column] == EMPTY) numbers[column] = NUMBERS;
         }
     }
-    return numbers > 0;
-}
-
-// Whether two spans are the same word but for capitals.
-static int same_word(Span a, const char *b) {
-    if ((size_t)a.n != strlen(b)) return 0;
-    for (int k = 0; k < a.n; k++)
-        if (tolower((unsigned char)a.p[k]) != tolower((unsigned char)b[k])) return 0;
-    return 1;
+    for (int k = 0; k < s->n_columns; k++) numbers[k] = numbers[k] == NUMBERS;
+    arena_free(&arena);
 }
 
 // Reads the header of a CSV source: which column is the SMILES, the name, which task. `first`:
 // tasks of --labels all are still to be found, in the rows that follow.
 static void read_header(Conversion *c, Source *s, const Record *header, const Record *rows,
                         int n_rows, int first) {
-    PrepArena arena = {0}, row_arena = {0};
+    Arena arena = {0};
     const char *p = header->text, *end = row_end(header);
     Span names[4096];
     int n = 0;
-    prep_reset(&arena);
+    arena_reset(&arena);
     if (end - p >= 3 && memcmp(p, "\xEF\xBB\xBF", 3) == 0) p += 3;  // UTF-8 byte order mark
     while (n < 4096 && csv_field(&arena, &p, end, separator_of(s), &names[n])) {
         names[n] = trim(names[n]);
@@ -5139,7 +4761,7 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
     s->smiles_column = s->name_column = -1;
     s->task_of_column = xmalloc((size_t)n, sizeof *s->task_of_column);
     for (int k = 0; k < n; k++) {
-        if (s->smiles_column < 0 && same_word(names[k], c->smiles_name ? c->smiles_name : "smiles"))
+        if (s->smiles_column < 0 && word_is(names[k], c->smiles_name ? c->smiles_name : "smiles"))
             s->smiles_column = k;
         if (c->name_tag && span_is(names[k], c->name_tag)) s->name_column = k;
         s->task_of_column[k] = -1;
@@ -5148,18 +4770,17 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
           "--smiles", s->path, c->smiles_name ? c->smiles_name : "smiles");
     CHECK(!c->name_tag || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
           c->name_tag);
-    for (int k = 0; k < n && first; k++)
-        if (k != s->smiles_column && k != s->name_column &&
-            is_number_column(s, &row_arena, rows, n_rows, k))
-            add_task(c, names[k]);
+    uint8_t *numbers = arena_flags(&arena, n);
+    if (first) find_number_columns(s, rows, n_rows, numbers);
+    for (int k = 0; k < n; k++)
+        if (numbers[k] && k != s->smiles_column && k != s->name_column) add_task(c, names[k]);
     for (int t = 0; t < c->n_tasks; t++) {
         int found = 0;
         for (int k = 0; k < n; k++)
             if (span_is(names[k], c->task_names[t])) s->task_of_column[k] = t, found = 1;
         CHECK(found, "%s:1: expected a column \"%s\" (--labels)", s->path, c->task_names[t]);
     }
-    prep_free(&arena);
-    prep_free(&row_arena);
+    arena_free(&arena);
 }
 
 // ---- the summary
@@ -5276,7 +4897,7 @@ static void split_by_order(uint8_t *part, size_t n, const uint32_t *order, const
     }
 }
 
-typedef struct { ScaffoldKey key; size_t first, size; } ScaffoldGroup;
+typedef struct { size_t first, start, size; } ScaffoldGroup;  // of the sorted entries
 typedef struct { ScaffoldKey key; size_t molecule; } ScaffoldEntry;
 
 // By scaffold, then by position.
@@ -5300,15 +4921,13 @@ static void split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
                               const double *fraction, int n_parts) {
     ScaffoldEntry *entries = xmalloc(n, sizeof *entries);
     ScaffoldGroup *groups = xmalloc(n, sizeof *groups);
-    size_t n_groups = 0, *start = xmalloc(n, sizeof *start), filled[PARTS_MAX] = {0};
+    size_t n_groups = 0, filled[PARTS_MAX] = {0};
     for (size_t i = 0; i < n; i++) entries[i] = (ScaffoldEntry){key[i], i};
     qsort(entries, n, sizeof *entries, compare_scaffold_entries);
     for (size_t i = 0; i < n; i++) {
         ScaffoldEntry *e = &entries[i];
-        if (i == 0 || e->key.a != e[-1].key.a || e->key.b != e[-1].key.b) {
-            groups[n_groups++] = (ScaffoldGroup){e->key, e->molecule, 0};
-            start[e->molecule] = i;
-        }
+        if (i == 0 || e->key.a != e[-1].key.a || e->key.b != e[-1].key.b)
+            groups[n_groups++] = (ScaffoldGroup){e->molecule, i, 0};
         groups[n_groups - 1].size++;
     }
     qsort(groups, n_groups, sizeof *groups, compare_scaffold_groups);
@@ -5323,11 +4942,10 @@ static void split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
         }
         filled[p] += groups[g].size;
         for (size_t k = 0; k < groups[g].size; k++)
-            part[entries[start[groups[g].first] + k].molecule] = (uint8_t)p;
+            part[entries[groups[g].start + k].molecule] = (uint8_t)p;
     }
     free(entries);
     free(groups);
-    free(start);
 }
 
 // Path of one part: {} in the pattern becomes its name; else "train" in the file name does, or
@@ -5441,12 +5059,10 @@ static void dump_dataset(const char *path, const char *range) {
     long long from = 0, to = LLONG_MAX;
     if (range) {
         char *end;
-        const char *colon = strchr(range, ':');
-        CHECK(colon, "--range: expected A:B, found \"%s\"", range);
-        if (colon > range) from = strtoll(range, &end, 10), colon = end == colon ? colon : NULL;
-        CHECK(colon && from >= 0, "--range: expected A:B, found \"%s\"", range);
-        if (colon[1]) {
-            to = strtoll(colon + 1, &end, 10);
+        from = strtoll(range, &end, 10);
+        CHECK(*end == ':' && from >= 0, "--range: expected A:B, found \"%s\"", range);
+        if (end[1]) {
+            to = strtoll(end + 1, &end, 10);
             CHECK(*end == 0 && to >= from, "--range: expected A:B with A <= B, found \"%s\"",
                   range);
         }
@@ -5539,11 +5155,10 @@ static void output_finish(Output *out, const PrepOptions *opt, const Conversion 
     free(part);
 }
 
-// Label t of an encoded record.
-static float record_label(const uint8_t *record, int t) {
-    int has_pos = (int)get_u16(record + 8);
-    size_t before = record_size((int)get_u16(record + 4), (int)get_u16(record + 6), t, 0, has_pos);
-    return get_f32(record + before);
+// Label t of n_tasks of an encoded record, in which labels and name come last.
+static float record_label(const uint8_t *record, size_t size, int n_tasks, int t) {
+    size_t name_length = get_u16(record + 10);
+    return get_f32(record + size - name_length - 4 * (size_t)(n_tasks - t));
 }
 
 // Counts the outcomes of a chunk and writes what was kept.
@@ -5558,7 +5173,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->n_atoms += o->n_atoms;
             sum->bad_labels += o->bad_labels;
             for (int t = 0; t < c->n_tasks; t++)
-                sum->labelled[t] |= !isnan(record_label(record, t));
+                sum->labelled[t] |= !isnan(record_label(record, o->size, c->n_tasks, t));
             if (out->n_parts > 1)
                 pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
