@@ -4560,7 +4560,7 @@ static int store_molecule(Worker *w, Outcome *o) {
     }
     o->offset = w->used;
     o->size = record_encode(w->bytes + w->used, m);
-    const char *wrong = record_decode(&w->check, w->bytes + w->used, o->size, m->n_tasks);
+    const char *wrong = record_content(&w->check, w->bytes + w->used, o->size, m->n_tasks);
     if (wrong) return fault_at(&o->fault, 0, 0, "cannot be written", "%s", wrong);
     o->n_atoms = m->n_atoms;
     w->used += o->size;

@@ -1538,8 +1538,8 @@ static void test_checkpoint(void) {
     model_load(&again, again.params, &f, "");
     test_check(memcmp(model.params, again.params, model.count * sizeof(float)) == 0,
                "names behind module.");
-    static const uint8_t half[] = {0x00, 0xC1, 0x01, 0x00, 0x00, 0x7C};  // -2.5, 2^-24, infinity
-    static const uint8_t brain[] = {0x20, 0xC0}, wide[] = {0, 0, 0, 0, 0, 0, 4, 0xC0};  // -2.5
+    static const uint8_t half[16] = {0x00, 0xC1, 0x01, 0x00, 0x00, 0x7C};  // -2.5, 2^-24, infinity
+    static const uint8_t brain[16] = {0x20, 0xC0}, wide[16] = {0, 0, 0, 0, 0, 0, 4, 0xC0};  // -2.5
     const TensorEntry f16 = {.dtype = "F16", .data = half}, f64 = {.dtype = "F64", .data = wide};
     const TensorEntry bf16 = {.dtype = "BF16", .data = brain};
     test_check(tensor_value(&f16, 0) == -2.5f && tensor_value(&f16, 1) == 0x1p-24f &&
