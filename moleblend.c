@@ -5,7 +5,7 @@
 //   path distance, bond path, 3D distance -, the blended matrix is the encoder's attention bias,
 //   and four heads must recover all of them. "(paper 3.1)" refers to that text, names such as
 //   `molecule_attn_bias` to modules of its official PyTorch release, whose numbers this file
-//   reproduces (see test.c). dev/torch_moleblend.py is the same model in PyTorch, to read beside it.
+//   reproduces (see test.c). dev/torch_moleblend.py is the same in PyTorch, to read beside it.
 //
 //   build:  cc -std=c11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math
 //              -fopenmp moleblend.c -o moleblend -lm
@@ -62,9 +62,9 @@
 //   - means and widths of the Gaussians start spread over 0 to 3 (release: an initialisation meant
 //     for other tensors makes all of them alike).
 //
-// PORTING. Replace section 10 (the kernels), nothing above it. What must agree: the golden files, by
-// ./test --golden FILE; datasets and checkpoints, byte order included. What may differ: rounding,
-// so losses drift apart after some ten steps; random draws may not, they are integer arithmetic.
+// PORTING. Replace section 10 (the kernels), nothing above it. What must agree: the golden files
+// (./test --golden FILE), datasets and checkpoints byte for byte. What may differ: rounding, so
+// losses drift apart after some ten steps; not the random draws, which are integer arithmetic.
 
 #ifndef MB_PROGRAM
 #define MB_PROGRAM "moleblend"
@@ -333,8 +333,8 @@ static int edge_class(int code) {
     return 6 * type + 2 * stereo + conjugated;
 }
 
-// What the heads must say of molecule b. Ethanol, pair (0, 2): SPD class 1 (two bonds), edge classes
-// 0 and 0 (single bonds) and three empty slots, direction pos_2 - pos_0.
+// What the heads must say of molecule b. Ethanol, pair (0, 2): SPD class 1 (two bonds), edge
+// classes 0 and 0 (single bonds) and three empty slots, direction pos_2 - pos_0.
 static void batch_targets(Batch *batch, size_t b) {
     View v = batch_view(batch, b);
     size_t N = (size_t)v.N;
@@ -360,10 +360,12 @@ static void batch_count(Batch *batch) {
     double *count = batch->count;
     batch->Q = 0;
     for (int k = 0; k < LOSSES; k++) count[k] = 0;
-    for (size_t p = 0; p < batch->P; p++)
+    for (size_t p = 0; p < batch->P; p++) {
         batch->pair_row[p] = batch->pair_use[p] & USE_3D ? (int)batch->Q++ : -1;
-    for (size_t p = 0; p < batch->P; p++) count[LOSS_SPD] += batch->spd_target[p] >= 0;
-    for (size_t k = 0; k < batch->P * PATH_BONDS; k++) count[LOSS_EDGE] += batch->edge_target[k] >= 0;
+        count[LOSS_SPD] += batch->spd_target[p] >= 0;
+        for (int t = 0; t < PATH_BONDS; t++)
+            count[LOSS_EDGE] += batch->edge_target[p * PATH_BONDS + (size_t)t] >= 0;
+    }
     for (size_t b = 0; b < batch->B; b++) {
         View v = batch_view(batch, b);
         count[LOSS_3D] += batch->d3_pairs[b] > 0;
@@ -804,9 +806,9 @@ typedef struct {
 } Step;
 
 // ---- edge paths (paper 3.1): b_edge(i, j) = sum over slots t of path_bias[t][code_t], divided by
-//      the number of bonds, at most 5. path_bias[t][code] = e_code^T W_t, e_code = mean over the bond
-//      features f of bond_table[3 + 512 f + value_f]: a table of the few different vectors that a
-//      slot can contribute instead of a product for every pair (edge_encoder, edge_dis_encoder).
+//      the number of bonds, at most 5. path_bias[t][code] = e_code^T W_t, e_code = mean over the
+//      bond features f of bond_table[3 + 512 f + value_f]: a table of the few vectors that a slot
+//      can contribute, instead of a product for every pair (edge_encoder, edge_dis_encoder).
 
 // Rows of bond_table of a bond code.
 static void bond_rows(size_t row[BOND_FEATURES], int code) {
@@ -856,8 +858,8 @@ static void path_bias_backward(Step *s) {
 }
 
 // ---- Gaussians (molecule_3d_bias.gbf): g_k(i, j) = exp(-0.5 z^2) / (sqrt(2 pi) s_k),
-//      z = (x - mean_k) / s_k, s = |std| + 0.01, x = (mul[u] + mul[v]) * distance + bias[u] + bias[v]
-//      with rows u and v by the elements of i and j
+//      z = (x - mean_k) / s_k, s = |std| + 0.01,
+//      x = (mul[u] + mul[v]) * distance + bias[u] + bias[v], rows u and v by the elements of i, j
 
 #define GAUSS_PI 3.14159f      // the release's truncated pi
 #define GAUSS_STD_MIN 1e-2f
@@ -1113,23 +1115,24 @@ static void bias_backward(Step *s) {
     for (int h = 0; h < s->model.config.heads; h++) bias_backward_head(s, h);
 }
 
-// ---- tokens (paper 3.1): x = LayerNorm(sum of embedding rows). An atom's rows are those of its nine
-//      features and, if it shows its 2D structure, of its degree (twice); an atom that shows its 3D
-//      structure adds 0.01 * structure3d; the graph token has one row of its own
+// ---- tokens (paper 3.1): x = LayerNorm(sum of embedding rows). An atom's rows are those of its
+//      nine features and, if it shows its 2D structure, of its degree (twice); an atom that shows
+//      its 3D structure adds 0.01 * structure3d; the graph token has one row of its own
 
 #define STRUCTURE_SCALE 0.01f
 
 enum { TOKEN_ROWS = ATOM_FEATURES + 2 };
 
-// Offsets in the arena, of parameters or gradients, of the rows that token t sums; returns how many.
+// Offsets in an arena, of parameters or gradients, of the rows that token t sums, and how many.
 static int token_rows(size_t at[TOKEN_ROWS], const Model *m, const Batch *batch, size_t t) {
     View v = batch_view(batch, (size_t)batch->molecule[t]);
     size_t C = (size_t)m->config.dim, i = t - v.b - 1;
+    const uint8_t *feature = batch->atom_feat + i * ATOM_FEATURES;
     int n = 0;
     if (t == v.token) at[n++] = (size_t)(m->p.graph_token - m->params);
     for (size_t k = 0; t > v.token && k < ATOM_FEATURES; k++)
         at[n++] = (size_t)(m->p.atom_table - m->params) +
-                  (ATOM_ROW_OFFSET + FEATURE_ROWS * k + batch->atom_feat[i * ATOM_FEATURES + k]) * C;
+                  (ATOM_ROW_OFFSET + FEATURE_ROWS * k + feature[k]) * C;
     if (t > v.token && batch->atom_use[i] & USE_SPD) {
         at[n++] = (size_t)(m->p.in_degree - m->params) + (batch->degree[i] + 1u) * C;
         at[n++] = (size_t)(m->p.out_degree - m->params) + (batch->degree[i] + 1u) * C;
@@ -1149,20 +1152,21 @@ static void embedding_forward(Step *s) {
     size_t C = (size_t)m->config.dim;
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < s->batch.T; t++) {
-        size_t at[TOKEN_ROWS], atom = t - (size_t)s->batch.molecule[t] - 1;
+        size_t at[TOKEN_ROWS];
+        const float *structure = a->structure3d + (t - (size_t)s->batch.molecule[t] - 1) * C;
         int rows = token_rows(at, m, &s->batch, t);
         float *token = a->branch + t * C, scale = token_scale3d(&s->batch, t);
         memset(token, 0, sizeof(float) * C);
         for (int r = 0; r < rows; r++)
             for (size_t c = 0; c < C; c++) token[c] += m->params[at[r] + c];
-        for (size_t c = 0; scale > 0 && c < C; c++) token[c] += scale * a->structure3d[atom * C + c];
+        for (size_t c = 0; scale > 0 && c < C; c++) token[c] += scale * structure[c];
     }
     norm_forward(a->x, a->embed_hat, a->embed_rstd, a->branch, NULL, NULL, m->p.embed_norm_w,
                  m->p.embed_norm_b, &s->batch, 1, (int)C, NORM_EPS);
 }
 
-// From dx (T, C) to the embedding tables and dstructure3d (A, C). Threads share out the channels, so
-// each table row is summed in the order of the atoms.
+// From dx (T, C) to the embedding tables and dstructure3d (A, C). Threads share out the channels,
+// so each table row is summed in the order of the atoms.
 static void embedding_backward(Step *s, float *dstructure3d) {
     enum { STRIP = 64 };
     Model *m = &s->model;
@@ -1248,8 +1252,8 @@ static void attention_prob_forward(float *prob, float *dropped, const Step *s, c
     }
 }
 
-// dscore (n, W), holding the gradient of dropped, becomes that of the scores, and is added to dbias;
-// dropped (n, W) is made again. scratch: n * W.
+// dscore (n, W), holding the gradient of dropped, becomes that of the scores, and is added to
+// dbias; dropped (n, W) is made again. scratch: n * W.
 static void attention_prob_backward(float *dscore, float *dropped, Step *s, const float *prob,
                                     const HeadTask *task, float *scratch) {
     int n = task->n, W = task->W;
@@ -1276,9 +1280,9 @@ static void attention_qk_backward(const HeadTask *task, const float *dscore, flo
     float scale = 1.0f / sqrtf((float)task->D);
     copy_padded(q, width, task->q, task->stride, n, task->D);
     copy_padded(k, width, task->k, task->stride, n, task->D);
-    for (int side = 0; side < 2; side++) {  // forward: score = q k^T scale
-        if (side == 0) small_product(out, width, dscore, W, 1, k, width, n, width, n);  // dscore k
-        else small_product(out, width, dscore, 1, W, q, width, n, width, n);            // dscore^T q
+    for (int side = 0; side < 2; side++) {  // forward: score = q k^T; dscore k and dscore^T q
+        if (side == 0) small_product(out, width, dscore, W, 1, k, width, n, width, n);
+        else small_product(out, width, dscore, 1, W, q, width, n, width, n);
         for (int i = 0; i < n; i++)
             for (int d = 0; d < task->D; d++)
                 (side ? task->k : task->q)[(size_t)i * task->stride + d] =
@@ -1309,8 +1313,8 @@ static void attention_forward(Step *s, int l) {
     }
 }
 
-// From dcontext, in the place of context, to dqkv, in the place of qkv: a task is the only reader of
-// the slices that it writes. dbias is added to.
+// From dcontext, in the place of context, to dqkv, in the place of qkv: a task is the only reader
+// of the slices that it writes. dbias is added to.
 static void attention_backward(Step *s, int l) {
     Acts *a = &s->acts;
     int C = s->model.config.dim, H = s->model.config.heads;
@@ -1479,8 +1483,8 @@ static void pair_maps_forward(Step *s) {
     const Tensors *p = &s->model.p;
     Acts *a = &s->acts;
     int width = PAIR_MAPS * PAIR_WIDTH, T = (int)s->batch.T;
-    linear_forward(&a->work, a->pair_pre, a->out, p->spd_row_w, p->spd_row_b, T, s->model.config.dim,
-                   width);
+    linear_forward(&a->work, a->pair_pre, a->out, p->spd_row_w, p->spd_row_b, T,
+                   s->model.config.dim, width);
     gelu_forward(a->pair_hat, a->pair_pre, (size_t)T * width);
     norm_forward(a->pair_map, a->pair_hat, a->pair_rstd, a->pair_hat, NULL, NULL, p->spd_row_norm_w,
                  p->spd_row_norm_b, &s->batch, PAIR_MAPS, PAIR_WIDTH, PAIR_NORM_EPS);
@@ -1516,7 +1520,7 @@ enum { PAIR_GROUP = 128 };  // tokens whose rows of pairs a relation head works 
 
 typedef struct {
     int loss;                // LOSS_SPD, LOSS_EDGE or LOSS_3D
-    int outputs, slots;      // of a pair; softmaxes over outputs / slots classes each, 0: a direction
+    int outputs, slots;      // of a pair; a softmax a slot, 0: the output is a direction
     int map;                 // r is pair map `map`, c the next one
     const int8_t *target;    // (P, slots) classes
     const float *weight;     // (outputs, R * R)
@@ -1628,7 +1632,8 @@ static double pair_head(Step *s, const PairHead *head) {
     if (!head->dweight) return loss;
 #pragma omp parallel for schedule(static)
     for (int k = 0; k < head->outputs; k++)
-        for (int ab = 0; ab < RR; ab++) head->dweight[k * RR + ab] = a->dpair_weight[ab * width + k];
+        for (int ab = 0; ab < RR; ab++)
+            head->dweight[k * RR + ab] = a->dpair_weight[ab * width + k];
     float sums[EDGE_OUTPUTS + 64];  // the largest width
     column_sums(sums, a->pair_dbias, width, (int)s->batch.A, width);
     memcpy(head->dbias, sums, sizeof(float) * (size_t)head->outputs);
@@ -1669,8 +1674,8 @@ static void denoise_forward(Step *s) {
     const Batch *batch = &s->batch;
     Acts *a = &s->acts;
     int C = s->model.config.dim, H = s->model.config.heads;
-    linear_forward(&a->work, a->denoise_qkv, a->out, p->denoise_q_w, p->denoise_q_b, (int)batch->T, C,
-                   3 * C);
+    linear_forward(&a->work, a->denoise_qkv, a->out, p->denoise_q_w, p->denoise_q_b,
+                   (int)batch->T, C, 3 * C);
 #pragma omp parallel for schedule(dynamic)
     for (size_t b = 0; b < batch->B; b++) {
         View v = batch_view(batch, b);
@@ -1711,8 +1716,8 @@ static double denoise_loss(Step *s) {
     return loss;
 }
 
-// One molecule: from denoise_dout to dbias, denoise_dforce (T, 3, H), and dq and dk in the places of
-// q and k.
+// One molecule: from denoise_dout to dbias, denoise_dforce (T, 3, H), and dq and dk in the places
+// of q and k.
 static void denoise_backward_molecule(Step *s, size_t b) {
     Acts *a = &s->acts;
     View v = batch_view(&s->batch, b);
@@ -1730,7 +1735,8 @@ static void denoise_backward_molecule(Step *s, size_t b) {
         for (int axis = 0; axis < 3; axis++)  // forward: out = sum of dropped * direction * force
             for (int i = 0; i < N; i++, direction += N)
                 for (int j = 0; j < N; j++)
-                    dscore[(size_t)i * W + j] += dout[3 * i + axis] * force[axis * N + j] * direction[j];
+                    dscore[(size_t)i * W + j] +=
+                        dout[3 * i + axis] * force[axis * N + j] * direction[j];
         attention_prob_backward(dscore, dropped, s, a->denoise_prob + task.prob, &task, scratch);
         direction = s->batch.direction + 3 * v.pair;
         for (int axis = 0; axis < 3; axis++)
@@ -1780,8 +1786,8 @@ static void denoise_backward(Step *s) {
     for (int h = 0; h < s->model.config.heads; h++) denoise_force_backward(s, h);
     column_sums(g->denoise_axis1_b, a->denoise_dout, 3, (int)s->batch.A, 3);
     const float *dqkv = a->denoise_qkv;  // in its place
-    linear_backward(&a->work, a->dx, 1, g->denoise_q_w, g->denoise_q_b, dqkv, a->out, p->denoise_q_w,
-                    (int)s->batch.T, C, 3 * C);
+    linear_backward(&a->work, a->dx, 1, g->denoise_q_w, g->denoise_q_b, dqkv, a->out,
+                    p->denoise_q_w, (int)s->batch.T, C, 3 * C);
 }
 
 // ---- all four heads
@@ -1875,7 +1881,8 @@ static double adamw_step(Model *model, const Adam *adam, int64_t t) {
 static double learning_rate(double peak, int64_t step, int64_t warmup, int64_t steps, double hold) {
     if (step < warmup) return peak * (double)(step + 1) / (double)warmup;
     double done = (double)(step - warmup) / (double)(steps > warmup ? steps - warmup : 1);
-    return done <= hold ? peak : 0.5 * peak * (1 + cos(3.141592653589793 * (done - hold) / (1 - hold)));
+    double x = done > hold ? (done - hold) / (1 - hold) : 0;
+    return 0.5 * peak * (1 + cos(3.141592653589793 * x));
 }
 
 typedef enum { READ_CLS, READ_MEAN, READ_SUM } Readout;
@@ -1965,7 +1972,8 @@ static void task_head_backward(Step *s, const float *dlogits, Readout readout) {
     linear_backward(&a->work, dhidden, 0, g->head2_w, g->head2_b, a->dhead_out, a->head_hidden,
                     p->head2_w, T, C, Y);
     gelu_backward(dhidden, a->head_pre, (size_t)T * C);
-    linear_backward(&a->work, a->dx, 0, g->head1_w, g->head1_b, dhidden, a->out, p->head1_w, T, C, C);
+    linear_backward(&a->work, a->dx, 0, g->head1_w, g->head1_b, dhidden, a->out, p->head1_w, T, C,
+                    C);
     memset(a->dbias, 0, sizeof(float) * s->batch.W * (size_t)s->model.config.heads);
 }
 
@@ -1996,7 +2004,7 @@ static double task_loss(float *dlogits, const float *logits, const Batch *batch,
 }
 
 // =================================================================================================
-// 10 Fast arithmetic. What a porter replaces; every function is tested against its plain definition.
+// 10 Fast arithmetic. What a porter replaces; each function is tested against its plain definition.
 // =================================================================================================
 
 // ---- vectors: elementary functions that compilers vectorise (no table, no branch, no call)
@@ -2218,9 +2226,9 @@ static double gradient_norm(const Model *model) {
     return sqrt(sum);
 }
 
-// ---- the matrix product. gemm() is nearly all of the arithmetic of a training step; it follows Goto and
-//   van de Geijn (2008). Both operands are copied ("packed") into the order in which the kernel
-//   reads them, which also absorbs transposition and pads the edges, so there is one kernel:
+// ---- the matrix product. gemm() is nearly all of the arithmetic of a training step; it follows
+//   Goto and van de Geijn (2008). Both operands are copied ("packed") into the order in which the
+//   kernel reads them, which also absorbs transposition and pads the edges, so there is one kernel:
 //
 //              NR                    tile (MR, NR) of C stays in registers while the kernel
 //            +----+                  walks down k: one row of the B panel (NV vectors) times
@@ -2787,8 +2795,8 @@ static void model_write(const char *path, const Model *model, const char *meta, 
     free(out);
 }
 
-// The tensor with this official name, behind `prefix` and with or without what stands in front of it
-// in a state dict: a training framework's wrapper, modules. NULL if there is none.
+// The tensor with this official name, behind `prefix` and with or without what stands in front of
+// it in a state dict: a training framework's wrapper, modules. NULL if there is none.
 static const TensorEntry *tensor_find_official(const TensorFile *f, const char *prefix,
                                                const char *official) {
     static const char *const wrappers[] = {"", "model.", "module."};
@@ -2903,7 +2911,8 @@ enum { DEFAULT_BATCH = 64, PRETRAIN_BATCH = 12 };
 // What the command line sets; the initial values are the defaults. Those of size, batch, task,
 // readout and modality depend on files.
 typedef struct {
-    const char *size, *output, *valid, *test, *init, *model, *task, *readout, *modality, *loss_units;
+    const char *size, *output, *valid, *test, *init, *model, *task, *readout, *modality;
+    const char *loss_units;
     int64_t layers, dim, ffn, heads, kernels;  // 0: from `size`
     int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds;
     int resume, help;
@@ -2915,7 +2924,7 @@ typedef struct {
 } Options;
 
 static Options opt = {
-    .steps = 2600,
+    .steps = 2300,
     .warmup = -1,
     .seed = 1,
     .save_every = 500,
@@ -2926,7 +2935,7 @@ static Options opt = {
     .weights = {{0, 6, 0.1, 0.1, 0.5}},
     .drop = {0.1, 0.1, 0.1, 0},
     .adam = {3e-4, 0.9, 0.999, 1e-8, 0, 5},
-    .hold = 0.7,
+    .hold = 0.8,
 };
 
 static const char *const READOUT_NAMES[] = {"cls", "mean", "sum"};
@@ -2950,8 +2959,8 @@ static int modality_use(const char *name) {
     return MODALITY_USE[name_index("--modality", name, MODALITY_NAMES, 3)];
 }
 
-// The sizes of a model to train: a named one (base: the paper's) and what the options replace in it;
-// with --init those of the checkpoint, which the options may only repeat.
+// The sizes of a model to train: a named one (base: the paper's) and what the options replace in
+// it; with --init those of the checkpoint, which the options may only repeat.
 static Config start_config(void) {
     static const char *const names[] = {"tiny", "small", "base"};
     static const Config configs[] = {{2, 64, 64, 4, 16, 0}, {6, 256, 256, 8, 64, 0},
@@ -2970,8 +2979,9 @@ static Config start_config(void) {
         if (asked[n]) *number[n] = (int)asked[n];
     c.tasks = file.tasks = 0;
     CHECK(!opt.init || memcmp(&c, &file, sizeof c) == 0,
-          "%s: has --layers %d --dim %d --ffn %d --heads %d --kernels %d; leave out the size options "
-          "that say otherwise", opt.init, file.layers, file.dim, file.ffn, file.heads, file.kernels);
+          "%s: has --layers %d --dim %d --ffn %d --heads %d --kernels %d; leave out the size "
+          "options that say otherwise", opt.init, file.layers, file.dim, file.ffn, file.heads,
+          file.kernels);
     return c;
 }
 
@@ -3008,8 +3018,8 @@ static void run_reserve(Run *run, const Dataset *data, const uint32_t *ids, size
     batch_alloc(&run->s.batch, need, run->s.model.config.tasks > 0 ? data->n_tasks : 0);
 }
 
-// The molecules of update `step`: sample step * batch + k is entry (sample mod n) of the permutation
-// of its epoch, so batches run across the ends of epochs and any step can be entered at once.
+// The molecules of update `step`: sample step * batch + k is entry (sample mod n) of the
+// permutation of its epoch, so batches run across the ends of epochs and any step can be entered.
 static void run_ids(Run *run, int64_t step) {
     int64_t n = (int64_t)run->train.count;
     for (int64_t k = 0; k < opt.batch; k++) {
@@ -3122,8 +3132,8 @@ static void check_finite(const Model *model, double value, int64_t step) {
         const TensorInfo *t = &model->info[i];
         for (size_t k = t->offset; k < t->offset + t->count; k++)
             CHECK(isfinite(model->grads[k]) && isfinite(model->params[k]),
-                  "step %lld: the loss is no longer a number; first bad tensor: %s. Try a lower --lr",
-                  (long long)step, tensor_name(t, name));
+                  "step %lld: the loss is no longer a number; first bad tensor: %s. Try a lower "
+                  "--lr", (long long)step, tensor_name(t, name));
     }
     DIE("step %lld: the loss is no longer a number. Try a lower --lr", (long long)step);
 }
@@ -3189,8 +3199,8 @@ static void log_write(const Run *run) {
     free(t.text);
 }
 
-// Writes the checkpoint; of pretraining first the state for --resume, which is complete in itself, so
-// that a run killed between two renames resumes from it, and last the log.
+// Writes the checkpoint; of pretraining first the state for --resume, which is complete in itself,
+// so that a run killed between two renames resumes from it, and last the log.
 static void run_save(const Run *run) {
     char *meta = run_meta(run);
     if (!run->finetuning)
@@ -3238,8 +3248,9 @@ static int run_load(Run *run) {
 static void check_positions(const Dataset *data, int use) {
     size_t without = 0;
     for (size_t i = 0; i < data->count && use & USE_3D; i++) without += !dataset_has_pos(data, i);
-    CHECK(without == 0 || use & USE_SPD, "%s: --modality 3d: %zu of %zu molecules have no positions",
-          data->path, without, data->count);
+    CHECK(without == 0 || use & USE_SPD,
+          "%s: --modality 3d: %zu of %zu molecules have no positions", data->path, without,
+          data->count);
     if (without)
         fprintf(stderr, "note    %s: %zu of %zu molecules have no positions and take part with 2D "
                 "only\n", data->path, without, data->count);
@@ -3363,8 +3374,8 @@ static double selection_metric(Run *run, const Dataset *data) {
     double sum = 0, metric[METRICS];
     for (size_t y = 0; y < Y; y++) {
         task_metrics(metric, task->kind, out, labels, data->count, Y, y);
-        double now = task->kind == TASK_CLASSIFICATION ? metric[METRIC_AUC]
-                                                       : -metric[METRIC_RMSE] / (double)task->std[y];
+        double now = metric[METRIC_AUC];
+        if (task->kind == TASK_REGRESSION) now = -metric[METRIC_RMSE] / (double)task->std[y];
         defined += !isnan(now);
         sum += isnan(now) ? 0 : now;
     }
@@ -3460,7 +3471,8 @@ static void pretrain_open(Run *run, const char *train_path) {
         thread_count() > 1 ? "s" : "", MB_OPENMP ? "" : " (built without OpenMP)");
     if (resumed) fprintf(stderr, "resumed after step %lld\n", (long long)run->done);
     if (opt.resume && !resumed)
-        fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n", run->state_path);
+        fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
+                run->state_path);
 }
 
 // The result: each loss at the start and the end, on the validation set, and by chance.
@@ -3643,7 +3655,8 @@ static void command_finetune(const char *train_path) {
         finetune_report(mean, chance, &run);
         printf("seed %lld: best epoch %lld, valid %.4f%s; %s", (long long)(opt.seed + k),
                (long long)run.best_epoch, shown_metric(&run, run.best_metric),
-               run.task.kind == TASK_REGRESSION && run.train.n_tasks > 1 ? " deviations" : "", part);
+               run.task.kind == TASK_REGRESSION && run.train.n_tasks > 1 ? " deviations" : "",
+               part);
         print_metrics(mean);
         for (int m = 0; m < METRICS; m++) {
             sum[m] += mean[m];
@@ -3679,8 +3692,8 @@ static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *
     for (size_t y = 0; y < Y; y++) {
         char *end;
         out[y] = strtof(text, &end);
-        CHECK(end != text && isfinite(out[y]), "%s: metadata %s: expected %zu numbers", f->path, key,
-              Y);
+        CHECK(end != text && isfinite(out[y]), "%s: metadata %s: expected %zu numbers", f->path,
+              key, Y);
         text = end;
     }
 }
@@ -3820,25 +3833,21 @@ static void show_matrix(const Batch *batch, const char *title, int use) {
 
 // The pairs (0, j): how the bias of each is made, and what the heads must say of it.
 static void show_pairs(const Batch *batch) {
-    const float *pos = batch->pos;
-    printf("\npair    bias of head h                              targets: SPD, edge, 3D direction\n");
+    printf("\npair    %-44sSPD  edge classes     direction\n", "bias of head h");
     for (int j = 0; j < batch->n_atoms[0]; j++) {
         const uint8_t *path = batch->path + j * PATH_BONDS;
-        char how[64] = "", target[64] = "";
-        int bonds = max_int(1, min_int(batch->spd[j], PATH_BONDS)), n = 0;
-        for (int t = 0; t < PATH_BONDS && path[t] != PATH_NONE; t++)
-            n += snprintf(how + n, sizeof how - (size_t)n, "%spath_bias[%d][%d]", t ? " + " : "(", t,
-                          path[t]);
-        if (batch->pair_use[j] == USE_EDGE && n < 48) snprintf(how + n, 16, n ? ") / %d" : "0", bonds);
-        if (batch->pair_use[j] == USE_SPD) snprintf(how, 64, "spd_table[%d]", batch->spd[j] + 1);
-        if (batch->pair_use[j] == USE_3D) snprintf(how, 64, "bias3d_out[%d]", batch->pair_row[j]);
-        n = snprintf(target, sizeof target, "%d |", batch->spd_target[j]);
-        for (int t = 0; t < PATH_BONDS; t++)
-            n += snprintf(target + n, sizeof target - (size_t)n, " %d",
-                          batch->edge_target[j * PATH_BONDS + t]);
-        printf("0 %-5d %-44s%-18s |", j, how, target);
+        char how[96] = "0";
+        int use = batch->pair_use[j], bonds = max_int(1, min_int(batch->spd[j], PATH_BONDS));
+        for (int t = 0, n = 0; use == USE_EDGE && t < PATH_BONDS && path[t] != PATH_NONE; t++) {
+            n += snprintf(how + n, 20, "%spath_bias[%d][%d]", t ? " + " : "(", t, path[t]);
+            snprintf(how + n, 8, ") / %d", bonds);
+        }
+        if (use == USE_SPD) snprintf(how, 64, "spd_table[%d]", batch->spd[j] + 1);
+        if (use == USE_3D) snprintf(how, 64, "bias3d_out[%d]", batch->pair_row[j]);
+        printf("0 %-5d %-44s%3d ", j, how, batch->spd_target[j]);
+        for (int t = 0; t < PATH_BONDS; t++) printf(" %2d", batch->edge_target[j * PATH_BONDS + t]);
         for (int k = 0; k < 3 && batch->has_pos[0]; k++)
-            printf(" %.2f", (double)(pos[3 * j + k] - pos[k]));
+            printf(" %5.2f", (double)(batch->pos[3 * j + k] - batch->pos[k]));
         printf("\n");
     }
 }
@@ -3940,7 +3949,8 @@ static const Option OPTIONS[] = {
     HEADING("Task", FINETUNE | EMBED),
     TEXT("--task", task, "NAME", "classification or regression (default: by the labels)", FINETUNE),
     TEXT("--loss-units", loss_units, "NAME",
-         "of regression: deviations (every task counts alike) or labels (as the release)", FINETUNE),
+         "of regression: deviations (every task counts alike) or labels (as the release)",
+         FINETUNE),
     TEXT("--readout", readout, "NAME", "mean, sum or cls (default mean; embed: as fine-tuned)",
          FINETUNE | EMBED),
     TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",

@@ -1146,8 +1146,8 @@ static inline void dataset_same_tasks(const Dataset *a, const Dataset *b) {
 }
 
 // =================================================================================================
-// 10 Tensor files (.safetensors): u64 length of the header, a JSON header {"name": {"dtype", "shape",
-//   "data_offsets"}, ..., "__metadata__": {...}}, raw little-endian data
+// 10 Tensor files (.safetensors): u64 length of the header, a JSON header {"name": {"dtype",
+//   "shape", "data_offsets"}, ..., "__metadata__": {...}}, raw little-endian data
 // =================================================================================================
 
 typedef struct {
@@ -1263,7 +1263,8 @@ static inline size_t dtype_size(const char *dtype) {
 }
 
 // {"dtype": ..., "shape": [...], "data_offsets": [begin, end]} of the tensor t.
-static inline void json_tensor(JsonReader *r, TensorEntry *t, const uint8_t *data, size_t data_size) {
+static inline void json_tensor(JsonReader *r, TensorEntry *t, const uint8_t *data,
+                               size_t data_size) {
     size_t range[2] = {1, 0};
     json_expect(r, '{');
     do {
@@ -1521,8 +1522,8 @@ static inline int scored_compare(const void *a, const void *b) {
 }
 
 // The labelled predictions of task y, sorted by score, in fresh memory.
-static inline Scored *scored_sorted(size_t *count, const float *scores, const float *labels, size_t n,
-                             size_t Y, size_t y) {
+static inline Scored *scored_sorted(size_t *count, const float *scores, const float *labels,
+                                    size_t n, size_t Y, size_t y) {
     Scored *list = xmalloc(n, sizeof *list);
     *count = 0;
     for (size_t i = 0; i < n; i++)

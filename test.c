@@ -290,7 +290,7 @@ static void golden_open(Golden *g, const char *path) {
         (Adam){meta_number(f, "lr"),  meta_number(f, "beta1"),        meta_number(f, "beta2"),
                meta_number(f, "eps"), meta_number(f, "weight_decay"), meta_number(f, "clip_norm")};
     model_create(&g->s.model, c, 1);
-    formula_params(&g->s.model);  // also for tensors the file does not have because they are not used
+    formula_params(&g->s.model);  // also for tensors that the file lacks because none are used
     for (int i = 0; i < g->s.model.n_tensors && !tensor_meta(f, "params"); i++)
         tensor_load(g->s.model.params, &g->s.model.info[i], f, "param/");
     golden_batch(g);
@@ -1129,14 +1129,13 @@ static void test_pair_logits(const Rig *rig, const float *logits, int map, int K
     size_t pair = 0;
     float *plain = xmalloc(rig->batch.P * (size_t)K, sizeof *plain);
     for (size_t b = 0; b < rig->batch.B; b++)
-        for (size_t i = rig->batch.atom_start[b] + b + 1; i <= rig->batch.atom_start[b + 1] + b; i++)
-            for (size_t j = rig->batch.atom_start[b] + b + 1; j <= rig->batch.atom_start[b + 1] + b;
-                 j++, pair++)
+        for (size_t i = rig->batch.atom_start[b]; i < rig->batch.atom_start[b + 1]; i++)
+            for (size_t j = rig->batch.atom_start[b]; j < rig->batch.atom_start[b + 1]; j++, pair++)
                 for (int k = 0; k < K; k++) {
                     double sum = (double)bias[k];
                     for (int o = 0; o < 1024; o++)
-                        sum += (double)maps[i * 192 + (size_t)(map * 32 + o / 32)] *
-                               (double)maps[j * 192 + (size_t)(map * 32 + 32 + o % 32)] *
+                        sum += (double)maps[(i + b + 1) * 192 + (size_t)(map * 32 + o / 32)] *
+                               (double)maps[(j + b + 1) * 192 + (size_t)(map * 32 + 32 + o % 32)] *
                                (double)weight[k * 1024 + o];
                     plain[pair * (size_t)K + (size_t)k] = (float)sum;
                 }
@@ -1165,7 +1164,8 @@ static void test_noise_output(const Rig *rig) {
                                                           (size_t)((axis * N + i) * N + j)];
                     out += y * (double)rig->model.p.denoise_axis1_w[axis * C + c];
                 }
-                worst = fmax(worst, fabs(out - (double)a->denoise_out[3 * (v.atom + (size_t)i) + (size_t)axis]));
+                const float *ours = a->denoise_out + 3 * (v.atom + (size_t)i);
+                worst = fmax(worst, fabs(out - (double)ours[axis]));
             }
     }
     test_check(worst < 1e-5, "denoising head: forward, error %.1e", worst);
@@ -1648,8 +1648,8 @@ static void test_messages(void) {
         {"./moleblend Makefile", 1, "Makefile: not a dataset file"},
         {"./moleblend build", 1, "build: cannot read"},
         {"./moleblend build/test_train.bin extra", 1, "expected ./moleblend train.bin"},
-        {"rm -f build/test_fresh.*; ./moleblend build/test_train.bin --resume --size tiny --steps 1 -o "
-         "build/test_fresh.safetensors", 0, "nothing is saved in build/test_fresh"},
+        {"rm -f build/test_fresh.*; ./moleblend build/test_train.bin --resume --size tiny --steps "
+         "1 -o build/test_fresh.safetensors", 0, "nothing is saved in build/test_fresh"},
         {"./moleblend build/test_train.bin --batch-size 41", 1,
          "--batch-size: 41 is more than the 40 molecules"},
         {"./moleblend build/test_train.bin --init build/test_model.safetensors --dim 32", 1,
