@@ -148,9 +148,9 @@ static void relations(uint16_t *spd, uint8_t *path, uint16_t *degree, const Mole
 //   its relations, drawn with probabilities 0.2, 0.2, 0.6; every atom its degree or its distances;
 //   positions are shaken. The heads must recover everything, from the positions before shaking.
 //
-//   Ethanol, one blend:  .    -    1.5      pair (0, 1) shows its path, pair (1, 0) its length;
-//                        1    .    1.4      what a pair does not show is nowhere in the input and
-//                        2.4  -    0.0      gets no gradient from it
+//   Ethanol, one blend:  0.0  1.5  --       pair (0, 2) shows the bonds of its path, pair (2, 0)
+//                        1.5  0    1.4      its distance, pair (1, 1) its length; what a pair does
+//                        2.4  1    .        not show is not added to its bias, gets no gradient
 //
 //   A batch is packed: no padding, no mask. Two molecules of 2 and 3 atoms (g: graph token):
 //
@@ -702,10 +702,10 @@ static void norm_backward(float *dresidual, float *dbranch, const DropPath *drop
 //   small network on Gaussians of the distance. bias[h][1 + i][1 + j] is that of the relation the
 //   pair drew (the sum of all that it uses), and is added to the attention scores of every layer.
 //
-//   Ethanol, pair (0, 2), head h. If it drew   SPD: spd_table[2 + 1][h]
-//     edge: (path_bias[0][0][h] + path_bias[1][0][h]) / 2      3D: bias3d_out[its row][h]
-//   Back: dbias[h][1][3] is added to that row of spd_table, or to the two of path_bias, or becomes
-//   the row of dbias3d_out; the relations that the pair did not draw hear nothing.
+//   Ethanol, pair (0, 2), head h. It drew the path: (path_bias[0][0] + path_bias[1][0]) / 2; had it
+//   drawn its length: spd_table[2 + 1]; its distance: bias3d_out[its row] (of each, number h).
+//   Back: dbias[h][1][3], halved, is added to these two of dpath_bias; or it would be added to the
+//   row of dspd_table; or become the row of dbias3d_out. The others were not added: no gradient.
 // =================================================================================================
 
 // X(field, count in floats). Saved by the forward pass for the backward pass:

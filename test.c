@@ -1727,6 +1727,24 @@ static void test_messages(void) {
         test_command(table[k].command, table[k].code, table[k].expected);
 }
 
+// The worked example: what `show` prints of ethanol is what the comments in moleblend.c say.
+static void test_example(void) {
+    static const char *const printed[] = {
+        "0.0   1.5    --", "1.5     0   1.4", "2.4     1     .", "2D 3D 3D",
+        "0 2     (path_bias[0][0] + path_bias[1][0]) / 2       1   0  0 -1 -1 -1  1.99  0.95  0.95"};
+    static const char *const written[] = {
+        "0.0  1.5  --", "1.5  0    1.4", "2.4  1    .", "(path_bias[0][0] + path_bias[1][0]) / 2",
+        "SPD class 1 (two bonds), edge", "0.0 1.5 2.4", "1.5 0.0 1.4", "2.4 1.4 0.0"};
+    size_t n;
+    char *source = file_text("moleblend.c", &n);
+    test_command("./data_prep -o build/test_e.bin data/ethanol.sdf", 0, "1 molecules");
+    for (size_t k = 0; k < sizeof printed / sizeof printed[0]; k++)
+        test_command("./moleblend show build/test_e.bin 0", 0, printed[k]);
+    for (size_t k = 0; k < sizeof written / sizeof written[0]; k++)
+        test_check(strstr(source, written[k]) != NULL, "moleblend.c does not say \"%s\"", written[k]);
+    free(source);
+}
+
 // Damaged files: every byte position class gives one line and exit code 1, or is not used.
 static void test_damage(void) {
     size_t n;
@@ -2801,6 +2819,7 @@ int main(int argc, char **argv) {
                      {"checkpoint", test_checkpoint},
                      {"data_prep", test_data_prep},
                      {"messages", test_messages},
+                     {"worked example", test_example},
                      {"damaged files", test_damage},
                      {"damage together", test_damage_together},
                      {"reproducible", test_reproducible},
