@@ -295,25 +295,6 @@ static void batch_draw(Batch *batch, size_t b, const Blend *blend, const Draws *
             (float)blend->noise * rng_normal(draws->seed, RNG_NOISE, step, slot, k);
 }
 
-// distance and direction of every pair of molecule b, from the noised positions.
-static void batch_geometry(Batch *batch, size_t b) {
-    View v = batch_view(batch, b);
-    size_t N = (size_t)v.N, plane = N * N;
-    const float *pos = batch->pos + 3 * v.atom, *noise = batch->noise + 3 * v.atom;
-    for (size_t ij = 0; ij < plane; ij++) {
-        size_t i = ij / N, j = ij % N;
-        float d[3], square = 0;
-        for (int k = 0; k < 3; k++) {
-            d[k] = (pos[3 * j + k] + noise[3 * j + k]) - (pos[3 * i + k] + noise[3 * i + k]);
-            square += d[k] * d[k];
-        }
-        float distance = sqrtf(square);
-        batch->distance[v.pair + ij] = distance;
-        for (size_t k = 0; k < 3; k++)
-            batch->direction[3 * v.pair + k * plane + ij] = d[k] / (distance + DIRECTION_EPS);
-    }
-}
-
 // Is the ordered pair counted in the 3D loss? Not if the atoms coincide, as i = j does.
 static int d3_counts(const float *pos, size_t i, size_t j) {
     const float *p = pos + 3 * i, *q = pos + 3 * j;
@@ -333,19 +314,29 @@ static int edge_class(int code) {
     return 6 * type + 2 * stereo + conjugated;
 }
 
-// What the heads must say of molecule b. Ethanol, pair (0, 2): SPD class 1 (two bonds), edge
-// classes 0 and 0 (single bonds) and three empty slots, direction pos_2 - pos_0.
-static void batch_targets(Batch *batch, size_t b) {
+// What follows from molecule b's positions and draws: distance and direction of every pair, from the
+// noised positions; what the heads must say of it, from the clean ones. Ethanol, pair (0, 2): SPD
+// class 1 (two bonds), edge classes 0 and 0 (single bonds) and three empty slots, direction
+// pos_2 - pos_0.
+static void batch_pairs(Batch *batch, size_t b) {
     View v = batch_view(batch, b);
-    size_t N = (size_t)v.N;
+    size_t N = (size_t)v.N, plane = N * N;
+    const float *pos = batch->pos + 3 * v.atom, *noise = batch->noise + 3 * v.atom;
     batch->d3_pairs[b] = 0;
-    for (size_t ij = 0; ij < N * N; ij++) {
-        size_t pair = v.pair + ij;
+    for (size_t ij = 0; ij < plane; ij++) {
+        size_t i = ij / N, j = ij % N, pair = v.pair + ij;
+        float d[3], square = 0;
+        for (size_t k = 0; k < 3; k++) {
+            d[k] = (pos[3 * j + k] + noise[3 * j + k]) - (pos[3 * i + k] + noise[3 * i + k]);
+            square += d[k] * d[k];
+        }
+        batch->distance[pair] = sqrtf(square);
+        for (size_t k = 0; k < 3; k++)
+            batch->direction[3 * v.pair + k * plane + ij] = d[k] / (sqrtf(square) + DIRECTION_EPS);
         batch->spd_target[pair] = (int8_t)spd_class(batch->spd[pair]);
         for (size_t k = pair * PATH_BONDS; k < (pair + 1) * PATH_BONDS; k++)
             batch->edge_target[k] = (int8_t)edge_class(batch->path[k]);
-        batch->d3_pairs[b] +=
-            batch->has_pos[b] && d3_counts(batch->pos + 3 * v.atom, ij / N, ij % N);
+        batch->d3_pairs[b] += batch->has_pos[b] && d3_counts(pos, i, j);
     }
 }
 
@@ -390,8 +381,7 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
         batch_set(batch, b, &r->molecule, r);
         if (blend) batch_draw(batch, b, blend, draws);
         else batch_use(batch, b, use);
-        batch_geometry(batch, b);
-        batch_targets(batch, b);
+        batch_pairs(batch, b);
     }
     if (bad < B) dataset_read(data, ids[bad], &batch->reader[0].molecule);  // dies
     batch_count(batch);
@@ -446,6 +436,14 @@ typedef enum {
     X(field##_w, name ".weight", rows, columns, INIT_NORMAL)                                       \
     X(field##_b, name ".bias", 0, rows, INIT_ZERO)
 
+#define AXES(X, field, name, columns)                                                              \
+    X(field##1_w, name "1.weight", 1, columns, INIT_NORMAL)                                        \
+    X(field##2_w, name "2.weight", 1, columns, INIT_NORMAL)                                        \
+    X(field##3_w, name "3.weight", 1, columns, INIT_NORMAL)                                        \
+    X(field##1_b, name "1.bias", 0, 1, INIT_ZERO)                                                  \
+    X(field##2_b, name "2.bias", 0, 1, INIT_ZERO)                                                  \
+    X(field##3_b, name "3.bias", 0, 1, INIT_ZERO)
+
 #define NORM(X, field, name)                                                                       \
     X(field##_w, name ".weight", 0, C, INIT_ONE)                                                   \
     X(field##_b, name ".bias", 0, C, INIT_ZERO)
@@ -498,24 +496,14 @@ typedef enum {
     LINEAR(X, spd, "blend_spd_pred_head.linear", SPD_CLASSES, R *R)                                \
     LINEAR(X, edge, "blend_edge_pred_head.linear_map_feature", EDGE_OUTPUTS, R *R)                 \
     LINEAR(X, d3, "blend_3d_pred_head.linear", D3_INNER, R *R)                                     \
-    X(d3_axis1_w, "blend_3d_pred_head.force_proj1.weight", 1, D3_INNER, INIT_NORMAL)               \
-    X(d3_axis2_w, "blend_3d_pred_head.force_proj2.weight", 1, D3_INNER, INIT_NORMAL)               \
-    X(d3_axis3_w, "blend_3d_pred_head.force_proj3.weight", 1, D3_INNER, INIT_NORMAL)               \
-    X(d3_axis1_b, "blend_3d_pred_head.force_proj1.bias", 0, 1, INIT_ZERO)                          \
-    X(d3_axis2_b, "blend_3d_pred_head.force_proj2.bias", 0, 1, INIT_ZERO)                          \
-    X(d3_axis3_b, "blend_3d_pred_head.force_proj3.bias", 0, 1, INIT_ZERO)                          \
+    AXES(X, d3_axis, "blend_3d_pred_head.force_proj", D3_INNER)                                    \
     X(denoise_q_w, "atom_proc.q_proj.weight", C, C, INIT_NORMAL)                                   \
     X(denoise_k_w, "atom_proc.k_proj.weight", C, C, INIT_NORMAL)                                   \
     X(denoise_v_w, "atom_proc.v_proj.weight", C, C, INIT_NORMAL)                                   \
     X(denoise_q_b, "atom_proc.q_proj.bias", 0, C, INIT_ZERO)                                       \
     X(denoise_k_b, "atom_proc.k_proj.bias", 0, C, INIT_ZERO)                                       \
     X(denoise_v_b, "atom_proc.v_proj.bias", 0, C, INIT_ZERO)                                       \
-    X(denoise_axis1_w, "atom_proc.force_proj1.weight", 1, C, INIT_NORMAL)                          \
-    X(denoise_axis2_w, "atom_proc.force_proj2.weight", 1, C, INIT_NORMAL)                          \
-    X(denoise_axis3_w, "atom_proc.force_proj3.weight", 1, C, INIT_NORMAL)                          \
-    X(denoise_axis1_b, "atom_proc.force_proj1.bias", 0, 1, INIT_ZERO)                              \
-    X(denoise_axis2_b, "atom_proc.force_proj2.bias", 0, 1, INIT_ZERO)                              \
-    X(denoise_axis3_b, "atom_proc.force_proj3.bias", 0, 1, INIT_ZERO)
+    AXES(X, denoise_axis, "atom_proc.force_proj", C)
 
 #define FINETUNE_TENSORS(X)                                                                        \
     LINEAR(X, head1, "proj_out.dense", C, C)                                                       \
@@ -803,6 +791,7 @@ typedef struct {
     Draws draws;
     Dropout drop;
     LossWeights weights;
+    float *logits[LOSSES];  // for tests: a relation head's outputs go there too, if not NULL
 } Step;
 
 // ---- edge paths (paper 3.1): b_edge(i, j) = sum over slots t of path_bias[t][code_t], divided by
@@ -1526,7 +1515,6 @@ typedef struct {
     const float *weight;     // (outputs, R * R)
     const float *bias;       // (outputs)
     float *dweight, *dbias;  // stored; NULL: forward only
-    float *logits;           // (P, outputs) copied there if not NULL
 } PairHead;
 
 // Losses of the pairs (i, 0..N-1) of a molecule, 3D losses divided by its number of pairs. logits
@@ -1560,8 +1548,8 @@ static double pair_head_row(Step *s, const PairHead *head, const View *v, int i,
     small_product(logits, width, c, STRIDE, 1, U, width, N, width, R);
     for (int j = 0; j < N; j++)
         for (int k = 0; k < head->outputs; k++) logits[(size_t)j * width + k] += head->bias[k];
-    for (int j = 0; j < N && head->logits; j++)
-        memcpy(head->logits + (v->pair + (size_t)(i * N + j)) * (size_t)head->outputs,
+    for (int j = 0; j < N && s->logits[head->loss]; j++)
+        memcpy(s->logits[head->loss] + (v->pair + (size_t)(i * N + j)) * (size_t)head->outputs,
                logits + (size_t)j * width, sizeof(float) * (size_t)head->outputs);
     double loss = pair_losses(s, head, logits, width, v, i);
     if (!head->dweight) return loss;
@@ -1792,25 +1780,20 @@ static void denoise_backward(Step *s) {
 
 // ---- all four heads
 
-// Copies of the heads' outputs for the tests, each may be NULL: (P, 11), (P, 120), (P, 3).
-typedef struct { float *spd, *edge, *d3; } HeadOutputs;
-
 // Sums of losses over what counts in the batch; with `backward`, also the gradients of the heads,
 // dx (of x) and dbias.
-static void pretrain_heads(double sum[LOSSES], Step *s, int backward, const HeadOutputs *outputs) {
+static void pretrain_heads(double sum[LOSSES], Step *s, int backward) {
     const Tensors *p = &s->model.p;
     Tensors *g = &s->model.g;
     Acts *a = &s->acts;
-    HeadOutputs out = outputs ? *outputs : (HeadOutputs){0};
     float d3_bias[3], dd3_bias[3];
     pair_maps_forward(s);
     d3_compose(s, d3_bias);
     PairHead heads[] = {
-        {LOSS_SPD, SPD_CLASSES, 1, 0, s->batch.spd_target, p->spd_w, p->spd_b, g->spd_w, g->spd_b,
-         out.spd},
+        {LOSS_SPD, SPD_CLASSES, 1, 0, s->batch.spd_target, p->spd_w, p->spd_b, g->spd_w, g->spd_b},
         {LOSS_EDGE, EDGE_OUTPUTS, PATH_BONDS, 2, s->batch.edge_target, p->edge_w, p->edge_b,
-         g->edge_w, g->edge_b, out.edge},
-        {LOSS_3D, 3, 0, 4, NULL, a->d3_weight, d3_bias, a->dd3_weight, dd3_bias, out.d3}};
+         g->edge_w, g->edge_b},
+        {LOSS_3D, 3, 0, 4, NULL, a->d3_weight, d3_bias, a->dd3_weight, dd3_bias}};
     memset(a->dpair_map, 0, sizeof(float) * s->batch.T * PAIR_MAPS * PAIR_WIDTH);
     for (int k = 0; k < 3; k++) {
         if (!backward) heads[k].dweight = NULL;
@@ -1913,7 +1896,7 @@ static void gradients(double loss[LOSSES], Step *s, const Task *task, float *log
         task_head_backward(s, logits + outputs, task->readout);
     } else {
         double sum[LOSSES];
-        pretrain_heads(sum, s, 1, NULL);
+        pretrain_heads(sum, s, 1);
         loss_means(loss, sum, s->batch.count, &s->weights);
     }
     encoder_backward(s);
@@ -3058,7 +3041,7 @@ static void visit_losses(Run *run, size_t first, size_t B, void *result) {
     double sum[LOSSES];
     (void)first;
     (void)B;
-    pretrain_heads(sum, &run->s, 0, NULL);
+    pretrain_heads(sum, &run->s, 0);
     for (int k = 1; k < LOSSES; k++) {
         all->sum[k] += sum[k];
         all->count[k] += run->s.batch.count[k];

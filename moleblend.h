@@ -271,22 +271,28 @@ static volatile sig_atomic_t mb_signal;  // the one that came, or 0
 
 static inline void mb_on_signal(int number) {
     static volatile time_t first;
-    int again = mb_signal != 0;
-    if (!again) first = time(NULL);
+    if (mb_signal && time(NULL) > first + 1) {
+        signal(number, SIG_DFL);
+        raise(number);
+    }
+    if (!mb_signal) first = time(NULL);
     mb_signal = number;
-    signal(number, again && time(NULL) > first + 1 ? SIG_DFL : mb_on_signal);
-    if (again && time(NULL) > first + 1) raise(number);
 }
 
 // From here on a signal sets mb_signal. One that is ignored (nohup) stays so.
 static inline void signals_catch(void) {
-    static const int numbers[] = {SIGINT, SIGTERM,
-#ifdef SIGHUP
-                                  SIGHUP
+#if MB_POSIX  // signal() may forget its handler after the first one
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
+    for (int k = 0; k < 3; k++) {
+        struct sigaction action = {.sa_handler = mb_on_signal, .sa_flags = SA_RESTART}, before;
+        sigemptyset(&action.sa_mask);
+        if (sigaction(numbers[k], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(numbers[k], &action, NULL);
+    }
+#else
+    signal(SIGINT, mb_on_signal);
+    signal(SIGTERM, mb_on_signal);
 #endif
-    };
-    for (size_t k = 0; k < sizeof numbers / sizeof numbers[0]; k++)
-        if (signal(numbers[k], mb_on_signal) == SIG_IGN) signal(numbers[k], SIG_IGN);
 }
 
 // CPUs that the quotas of our control groups (Linux: containers, batch systems) allow, 0 if there

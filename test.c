@@ -246,8 +246,7 @@ static void golden_batch(Golden *g) {
             g->s.batch.atom_use[a0 + k] = tensor_number(feat_blend, k) ? USE_3D : USE_SPD;
         for (size_t k = 0; noise && k < noise->count; k++)
             g->s.batch.noise[3 * a0 + k] = (float)tensor_number(noise, k);
-        batch_geometry(&g->s.batch, b);
-        batch_targets(&g->s.batch, b);
+        batch_pairs(&g->s.batch, b);
     }
     batch_count(&g->s.batch);
     molecule_free(&m);
@@ -425,25 +424,26 @@ static void test_golden(const char *path, int print) {
         report_add(&report, "logits", relative_error(logits, expected, count), 1e-5);
         free(expected);
     } else {
-        HeadOutputs out = {xmalloc(g.s.batch.P * SPD_CLASSES, sizeof(float)),
-                           xmalloc(g.s.batch.P * EDGE_OUTPUTS, sizeof(float)),
-                           xmalloc(g.s.batch.P * 3, sizeof(float))};
+        float *spd = g.s.logits[LOSS_SPD] = xmalloc(g.s.batch.P * SPD_CLASSES, sizeof *spd);
+        float *edge = g.s.logits[LOSS_EDGE] = xmalloc(g.s.batch.P * EDGE_OUTPUTS, sizeof *edge);
+        float *d3 = g.s.logits[LOSS_3D] = xmalloc(g.s.batch.P * 3, sizeof *d3);
         encoder_forward(&g.s);
-        pretrain_heads(loss, &g.s, 0, &out);
+        pretrain_heads(loss, &g.s, 0);
         for (size_t b = 0; b < B; b++) {
             size_t p0 = g.s.batch.pair_start[b], N = (size_t)g.s.batch.n_atoms[b];
             for (size_t i = 0; i < N; i++)
-                memset(out.d3 + 3 * (p0 + i * N + i), 0,
+                memset(d3 + 3 * (p0 + i * N + i), 0,
                        3 * sizeof(float));  // defined as zero there
-            golden_output(&report, &g, b, "spd_logits", out.spd + p0 * SPD_CLASSES, 1e-5);
-            golden_output(&report, &g, b, "edge_logits", out.edge + p0 * EDGE_OUTPUTS, 1e-5);
-            golden_output(&report, &g, b, "d3_pred", out.d3 + 3 * p0, 1e-5);
+            golden_output(&report, &g, b, "spd_logits", spd + p0 * SPD_CLASSES, 1e-5);
+            golden_output(&report, &g, b, "edge_logits", edge + p0 * EDGE_OUTPUTS, 1e-5);
+            golden_output(&report, &g, b, "d3_pred", d3 + 3 * p0, 1e-5);
             golden_output(&report, &g, b, "denoise_pred",
                           g.s.acts.denoise_out + 3 * g.s.batch.atom_start[b], 1e-5);
         }
-        free(out.spd);
-        free(out.edge);
-        free(out.d3);
+        free(spd);
+        free(edge);
+        free(d3);
+        g.s.logits[LOSS_SPD] = g.s.logits[LOSS_EDGE] = g.s.logits[LOSS_3D] = NULL;
         gradients(loss, &g.s, NULL, NULL);
     }
     golden_encoder(&report, &g);
@@ -740,8 +740,7 @@ static void rig_open(Rig *rig, int tasks, int dropout) {
         rig_molecule(&m, b);
         batch_set(&rig->batch, b, &m, &rig->batch.reader[0]);
         batch_draw(&rig->batch, b, &TEST_BLEND, &rig->draws);
-        batch_geometry(&rig->batch, b);
-        batch_targets(&rig->batch, b);
+        batch_pairs(&rig->batch, b);
     }
     batch_count(&rig->batch);
     molecule_free(&m);
@@ -1117,7 +1116,7 @@ static void test_embedding(void) {
 // All heads: the total loss as a function of the encoder's output and the head parameters.
 static double run_heads(Rig *rig) {
     double sum[LOSSES], loss[LOSSES];
-    pretrain_heads(sum, rig, 0, NULL);
+    pretrain_heads(sum, rig, 0);
     loss_means(loss, sum, rig->batch.count, &rig->weights);
     return loss[LOSS_TOTAL];
 }
@@ -1178,17 +1177,18 @@ static void test_heads(void) {
     const Tensors *p = &rig.model.p;
     size_t P = rig.batch.P, n = rig.batch.T * (size_t)rig.model.config.dim;
     test_check(rig.batch.A > PAIR_GROUP, "more than one group of atoms");
-    HeadOutputs out = {xmalloc(P * SPD_CLASSES, 4), xmalloc(P * EDGE_OUTPUTS, 4),
-                       xmalloc(P * 3, 4)};
+    float *spd = rig.logits[LOSS_SPD] = xmalloc(P * SPD_CLASSES, sizeof *spd);
+    float *edge = rig.logits[LOSS_EDGE] = xmalloc(P * EDGE_OUTPUTS, sizeof *edge);
     double loss[LOSSES];
-    pretrain_heads(loss, &rig, 0, &out);
-    test_pair_logits(&rig, out.spd, 0, SPD_CLASSES, p->spd_w, p->spd_b, "SPD head: forward");
-    test_pair_logits(&rig, out.edge, 2, EDGE_OUTPUTS, p->edge_w, p->edge_b, "edge head: forward");
+    pretrain_heads(loss, &rig, 0);
+    test_pair_logits(&rig, spd, 0, SPD_CLASSES, p->spd_w, p->spd_b, "SPD head: forward");
+    test_pair_logits(&rig, edge, 2, EDGE_OUTPUTS, p->edge_w, p->edge_b, "edge head: forward");
+    rig.logits[LOSS_SPD] = rig.logits[LOSS_EDGE] = NULL;
     test_noise_output(&rig);
-    free(out.spd), free(out.edge), free(out.d3);
+    free(spd), free(edge);
     rig.draws.active = 1;
     rig.draws.step = 5;  // a draw in which no gradient cancels to nothing
-    pretrain_heads(loss, &rig, 1, NULL);
+    pretrain_heads(loss, &rig, 1);
     float *x = a->out;
     float *dbias = xmalloc(rig.batch.W * (size_t)rig.model.config.heads, sizeof *dbias);
     memcpy(dbias, a->dbias, rig.batch.W * (size_t)rig.model.config.heads * sizeof *dbias);
@@ -1261,8 +1261,7 @@ static void test_packing(void) {
     batch_set(&rig.batch, 0, &m, &rig.batch.reader[0]);
     rig.draws.first_slot = (uint32_t)b;
     batch_draw(&rig.batch, 0, &TEST_BLEND, &rig.draws);
-    batch_geometry(&rig.batch, 0);
-    batch_targets(&rig.batch, 0);
+    batch_pairs(&rig.batch, 0);
     batch_count(&rig.batch);
     encoder_forward(&rig);
     test_close(rig.acts.out, together, (N + 1) * C, 1e-6,
@@ -1290,8 +1289,7 @@ static void test_large(void) {
         random_molecule(&m, atoms[b], parts[b], b != 2, (uint32_t)b);
         batch_set(&s.batch, b, &m, &s.batch.reader[0]);
         batch_draw(&s.batch, b, &TEST_BLEND, &s.draws);
-        batch_geometry(&s.batch, b);
-        batch_targets(&s.batch, b);
+        batch_pairs(&s.batch, b);
     }
     batch_count(&s.batch);
     double loss[LOSSES];
@@ -1734,7 +1732,7 @@ static void test_example(void) {
         "0 2     (path_bias[0][0] + path_bias[1][0]) / 2       1   0  0 -1 -1 -1  1.99  0.95  0.95"};
     static const char *const written[] = {
         "0.0  1.5  --", "1.5  0    1.4", "2.4  1    .", "(path_bias[0][0] + path_bias[1][0]) / 2",
-        "SPD class 1 (two bonds), edge", "0.0 1.5 2.4", "1.5 0.0 1.4", "2.4 1.4 0.0"};
+        "class 1 (two bonds), edge classes 0 and 0", "0.0 1.5 2.4", "1.5 0.0 1.4", "2.4 1.4 0.0"};
     size_t n;
     char *source = file_text("moleblend.c", &n);
     test_command("./data_prep -o build/test_e.bin data/ethanol.sdf", 0, "1 molecules");

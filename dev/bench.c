@@ -178,8 +178,7 @@ static void bench_open(Step *bench, Config c, size_t B, int atoms) {
         bench_molecule(&m, sizes[b], (uint32_t)b);
         batch_set(&bench->batch, b, &m, &bench->batch.reader[0]);
         batch_draw(&bench->batch, b, &blend, &draws);
-        batch_geometry(&bench->batch, b);
-        batch_targets(&bench->batch, b);
+        batch_pairs(&bench->batch, b);
     }
     batch_count(&bench->batch);
     molecule_free(&m);
