@@ -2,8 +2,9 @@
 //
 //   "Multimodal Molecular Pretraining via Modality Blending" (Yu et al., ICLR 2024,
 //   arXiv 2307.06235). For every ordered pair of atoms one of three relations is drawn - shortest
-//   path distance, bond path, 3D distance -, the blended matrix is the encoder's attention bias,
-//   and four heads must recover all of them. "(paper 3.1)" refers to that text, names such as
+//   path distance, bond path (the paper also says edge), 3D distance -, the blended matrix is the
+//   encoder's attention bias, and four heads must recover what was blended: the path's length and
+//   bonds, the direction in space, the noise. "(paper 3.1)" refers to that text, names such as
 //   `molecule_attn_bias` to modules of its official PyTorch release, whose numbers this file
 //   reproduces (see test.c). dev/torch_moleblend.py is the same in PyTorch, to read beside it.
 //
@@ -13,8 +14,9 @@
 //
 // HOW TO READ IT. Sections 1 to 8 are the method, from a molecule to one training step; read them
 // in order, each backward pass stands under its forward pass and quotes the line that it undoes.
-// They rest on a few kernels that are promised in section 4 and kept in section 10, which may be
-// skipped, as may all that follows the line "The method ends here".
+// What is only declared there, with its contract, is kept below: kernels in section 10, memory in
+// 11. All that follows the line "The method ends here" may be skipped. moleblend.h knows nothing of
+// the model: molecules, datasets, random numbers (rng_uniform(), rng_normal()), files, options.
 //
 //   1 a molecule and its relations     5 from relation to attention bias     9 fine-tuning head
 //   2 the blend and the batch          6 the encoder                        10 fast arithmetic
@@ -36,7 +38,8 @@
 //                 v                         v
 //   7  path length (P, 11), path bonds (P, 5, 24), direction (P, 3), noise (A, 3) -> 4 losses
 //
-// Dimension letters, the same everywhere (lower case: an index over that dimension)
+// Dimension letters (lower case: an index over that dimension; in Gaussians and Adam the letters of
+// their textbooks)
 //   B  molecules in the batch          C  channels of a token [dim]
 //   N  atoms of one molecule           F  width of the feed-forward layer [ffn]
 //   S  its tokens, N + 1: token 0 is   H  attention heads
@@ -49,7 +52,8 @@
 //      S rounded up to whole vectors   M, N, K  inside gemm() only: rows, columns, inner
 //
 // Matrices are row-major, shapes are given as (rows, columns), i and j are the two atoms of a pair.
-// The gradient of a tensor is named d + its name. Everything is deterministic: threads share out
+// The gradient of a tensor is named d + its name. s is the Step, p its parameters, g their
+// gradients, a its activations. Everything is deterministic: threads share out
 // results, never a sum, and every random number has a name instead of a turn.
 //
 // DEVIATIONS from the official release, all of them where it departs from the paper or fails:
@@ -134,9 +138,9 @@ static void relations(uint16_t *spd, uint8_t *path, uint16_t *degree, const Mole
             uint8_t *path_ij = path + (i * N + j) * PATH_BONDS;
             int length = spd[i * N + j] == SPD_UNREACHABLE ? 0 : spd[i * N + j];
             memset(path_ij, PATH_NONE, PATH_BONDS);
-            for (size_t h = 0, at = i; h < PATH_BONDS && (int)h < length; h++) {
+            for (size_t e = 0, at = i; e < PATH_BONDS && (int)e < length; e++) {
                 size_t next = r->next[at * N + j];
-                path_ij[h] = r->bond[at * N + next];
+                path_ij[e] = r->bond[at * N + next];
                 at = next;
             }
         }
@@ -150,7 +154,7 @@ static void relations(uint16_t *spd, uint8_t *path, uint16_t *degree, const Mole
 //
 //   Ethanol, one blend:  0.0  1.5  --       pair (0, 2) shows the bonds of its path, pair (2, 0)
 //                        1.5  0    1.4      its distance, pair (1, 1) its length; what a pair does
-//                        2.4  1    .        not show is not added to its bias, gets no gradient
+//                        2.4  1    .        not show is not in its bias. - single bond, . no bonds
 //
 //   A batch is packed: no padding, no mask. Two molecules of 2 and 3 atoms (g: graph token):
 //
@@ -172,8 +176,8 @@ static const char *const LOSS_NAMES[LOSSES] = {"total", "denoise", "spd", "edge"
 // Largest batch a set of buffers can hold; every member separately.
 typedef struct {
     size_t B, T, A, P;
-    size_t W;  // sum over molecules of S rows of length W
-    size_t N;  // atoms of the largest molecule
+    size_t bias_size;  // sum over molecules of S rows of length W
+    size_t N;          // atoms of the largest molecule
 } Sizes;
 
 // X(type, field, count): the arrays of a batch. "+ 1" makes room for the end of the last one.
@@ -182,7 +186,7 @@ typedef struct {
     X(size_t, atom_start, B + 1)                                                                   \
     X(size_t, pair_start, B + 1)                                                                   \
     X(size_t, bias_start, B + 1)                                                                   \
-    X(size_t, d3_pairs, B)             /* ordered pairs that count in the 3D loss */               \
+    X(size_t, dir_pairs, B)            /* ordered pairs that count in the 3D loss */               \
     X(uint8_t, has_pos, B)                                                                         \
     X(int, molecule, A + B)            /* of a token */                                            \
     X(uint8_t, atom_feat, A *ATOM_FEATURES)                                                        \
@@ -201,7 +205,7 @@ typedef struct {
     X(float, labels, B *Y)
 
 typedef struct {
-    size_t B, T, A, P, Q, W;
+    size_t B, T, A, P, Q, bias_size;
     int N, Y;                          // atoms of the largest molecule, labels of each
     double count[LOSSES];              // what counts in a loss: atoms, pairs, slots, molecules
     Sizes room;
@@ -296,7 +300,7 @@ static void batch_draw(Batch *batch, size_t b, const Blend *blend, const Draws *
 }
 
 // Is the ordered pair counted in the 3D loss? Not if the atoms coincide, as i = j does.
-static int d3_counts(const float *pos, size_t i, size_t j) {
+static int dir_counts(const float *pos, size_t i, size_t j) {
     const float *p = pos + 3 * i, *q = pos + 3 * j;
     return p[0] != q[0] || p[1] != q[1] || p[2] != q[2];
 }
@@ -307,22 +311,23 @@ static int spd_class(int spd) {
     return spd <= 10 ? spd - 1 : 10;
 }
 
-// Class of a path slot in the edge head, or -1: not counted. Code = 12 type + 2 stereo + conj.
+// Class of a path slot in the edge head, or -1: not counted. Code = 12 type + 2 stereo + conj;
+// that of an empty slot, PATH_NONE, has type 5.
 static int edge_class(int code) {
     int type = code / 12, stereo = code / 2 % 6, conjugated = code % 2;
     if (type >= 4 || stereo >= 3) return -1;
     return 6 * type + 2 * stereo + conjugated;
 }
 
-// What follows from molecule b's positions and draws: distance and direction of every pair, from the
-// noised positions; what the heads must say of it, from the clean ones. Ethanol, pair (0, 2): SPD
+// What follows for every pair of molecule b: distance and direction, from the noised positions; and
+// what the heads must say of it, from the clean ones. Ethanol, pair (0, 2): SPD
 // class 1 (two bonds), edge classes 0 and 0 (single bonds) and three empty slots, direction
-// pos_2 - pos_0.
+// pos_2 - pos_0. Every pair counts in every loss, also in that of the relation it shows.
 static void batch_pairs(Batch *batch, size_t b) {
     View v = batch_view(batch, b);
     size_t N = (size_t)v.N, plane = N * N;
     const float *pos = batch->pos + 3 * v.atom, *noise = batch->noise + 3 * v.atom;
-    batch->d3_pairs[b] = 0;
+    batch->dir_pairs[b] = 0;
     for (size_t ij = 0; ij < plane; ij++) {
         size_t i = ij / N, j = ij % N, pair = v.pair + ij;
         float d[3], square = 0;
@@ -336,7 +341,7 @@ static void batch_pairs(Batch *batch, size_t b) {
         batch->spd_target[pair] = (int8_t)spd_class(batch->spd[pair]);
         for (size_t k = pair * PATH_BONDS; k < (pair + 1) * PATH_BONDS; k++)
             batch->edge_target[k] = (int8_t)edge_class(batch->path[k]);
-        batch->d3_pairs[b] += batch->has_pos[b] && d3_counts(pos, i, j);
+        batch->dir_pairs[b] += batch->has_pos[b] && dir_counts(pos, i, j);
     }
 }
 
@@ -354,12 +359,12 @@ static void batch_count(Batch *batch) {
     for (size_t p = 0; p < batch->P; p++) {
         batch->pair_row[p] = batch->pair_use[p] & USE_3D ? (int)batch->Q++ : -1;
         count[LOSS_SPD] += batch->spd_target[p] >= 0;
-        for (int t = 0; t < PATH_BONDS; t++)
-            count[LOSS_EDGE] += batch->edge_target[p * PATH_BONDS + (size_t)t] >= 0;
+        for (size_t e = 0; e < PATH_BONDS; e++)
+            count[LOSS_EDGE] += batch->edge_target[p * PATH_BONDS + e] >= 0;
     }
     for (size_t b = 0; b < batch->B; b++) {
         View v = batch_view(batch, b);
-        count[LOSS_3D] += batch->d3_pairs[b] > 0;
+        count[LOSS_3D] += batch->dir_pairs[b] > 0;
         for (int i = 0; i < v.N; i++) count[LOSS_NOISE] += noise_counts(batch, &v, i) != 0;
     }
 }
@@ -395,7 +400,7 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, s
 //
 //   The code relies on the order in two ways, which test.c checks:
 //   - the tables, of which a batch uses few rows, come first, up to gauss_bias: their gradients are
-//     added to, and zeroed in every step; those of all other tensors are stored, once a step;
+//     zeroed in every step, as rows are added to; those of all other tensors are stored whole;
 //   - rows that one product computes stand together: q, k, v of a layer and of the denoising head,
 //     the six pair maps, the three axes (axis1..3) of the 3D head and of the denoising head.
 // =================================================================================================
@@ -412,7 +417,7 @@ enum {
     GAUSS_ROW_OFFSET = 3,    // atom i: row 3 + atomic number index; atom j: 512 more
     EDGE_DIS_BLOCKS = 128,   // edge_dis_encoder has 128 blocks of (H, H), 5 are used
     EDGE_OUTPUTS = PATH_BONDS * EDGE_CLASSES,
-    D3_INNER = 256,          // blend_3d_pred_head.linear
+    DIR_INNER = 256,          // blend_3d_pred_head.linear
     MAX_LAYERS = 96, MAX_DIM = 8192, MAX_HEADS = 256, MAX_KERNELS = 4096,
 };
 
@@ -485,8 +490,8 @@ typedef enum {
     X(spd_col_##kind, "blend_spd_pred_head.transform_n2_head.column_" last, rows, columns, rule)   \
     X(edge_row_##kind, "blend_edge_pred_head.transform_n2_head.row_" last, rows, columns, rule)    \
     X(edge_col_##kind, "blend_edge_pred_head.transform_n2_head.column_" last, rows, columns, rule) \
-    X(d3_row_##kind, "blend_3d_pred_head.transform_n2_head.row_" last, rows, columns, rule)        \
-    X(d3_col_##kind, "blend_3d_pred_head.transform_n2_head.column_" last, rows, columns, rule)
+    X(dir_row_##kind, "blend_3d_pred_head.transform_n2_head.row_" last, rows, columns, rule)       \
+    X(dir_col_##kind, "blend_3d_pred_head.transform_n2_head.column_" last, rows, columns, rule)
 
 #define PRETRAIN_TENSORS(X)                                                                        \
     PAIR_MAP_TENSORS(X, w, "head.weight", R, C, INIT_NORMAL)                                       \
@@ -495,8 +500,8 @@ typedef enum {
     PAIR_MAP_TENSORS(X, norm_b, "LayerNorm.bias", 0, R, INIT_ZERO)                                 \
     LINEAR(X, spd, "blend_spd_pred_head.linear", SPD_CLASSES, R *R)                                \
     LINEAR(X, edge, "blend_edge_pred_head.linear_map_feature", EDGE_OUTPUTS, R *R)                 \
-    LINEAR(X, d3, "blend_3d_pred_head.linear", D3_INNER, R *R)                                     \
-    AXES(X, d3_axis, "blend_3d_pred_head.force_proj", D3_INNER)                                    \
+    LINEAR(X, dir, "blend_3d_pred_head.linear", DIR_INNER, R *R)                                   \
+    AXES(X, dir_axis, "blend_3d_pred_head.force_proj", DIR_INNER)                                  \
     X(denoise_q_w, "atom_proc.q_proj.weight", C, C, INIT_NORMAL)                                   \
     X(denoise_k_w, "atom_proc.k_proj.weight", C, C, INIT_NORMAL)                                   \
     X(denoise_v_w, "atom_proc.v_proj.weight", C, C, INIT_NORMAL)                                   \
@@ -585,7 +590,7 @@ static void linear_forward(const Work *w, float *out, const float *x, const floa
 }
 
 // dweight = dout^T x, dbias = column sums of dout; dx (may be NULL) = dout weight, + dx if add_dx.
-// dx may be x. A weight is used once in a step, so its gradient is stored, not added.
+// dx may be x, which is read before. A weight is used once in a step: its gradient is stored.
 static void linear_backward(const Work *w, float *dx, int add_dx, float *dweight, float *dbias,
                             const float *dout, const float *x, const float *weight, int rows,
                             int IC, int OC) {
@@ -688,30 +693,34 @@ static void norm_backward(float *dresidual, float *dbranch, const DropPath *drop
 // 5 From relation to attention bias, and the tokens (paper 3.1, 3.2). All three relations of a pair
 //   become H numbers, one a head: b_spd a row of a table, b_edge a product along the path, b_3d a
 //   small network on Gaussians of the distance. bias[h][1 + i][1 + j] is that of the relation the
-//   pair drew (the sum of all that it uses), and is added to the attention scores of every layer.
+//   pair drew (the sum of all that it uses), and is added to the attention scores of every layer
+//   and of the denoising head.
 //
 //   Ethanol, pair (0, 2), head h. It drew the path: (path_bias[0][0] + path_bias[1][0]) / 2; had it
 //   drawn its length: spd_table[2 + 1]; its distance: bias3d_out[its row] (of each, number h).
-//   Back: dbias[h][1][3], halved, is added to these two of dpath_bias; or it would be added to the
-//   row of dspd_table; or become the row of dbias3d_out. The others were not added: no gradient.
+//   Back: dattn_bias[h][1][3], halved, is added to these two of dpath_bias; or it would be added to
+//   the row of dspd_table; or become that of dbias3d_out. The others were not added to this bias
+//   and get no gradient from it. (Two other ways are open to all pairs: an atom that shows its 3D
+//   structure sums Gaussians over all of its pairs, the denoising head weighs all directions.)
 // =================================================================================================
 
-// X(field, count in floats). Saved by the forward pass for the backward pass:
+// The arrays of all sections, to come back to. X(field, count in floats); Widest, PairWidth and
+// PairRows: see acts_place(). Saved by the forward pass for the backward pass:
 #define SAVED_ARRAYS(X)                                                                            \
     X(path_bias, PATH_BONDS *PATH_CODES *H)  /* (E, 61, H) b_edge share of a slot's bond */        \
-    X(bond_vector, PATH_CODES *H)            /* e of every bond code */                            \
+    X(bond_vector, PATH_CODES *H)            /* of every bond code */                              \
     X(gauss_const, 3 * G)                    /* mean, 1 / s, 1 / (sqrt(2 pi) s) */                 \
     X(gauss_sum, A *G)                       /* sum over j of g(i, j) */                           \
     X(gauss, P *G)                           /* (Q, G) g of the pairs that use 3D */               \
     X(bias3d_pre, P *G)                      /* (Q, G) */                                          \
     X(bias3d_hidden, P *G)                   /* (Q, G) */                                          \
     X(bias3d_out, P *H)                      /* (Q, H) */                                          \
-    X(bias, W *H)                            /* per molecule (H, S, W) */                          \
+    X(attn_bias, BiasSize *H)                /* per molecule (H, S, W) */                          \
     X(x, (L + 1) * T *C)                     /* input of every layer, and the encoder's output */  \
     X(embed_hat, T *C)                       /* normalised, before weight and bias */              \
     X(embed_rstd, T)                                                                               \
     X(qkv, L *T * 3 * C)                                                                           \
-    X(prob, L *W *H)                         /* attention probabilities before dropout */          \
+    X(prob, L *BiasSize *H)                  /* attention probabilities before dropout */          \
     X(context, L *T *C)                                                                            \
     X(norm1_hat, L *T *C)                                                                          \
     X(norm1_rstd, L *T)                                                                            \
@@ -725,7 +734,7 @@ static void norm_backward(float *dresidual, float *dbranch, const DropPath *drop
 #define SCRATCH_ARRAYS(X)                                                                          \
     X(dx, T *C)                                                                                    \
     X(branch, T *C)                          /* output of a residual branch, and its gradient */   \
-    X(dbias, W *H)                                                                                 \
+    X(dattn_bias, BiasSize *H)                                                                     \
     X(norm_parts, (T / NORM_ROWS + 1) * 2 * Widest)
 
 // Of the encoder alone, before the heads and again after them; they stand where HEAD_ARRAYS do.
@@ -750,10 +759,10 @@ static void norm_backward(float *dresidual, float *dbranch, const DropPath *drop
     X(pair_u, PairRows *R *PairWidth)        /* (tokens of a group, R, width) */                   \
     X(dpair_u, PairRows *R *PairWidth)                                                             \
     X(pair_dbias, A *PairWidth)                                                                    \
-    X(d3_weight, 3 * R *R)                   /* the 3D head's four maps as one */                  \
-    X(dd3_weight, 3 * R *R)                                                                        \
+    X(dir_weight, 3 * R *R)                  /* the 3D head's four maps as one */                  \
+    X(ddir_weight, 3 * R *R)                                                                       \
     X(denoise_qkv, T * 3 * C)                                                                      \
-    X(denoise_prob, W *H)                                                                          \
+    X(denoise_prob, BiasSize *H)                                                                   \
     X(denoise_dforce, T * 3 * H)                                                                   \
     X(denoise_out, A * 3)                                                                          \
     X(denoise_dout, A * 3)                                                                         \
@@ -794,10 +803,10 @@ typedef struct {
     float *logits[LOSSES];  // for tests: a relation head's outputs go there too, if not NULL
 } Step;
 
-// ---- edge paths (paper 3.1): b_edge(i, j) = sum over slots t of path_bias[t][code_t], divided by
-//      the number of bonds, at most 5. path_bias[t][code] = e_code^T W_t, e_code = mean over the
-//      bond features f of bond_table[3 + 512 f + value_f]: a table of the few vectors that a slot
-//      can contribute, instead of a product for every pair (edge_encoder, edge_dis_encoder).
+// ---- edge paths (paper 3.1): b_edge(i, j) = sum over slots e of path_bias[e][code_e], divided by
+//      the number of bonds, at most 5. path_bias[e][code] = bond_vector[code] @ map_e, and
+//      bond_vector[code] = mean over the bond features f of bond_table[3 + 512 f + value_f]: a
+//      table of the few vectors that a slot can contribute (edge_encoder, edge_dis_encoder).
 
 // Rows of bond_table of a bond code.
 static void bond_rows(size_t row[BOND_FEATURES], int code) {
@@ -819,9 +828,9 @@ static void path_bias_forward(Step *s) {
                 a->bond_vector[code * H + h] +=
                     p->bond_table[row[f] * (size_t)H + (size_t)h] / BOND_FEATURES;
     }
-    for (int t = 0; t < PATH_BONDS; t++)  // (61, H) = (61, H) @ W_t (H, H)
-        gemm(&a->work, 0, 0, PATH_CODES, H, H, a->bond_vector, H, p->path_maps + t * H * H, H, NULL,
-             0, a->path_bias + t * PATH_CODES * H, H);
+    for (int e = 0; e < PATH_BONDS; e++)  // (61, H) = (61, H) @ map_e (H, H)
+        gemm(&a->work, 0, 0, PATH_CODES, H, H, a->bond_vector, H, p->path_maps + e * H * H, H, NULL,
+             0, a->path_bias + e * PATH_CODES * H, H);
 }
 
 // From dpath_bias (E, 61, H) to the gradients of bond_table and path_maps.
@@ -829,12 +838,12 @@ static void path_bias_backward(Step *s) {
     Acts *a = &s->acts;
     int H = s->model.config.heads;
     float *dbond_vector = a->path_bias;  // (61, H), in the place of what is no longer needed
-    for (int t = 0; t < PATH_BONDS; t++) {  // forward: path_bias[t] = bond_vector @ W_t
-        const float *dout = a->dpath_bias + t * PATH_CODES * H;
+    for (int e = 0; e < PATH_BONDS; e++) {  // forward: path_bias[e] = bond_vector @ map_e
+        const float *dout = a->dpath_bias + e * PATH_CODES * H;
         gemm(&a->work, 1, 0, H, H, PATH_NONE, a->bond_vector, H, dout, H, NULL, 0,
-             s->model.g.path_maps + t * H * H, H);
-        gemm(&a->work, 0, 1, PATH_NONE, H, H, dout, H, s->model.p.path_maps + t * H * H, H, NULL,
-             t > 0, dbond_vector, H);
+             s->model.g.path_maps + e * H * H, H);
+        gemm(&a->work, 0, 1, PATH_NONE, H, H, dout, H, s->model.p.path_maps + e * H * H, H, NULL,
+             e > 0, dbond_vector, H);
     }
     for (int code = 0; code < PATH_NONE; code++) {
         size_t row[BOND_FEATURES];
@@ -878,7 +887,7 @@ ALWAYS_INLINE void gauss_row_forward(float *restrict g, float x, const float *re
     }
 }
 
-// From dg (G), adds to dmean and ds (G); returns dx. z dg/dx = -z^2 g / s, dg/ds = (z^2 - 1) g / s.
+// From dg (G), adds to dmean and ds (G); returns dx. dg/dx = -z g / s, dg/ds = (z^2 - 1) g / s.
 ALWAYS_INLINE float gauss_row_backward(float *restrict dmean, float *restrict ds,
                                        const float *restrict dg, float x,
                                        const float *restrict constants, int G) {
@@ -1024,9 +1033,9 @@ ALWAYS_INLINE void pair_bias(float *restrict out, const Tensors *p, const Acts *
     if (use & USE_SPD)
         for (int h = 0; h < H; h++) out[h] += p->spd_table[(spd + 1) * H + h];
     float weight = path_weight(spd);
-    for (int t = 0; use & USE_EDGE && t < PATH_BONDS && path[t] != PATH_NONE; t++)
+    for (int e = 0; use & USE_EDGE && e < PATH_BONDS && path[e] != PATH_NONE; e++)
         for (int h = 0; h < H; h++)
-            out[h] += weight * a->path_bias[(t * PATH_CODES + path[t]) * H + h];
+            out[h] += weight * a->path_bias[(e * PATH_CODES + path[e]) * H + h];
 }
 
 static void bias_forward(Step *s) {
@@ -1037,7 +1046,7 @@ static void bias_forward(Step *s) {
     for (size_t b = 0; b < batch->B; b++) {
         View v = batch_view(batch, b);
         size_t pair = v.pair, plane = (size_t)v.S * (size_t)v.W;
-        float *bias = s->acts.bias + bias_at(batch, H, &v, 0), out[MAX_HEADS];
+        float *bias = s->acts.attn_bias + bias_at(batch, H, &v, 0), out[MAX_HEADS];
         for (int h = 0; h < H; h++)
             for (int t = 0; t < v.S; t++) {
                 float *row = bias + (size_t)h * plane + (size_t)t * (size_t)v.W;
@@ -1053,12 +1062,12 @@ static void bias_forward(Step *s) {
     }
 }
 
-// dbias3d_out (Q, H): gathered from dbias (H, S, W) of molecule b.
+// dbias3d_out (Q, H): gathered from dattn_bias (H, S, W) of molecule b.
 static void bias_backward_3d(Step *s, size_t b) {
     View v = batch_view(&s->batch, b);
     int H = s->model.config.heads;
     size_t pair = v.pair, plane = (size_t)v.S * (size_t)v.W;
-    const float *dbias = s->acts.dbias + bias_at(&s->batch, H, &v, 0);
+    const float *dbias = s->acts.dattn_bias + bias_at(&s->batch, H, &v, 0);
     for (int i = 1; i < v.S; i++)
         for (int j = 1; j < v.S; j++, pair++) {
             int row = s->batch.pair_row[pair];
@@ -1069,8 +1078,8 @@ static void bias_backward_3d(Step *s, size_t b) {
 }
 
 // Stores head h's columns of the gradients of spd_table, path_bias and graph_bias: its part of
-// dbias, sorted by what the pairs used. Sums are made beside those tables, in which heads, and so
-// threads, share cache lines.
+// dattn_bias, sorted by what the pairs used. Sums are made beside those tables, in which heads, and
+// so threads, share cache lines.
 static void bias_backward_head(Step *s, int h) {
     float dspd[SPD_ROWS] = {0}, dpath[PATH_BONDS * PATH_CODES] = {0}, dgraph = 0;
     const Batch *batch = &s->batch;
@@ -1078,7 +1087,7 @@ static void bias_backward_head(Step *s, int h) {
     for (size_t b = 0; b < batch->B; b++) {
         View v = batch_view(batch, b);
         size_t pair = v.pair, W = (size_t)v.W;
-        const float *dbias = s->acts.dbias + bias_at(batch, H, &v, h);
+        const float *dbias = s->acts.dattn_bias + bias_at(batch, H, &v, h);
         for (int j = 0; j < v.S; j++) dgraph += dbias[j];
         for (size_t i = 1; i < (size_t)v.S; i++) dgraph += dbias[i * W];
         for (size_t i = 1; i < (size_t)v.S; i++)
@@ -1088,8 +1097,8 @@ static void bias_backward_head(Step *s, int h) {
                 const uint8_t *path = batch->path + pair * PATH_BONDS;
                 if (use & USE_SPD) dspd[spd + 1] += d;
                 if (use & USE_EDGE) d *= path_weight(spd);
-                for (int t = 0; use & USE_EDGE && t < PATH_BONDS && path[t] != PATH_NONE; t++)
-                    dpath[t * PATH_CODES + path[t]] += d;
+                for (int e = 0; use & USE_EDGE && e < PATH_BONDS && path[e] != PATH_NONE; e++)
+                    dpath[e * PATH_CODES + path[e]] += d;
             }
     }
     s->model.g.graph_bias[h] = dgraph;
@@ -1141,14 +1150,14 @@ static void embedding_forward(Step *s) {
     size_t C = (size_t)m->config.dim;
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < s->batch.T; t++) {
-        size_t at[TOKEN_ROWS];
-        const float *structure = a->structure3d + (t - (size_t)s->batch.molecule[t] - 1) * C;
+        size_t at[TOKEN_ROWS], b = (size_t)s->batch.molecule[t];
         int rows = token_rows(at, m, &s->batch, t);
         float *token = a->branch + t * C, scale = token_scale3d(&s->batch, t);
         memset(token, 0, sizeof(float) * C);
         for (int r = 0; r < rows; r++)
             for (size_t c = 0; c < C; c++) token[c] += m->params[at[r] + c];
-        for (size_t c = 0; scale > 0 && c < C; c++) token[c] += scale * structure[c];
+        for (size_t c = 0; scale > 0 && c < C; c++)
+            token[c] += scale * a->structure3d[(t - b - 1) * C + c];
     }
     norm_forward(a->x, a->embed_hat, a->embed_rstd, a->branch, NULL, NULL, m->p.embed_norm_w,
                  m->p.embed_norm_b, &s->batch, 1, (int)C, NORM_EPS);
@@ -1196,11 +1205,12 @@ typedef struct {
     int n, W, D, width;      // tokens, row length of (n, n) matrices, channels, their padded number
     int stride;              // of the rows of q, k, v
     float *q, *k, *v;
-    size_t prob, bias;       // where its matrices begin in the arrays prob; bias and dbias
-    uint32_t purpose, slot, row;  // name of the mask
+    size_t prob, bias;       // where its matrices begin in prob; in attn_bias and dattn_bias
+    uint32_t purpose, slot, head;  // name of the mask
 } HeadTask;
 
-// Head h of molecule b; the denoising head sees the atoms only (`atoms` = 1), not the graph token.
+// Head h of molecule b; the denoising head sees the atoms only (`atoms` = 1): its matrices begin
+// behind the row and the column of the graph token.
 static HeadTask head_task(const Step *s, float *qkv, size_t b, int h, int atoms, uint32_t purpose) {
     View v = batch_view(&s->batch, b);
     int C = s->model.config.dim, D = C / s->model.config.heads;
@@ -1214,10 +1224,10 @@ static HeadTask head_task(const Step *s, float *qkv, size_t b, int h, int atoms,
 // mask (n, W) of the task; all ones without dropout. The (n, n) numbers are drawn without the
 // padding, so that W, and with it the processor, does not change them; then rows move into place.
 static void attention_mask(float *mask, const Step *s, const HeadTask *task) {
-    int n = task->n, W = task->W, drop = s->draws.active && s->drop.attention > 0;
-    for (int k = drop ? n * n : 0; k < n * W; k++) mask[k] = 1.0f;
-    if (!drop) return;
-    dropout_row(mask, n * n, s->drop.attention, &s->draws, task->purpose, task->slot, task->row);
+    int n = task->n, W = task->W;
+    for (int k = 0; k < n * W; k++) mask[k] = 1.0f;
+    if (!s->draws.active || s->drop.attention <= 0) return;
+    dropout_row(mask, n * n, s->drop.attention, &s->draws, task->purpose, task->slot, task->head);
     for (int i = n - 1; i > 0; i--)
         memmove(mask + (size_t)i * W, mask + (size_t)i * n, sizeof(float) * (size_t)n);
 }
@@ -1232,7 +1242,7 @@ static void attention_prob_forward(float *prob, float *dropped, const Step *s, c
     attention_mask(mask, s, task);
     for (int i = 0; i < n; i++) {
         float *prob_i = prob + (size_t)i * W, *dropped_i = dropped + (size_t)i * W;
-        const float *bias_i = s->acts.bias + task->bias + (size_t)i * W;
+        const float *bias_i = s->acts.attn_bias + task->bias + (size_t)i * W;
         const float *mask_i = mask + (size_t)i * W;
         for (int j = 0; j < W; j++) prob_i[j] = dropped_i[j] * scale + bias_i[j];
         for (int j = n; j < W; j++) prob_i[j] = SCORE_MASK;
@@ -1242,7 +1252,7 @@ static void attention_prob_forward(float *prob, float *dropped, const Step *s, c
 }
 
 // dscore (n, W), holding the gradient of dropped, becomes that of the scores, and is added to
-// dbias; dropped (n, W) is made again. scratch: n * W.
+// dattn_bias; dropped (n, W) is made again. scratch: n * W.
 static void attention_prob_backward(float *dscore, float *dropped, Step *s, const float *prob,
                                     const HeadTask *task, float *scratch) {
     int n = task->n, W = task->W;
@@ -1250,7 +1260,7 @@ static void attention_prob_backward(float *dscore, float *dropped, Step *s, cons
     for (int i = 0; i < n; i++) {
         const float *prob_i = prob + (size_t)i * W, *mask_i = scratch + (size_t)i * W;
         float *d = dscore + (size_t)i * W, *dropped_i = dropped + (size_t)i * W;
-        float *dbias_i = s->acts.dbias + task->bias + (size_t)i * W, sum = 0;
+        float *dbias_i = s->acts.dattn_bias + task->bias + (size_t)i * W, sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < W; j++) {
             dropped_i[j] = prob_i[j] * mask_i[j];
@@ -1284,7 +1294,7 @@ static void attention_forward(Step *s, int l) {
     Acts *a = &s->acts;
     int C = s->model.config.dim, H = s->model.config.heads;
     size_t tc = (size_t)l * s->batch.T * (size_t)C;
-    float *probs = a->prob + (size_t)l * s->batch.W * (size_t)H;
+    float *probs = a->prob + (size_t)l * s->batch.bias_size * (size_t)H;
 #pragma omp parallel for schedule(dynamic, 4)
     for (size_t bh = 0; bh < s->batch.B * (size_t)H; bh++) {
         size_t b = bh / (size_t)H;
@@ -1293,7 +1303,7 @@ static void attention_forward(Step *s, int l) {
         int n = task.n, W = task.W, D = task.D, width = task.width;
         float *dropped = work_thread(&a->work), *v = dropped + (size_t)n * W;
         float *out = v + (size_t)n * width, *scratch = out + (size_t)n * width;
-        float *context = a->context + tc + (s->batch.atom_start[b] + b) * (size_t)C + task.row * D;
+        float *context = a->context + tc + (s->batch.atom_start[b] + b) * (size_t)C + task.head * D;
         attention_prob_forward(probs + task.prob, dropped, s, &task, scratch);
         copy_padded(v, width, task.v, task.stride, n, D);
         small_product(out, width, dropped, W, 1, v, width, n, width, n);
@@ -1303,12 +1313,12 @@ static void attention_forward(Step *s, int l) {
 }
 
 // From dcontext, in the place of context, to dqkv, in the place of qkv: a task is the only reader
-// of the slices that it writes. dbias is added to.
+// of the slices that it writes. dattn_bias is added to.
 static void attention_backward(Step *s, int l) {
     Acts *a = &s->acts;
     int C = s->model.config.dim, H = s->model.config.heads;
     size_t tc = (size_t)l * s->batch.T * (size_t)C;
-    const float *probs = a->prob + (size_t)l * s->batch.W * (size_t)H;
+    const float *probs = a->prob + (size_t)l * s->batch.bias_size * (size_t)H;
 #pragma omp parallel for schedule(dynamic, 4)
     for (size_t bh = 0; bh < s->batch.B * (size_t)H; bh++) {
         size_t b = bh / (size_t)H;
@@ -1316,7 +1326,7 @@ static void attention_backward(Step *s, int l) {
                                   RNG_ATTENTION_DROP + (uint32_t)l);
         int n = task.n, W = task.W, D = task.D, width = task.width;
         const float *dcontext = a->context + tc + (s->batch.atom_start[b] + b) * (size_t)C +
-                                task.row * D;
+                                task.head * D;
         float *dscore = work_thread(&a->work), *dropped = dscore + (size_t)n * W;
         float *dout = dropped + (size_t)n * W, *dv = dout + (size_t)n * width;
         float *scratch = dv + (size_t)n * width, *vt = scratch;
@@ -1350,7 +1360,7 @@ static void layer_forward(Step *s, int l) {
     size_t tc = (size_t)l * T * C, tf = (size_t)l * T * F, lt = (size_t)l * T;
     const float *x = a->x + tc, *mid = a->mid + tc;
     DropPath drop1 = layer_droppath(s, l, 0), drop2 = layer_droppath(s, l, 1);
-    linear_forward(w, a->qkv + 3 * tc, x, p->q_w, p->q_b, T, C, 3 * C);
+    linear_forward(w, a->qkv + 3 * tc, x, p->q_w, p->q_b, T, C, 3 * C);  // q, k, v in one
     attention_forward(s, l);
     linear_forward(w, a->branch, a->context + tc, p->out_w, p->out_b, T, C, C);
     norm_forward(a->mid + tc, a->norm1_hat + tc, a->norm1_rstd + lt, x, a->branch, &drop1,
@@ -1410,8 +1420,8 @@ static void encoder_forward(Step *s) {
     for (int l = 0; l < s->model.config.layers; l++) layer_forward(s, l);
 }
 
-// From dx, the gradient of x, to those of the encoder's parameters. dbias holds what the heads have
-// added to it. The gradients of the tables must have been zeroed.
+// From dx, the gradient of x, to those of the encoder's parameters. dattn_bias holds what the
+// heads have added to it. The gradients of the tables must have been zeroed.
 static void encoder_backward(Step *s) {
     float *dstructure3d = s->acts.structure3d;  // in its place
     for (int l = s->model.config.layers - 1; l >= 0; l--) layer_backward(s, l);
@@ -1427,7 +1437,7 @@ static void encoder_backward(Step *s) {
 // 7 Heads and losses (paper 3.3). Three relation heads see every ordered pair of atoms through the
 //   outer product of two 32-vectors, r of atom i and c of atom j; the denoising head is an
 //   attention over the atoms. A head's loss and gradient are computed while its outputs are still
-//   in cache. Heads read all tokens; the graph tokens' rows have no loss and so no gradient.
+//   in cache. Linear maps run over all tokens; the graph tokens have no loss and no gradient.
 // =================================================================================================
 
 #define COSINE_EPS 1e-8
@@ -1517,23 +1527,24 @@ typedef struct {
     float *dweight, *dbias;  // stored; NULL: forward only
 } PairHead;
 
-// Losses of the pairs (i, 0..N-1) of a molecule, 3D losses divided by its number of pairs. logits
-// (N, width) become their gradients.
+// Losses of the pairs (i, 0..N-1) of a molecule; 3D losses are divided by the molecule's number of
+// pairs that count. logits (N, width) become their gradients.
 static double pair_losses(const Step *s, const PairHead *head, float *logits, int width,
                           const View *v, int i) {
     const float *pos = s->batch.pos + 3 * v->atom;
     int classes = head->slots ? head->outputs / head->slots : 0;
-    double loss = 0, scale = loss_scale(s, head->loss), pairs = (double)s->batch.d3_pairs[v->b];
+    double loss = 0, scale = loss_scale(s, head->loss);
+    double pairs = fmax((double)s->batch.dir_pairs[v->b], 1);
     for (int j = 0; j < v->N; j++) {
         float *x = logits + (size_t)j * width, d[3];
         size_t pair = v->pair + (size_t)i * (size_t)v->N + (size_t)j;
-        for (int t = 0; t < head->slots; t++)
-            loss += cross_entropy(x + t * classes, classes,
-                                  head->target[pair * (size_t)head->slots + (size_t)t], scale);
+        for (int e = 0; e < head->slots; e++)
+            loss += cross_entropy(x + e * classes, classes,
+                                  head->target[pair * (size_t)head->slots + (size_t)e], scale);
         if (head->slots) continue;
-        int counts = s->batch.has_pos[v->b] && d3_counts(pos, (size_t)i, (size_t)j);
+        int counts = s->batch.has_pos[v->b] && dir_counts(pos, (size_t)i, (size_t)j);
         for (int k = 0; k < 3; k++) d[k] = pos[3 * j + k] - pos[3 * i + k];
-        loss += cosine_loss(x, d, counts, scale / pairs) / fmax(pairs, 1);
+        loss += cosine_loss(x, d, counts, scale / pairs) / pairs;
     }
     return loss;
 }
@@ -1611,8 +1622,8 @@ static double pair_head(Step *s, const PairHead *head) {
             a->pair_weight[ab * width + k] = k < head->outputs ? head->weight[k * RR + ab] : 0.0f;
     for (size_t b = 0, end; b < s->batch.B; b = end) {
         size_t limit = s->batch.atom_start[b] + b + PAIR_GROUP;
-        for (end = b + 1; end < s->batch.B && s->batch.atom_start[end + 1] + end < limit; end++) {
-        }
+        end = b + 1;
+        while (end < s->batch.B && s->batch.atom_start[end + 1] + end < limit) end++;
         pair_head_group(s, head, b, end);
     }
     double loss = 0;
@@ -1629,13 +1640,13 @@ static double pair_head(Step *s, const PairHead *head) {
 }
 
 // ---- the 3D head's four maps as one: no non-linearity stands between linear (1024 -> 256) and the
-//      three axes (256 -> 1), so weight (3, 1024) = axes (3, 256) @ d3_w, and
-//      bias (3) = axes @ d3_b + axis_b
+//      three axes (256 -> 1), so weight (3, 1024) = axes (3, 256) @ dir_w, and
+//      bias (3) = axes @ dir_b + axis_b
 
-static void d3_compose(Step *s, float bias[3]);
+static void dir_compose(Step *s, float bias[3]);
 
-// From dd3_weight (3, 1024) and dbias to the gradients of the factors.
-static void d3_split(Step *s, const float dbias[3]);
+// From ddir_weight (3, 1024) and dbias to the gradients of the factors.
+static void dir_split(Step *s, const float dbias[3]);
 
 // ---- the denoising head (atom_proc): out_a(i) = w_a . y_a(i) + b_a, y_a(i) = sum over heads and j
 //      of P(i, j) direction(i, j)[a] v_j. With force_a(j) = w_a . v_j (a head's channels), no y is
@@ -1645,7 +1656,7 @@ static void d3_split(Step *s, const float dbias[3]);
 static void denoise_force(float *force, const Step *s, const HeadTask *task) {
     int C = s->model.config.dim, D = task->D;
     for (int axis = 0; axis < 3; axis++) {
-        const float *w = s->model.p.denoise_axis1_w + axis * C + (int)task->row * D;
+        const float *w = s->model.p.denoise_axis1_w + axis * C + (int)task->head * D;
         for (int j = 0; j < task->n; j++) {
             const float *v = task->v + (size_t)j * task->stride;
             float sum = 0;
@@ -1732,9 +1743,11 @@ static void denoise_backward_molecule(Step *s, size_t b) {
                 for (int j = 0; j < N; j++)
                     dforce[axis * N + j] +=
                         dout[3 * i + axis] * dropped[(size_t)i * W + j] * direction[j];
-        for (int k = 0; k < 3 * N; k++)
-            a->denoise_dforce[((v.token + 1 + (size_t)(k % N)) * 3 + (size_t)(k / N)) * (size_t)H +
-                              (size_t)h] = dforce[k];
+        for (int axis = 0; axis < 3; axis++)
+            for (int j = 0; j < N; j++) {
+                size_t row = (v.token + 1 + (size_t)j) * 3 + (size_t)axis;
+                a->denoise_dforce[row * (size_t)H + (size_t)h] = dforce[axis * N + j];
+            }
         attention_qk_backward(&task, dscore, scratch);
     }
 }
@@ -1762,7 +1775,7 @@ static void denoise_force_backward(Step *s, int h) {
     }
 }
 
-// From denoise_dout (A, 3): adds to dx and dbias, stores the head's parameter gradients.
+// From denoise_dout (A, 3): adds to dx and dattn_bias, stores the head's parameter gradients.
 static void denoise_backward(Step *s) {
     const Tensors *p = &s->model.p;
     Tensors *g = &s->model.g;
@@ -1781,19 +1794,19 @@ static void denoise_backward(Step *s) {
 // ---- all four heads
 
 // Sums of losses over what counts in the batch; with `backward`, also the gradients of the heads,
-// dx (of x) and dbias.
+// dx (of x) and dattn_bias.
 static void pretrain_heads(double sum[LOSSES], Step *s, int backward) {
     const Tensors *p = &s->model.p;
     Tensors *g = &s->model.g;
     Acts *a = &s->acts;
-    float d3_bias[3], dd3_bias[3];
+    float dir_bias[3], ddir_bias[3];
     pair_maps_forward(s);
-    d3_compose(s, d3_bias);
+    dir_compose(s, dir_bias);
     PairHead heads[] = {
         {LOSS_SPD, SPD_CLASSES, 1, 0, s->batch.spd_target, p->spd_w, p->spd_b, g->spd_w, g->spd_b},
         {LOSS_EDGE, EDGE_OUTPUTS, PATH_BONDS, 2, s->batch.edge_target, p->edge_w, p->edge_b,
          g->edge_w, g->edge_b},
-        {LOSS_3D, 3, 0, 4, NULL, a->d3_weight, d3_bias, a->dd3_weight, dd3_bias}};
+        {LOSS_3D, 3, 0, 4, NULL, a->dir_weight, dir_bias, a->ddir_weight, ddir_bias}};
     memset(a->dpair_map, 0, sizeof(float) * s->batch.T * PAIR_MAPS * PAIR_WIDTH);
     for (int k = 0; k < 3; k++) {
         if (!backward) heads[k].dweight = NULL;
@@ -1802,9 +1815,9 @@ static void pretrain_heads(double sum[LOSSES], Step *s, int backward) {
     denoise_forward(s);
     sum[LOSS_NOISE] = denoise_loss(s);
     if (!backward) return;
-    d3_split(s, dd3_bias);
+    dir_split(s, ddir_bias);
     pair_maps_backward(s);
-    memset(a->dbias, 0, sizeof(float) * s->batch.W * (size_t)s->model.config.heads);
+    memset(a->dattn_bias, 0, sizeof(float) * s->batch.bias_size * (size_t)s->model.config.heads);
     denoise_backward(s);
 }
 
@@ -1888,6 +1901,7 @@ static void task_head_backward(Step *s, const float *dlogits, Readout readout);
 // loss[LOSS_TOTAL] alone) and all gradients. logits (2, B, Y): scratch of fine-tuning.
 static void gradients(double loss[LOSSES], Step *s, const Task *task, float *logits) {
     size_t outputs = s->batch.B * (size_t)s->batch.Y;
+    double sum[LOSSES];
     memset(s->model.grads, 0, sizeof(float) * s->model.table_count);  // the rest is stored
     encoder_forward(s);
     if (task) {
@@ -1895,11 +1909,22 @@ static void gradients(double loss[LOSSES], Step *s, const Task *task, float *log
         loss[LOSS_TOTAL] = task_loss(logits + outputs, logits, &s->batch, task);
         task_head_backward(s, logits + outputs, task->readout);
     } else {
-        double sum[LOSSES];
-        pretrain_heads(sum, s, 1);
+        pretrain_heads(sum, s, 1);  // forward and backward
         loss_means(loss, sum, s->batch.count, &s->weights);
     }
     encoder_backward(s);
+}
+
+// The training step: molecules ids[0..B) of a dataset, blended (or if that is NULL as the task
+// wants them), their losses and gradients, one update. t = 1, 2, ... counts the updates; draws name
+// the random numbers; adam has the learning_rate() of this update. Returns the gradient norm.
+static double training_step(double loss[LOSSES], Step *s, const Dataset *data, const uint32_t *ids,
+                            size_t B, const Blend *blend, const Task *task, float *logits,
+                            const Adam *adam, const Draws *draws, int64_t t) {
+    s->draws = *draws;
+    batch_load(&s->batch, data, ids, B, blend, task ? task->use : 0, draws);
+    gradients(loss, s, task, logits);
+    return adamw_step(&s->model, adam, t);
 }
 
 // ==== The method ends here. What follows may be skipped by whoever came for it. ==================
@@ -1957,7 +1982,7 @@ static void task_head_backward(Step *s, const float *dlogits, Readout readout) {
     gelu_backward(dhidden, a->head_pre, (size_t)T * C);
     linear_backward(&a->work, a->dx, 0, g->head1_w, g->head1_b, dhidden, a->out, p->head1_w, T, C,
                     C);
-    memset(a->dbias, 0, sizeof(float) * s->batch.W * (size_t)s->model.config.heads);
+    memset(a->dattn_bias, 0, sizeof(float) * s->batch.bias_size * (size_t)s->model.config.heads);
 }
 
 // Mean loss over the labels present: binary cross-entropy with logits, or the squared error of
@@ -2430,36 +2455,37 @@ static void column_sums(float *out, const float *x, int ldx, int rows, int n) {
     }
 }
 
-// ---- the 3D head as one map, see section 7
+// ---- the direction head as one map, see section 7
 
-static void d3_compose(Step *s, float bias[3]) {
+static void dir_compose(Step *s, float bias[3]) {
     enum { RR = PAIR_WIDTH * PAIR_WIDTH };
     const Tensors *p = &s->model.p;
-    gemm(&s->acts.work, 0, 0, 3, RR, D3_INNER, p->d3_axis1_w, D3_INNER, p->d3_w, RR, NULL, 0,
-         s->acts.d3_weight, RR);
+    gemm(&s->acts.work, 0, 0, 3, RR, DIR_INNER, p->dir_axis1_w, DIR_INNER, p->dir_w, RR, NULL, 0,
+         s->acts.dir_weight, RR);
     for (int k = 0; k < 3; k++) {
-        bias[k] = p->d3_axis1_b[k];
-        for (int u = 0; u < D3_INNER; u++) bias[k] += p->d3_axis1_w[k * D3_INNER + u] * p->d3_b[u];
+        bias[k] = p->dir_axis1_b[k];
+        for (int u = 0; u < DIR_INNER; u++)
+            bias[k] += p->dir_axis1_w[k * DIR_INNER + u] * p->dir_b[u];
     }
 }
 
-static void d3_split(Step *s, const float dbias[3]) {
+static void dir_split(Step *s, const float dbias[3]) {
     enum { RR = PAIR_WIDTH * PAIR_WIDTH };
     const Tensors *p = &s->model.p;
     Tensors *g = &s->model.g;
-    const float *dweight = s->acts.dd3_weight;  // forward: weight = axes @ d3_w
-    gemm(&s->acts.work, 1, 0, D3_INNER, RR, 3, p->d3_axis1_w, D3_INNER, dweight, RR, NULL, 0,
-         g->d3_w, RR);
-    gemm(&s->acts.work, 0, 1, 3, D3_INNER, RR, dweight, RR, p->d3_w, RR, NULL, 0, g->d3_axis1_w,
-         D3_INNER);
-    for (int u = 0; u < D3_INNER; u++) {
-        g->d3_b[u] = 0;
-        for (int k = 0; k < 3; k++) {  // forward: bias = axes @ d3_b + axis_b
-            g->d3_b[u] += dbias[k] * p->d3_axis1_w[k * D3_INNER + u];
-            g->d3_axis1_w[k * D3_INNER + u] += dbias[k] * p->d3_b[u];
+    const float *dweight = s->acts.ddir_weight;  // forward: weight = axes @ dir_w
+    gemm(&s->acts.work, 1, 0, DIR_INNER, RR, 3, p->dir_axis1_w, DIR_INNER, dweight, RR, NULL, 0,
+         g->dir_w, RR);
+    gemm(&s->acts.work, 0, 1, 3, DIR_INNER, RR, dweight, RR, p->dir_w, RR, NULL, 0, g->dir_axis1_w,
+         DIR_INNER);
+    for (int u = 0; u < DIR_INNER; u++) {
+        g->dir_b[u] = 0;
+        for (int k = 0; k < 3; k++) {  // forward: bias = axes @ dir_b + axis_b
+            g->dir_b[u] += dbias[k] * p->dir_axis1_w[k * DIR_INNER + u];
+            g->dir_axis1_w[k * DIR_INNER + u] += dbias[k] * p->dir_b[u];
         }
     }
-    for (int k = 0; k < 3; k++) g->d3_axis1_b[k] = dbias[k];
+    for (int k = 0; k < 3; k++) g->dir_axis1_b[k] = dbias[k];
 }
 
 // =================================================================================================
@@ -2472,7 +2498,7 @@ static void sizes_add(Sizes *s, int n_atoms) {
     s->A += n;
     s->T += n + 1;
     s->P += mul_size(n, n);
-    s->W += (n + 1) * (size_t)padded(n_atoms + 1);
+    s->bias_size += (n + 1) * (size_t)padded(n_atoms + 1);
     s->N = max_size(s->N, n);
 }
 
@@ -2482,7 +2508,7 @@ static void batch_layout(Batch *batch, size_t B) {
     for (size_t b = 0; b <= B; b++) {
         batch->atom_start[b] = s.A;
         batch->pair_start[b] = s.P;
-        batch->bias_start[b] = s.W;
+        batch->bias_start[b] = s.bias_size;
         if (b == B) break;
         for (int t = 0; t <= batch->n_atoms[b]; t++) batch->molecule[s.T + (size_t)t] = (int)b;
         sizes_add(&s, batch->n_atoms[b]);
@@ -2491,13 +2517,13 @@ static void batch_layout(Batch *batch, size_t B) {
     batch->T = s.T;
     batch->A = s.A;
     batch->P = s.P;
-    batch->W = s.W;
+    batch->bias_size = s.bias_size;
     batch->N = (int)s.N;
 }
 
 static Sizes sizes_max(Sizes a, Sizes b) {
     return (Sizes){max_size(a.B, b.B), max_size(a.T, b.T), max_size(a.A, b.A),
-                   max_size(a.P, b.P), max_size(a.W, b.W), max_size(a.N, b.N)};
+                   max_size(a.P, b.P), max_size(a.bias_size, b.bias_size), max_size(a.N, b.N)};
 }
 
 static void batch_free(Batch *batch) {
@@ -2551,7 +2577,7 @@ static float *floats_alloc(size_t count, const char *hint) {
 static size_t acts_place(Acts *acts, float *at, Config c, Sizes s) {
     const size_t L = (size_t)c.layers, C = (size_t)c.dim, F = (size_t)c.ffn, H = (size_t)c.heads;
     const size_t G = (size_t)c.kernels, Y = (size_t)c.tasks, R = PAIR_WIDTH;
-    const size_t T = s.T, A = s.A, P = s.P, W = s.W;
+    const size_t T = s.T, A = s.A, P = s.P, BiasSize = s.bias_size;
     const size_t Widest = max_size(C, PAIR_MAPS * R), PairWidth = (size_t)padded(EDGE_OUTPUTS);
     const size_t PairRows = max_size(s.N + 1, PAIR_GROUP);
     size_t used = 0;
@@ -2575,7 +2601,7 @@ static size_t acts_place(Acts *acts, float *at, Config c, Sizes s) {
 // The arrays of s->acts for the batch at hand.
 static void acts_layout(Step *s) {
     const Batch *b = &s->batch;
-    Sizes sizes = {b->B, b->T, b->A, b->P, b->W, (size_t)b->N};
+    Sizes sizes = {b->B, b->T, b->A, b->P, b->bias_size, (size_t)b->N};
     acts_place(&s->acts, s->acts.memory, s->model.config, sizes);
 }
 
@@ -2590,7 +2616,7 @@ static int widest_product(Config c) {
 static void acts_alloc(Acts *acts, Config c, Sizes room) {
     const char *hint = "a lower --batch-size, or data_prep --max-atoms";
     *acts = (Acts){0};
-    CHECK(room.P <= INT_MAX && (double)room.W * c.heads * c.layers < 1e12,
+    CHECK(room.P <= INT_MAX && (double)room.bias_size * c.heads * c.layers < 1e12,
           "a batch of %zu molecules with %zu atoms is too large; try a lower --batch-size", room.B,
           room.A);
     size_t count = acts_place(acts, NULL, c, room);
@@ -3310,13 +3336,11 @@ static void run_step(Run *run) {
     adam.lr = learning_rate(opt.adam.lr, run->done, run->warmup, run->steps, opt.hold);
     run_ids(run, run->done);
     run_reserve(run, &run->train, run->ids, (size_t)opt.batch);
-    s->draws = (Draws){run->seed, (uint32_t)run->done, 0, 1};
-    batch_load(&s->batch, &run->train, run->ids, (size_t)opt.batch,
-               run->finetuning ? NULL : &opt.blend, run->task.use, &s->draws);
-    gradients(loss, s, run->finetuning, run->logits);
-    check_finite(&s->model, loss[LOSS_TOTAL], run->done + 1);
-    double norm = adamw_step(&s->model, &adam, run->done + 1);
-    check_finite(&s->model, norm, run->done + 1);
+    Draws draws = {run->seed, (uint32_t)run->done, 0, 1};
+    double norm = training_step(loss, s, &run->train, run->ids, (size_t)opt.batch,
+                                run->finetuning ? NULL : &opt.blend, run->finetuning, run->logits,
+                                &adam, &draws, run->done + 1);
+    check_finite(&s->model, loss[LOSS_TOTAL] + norm, run->done + 1);
     float *row = run->log + run->done * LOG_COLUMNS;
     for (int k = 0; k < LOSSES; k++) row[k] = (float)loss[k];
     row[LOG_LR] = (float)adam.lr;

@@ -117,6 +117,7 @@ MB_NORETURN MB_PRINTF(1, 2) static inline void mb_die(const char *fmt, ...) {
         fputc('\n', stderr);
         mb_exit(EXIT_FAILURE);
     }
+    abort();  // not reached; a compiler cannot know
 }
 #define DIE(...) mb_die(__VA_ARGS__)
 #define CHECK(cond, ...) do { if (!(cond)) DIE(__VA_ARGS__); } while (0)
@@ -337,8 +338,10 @@ static inline double cpu_quota(const char *root) {
 //   is short, and steps that do not get the CPUs they ask for are done with fewer threads. That
 //   changes no result: threads share out results, never a sum.
 
+#ifdef _OPENMP
 static int mb_threads;   // most threads that we use; 0: threads_set() was not called
 static int mb_adapting;  // may that number be lowered?
+#endif
 
 // Threads to provide memory for.
 static inline int thread_count(void) {

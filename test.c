@@ -326,7 +326,7 @@ static void golden_encoder(Report *r, Golden *g) {
             wrong += tensor_number(spd, k) != batch->spd[batch->pair_start[b] + k];
         if (spd) report_add(r, "spd", wrong, 1e-30);
         float *bias = xmalloc((size_t)H * S * S, sizeof *bias);
-        const float *ours = g->s.acts.bias + bias_at(batch, H, &v, 0);
+        const float *ours = g->s.acts.attn_bias + bias_at(batch, H, &v, 0);
         for (int row = 0; row < H * S; row++)
             memcpy(bias + (size_t)row * S, ours + (size_t)row * W, sizeof(float) * (size_t)S);
         golden_output(r, g, b, "attn_bias", bias, 1e-5);
@@ -929,7 +929,8 @@ static void plain_attention(float *context, const Rig *rig) {
         const float *qkv = rig->acts.qkv + first * 3 * (size_t)C;
         for (int h = 0; h < H; h++)
             for (int s = 0; s < S; s++) {
-                const float *bias = rig->acts.bias + bias_at(&rig->batch, H, &v, h) + (size_t)s * W;
+                const float *bias =
+                    rig->acts.attn_bias + bias_at(&rig->batch, H, &v, h) + (size_t)s * W;
                 double e[64], sum = 0;
                 for (int t = 0; t < S; t++) {
                     double score = 0;
@@ -953,7 +954,7 @@ static void test_attention(void) {
     Acts *a = &rig.acts;
     int C = rig.model.config.dim, H = rig.model.config.heads;
     size_t n = rig.batch.T * (size_t)C;
-    memset(a->dbias, 0, rig.batch.W * (size_t)H * sizeof *a->dbias);
+    memset(a->dattn_bias, 0, rig.batch.bias_size * (size_t)H * sizeof *a->dattn_bias);
     run_attention(&rig);
     float *dqkv = xmalloc(3 * n, sizeof *dqkv), *qkv = xmalloc(3 * n, sizeof *qkv);
     memcpy(qkv, a->qkv, 3 * n * sizeof *qkv);
@@ -962,8 +963,8 @@ static void test_attention(void) {
     memcpy(dqkv, a->qkv, 3 * n * sizeof *qkv);
     memcpy(a->qkv, qkv, 3 * n * sizeof *qkv);
     test_gradient(&rig, run_attention, a->qkv, dqkv, 3 * n, STEP, "attention: q, k, v");
-    test_gradient(&rig, run_attention, a->bias, a->dbias, rig.batch.W * (size_t)H, STEP,
-                  "attention: bias");
+    test_gradient(&rig, run_attention, a->attn_bias, a->dattn_bias,
+                  rig.batch.bias_size * (size_t)H, STEP, "attention: bias");
     free(dqkv);
     free(qkv);
     rig.draws.active = 0;
@@ -1028,7 +1029,8 @@ static void test_geometry(void) {
 static double run_bias(Rig *rig) {
     path_bias_forward(rig);
     bias_forward(rig);
-    return weighted_sum(rig->acts.bias, rig->batch.W * (size_t)rig->model.config.heads);
+    size_t H = (size_t)rig->model.config.heads;
+    return weighted_sum(rig->acts.attn_bias, rig->batch.bias_size * H);
 }
 
 // The definition of b_edge of a pair, from the tables, slot by slot.
@@ -1051,7 +1053,7 @@ static void test_bias(void) {
     rig_open(&rig, 0, 1);
     Acts *a = &rig.acts;
     int H = rig.model.config.heads, drawn[8] = {0};
-    size_t n = rig.batch.W * (size_t)H, q = 0, pair = 0;
+    size_t n = rig.batch.bias_size * (size_t)H, q = 0, pair = 0;
     run_bias(&rig);
     double worst = 0;
     for (size_t b = 0; b < rig.batch.B; b++) {
@@ -1064,7 +1066,7 @@ static void test_bias(void) {
                     double expected = use == USE_EDGE ? plain_edge_bias(&rig, pair, h)
                         : (double)(use == USE_3D ? a->bias3d_out[q * (size_t)H + (size_t)h]
                                       : rig.model.p.spd_table[(rig.batch.spd[pair] + 1) * H + h]);
-                    const float *ours = a->bias + bias_at(&rig.batch, H, &v, h);
+                    const float *ours = a->attn_bias + bias_at(&rig.batch, H, &v, h);
                     worst = fmax(worst, fabs((double)ours[(i + 1) * v.W + j + 1] - expected));
                 }
                 q += use == USE_3D;
@@ -1072,8 +1074,8 @@ static void test_bias(void) {
     }
     test_check(worst < 1e-6 && drawn[1] > 20 && drawn[2] > 20 && drawn[4] > 20,
                "blended bias: error %.1e (%d, %d, %d pairs)", worst, drawn[1], drawn[2], drawn[4]);
-    memset(a->dbias, 0, n * sizeof *a->dbias);
-    weights_into(a->dbias, n);
+    memset(a->dattn_bias, 0, n * sizeof *a->dattn_bias);
+    weights_into(a->dattn_bias, n);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
     bias_backward(&rig);
     path_bias_backward(&rig);
@@ -1190,16 +1192,16 @@ static void test_heads(void) {
     rig.draws.step = 5;  // a draw in which no gradient cancels to nothing
     pretrain_heads(loss, &rig, 1);
     float *x = a->out;
-    float *dbias = xmalloc(rig.batch.W * (size_t)rig.model.config.heads, sizeof *dbias);
-    memcpy(dbias, a->dbias, rig.batch.W * (size_t)rig.model.config.heads * sizeof *dbias);
+    size_t biases = rig.batch.bias_size * (size_t)rig.model.config.heads;
+    float *dbias = xmalloc(biases, sizeof *dbias);
+    memcpy(dbias, a->dattn_bias, biases * sizeof *dbias);
     test_gradient(&rig, run_heads, x, a->dx, n, STEP, "heads: input");
-    test_gradient(&rig, run_heads, a->bias, dbias, rig.batch.W * (size_t)rig.model.config.heads,
-                  STEP, "denoising head: bias");
+    test_gradient(&rig, run_heads, a->attn_bias, dbias, biases, STEP, "denoising head: bias");
     free(dbias);
-    float *const tensors[] = {p->spd_row_w,      p->edge_col_w,   p->d3_row_b,  p->d3_col_norm_w,
+    float *const tensors[] = {p->spd_row_w,      p->edge_col_w,   p->dir_row_b,  p->dir_col_norm_w,
                               p->spd_row_norm_b, p->spd_w,        p->spd_b,     p->edge_w,
-                              p->edge_b,         p->d3_w,         p->d3_b,      p->d3_axis2_w,
-                              p->d3_axis3_b,     p->denoise_q_w,    p->denoise_v_w, p->denoise_v_b,
+                              p->edge_b,         p->dir_w,         p->dir_b,      p->dir_axis2_w,
+                              p->dir_axis3_b,     p->denoise_q_w,    p->denoise_v_w, p->denoise_v_b,
                               p->denoise_axis1_w,  p->denoise_axis2_b};
     for (size_t k = 0; k < sizeof tensors / sizeof tensors[0]; k++) {
         char what[32];
@@ -1359,7 +1361,7 @@ static void test_edges(void) {
 // Masks are drawn for (n, n) numbers: rows padded to whole vectors do not change them.
 static void test_mask(void) {
     Step step = {.draws = {7, 3, 0, 1}, .drop = {.attention = 0.5}};
-    HeadTask task = {.n = 5, .W = 16, .purpose = RNG_ATTENTION_DROP, .slot = 2, .row = 1};
+    HeadTask task = {.n = 5, .W = 16, .purpose = RNG_ATTENTION_DROP, .slot = 2, .head = 1};
     float mask[5 * 16], plain[25];
     int same = 0;
     attention_mask(mask, &step, &task);
@@ -1574,9 +1576,9 @@ static void test_parameter_table(void) {
     model_init(&m, 1);
     const LayerTensors *l = &m.p.layer[1];
     test_check(l->k_w == l->q_w + 64 * 64 && l->v_w == l->k_w + 64 * 64 && l->v_b == l->q_b + 128 &&
-                   m.p.d3_col_w == m.p.spd_row_w + 5 * 32 * 64 &&
+                   m.p.dir_col_w == m.p.spd_row_w + 5 * 32 * 64 &&
                    m.p.denoise_v_b == m.p.denoise_q_b + 128 &&
-                   m.p.d3_axis3_w == m.p.d3_axis1_w + 2 * D3_INNER,
+                   m.p.dir_axis3_w == m.p.dir_axis1_w + 2 * DIR_INNER,
                "matrices used as one stand next to each other");
     test_check(m.p.atom_table[0] == 0 && m.p.gauss_mul[0] == 0 && m.p.gauss_mul[1] == 0.5f &&
                    m.p.atom_table[64] != 0 && l->norm1_w[3] == 1 && l->q_b[0] == 0 &&
@@ -1729,7 +1731,7 @@ static void test_messages(void) {
 static void test_example(void) {
     static const char *const printed[] = {
         "0.0   1.5    --", "1.5     0   1.4", "2.4     1     .", "2D 3D 3D",
-        "0 2     (path_bias[0][0] + path_bias[1][0]) / 2       1   0  0 -1 -1 -1  1.99  0.95  0.95"};
+        "0 2     (path_bias[0][0] + path_bias[1][0]) / 2       1   0  0 -1 -1 -1  1.99  0.95"};
     static const char *const written[] = {
         "0.0  1.5  --", "1.5  0    1.4", "2.4  1    .", "(path_bias[0][0] + path_bias[1][0]) / 2",
         "class 1 (two bonds), edge classes 0 and 0", "0.0 1.5 2.4", "1.5 0.0 1.4", "2.4 1.4 0.0"};
@@ -1739,7 +1741,8 @@ static void test_example(void) {
     for (size_t k = 0; k < sizeof printed / sizeof printed[0]; k++)
         test_command("./moleblend show build/test_e.bin 0", 0, printed[k]);
     for (size_t k = 0; k < sizeof written / sizeof written[0]; k++)
-        test_check(strstr(source, written[k]) != NULL, "moleblend.c does not say \"%s\"", written[k]);
+        test_check(strstr(source, written[k]) != NULL, "moleblend.c does not say \"%s\"",
+                   written[k]);
     free(source);
 }
 
