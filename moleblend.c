@@ -38,8 +38,7 @@
 //                 v                         v
 //   7  path length (P, 11), path bonds (P, 5, 24), direction (P, 3), noise (A, 3) -> 4 losses
 //
-// Dimension letters (lower case: an index over that dimension; in Gaussians and Adam the letters of
-// their textbooks)
+// Dimension letters (lower case: an index; Gaussians and Adam have the letters of their textbooks)
 //   B  molecules in the batch          C  channels of a token [dim]
 //   N  atoms of one molecule           F  width of the feed-forward layer [ffn]
 //   S  its tokens, N + 1: token 0 is   H  attention heads
@@ -53,31 +52,10 @@
 //
 // Matrices are row-major, shapes are given as (rows, columns), i and j are the two atoms of a pair.
 // The gradient of a tensor is named d + its name. s is the Step, p its parameters, g their
-// gradients, a its activations. Everything is deterministic: threads share out
-// results, never a sum, and every random number has a name instead of a turn.
-//
-// DEVIATIONS from the official release, all of them where it departs from the paper or fails:
-//   - the blend is drawn for each molecule (release: one mask for the whole batch);
-//   - DropPath drops a molecule's branch (release: its shape makes it drop token positions);
-//   - a path of 11 bonds or more is class 10 (release: 20 and more crash); bonds outside the edge
-//     head's classes are ignored (release: they wrap into other classes);
-//   - the mean read-out divides by the atoms (release: by the padded length);
-//   - an atom at (0, 0, 0) is an atom (release: padding); molecules without positions use 2D only;
-//   - means and widths of the Gaussians start spread over 0 to 3 (release: an initialisation meant
-//     for other tensors makes all of them alike).
-//
-// PORTING. Replace section 10 (the kernels), nothing above it. What must agree: the golden files
-// (./test --golden FILE), datasets and checkpoints byte for byte. What may differ: rounding, so
-// losses drift apart after some ten steps; not the random draws, which are integer arithmetic.
+// gradients, a its activations. Everything is deterministic: threads share out results, never a sum,
+// and every random number has a name instead of a turn.
 
-#ifndef MB_PROGRAM
-#define MB_PROGRAM "moleblend"
-#endif
 #include "moleblend.h"
-
-#if !defined(_OPENMP) && (defined(__GNUC__) || defined(__clang__))
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // without OpenMP its pragmas mean nothing
-#endif
 
 // =================================================================================================
 // 1 A molecule and its relations (paper 3.1). Ethanol, atoms C0-C1-O2, is the example throughout:
@@ -172,7 +150,6 @@ enum { LOSS_TOTAL, LOSS_NOISE, LOSS_SPD, LOSS_EDGE, LOSS_3D, LOSSES };
 static const char *const LOSS_NAMES[LOSSES] = {"total", "denoise", "spd", "edge", "3d"};
 
 #define DIRECTION_EPS 1e-5f  // direction = (pos_j - pos_i) / (distance + eps)
-
 // Largest batch a set of buffers can hold; every member separately.
 typedef struct {
     size_t B, T, A, P;
@@ -350,8 +327,7 @@ static int noise_counts(const Batch *batch, const View *v, int i) {
     return batch->has_pos[v->b] && (batch->atom_use[v->atom + (size_t)i] & USE_3D);
 }
 
-// What is known once all molecules are set: the rows of 3D pairs, and by what the losses are
-// divided.
+// What is known once all molecules are set: the rows of 3D pairs, and what the losses are means of.
 static void batch_count(Batch *batch) {
     double *count = batch->count;
     batch->Q = 0;
@@ -1062,21 +1038,6 @@ static void bias_forward(Step *s) {
     }
 }
 
-// dbias3d_out (Q, H): gathered from dattn_bias (H, S, W) of molecule b.
-static void bias_backward_3d(Step *s, size_t b) {
-    View v = batch_view(&s->batch, b);
-    int H = s->model.config.heads;
-    size_t pair = v.pair, plane = (size_t)v.S * (size_t)v.W;
-    const float *dbias = s->acts.dattn_bias + bias_at(&s->batch, H, &v, 0);
-    for (int i = 1; i < v.S; i++)
-        for (int j = 1; j < v.S; j++, pair++) {
-            int row = s->batch.pair_row[pair];
-            const float *d = dbias + (size_t)i * (size_t)v.W + (size_t)j;
-            for (int h = 0; row >= 0 && h < H; h++)  // forward: out[h] = row3d[h] + ...
-                s->acts.dbias3d_out[(size_t)row * (size_t)H + (size_t)h] = d[(size_t)h * plane];
-        }
-}
-
 // Stores head h's columns of the gradients of spd_table, path_bias and graph_bias: its part of
 // dattn_bias, sorted by what the pairs used. Sums are made beside those tables, in which heads, and
 // so threads, share cache lines.
@@ -1106,11 +1067,24 @@ static void bias_backward_head(Step *s, int h) {
     for (int k = 0; k < PATH_BONDS * PATH_CODES; k++) s->acts.dpath_bias[k * H + h] = dpath[k];
 }
 
+// From dattn_bias to dbias3d_out (Q, H), molecule by molecule, and to all others, head by head.
 static void bias_backward(Step *s) {
+    size_t H = (size_t)s->model.config.heads;
 #pragma omp parallel for schedule(dynamic)
-    for (size_t b = 0; b < s->batch.B; b++) bias_backward_3d(s, b);
+    for (size_t b = 0; b < s->batch.B; b++) {
+        View v = batch_view(&s->batch, b);
+        size_t pair = v.pair, plane = (size_t)v.S * (size_t)v.W;
+        const float *dbias = s->acts.dattn_bias + bias_at(&s->batch, (int)H, &v, 0);
+        for (int i = 1; i < v.S; i++)
+            for (int j = 1; j < v.S; j++, pair++) {
+                int row = s->batch.pair_row[pair];
+                const float *d = dbias + (size_t)i * (size_t)v.W + (size_t)j;
+                for (size_t h = 0; row >= 0 && h < H; h++)  // forward: out[h] = row3d[h] + ...
+                    s->acts.dbias3d_out[(size_t)row * H + h] = d[h * plane];
+            }
+    }
 #pragma omp parallel for schedule(dynamic)
-    for (int h = 0; h < s->model.config.heads; h++) bias_backward_head(s, h);
+    for (int h = 0; h < (int)H; h++) bias_backward_head(s, h);
 }
 
 // ---- tokens (paper 3.1): x = LayerNorm(sum of embedding rows). An atom's rows are those of its
@@ -1122,26 +1096,23 @@ static void bias_backward(Step *s) {
 enum { TOKEN_ROWS = ATOM_FEATURES + 2 };
 
 // Offsets in an arena, of parameters or gradients, of the rows that token t sums, and how many.
-static int token_rows(size_t at[TOKEN_ROWS], const Model *m, const Batch *batch, size_t t) {
+// scale: of its atom's structure3d (that of atom t - b - 1), 0 if it adds none.
+static int token_rows(size_t at[TOKEN_ROWS], float *scale, const Model *m, const Batch *batch,
+                      size_t t) {
     View v = batch_view(batch, (size_t)batch->molecule[t]);
     size_t C = (size_t)m->config.dim, i = t - v.b - 1;
     const uint8_t *feature = batch->atom_feat + i * ATOM_FEATURES;
-    int n = 0;
+    int n = 0, use = t > v.token ? batch->atom_use[i] : 0;
+    *scale = use & USE_3D ? STRUCTURE_SCALE : 0.0f;
     if (t == v.token) at[n++] = (size_t)(m->p.graph_token - m->params);
     for (size_t k = 0; t > v.token && k < ATOM_FEATURES; k++)
         at[n++] = (size_t)(m->p.atom_table - m->params) +
                   (ATOM_ROW_OFFSET + FEATURE_ROWS * k + feature[k]) * C;
-    if (t > v.token && batch->atom_use[i] & USE_SPD) {
+    if (use & USE_SPD) {
         at[n++] = (size_t)(m->p.in_degree - m->params) + (batch->degree[i] + 1u) * C;
         at[n++] = (size_t)(m->p.out_degree - m->params) + (batch->degree[i] + 1u) * C;
     }
     return n;
-}
-
-// 0.01 if token t adds its atom's structure3d (that of atom t - b - 1), else 0.
-static float token_scale3d(const Batch *batch, size_t t) {
-    View v = batch_view(batch, (size_t)batch->molecule[t]);
-    return t > v.token && batch->atom_use[t - v.b - 1] & USE_3D ? STRUCTURE_SCALE : 0.0f;
 }
 
 static void embedding_forward(Step *s) {
@@ -1151,8 +1122,8 @@ static void embedding_forward(Step *s) {
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < s->batch.T; t++) {
         size_t at[TOKEN_ROWS], b = (size_t)s->batch.molecule[t];
-        int rows = token_rows(at, m, &s->batch, t);
-        float *token = a->branch + t * C, scale = token_scale3d(&s->batch, t);
+        float *token = a->branch + t * C, scale;
+        int rows = token_rows(at, &scale, m, &s->batch, t);
         memset(token, 0, sizeof(float) * C);
         for (int r = 0; r < rows; r++)
             for (size_t c = 0; c < C; c++) token[c] += m->params[at[r] + c];
@@ -1177,8 +1148,8 @@ static void embedding_backward(Step *s, float *dstructure3d) {
         int width = min_int(STRIP, C - c0);
         for (size_t t = 0; t < s->batch.T; t++) {
             size_t at[TOKEN_ROWS], b = (size_t)s->batch.molecule[t];
-            int rows = token_rows(at, m, &s->batch, t);
-            float scale = token_scale3d(&s->batch, t);
+            float scale;
+            int rows = token_rows(at, &scale, m, &s->batch, t);
             const float *d = a->dx + t * (size_t)C + c0;
             for (int r = 0; r < rows; r++)  // forward: token += row
                 for (int c = 0; c < width; c++) m->grads[at[r] + (size_t)(c0 + c)] += d[c];
@@ -1715,8 +1686,7 @@ static double denoise_loss(Step *s) {
     return loss;
 }
 
-// One molecule: from denoise_dout to dbias, denoise_dforce (T, 3, H), and dq and dk in the places
-// of q and k.
+// One molecule: from denoise_dout to dattn_bias, denoise_dforce (T, 3, H), dq and dk (in q and k).
 static void denoise_backward_molecule(Step *s, size_t b) {
     Acts *a = &s->acts;
     View v = batch_view(&s->batch, b);
@@ -1928,6 +1898,20 @@ static double training_step(double loss[LOSSES], Step *s, const Dataset *data, c
 }
 
 // ==== The method ends here. What follows may be skipped by whoever came for it. ==================
+
+// DEVIATIONS from the official release, all of them where it departs from the paper or fails:
+//   - the blend is drawn for each molecule (release: one mask for the whole batch);
+//   - DropPath drops a molecule's branch (release: its shape makes it drop token positions);
+//   - a path of 11 bonds or more is class 10 (release: 20 and more crash); bonds outside the edge
+//     head's classes are ignored (release: they wrap into other classes);
+//   - the mean read-out divides by the atoms (release: by the padded length);
+//   - an atom at (0, 0, 0) is an atom (release: padding); molecules without positions use 2D only;
+//   - means and widths of the Gaussians start spread over 0 to 3 (release: an initialisation meant
+//     for other tensors makes all of them alike).
+//
+// PORTING. Replace section 10 (the kernels), nothing above it. What must agree: the golden files
+// (./test --golden FILE), datasets and checkpoints byte for byte. What may differ: rounding, so
+// losses drift apart after some ten steps; not the random draws, which are integer arithmetic.
 
 // =================================================================================================
 // 9 The fine-tuning head (paper 4): out = W2 gelu(W1 x + b1) + b2 on a token, read out as that of

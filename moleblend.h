@@ -51,6 +51,10 @@
 #endif
 
 #define MB_VERSION "1.0"
+
+#if !defined(_OPENMP) && (defined(__GNUC__) || defined(__clang__))
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // without OpenMP its pragmas mean nothing
+#endif
 #ifdef _OPENMP
 #define MB_OPENMP 1
 #else
