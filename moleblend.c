@@ -2967,9 +2967,11 @@ static Config start_config(void) {
         if (!opt.size) c = file;
     }
     int *const number[5] = {&c.layers, &c.dim, &c.ffn, &c.heads, &c.kernels};
-    const int64_t asked[5] = {opt.layers, opt.dim, opt.ffn, opt.heads, opt.kernels};
-    for (int n = 0; n < 5; n++)
-        if (asked[n]) *number[n] = (int)asked[n];
+    int64_t *const asked[5] = {&opt.layers, &opt.dim, &opt.ffn, &opt.heads, &opt.kernels};
+    for (int n = 0; n < 5; n++) {
+        if (*asked[n]) *number[n] = (int)*asked[n];
+        *asked[n] = *number[n];  // for options_text()
+    }
     c.tasks = file.tasks = 0;
     CHECK(!opt.init || memcmp(&c, &file, sizeof c) == 0,
           "%s: has --layers %d --dim %d --ffn %d --heads %d --kernels %d; leave out the size "
