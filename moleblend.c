@@ -2999,6 +2999,7 @@ typedef struct {
     double best_metric;
     char *state_path, *log_path;
     OutFile lock;                // held from start to end: two runs may not write the same files
+    TensorFile file;             // of --model; its dataset is `test`
 } Run;
 
 // Makes activations and batch large enough for B molecules of a dataset; memory only grows.
@@ -3280,10 +3281,11 @@ static void run_open(Run *run, const char *train_path) {
     run->warmup = opt.warmup >= 0 ? opt.warmup : run->steps / (run->finetuning ? 10 : 12) + 1;
 }
 
-// Model, buffers and settings for --model FILE.
-static void run_open_model(Run *run, TensorFile *f, Dataset *data, const char *path) {
+// A dataset, and model, buffers and settings for --model FILE.
+static void run_open_model(Run *run, const char *path) {
+    TensorFile *f = &run->file;
     CHECK(opt.model, "--model: expected a checkpoint");
-    dataset_open(data, path);
+    dataset_open(&run->test, path);
     tensor_file_open(f, opt.model);
     model_create(&run->s.model, tensor_file_config(f), 0);
     model_load(&run->s.model, run->s.model.params, f, "");
@@ -3294,7 +3296,7 @@ static void run_open_model(Run *run, TensorFile *f, Dataset *data, const char *p
     run->task.use = modality_use(opt.modality ? opt.modality : DEFAULT_MODALITY);
     run->task.readout = (Readout)name_index(
         "--readout", opt.readout ? opt.readout : DEFAULT_READOUT, READOUT_NAMES, 3);
-    check_positions(data, run->task.use);
+    check_positions(&run->test, run->task.use);
 }
 
 // Frees whatever of a run has been opened.
@@ -3303,6 +3305,7 @@ static void run_close(Run *run) {
     dataset_close(&run->train);
     dataset_close(&run->valid);
     dataset_close(&run->test);
+    tensor_file_close(&run->file);
     model_free(&run->s.model);
     acts_free(&run->s.acts);
     batch_free(&run->s.batch);
@@ -3694,9 +3697,10 @@ static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *
 static void visit_rows(Run *run, size_t first, size_t B, void *result) {
     size_t Y = (size_t)run->s.model.config.tasks;
     Molecule m = {0};
+    (void)result;
     visit_predictions(run, 0, B, run->logits);
     for (size_t b = 0; b < B; b++) {
-        dataset_read(result, first + b, &m);
+        dataset_read(&run->test, first + b, &m);
         print_csv(m.name, (size_t)m.name_length);
         for (size_t y = 0; y < Y; y++) {
             double x = (double)run->logits[b * Y + y];
@@ -3709,16 +3713,15 @@ static void visit_rows(Run *run, size_t first, size_t B, void *result) {
 
 static void command_predict(const char *path) {
     Run run = {0};
-    Dataset data;
-    TensorFile f;
-    run_open_model(&run, &f, &data, path);
+    run_open_model(&run, path);
+    const TensorFile *f = &run.file;
     size_t Y = (size_t)run.s.model.config.tasks;
-    const char *names = required_meta(&f, "task_names");
+    const char *names = required_meta(f, "task_names");
     run.statistics = xmalloc(2 * Y, sizeof *run.statistics);
     run.logits = xmalloc(mul_size((size_t)opt.batch, Y), sizeof *run.logits);
-    meta_numbers(run.statistics, Y, &f, "label_mean");
-    meta_numbers(run.statistics + Y, Y, &f, "label_std");
-    run.task.kind = (TaskKind)name_index("task", required_meta(&f, "task"), KIND_NAMES, 2);
+    meta_numbers(run.statistics, Y, f, "label_mean");
+    meta_numbers(run.statistics + Y, Y, f, "label_std");
+    run.task.kind = (TaskKind)name_index("task", required_meta(f, "task"), KIND_NAMES, 2);
     run.task.mean = run.statistics;
     run.task.std = run.statistics + Y;
     printf("name");
@@ -3729,11 +3732,9 @@ static void command_predict(const char *path) {
         names += length + (names[length] == '\n');
     }
     printf("\n");
-    visit_batches(&run, &data, SIZE_MAX, NULL, run.task.use, 1, visit_rows, &data);
+    visit_batches(&run, &run.test, SIZE_MAX, NULL, run.task.use, 1, visit_rows, NULL);
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write to standard output: %s",
           strerror(errno));
-    dataset_close(&data);
-    tensor_file_close(&f);
     run_close(&run);
 }
 
@@ -3763,28 +3764,24 @@ static void visit_embed(Run *run, size_t first, size_t B, void *result) {
 
 static void command_embed(const char *path) {
     Run run = {0};
-    Dataset data;
-    TensorFile f;
     Embedding e;
     char shape[96], header[128];
-    run_open_model(&run, &f, &data, path);
+    run_open_model(&run, path);
     size_t C = (size_t)run.s.model.config.dim;
     snprintf(shape, sizeof shape, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %zu), }",
-             data.count, C);
+             run.test.count, C);
     int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
     const uint8_t magic[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (uint8_t)length, 0};
     out_open(&e.out, opt.output);
     out_write(&e.out, magic, 10);
     out_write(&e.out, header, (size_t)length);
     e.row = xmalloc(C, sizeof *e.row);
-    e.count = data.count;
+    e.count = run.test.count;
     e.progress = progress_begin(0);
     signals_catch();
-    visit_batches(&run, &data, SIZE_MAX, NULL, run.task.use, 1, visit_embed, &e);
+    visit_batches(&run, &run.test, SIZE_MAX, NULL, run.task.use, 1, visit_embed, &e);
     out_commit(&e.out);
     free(e.row);
-    dataset_close(&data);
-    tensor_file_close(&f);
     run_close(&run);
 }
 
