@@ -1185,9 +1185,10 @@ static int smiles_peek(const SmilesReader *s, int ahead) {
 }
 
 // Whether `text` comes next; if so it is passed.
-static int smiles_take(SmilesReader *s, const char *text) {
-    int n = (int)strlen(text);
-    if (s->n - s->pos < n || memcmp(s->text + s->pos, text, (size_t)n) != 0) return 0;
+static inline int smiles_take(SmilesReader *s, const char *text) {
+    int n = 0;
+    for (; text[n]; n++)
+        if (smiles_peek(s, n) != text[n]) return 0;
     s->pos += n;
     return 1;
 }
