@@ -247,6 +247,9 @@ typedef struct {
     int rings, smallest_ring;
 } ChemBond;
 
+// A bond as one of its atoms sees it.
+typedef struct { ChemBond *bond; int index, atom; } Link;  // its number, the atom at its other end
+
 // Rings as lists of atoms: ring r is atoms[start[r]..start[r+1]); bonds[k] joins atoms[k] to the
 // next atom of the ring.
 typedef struct {
@@ -259,7 +262,7 @@ typedef struct {
     ChemAtom *atoms;
     ChemBond *bonds;
     double (*xyz)[3];       // of every atom; used if has_xyz
-    int *first, *adj;       // bonds of atom i: adj[first[i]..first[i+1]), in the order of creation
+    Link **first;           // bonds of atom i: first[i] to first[i + 1], in the order of creation
     int *atom_rings;        // number of rings an atom is in
     RingList rings;
     int has_xyz, is_3d, wedged;
@@ -311,31 +314,36 @@ static ChemBond *mol_add_bond(ChemMol *m, int begin, int end, int order) {
     return b;
 }
 
-// The atom at the other end of a bond; the number of bonds of an atom.
+// The number of bonds of an atom; the atom at the other end of a bond.
+static inline int mol_degree(const ChemMol *m, int i) {
+    return (int)(m->first[i + 1] - m->first[i]);
+}
+
 static inline int bond_other(const ChemBond *b, int i) { return b->begin == i ? b->end : b->begin; }
-static inline int mol_degree(const ChemMol *m, int i) { return m->first[i + 1] - m->first[i]; }
 
 // The bond between two atoms, or -1.
 // RDKit: ROMol::getBondBetweenAtoms
 static int bond_between(const ChemMol *m, int i, int j) {
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        if (bond_other(&m->bonds[m->adj[k]], i) == j) return m->adj[k];
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        if (l->atom == j) return l->index;
     return -1;
 }
 
 // Builds the adjacency lists. The bonds must join different atoms, see find_bad_bond().
 static void mol_connect(ChemMol *m) {
-    int n = m->n_atoms;
-    m->first = arena_ints(&m->arena, n + 1);
-    m->adj = arena_ints(&m->arena, 2 * m->n_bonds);
+    int *degree = arena_ints(&m->arena, m->n_atoms);
+    Link *list = arena_take(&m->arena, 2 * (size_t)m->n_bonds, sizeof *list);
+    m->first = arena_take(&m->arena, (size_t)m->n_atoms + 1, sizeof *m->first);
     for (int b = 0; b < m->n_bonds; b++) {
-        m->first[m->bonds[b].begin]++;
-        m->first[m->bonds[b].end]++;
+        degree[m->bonds[b].begin]++;
+        degree[m->bonds[b].end]++;
     }
-    for (int i = 0; i < n; i++) m->first[i + 1] += m->first[i];
-    for (int b = m->n_bonds - 1; b >= 0; b--) {  // every list from its end
-        m->adj[--m->first[m->bonds[b].begin]] = b;
-        m->adj[--m->first[m->bonds[b].end]] = b;
+    m->first[m->n_atoms] = list + 2 * m->n_bonds;
+    for (int i = 0; i < m->n_atoms; i++) m->first[i] = list += degree[i];  // where it ends
+    for (int b = m->n_bonds - 1; b >= 0; b--) {
+        ChemBond *bond = &m->bonds[b];
+        *--m->first[bond->begin] = (Link){bond, b, bond->end};
+        *--m->first[bond->end] = (Link){bond, b, bond->begin};
     }
 }
 
@@ -346,13 +354,11 @@ static int find_bad_bond(ChemMol *m) {
     for (int b = 0; b < m->n_bonds; b++)
         if (m->bonds[b].begin == m->bonds[b].end) return b;
     mol_connect(m);
-    for (int i = 0; i < m->n_atoms; i++) {
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            int j = bond_other(&m->bonds[m->adj[k]], i);
-            if (seen[j] == i + 1) bad = m->adj[k];
-            seen[j] = i + 1;
+    for (int i = 0; i < m->n_atoms; i++)
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            if (seen[l->atom] == i + 1) bad = l->index;
+            seen[l->atom] = i + 1;
         }
-    }
     return bad;
 }
 
@@ -385,6 +391,19 @@ static inline int twice_contribution(const ChemBond *b, int i) {
     return b->order == ORDER_DATIVE && b->begin == i ? 0 : twice_order(b);
 }
 
+// The sum over all bonds of an atom; how many of them add nothing.
+static inline int twice_bonds(const ChemMol *m, int i) {
+    int twice = 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) twice += twice_contribution(l->bond, i);
+    return twice;
+}
+
+static int zero_bonds(const ChemMol *m, int i) {
+    int n = 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) n += !twice_contribution(l->bond, i);
+    return n;
+}
+
 // The mirror image of a tetrahedral centre.
 // RDKit: Atom::invertChirality
 static int invert_chirality(int chirality) {
@@ -403,10 +422,8 @@ static uint8_t opposite_direction(int direction) {
 static int is_aromatic_atom(const ChemMol *m, int i) {
     if (!m->any_aromatic) return 0;
     if (m->atoms[i].aromatic) return 1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        if (b->aromatic || b->order == ORDER_AROMATIC) return 1;
-    }
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        if (l->bond->aromatic || l->bond->order == ORDER_AROMATIC) return 1;
     return 0;
 }
 
@@ -1434,15 +1451,15 @@ static void smiles_fix_chirality(SmilesReader *s, int i) {
     int degree = mol_degree(m, i), n_closures = 0, swaps = 0, unsaturated = 0;
     int *where = arena_ints(&m->arena, degree);  // each bond stands in the text
     for (int q = 0; q < degree; q++) {  // atom before, ring numbers, atoms after
-        const ChemBond *b = &m->bonds[m->adj[m->first[i] + q]];
-        where[q] = bond_other(b, i) < i ? -1 : s->n_marks + q;
+        const Link *l = &m->first[i][q];
+        where[q] = l->atom < i ? -1 : s->n_marks + q;
         for (int k = 0; k < s->n_marks; k++) {
-            if (s->marks[k].atom != i || s->marks[k].bond != m->adj[m->first[i] + q]) continue;
+            if (s->marks[k].atom != i || s->marks[k].bond != l->index) continue;
             where[q] = k;
             n_closures++;
         }
         for (int p = 0; p < q; p++) swaps += where[p] > where[q];
-        unsaturated |= twice_order(b) > 2;
+        unsaturated |= twice_order(l->bond) > 2;
     }
     if (degree == 3 && ((a->first_of_fragment && a->explicit_h == 1) ||
                         (a->explicit_h != 1 && n_closures == 1 && !unsaturated)))
@@ -1536,9 +1553,7 @@ static inline int default_valence(int z) {
 static void set_valence(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
-    int twice = 2 * a->explicit_h, shift = valence_shift(a);
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        twice += twice_contribution(&m->bonds[m->adj[k]], i);
+    int twice = 2 * a->explicit_h + twice_bonds(m, i), shift = valence_shift(a);
     // unsigned, so that "any valence" (-1) and negative limits are never exceeded
     uint32_t limit = (uint32_t)e->valence[0] + (uint32_t)shift;
     if (twice > 0 && (uint64_t)twice > 2 * (uint64_t)limit && is_aromatic_atom(m, i)) {
@@ -1631,9 +1646,9 @@ static void clean_nitrogen(ChemMol *m, int i) {
     uint8_t aromatic = a->aromatic;
     a->aromatic = 0;
     set_valence(m, i);
-    for (int k = m->first[i]; k < m->first[i + 1] && a->valence == 5; k++) {
-        ChemBond *b = &m->bonds[m->adj[k]];
-        ChemAtom *other = &m->atoms[bond_other(b, i)];
+    for (Link *l = m->first[i]; l < m->first[i + 1] && a->valence == 5; l++) {
+        ChemBond *b = l->bond;
+        ChemAtom *other = &m->atoms[l->atom];
         int oxide = other->z == 8 && b->order == ORDER_DOUBLE;
         int azide = other->z == 7 && b->order == ORDER_TRIPLE;
         if (other->charge || !(oxide || azide)) continue;
@@ -1655,12 +1670,11 @@ static void clean_phosphorus(ChemMol *m, int i) {
     if (a->charge || mol_degree(m, i) != 3) return;
     set_valence(m, i);
     if (a->valence != 5) return;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        ChemBond *b = &m->bonds[m->adj[k]];
-        int j = bond_other(b, i), z = m->atoms[j].z;
-        if (b->order != ORDER_DOUBLE) continue;
-        if (z == 8 && m->atoms[j].charge == 0) to_oxygen = b;
-        else if ((z == 6 || z == 7) && mol_degree(m, j) >= 2) to_carbon = 1;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int z = m->atoms[l->atom].z;
+        if (l->bond->order != ORDER_DOUBLE) continue;
+        if (z == 8 && m->atoms[l->atom].charge == 0) to_oxygen = l->bond;
+        else if ((z == 6 || z == 7) && mol_degree(m, l->atom) >= 2) to_carbon = 1;
     }
     if (!to_oxygen || !to_carbon) return;
     m->atoms[bond_other(to_oxygen, i)].charge = -1;
@@ -1676,13 +1690,12 @@ static void clean_halogen(ChemMol *m, int i) {
     int charge = 0;
     set_valence(m, i);
     if (a->charge || (a->valence != 3 && a->valence != 5 && a->valence != 7)) return;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        if (m->atoms[bond_other(&m->bonds[m->adj[k]], i)].z != 8) return;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        ChemBond *b = &m->bonds[m->adj[k]];
-        if (b->order != ORDER_DOUBLE) continue;
-        b->order = ORDER_SINGLE;
-        m->atoms[bond_other(b, i)].charge = -1;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        if (m->atoms[l->atom].z != 8) return;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        if (l->bond->order != ORDER_DOUBLE) continue;
+        l->bond->order = ORDER_SINGLE;
+        m->atoms[l->atom].charge = -1;
         charge++;
     }
     a->charge = (int8_t)charge;
@@ -1714,14 +1727,11 @@ static int is_nontetrahedral(const ChemAtom *a) { return a->chirality >= CHI_SQU
 static int is_removable_hydrogen(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     if (a->z != 1 || a->isotope || mol_degree(m, i) != 1) return 0;
-    const ChemBond *b = &m->bonds[m->adj[m->first[i]]];
-    int j = bond_other(b, i);
+    int j = m->first[i]->atom;
     const ChemAtom *heavy = &m->atoms[j];
     if (heavy->z <= 1 || is_nontetrahedral(heavy)) return 0;
-    if (mol_degree(m, j) != 2) return 1;
-    for (int k = m->first[j]; k < m->first[j + 1]; k++)
-        if (m->bonds[m->adj[k]].order == ORDER_DOUBLE && b->direction != DIR_NONE) return 0;
-    return 1;
+    if (mol_degree(m, j) != 2 || m->first[i]->bond->direction == DIR_NONE) return 1;
+    return m->first[j][0].bond->order != ORDER_DOUBLE && m->first[j][1].bond->order != ORDER_DOUBLE;
 }
 
 // The neighbour's hydrogen must be counted as explicit where it would not come back by itself: if
@@ -1741,8 +1751,8 @@ static int must_count_hydrogen(const ChemMol *m, int heavy, int count_all) {
 // RDKit: molRemoveH
 static void hand_over_direction(ChemMol *m, const ChemBond *gone, int heavy) {
     ChemBond *heir = NULL;
-    for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
-        ChemBond *b = &m->bonds[m->adj[k]];
+    for (Link *l = m->first[heavy]; l < m->first[heavy + 1]; l++) {
+        ChemBond *b = l->bond;
         if (b == gone || b->dead || b->order != ORDER_SINGLE) continue;
         if (b->direction != DIR_NONE) return;  // it has one of its own
         heir = b;
@@ -1756,21 +1766,14 @@ static void hand_over_direction(ChemMol *m, const ChemBond *gone, int heavy) {
 // a hydrogen that is a mere count comes last.
 // RDKit: molRemoveH
 static void remove_hydrogen(ChemMol *m, int i, int count_all) {
-    ChemBond *gone = &m->bonds[m->adj[m->first[i]]];
-    int heavy = bond_other(gone, i), behind = 0, seen = 0;
+    ChemBond *gone = m->first[i]->bond;
+    int heavy = m->first[i]->atom, behind = 0;
     ChemAtom *a = &m->atoms[heavy];
     if (must_count_hydrogen(m, heavy, count_all)) a->explicit_h++;
-    if (a->chirality != CHI_NONE) {
-        for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
-            ChemBond *b = &m->bonds[m->adj[k]];
-            if (b == gone) seen = 1;
-            else if (seen && !b->dead) behind++;
-        }
-        if (behind % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
-    }
+    for (Link *l = m->first[heavy + 1] - 1; l->bond != gone; l--) behind += !l->bond->dead;
+    if (behind % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
     if (gone->direction == DIR_UNKNOWN && gone->begin == heavy) a->unknown_stereo = 1;
-    else if (is_sloped(gone->direction))
-        hand_over_direction(m, gone, heavy);
+    if (is_sloped(gone->direction)) hand_over_direction(m, gone, heavy);
     gone->dead = 1;
 }
 
@@ -1884,13 +1887,12 @@ static int ring_is_new(RingSearch *s, const RingList *rings, int r, int *index) 
 // RDKit: FindRings::trimBonds
 static void trim_atom(RingSearch *s, int i) {
     ChemMol *m = s->m;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int b = m->adj[k], j = bond_other(&m->bonds[b], i);
-        if (!s->active[b]) continue;
-        if (s->degree[j] <= 2) s->changed[j] = 1;
-        s->active[b] = 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        if (!s->active[l->index]) continue;
+        if (s->degree[l->atom] <= 2) s->changed[l->atom] = 1;
+        s->active[l->index] = 0;
         s->degree[i]--;
-        s->degree[j]--;
+        s->degree[l->atom]--;
     }
 }
 
@@ -1946,10 +1948,10 @@ static void smallest_rings(RingSearch *s, int root, int avoid) {
         int curr = s->queue[head++];
         s->colour[curr] = BLACK;
         if (s->depth[curr] + 1 > best) return;
-        for (int k = m->first[curr]; k < m->first[curr + 1]; k++) {
-            int b = m->adj[k], next = bond_other(&m->bonds[b], curr);
-            if (!s->active[b] || s->colour[next] == BLACK || s->parent[curr] == next) continue;
-            if (s->colour[next] == WHITE) {
+        for (Link *l = m->first[curr]; l < m->first[curr + 1]; l++) {
+            int next = l->atom, seen = s->colour[next];
+            if (!s->active[l->index] || seen == BLACK || s->parent[curr] == next) continue;
+            if (seen == WHITE) {
                 s->parent[next] = curr;
                 s->depth[next] = s->depth[curr] + 1;
                 s->colour[next] = GREY;
@@ -1985,9 +1987,9 @@ static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *pick
         stack[top++] = fragment[f];
         while (top) {
             int i = stack[--top];
-            for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-                int b = m->adj[k], j = bond_other(&m->bonds[b], i);
-                if (!s->active[b] || covered[j] || s->degree[j] != 2) continue;
+            for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+                int j = l->atom;
+                if (!s->active[l->index] || covered[j] || s->degree[j] != 2) continue;
                 covered[j] = 1;
                 stack[top++] = j;
             }
@@ -2095,8 +2097,8 @@ static int search_branch_atom(RingSearch *s, int i) {
     keep_new_rings(s, &s->some, INT_MAX);
     int n_rings = s->some.n;
     if (n_rings >= 3) return 1;
-    for (int k = m->first[i]; k < m->first[i + 1] && n < 3; k++)
-        if (s->active[m->adj[k]]) next[n++] = bond_other(&m->bonds[m->adj[k]], i);
+    for (Link *l = m->first[i]; l < m->first[i + 1] && n < 3; l++)
+        if (s->active[l->index]) next[n++] = l->atom;
     if (n < 3 || n_rings == 0) return n == 3;
     for (only = 0; only < 3; only++) {  // two rings: the neighbour in both; one: the one not in it
         int in_all = ring_has(&s->some, 0, next[only]);
@@ -2238,8 +2240,8 @@ static int find_fragments(ChemMol *m, int *fragment_of) {
         stack[top++] = root;
         while (top) {
             int i = stack[--top];
-            for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-                int j = bond_other(&m->bonds[m->adj[k]], i);
+            for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+                int j = l->atom;
                 if (fragment_of[j] >= 0) continue;
                 fragment_of[j] = n_fragments;
                 stack[top++] = j;
@@ -2378,7 +2380,7 @@ typedef struct {
     uint8_t *queued;
     uint8_t *doubled;         // per bond: made double here
     int n_choices, *choice;   // atoms at which other partners were left untried
-    int *partners;            // room for every atom's partners, laid out like m->adj
+    int *partners;            // room for every atom's partners, laid out like its bonds
     int **untried, *n_untried;  // per atom
 } KekuleSearch;
 
@@ -2417,17 +2419,16 @@ static void mark_wanting_atoms(KekuleSearch *s) {
             s->is_done[i] = 1;
             continue;
         }
-        for (int e = m->first[i]; e < m->first[i + 1]; e++) {
-            ChemBond *b = &m->bonds[m->adj[e]];
-            int order = b->aromatic ? 1 : (twice_contribution(b, i) + 1) / 2;
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            int order = l->bond->aromatic ? 1 : (twice_contribution(l->bond, i) + 1) / 2;
             order_sum += order;
             n_zero += order == 0;
         }
         s->wants[i] = (uint8_t)wants_double_bond(m, i, order_sum, n_zero);
     }
     for (int k = 0; k < s->n; k++)
-        for (int e = m->first[s->atoms[k]]; aromatic[k] && e < m->first[s->atoms[k] + 1]; e++)
-            if (m->bonds[m->adj[e]].aromatic) m->bonds[m->adj[e]].order = ORDER_SINGLE;
+        for (Link *l = m->first[s->atoms[k]]; aromatic[k] && l < m->first[s->atoms[k] + 1]; l++)
+            if (l->bond->aromatic) l->bond->order = ORDER_SINGLE;
 }
 
 // Undoes everything since the last choice: visited atoms go back to the front of the queue, double
@@ -2456,15 +2457,14 @@ static void return_to_choice(KekuleSearch *s, int last) {
 static int find_partners(KekuleSearch *s, int i, int *partners) {
     ChemMol *m = s->m;
     int n = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        int j = bond_other(b, i);
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int j = l->atom;
         if (s->is_done[j] || !s->inside[j]) continue;
         if (!s->queued[j]) {
             s->queue[s->tail++] = j;
             s->queued[j] = 1;
         }
-        if (s->wants[i] && s->wants[j] && b->aromatic) partners[n++] = j;
+        if (s->wants[i] && s->wants[j] && l->bond->aromatic) partners[n++] = j;
     }
     return n;
 }
@@ -2505,7 +2505,7 @@ static int kekulize_system(KekuleSearch *s) {
         if (partners) {
             n = s->n_untried[i];
         } else {
-            partners = s->partners + m->first[i];
+            partners = s->partners + (m->first[i] - m->first[0]);
             n = find_partners(s, i, partners);
         }
         if (!wanting) continue;
@@ -2634,9 +2634,7 @@ static int kekulize(ChemMol *m, Fault *fault) {
 static int count_radicals(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
-    int twice = 2 * a->explicit_h, octet = a->z <= 2 ? 2 : 8;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        twice += twice_contribution(&m->bonds[m->adj[k]], i);
+    int twice = 2 * a->explicit_h + twice_bonds(m, i), octet = a->z <= 2 ? 2 : 8;
     if (e->n_valences == 1 && e->valence[0] == -1)
         return e->outer - a->charge > 0 ? (e->outer - a->charge) % 2 : 0;
     int valence = twice / 2, missing = octet - e->outer - valence + a->charge;
@@ -2676,11 +2674,8 @@ static void assign_radicals(ChemMol *m) {
 // RDKit: MolOps::countAtomElec
 static int pi_electrons(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
-    int valence = default_valence(a->z), degree = total_degree(m, i);
-    if (valence <= 1) return -1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        degree -= twice_contribution(&m->bonds[m->adj[k]], i) == 0;
-    if (degree > 3) return -1;
+    int valence = default_valence(a->z), degree = total_degree(m, i) - zero_bonds(m, i);
+    if (valence <= 1 || degree > 3) return -1;
     int lone = ELEMENTS[a->z].outer - valence - a->charge;
     int n = valence - degree + (lone > 0 ? lone : 0) - a->radicals;
     return n > 1 && a->valence - mol_degree(m, i) > 1 ? 1 : n;  // part of a triple bond: one of two
@@ -2692,20 +2687,15 @@ typedef enum { DONOR_NONE, DONOR_VACANT, DONOR_ONE, DONOR_TWO, DONOR_ANY } Donor
 // A multiple bond of atom i in a ring (ring = 1) or outside (0); returns its other atom or -1.
 // RDKit: incidentCyclicMultipleBond, incidentNonCyclicMultipleBond
 static int multiple_bond_to(const ChemMol *m, int i, int ring) {
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        if ((b->rings > 0) == ring && twice_contribution(b, i) >= 4) return bond_other(b, i);
-    }
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        if ((l->bond->rings > 0) == ring && twice_contribution(l->bond, i) >= 4) return l->atom;
     return -1;
 }
 
 // Whether an atom's bonds use more valence than it has neighbours.
 // RDKit: incidentMultipleBond
 static int has_multiple_bond(const ChemMol *m, int i) {
-    int degree = mol_degree(m, i) + m->atoms[i].explicit_h;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        degree -= twice_contribution(&m->bonds[m->adj[k]], i) == 0;
-    return m->atoms[i].valence != degree;
+    return m->atoms[i].valence != mol_degree(m, i) + m->atoms[i].explicit_h - zero_bonds(m, i);
 }
 
 // What atom i offers a ring. A multiple bond to outside the ring takes an electron along if its
@@ -2739,10 +2729,8 @@ static int may_be_aromatic(const ChemMol *m, int i, Donor donor) {
     if (default_valence(a->z) > 0 && total_valence(a) > default_valence(a->z - a->charge)) return 0;
     if (a->radicals && (a->z != 6 || a->charge)) return 0;
     if (a->valence - mol_degree(m, i) <= 1) return 1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int order = m->bonds[m->adj[k]].order;
-        n_multiple += order == ORDER_DOUBLE || order == ORDER_TRIPLE;
-    }
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        n_multiple += l->bond->order == ORDER_DOUBLE || l->bond->order == ORDER_TRIPLE;
     return n_multiple <= 1;
 }
 
@@ -2938,19 +2926,17 @@ static void assign_conjugation(ChemMol *m) {
     for (int b = 0; b < m->n_bonds; b++) m->bonds[b].conjugated = m->bonds[b].aromatic;
     for (int i = 0; i < m->n_atoms; i++) {
         int degree = total_degree(m, i), multiple_bonds = 0;
-        for (int k = m->first[i]; k < m->first[i + 1]; k++)
-            multiple_bonds |= twice_contribution(&m->bonds[m->adj[k]], i) >= 3;
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+            multiple_bonds |= twice_contribution(l->bond, i) >= 3;
         if (!multiple_bonds || degree < 2 || degree > 3) continue;
         if (!is_conjugation_candidate(m, i)) continue;
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            ChemBond *multiple = &m->bonds[m->adj[k]];
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            ChemBond *multiple = l->bond;
             if (twice_contribution(multiple, i) < 3) continue;
-            for (int q = m->first[i]; q < m->first[i + 1]; q++) {
-                ChemBond *beside = &m->bonds[m->adj[q]];
-                int j = bond_other(beside, i);
-                if (beside == multiple || (multiple->conjugated && beside->conjugated)) continue;
-                if (total_degree(m, j) > 3 || !is_conjugation_candidate(m, j)) continue;
-                multiple->conjugated = beside->conjugated = 1;
+            for (Link *o = m->first[i]; o < m->first[i + 1]; o++) {
+                if (o == l || (multiple->conjugated && o->bond->conjugated)) continue;
+                if (total_degree(m, o->atom) > 3 || !is_conjugation_candidate(m, o->atom)) continue;
+                multiple->conjugated = o->bond->conjugated = 1;
             }
         }
     }
@@ -2986,8 +2972,8 @@ static int hybridization(const ChemMol *m, int i) {
         case 6: return HYBRID_SP3D2;
         default: return HYBRID_MISC;  // S, or too many
     }
-    for (int k = m->first[i]; k < m->first[i + 1] && degree <= 3; k++)
-        if (m->bonds[m->adj[k]].conjugated) return HYBRID_SP2;
+    for (Link *l = m->first[i]; l < m->first[i + 1] && degree <= 3; l++)
+        if (l->bond->conjugated) return HYBRID_SP2;
     return HYBRID_SP3;
 }
 
@@ -3064,8 +3050,8 @@ static int bond_has_direction(const ChemBond *b, int i) {
 // RDKit: getAtomNonzeroDegree
 static int stereo_degree(const ChemMol *m, int i) {
     int n = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        n += bond_has_direction(&m->bonds[m->adj[k]], i);
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        n += bond_has_direction(l->bond, i);
     return n;
 }
 
@@ -3084,9 +3070,9 @@ static int nontetrahedral_class(const ChemMol *m, int i) {
     int n = mol_degree(m, i), pairs = 0, opposite[6] = {0}, loose[6], n_loose = 0;
     if (m->atoms[i].z < 15 || n < 3 || n > 6) return CHI_NONE;
     for (int k = 0; k < n; k++) {
-        const ChemBond *b = &m->bonds[m->adj[m->first[i] + k]];
-        if (is_wavy(b, i)) return CHI_NONE;
-        v[k] = unit(point_minus(atom_point(m, bond_other(b, i)), atom_point(m, i)));
+        const Link *l = &m->first[i][k];
+        if (is_wavy(l->bond, i)) return CHI_NONE;
+        v[k] = unit(point_minus(atom_point(m, l->atom), atom_point(m, i)));
     }
     for (int k = 0; k < n; k++)
         for (int q = k + 1; q < n; q++) {
@@ -3114,10 +3100,9 @@ static int tetrahedral_class(const ChemMol *m, int i, int total) {
     int z = m->atoms[i].z, n = 0;
     Point v[3], centre = atom_point(m, i);
     if (total > 4 || (total != 4 && z != 16 && z != 34)) return CHI_NONE;
-    for (int k = m->first[i]; k < m->first[i + 1] && n < 3; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        if (is_wavy(b, i)) return CHI_NONE;
-        if (bond_has_direction(b, i)) v[n++] = point_minus(atom_point(m, bond_other(b, i)), centre);
+    for (Link *l = m->first[i]; l < m->first[i + 1] && n < 3; l++) {
+        if (is_wavy(l->bond, i)) return CHI_NONE;
+        if (bond_has_direction(l->bond, i)) v[n++] = point_minus(atom_point(m, l->atom), centre);
     }
     if (n < 3) return CHI_NONE;
     double volume = dot(v[0], cross(v[1], v[2]));
@@ -3168,23 +3153,21 @@ static int wedges_conflict(double a01, double a12, double a20, double a02, const
 // from above the paper.
 // RDKit: atomChiralTypeFromBondDir
 static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
-    int i = w->begin, n = 1, hydrogen = 0, single = 1, order[4];
-    const ChemBond *bond[4] = {w};
+    int i = w->begin, n = 1, hydrogen = 0, single = 1;
+    const Link *link[4];  // the wedge, then the others
     Point v[4], centre = atom_point(m, i);
     centre.z = 0;
     if (mol_degree(m, i) > 4) return CHI_NONE;
-    for (int k = m->first[i], rank = 0; k < m->first[i + 1]; k++, rank++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        const ChemAtom *other = &m->atoms[bond_other(b, i)];
-        single &= b->order == ORDER_SINGLE;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        const ChemAtom *other = &m->atoms[l->atom];
+        single &= l->bond->order == ORDER_SINGLE;
         hydrogen |= other->z == 1 && !other->isotope;
-        order[b == w ? 0 : n] = rank;
-        if (b != w) bond[n++] = b;
+        link[l->bond == w ? 0 : n++] = l;
     }
     if (n < 3 || (hydrogen && n < 4)) return CHI_NONE;
     if (!single && m->atoms[i].z != 15 && m->atoms[i].z != 16) return CHI_NONE;
     for (int k = 0; k < n; k++) {
-        Point end = atom_point(m, bond_other(bond[k], i));
+        Point end = atom_point(m, link[k]->atom);
         end.z = 0;
         v[k] = unit(point_minus(end, centre));
     }
@@ -3201,7 +3184,7 @@ static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
         double a03 = turn(v[0], v[3]);
         if (a01 < a02 ? a01 < a03 && !(a02 < a03) : (a01 < a03 || !(a02 < a03))) ccw = !ccw;
     } else {
-        const int d[3] = {w->direction, wedge_at(bond[one], i), wedge_at(bond[two], i)};
+        const int d[3] = {w->direction, wedge_at(link[one]->bond, i), wedge_at(link[two]->bond, i)};
         double a12 = turn(v[one], v[two]), a20 = turn(v[two], v[0]);
         int narrow = a01 < PI - 1e-3 && a12 < PI - 1e-3 && a20 < PI - 1e-3;
         if (wedges_conflict(a01, a12, a20, a02, d)) return CHI_NONE;
@@ -3214,7 +3197,7 @@ static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
     if (one == 2) ccw = !ccw;
     for (int p = 0; p < n; p++)  // parity of the permutation from drawing order to bond order
         for (int q = p + 1; q < n; q++)
-            if (order[p] > order[q]) ccw = !ccw;
+            if (link[p] > link[q]) ccw = !ccw;
     return ccw ? CHI_CCW : CHI_CW;
 }
 
@@ -3292,11 +3275,10 @@ static int controlling_bonds(const Directions *d, int double_bond, int i, int *m
     const ChemMol *m = d->m;
     *main_bond = *other = -1;
     int allene = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int b = m->adj[k];
-        const ChemBond *bond = &m->bonds[b];
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int b = l->index;
         if (b == double_bond) continue;
-        if (is_single_like(bond)) {
+        if (is_single_like(l->bond)) {
             if (*main_bond < 0) {
                 *main_bond = b;
             } else if (d->open[b] && d->uses[b] <= d->uses[*main_bond]) {
@@ -3305,8 +3287,8 @@ static int controlling_bonds(const Directions *d, int double_bond, int i, int *m
                 *other = *main_bond;
                 *main_bond = b;
             }
-            if (bond->direction == DIR_UNKNOWN || bond->unknown) return allene ? -1 : 0;
-        } else if (bond->order == ORDER_DOUBLE) {
+            if (l->bond->direction == DIR_UNKNOWN || l->bond->unknown) return allene ? -1 : 0;
+        } else if (l->bond->order == ORDER_DOUBLE) {
             allene = 1;
         }
     }
@@ -3373,8 +3355,8 @@ static int set_directions(Directions *d, int double_bond, int *next) {
         const ChemBond *b = &m->bonds[bond[e]];
         for (int x = 0; x < 2 && d->open[bond[e]]; x++) {
             int i = x ? b->end : b->begin;
-            for (int k = m->first[i]; k < m->first[i + 1]; k++)
-                if (d->candidate[m->adj[k]] && d->open[m->adj[k]]) next[n_next++] = m->adj[k];
+            for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+                if (d->candidate[l->index] && d->open[l->index]) next[n_next++] = l->index;
         }
     }
     ChemBond *b0 = &m->bonds[bond[0]], *b1 = &m->bonds[bond[1]];
@@ -3414,13 +3396,12 @@ static int direction_candidates(Directions *d, WeightedBond *order) {
             continue;
         for (int e = 0; e < 2; e++) {
             int i = e ? bond->end : bond->begin;
-            for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-                const ChemBond *beside = &m->bonds[m->adj[k]];
-                if (!is_single_like(beside)) continue;
-                weight += m->adj[k];
-                d->uses[m->adj[k]]++;
-                if (beside->direction == DIR_NONE || is_sloped(beside->direction))
-                    d->open[m->adj[k]] = 1;
+            for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+                if (!is_single_like(l->bond)) continue;
+                weight += l->index;
+                d->uses[l->index]++;
+                if (l->bond->direction == DIR_NONE || is_sloped(l->bond->direction))
+                    d->open[l->index] = 1;
                 d->open[b] = 1;
             }
         }
@@ -3516,10 +3497,9 @@ static void sort_entries(CipEntry *entries, int n) {
 // RDKit: iterateCIPRanks
 static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
     int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]);
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        int j = bond_other(b, i), count = twice_order(b), degree = mol_degree(m, j);
-        if (b->order == ORDER_DOUBLE && m->atoms[j].z == 15 && (degree == 3 || degree == 4))
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int j = l->atom, count = twice_order(l->bond), degree = mol_degree(m, j);
+        if (l->bond->order == ORDER_DOUBLE && m->atoms[j].z == 15 && (degree == 3 || degree == 4))
             count = 1;
         int at = n;
         for (; at > 0 && list[at - 1] < rank[j] + 1; at--) list[at - 1 + count] = list[at - 1];
@@ -3596,10 +3576,9 @@ static void next_cip_ranks(ChemMol *m, int *rank) {
     for (int i = 0; i < m->n_atoms; i++) {
         const ChemAtom *a = &m->atoms[i];
         int64_t value = rank[i] * factor + (a->cip == 'S' ? 10 : a->cip == 'R' ? 20 : 0);
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            const ChemBond *b = &m->bonds[m->adj[k]];
-            if (b->order != ORDER_DOUBLE) continue;
-            value += b->stereo == STEREO_E ? 1 : b->stereo == STEREO_Z ? 2 : 0;
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            if (l->bond->order != ORDER_DOUBLE) continue;
+            value += l->bond->stereo == STEREO_E ? 1 : l->bond->stereo == STEREO_Z ? 2 : 0;
         }
         entries[i].value = value;
     }
@@ -3621,7 +3600,7 @@ static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
 static int is_bridgehead(ChemMol *m, int i) {
     const RingList *rings = &m->rings;
     int n = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) n += m->bonds[m->adj[k]].rings > 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) n += l->bond->rings > 0;
     if (n < 3) return 0;
     int *stamp = arena_ints(&m->arena, m->n_bonds);
     for (int r = 0; r < rings->n; r++) {
@@ -3658,19 +3637,15 @@ static int is_possible_centre(ChemMol *m, int i) {
 // RDKit: assignAtomChiralCodes, Atom::getPerturbationOrder
 static char cip_label(const ChemMol *m, int i, const int *rank) {
     const ChemAtom *a = &m->atoms[i];
-    int n = mol_degree(m, i), odd = n == 3 && atom_hydrogens(a) == 1;
-    for (int p = 0; p < n; p++) {
-        const ChemBond *b1 = &m->bonds[m->adj[m->first[i] + p]];
-        for (int q = p + 1; q < n; q++) {
-            const ChemBond *b2 = &m->bonds[m->adj[m->first[i] + q]];
-            int r1 = rank[bond_other(b1, i)], r2 = rank[bond_other(b2, i)];
-            if (r1 == r2 && bond_has_direction(b1, i) && bond_has_direction(b2, i)) return 0;
-            odd ^= r1 > r2;
+    int odd = mol_degree(m, i) == 3 && atom_hydrogens(a) == 1;
+    for (Link *p = m->first[i]; p < m->first[i + 1]; p++)
+        for (Link *q = p + 1; q < m->first[i + 1]; q++) {
+            if (rank[p->atom] == rank[q->atom] && bond_has_direction(p->bond, i) &&
+                bond_has_direction(q->bond, i))
+                return 0;
+            odd ^= rank[p->atom] > rank[q->atom];
         }
-    }
-    int ccw = a->chirality == CHI_CCW;
-    if (odd) ccw = !ccw;
-    return ccw ? 'S' : 'R';
+    return (a->chirality == CHI_CCW) != odd ? 'S' : 'R';
 }
 
 // Labels the centres whose neighbours differ. *open: some that may be centres are without a label.
@@ -3700,11 +3675,11 @@ typedef struct { int n, atom[8], direction[8]; } BondEnd;
 static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *rank, int *wavy) {
     BondEnd end = {0};
     int known = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        const ChemBond *b = l->bond;
         int direction = b->direction;
         if (direction == DIR_UNKNOWN || b->unknown) *wavy = 1;
-        if (m->adj[k] == double_bond) continue;
+        if (l->index == double_bond) continue;
         known |= is_sloped(direction);
         if (b->begin != i) direction = opposite_direction(direction);
         end.atom[end.n] = bond_other(b, i);
@@ -3776,10 +3751,9 @@ static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     if (!m->atom_rings[i]) return 0;
     if (a->z == 7 && mol_degree(m, i) == 3 && !is_in_ring_of_size(m, i, 3) && !is_bridgehead(m, i))
         return 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        int j = bond_other(b, i), known = 0;
-        if (!b->rings) {
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int j = l->atom, known = 0;
+        if (!l->bond->rings) {
             if (n_outside < 2) outside[n_outside] = j;
             n_outside++;
             continue;
@@ -3819,13 +3793,12 @@ static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
             if (head >= 0) seen[j] = 1;
             if (head >= 0 && is_ring_stereo_atom(m, j, rank))
                 m->atoms[j].ring_stereo = special[i] = special[j] = 1;
-            for (int k = m->first[j]; k < m->first[j + 1]; k++) {
-                int b = m->adj[k], next = bond_other(&m->bonds[b], j);
-                if (bond_seen[b]) continue;
-                bond_seen[b] = 1;
-                if (!m->bonds[b].rings || seen[next] || (used[next] && head >= 0)) continue;
-                used[next] = 1;
-                queue[tail++] = next;
+            for (Link *l = m->first[j]; l < m->first[j + 1]; l++) {
+                if (bond_seen[l->index]) continue;
+                bond_seen[l->index] = 1;
+                if (!l->bond->rings || seen[l->atom] || (used[l->atom] && head >= 0)) continue;
+                used[l->atom] = 1;
+                queue[tail++] = l->atom;
             }
             if (head < 0) partners = tail > 0 && m->atoms[i].ring_stereo;
         }
@@ -3856,8 +3829,8 @@ static int prepare_bond_stereo(ChemMol *m) {
         else if (b->stereo != STEREO_ANY) b->stereo = STEREO_NONE;
         for (int e = 0; e < 2; e++) {
             int i = e ? b->end : b->begin;
-            for (int q = m->first[i]; q < m->first[i + 1]; q++)
-                any |= is_sloped(m->bonds[m->adj[q]].direction);
+            for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+                any |= is_sloped(l->bond->direction);
         }
     }
     return any;
@@ -4158,10 +4131,8 @@ static void mark_framework(ChemMol *m, uint8_t *keep) {
     while (top) {
         int i = stack[--top];
         keep[i] = 0;
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            int j = bond_other(&m->bonds[m->adj[k]], i);
-            if (keep[j] && --degree[j] == 1) stack[top++] = j;
-        }
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+            if (keep[l->atom] && --degree[l->atom] == 1) stack[top++] = l->atom;
     }
 }
 
@@ -4169,11 +4140,10 @@ static void mark_framework(ChemMol *m, uint8_t *keep) {
 // in the framework get hydrogens instead.
 // RDKit: MurckoDecompose
 static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int j = bond_other(&m->bonds[m->adj[k]], i);
-        ChemAtom *a = &m->atoms[j];
-        if (!framework[j]) continue;
-        if (m->bonds[m->adj[k]].order == ORDER_DOUBLE) return 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        ChemAtom *a = &m->atoms[l->atom];
+        if (!framework[l->atom]) continue;
+        if (l->bond->order == ORDER_DOUBLE) return 0;
         if (a->aromatic && (a->z != 6 || a->charge == 1)) {
             a->explicit_h = 1;
         } else if (a->no_implicit || a->chirality != CHI_NONE) {
@@ -4188,10 +4158,9 @@ static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
 static void refine_colours(const ChemMol *m, const uint64_t *colour, uint64_t *next) {
     for (int i = 0; i < m->n_atoms; i++) {
         uint64_t sum = 0;
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            const ChemBond *b = &m->bonds[m->adj[k]];
-            int donor = b->order == ORDER_DATIVE && b->begin == i;
-            sum += mix(colour[bond_other(b, i)] + 977u * (b->order + 16u * (unsigned)donor));
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            unsigned donor = l->bond->order == ORDER_DATIVE && l->bond->begin == i;
+            sum += mix(colour[l->atom] + 977u * (l->bond->order + 16u * donor));
         }
         next[i] = mix(colour[i] * 0x9E3779B97F4A7C15u + mix(sum));
     }
