@@ -1184,7 +1184,7 @@ typedef struct {
     int active;             // the atom the next bond starts at
     int n_branches, branch_room, *branches;
     int n_marks, mark_room;
-    RingMark *marks;        // as written
+    RingMark *marks;        // as written, later by number
 } SmilesReader;
 
 // The fault of a character that is not what was expected.
@@ -1331,20 +1331,15 @@ static int smiles_atom(SmilesReader *s) {
 // A bond symbol at the cursor, if there is one.
 // RDKit: smiles.yy, bondd
 static BondSymbol smiles_bond(SmilesReader *s) {
-    BondSymbol b = {0};
-    if (smiles_take(s, "->")) b.order = ORDER_DATIVE;
-    else if (smiles_take(s, "<-")) b.order = ORDER_DATIVE, b.reversed = 1;
-    else if (smiles_take(s, "-")) b.order = ORDER_SINGLE;
-    else if (smiles_take(s, "=")) b.order = ORDER_DOUBLE;
-    else if (smiles_take(s, "#")) b.order = ORDER_TRIPLE;
-    else if (smiles_take(s, "$")) b.order = ORDER_QUADRUPLE;
-    else if (smiles_take(s, ":")) b.order = ORDER_AROMATIC;
-    else if (smiles_take(s, "~")) b.order = ORDER_NONE;
-    else b.unspecified = 1;
-    if (b.unspecified && smiles_take(s, "/")) b.direction = DIR_UP;
-    else if (b.unspecified && (smiles_take(s, "\\\\") || smiles_take(s, "\\")))
-        b.direction = DIR_DOWN;
-    return b;
+    static const struct { const char *text; BondSymbol symbol; } known[] = {
+        {"->", {ORDER_DATIVE, 0, 0, 0}}, {"<-", {ORDER_DATIVE, 0, 0, 1}},
+        {"-", {ORDER_SINGLE, 0, 0, 0}}, {"=", {ORDER_DOUBLE, 0, 0, 0}},
+        {"#", {ORDER_TRIPLE, 0, 0, 0}}, {"$", {ORDER_QUADRUPLE, 0, 0, 0}},
+        {":", {ORDER_AROMATIC, 0, 0, 0}}, {"~", {ORDER_NONE, 0, 0, 0}},
+        {"/", {0, DIR_UP, 1, 0}}, {"\\\\", {0, DIR_DOWN, 1, 0}}, {"\\", {0, DIR_DOWN, 1, 0}}};
+    for (int k = 0; k < 11; k++)
+        if (smiles_take(s, known[k].text)) return known[k].symbol;
+    return (BondSymbol){.unspecified = 1};
 }
 
 // Adds a bond from atom i to atom j. The order of an unspecified one is found at the end.
@@ -1360,22 +1355,13 @@ static ChemBond *smiles_add_bond(SmilesReader *s, int i, int j, BondSymbol symbo
 // A ring number: a digit, %12 or %(12345). Returns -1 if there is none.
 // RDKit: smiles.yy, ring_number
 static int smiles_ring_number(SmilesReader *s) {
-    int c = smiles_peek(s, 0), value = 0, digits = 0;
-    if (isdigit(c)) {
-        s->pos++;
-        return c - '0';
-    }
-    int at = s->pos++;
-    if (smiles_take(s, "(")) {
-        for (; isdigit(smiles_peek(s, 0)) && digits < 5; digits++, s->pos++)
-            value = 10 * value + (smiles_peek(s, 0) - '0');
-        if (!digits || !smiles_take(s, ")")) return smiles_fault(s, at, "%( up to five digits )");
-        return value;
-    }
-    if (smiles_peek(s, 0) == '0' || !isdigit(smiles_peek(s, 0)) || !isdigit(smiles_peek(s, 1)))
-        return smiles_fault(s, at, "% and two digits");
-    value = 10 * (smiles_peek(s, 0) - '0') + smiles_peek(s, 1) - '0';
-    s->pos += 2;
+    int at = s->pos, value = 0, digits = 0;
+    int most = smiles_take(s, "%(") ? 5 : smiles_take(s, "%") ? 2 : 1;
+    for (; isdigit(smiles_peek(s, 0)) && digits < most; digits++, s->pos++)
+        value = 10 * value + (smiles_peek(s, 0) - '0');
+    if (most == 5 && (!digits || !smiles_take(s, ")")))
+        return smiles_fault(s, at, "%( up to five digits )");
+    if (most == 2 && (digits < 2 || value < 10)) return smiles_fault(s, at, "% and two digits");
     return value;
 }
 
@@ -1397,11 +1383,10 @@ static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     return 0;
 }
 
-// By ring number, then as written; for pointers to marks.
+// By ring number, then as written.
 static int compare_marks(const void *a, const void *b) {
-    const RingMark *x = *(RingMark *const *)a, *y = *(RingMark *const *)b;
-    if (x->number != y->number) return x->number < y->number ? -1 : 1;
-    return (x->column > y->column) - (x->column < y->column);
+    const RingMark *x = a, *y = b;
+    return x->number != y->number ? x->number - y->number : x->column - y->column;
 }
 
 // Makes the bond of two ring marks: what the first says counts, unless it says nothing. A ~ means
@@ -1419,12 +1404,9 @@ static void smiles_ring_bond(SmilesReader *s, RingMark *first, RingMark *second)
 // Closes all rings, by rising number.
 // RDKit: SmilesParseOps::CloseMolRings
 static int smiles_close_rings(SmilesReader *s) {
-    ChemMol *m = s->m;
-    RingMark **sorted = arena_take(&m->arena, (size_t)s->n_marks, sizeof *sorted);
-    for (int k = 0; k < s->n_marks; k++) sorted[k] = &s->marks[k];
-    qsort(sorted, (size_t)s->n_marks, sizeof *sorted, compare_marks);
+    if (s->n_marks) qsort(s->marks, (size_t)s->n_marks, sizeof *s->marks, compare_marks);
     for (int k = 0; k < s->n_marks; k += 2) {
-        RingMark *a = sorted[k], *b = k + 1 < s->n_marks ? sorted[k + 1] : a;
+        RingMark *a = &s->marks[k], *b = k + 1 < s->n_marks ? a + 1 : a;
         if (b == a || b->number != a->number)
             return fault_at(s->fault, 1, a->column + 1, "malformed SMILES", "ring %d is not closed",
                             a->number);
@@ -1433,7 +1415,7 @@ static int smiles_close_rings(SmilesReader *s) {
                             "ring %d bonds an atom to itself", a->number);
         smiles_ring_bond(s, a, b);
     }
-    int bad = find_bad_bond(m);
+    int bad = find_bad_bond(s->m);
     if (bad < 0) return 0;
     for (int k = 0; k < s->n_marks; k++)
         if (s->marks[k].bond == bad)
@@ -1452,10 +1434,10 @@ static void smiles_fix_chirality(SmilesReader *s, int i) {
     int *where = arena_ints(&m->arena, degree);  // each bond stands in the text
     for (int q = 0; q < degree; q++) {  // atom before, ring numbers, atoms after
         const Link *l = &m->first[i][q];
-        where[q] = l->atom < i ? -1 : s->n_marks + q;
+        where[q] = l->atom < i ? -1 : s->n + q;
         for (int k = 0; k < s->n_marks; k++) {
             if (s->marks[k].atom != i || s->marks[k].bond != l->index) continue;
-            where[q] = k;
+            where[q] = s->marks[k].column;
             n_closures++;
         }
         for (int p = 0; p < q; p++) swaps += where[p] > where[q];
@@ -2740,31 +2722,31 @@ typedef struct {
     ChemMol *m;
     RingList rings;          // all of whose atoms may be aromatic
     RingNeighbours nb;
-    Donor *donor;
+    Donor *donor;            // DONOR_NONE for atoms that may not be aromatic
     int *atom_count;         // rings of the current subset an atom is in
     int *bond_count;
-    uint8_t *bond_done;      // became aromatic
-    int n_done;
+    int n_done;              // bonds of the system that became aromatic
+    int subset[FUSED_MAX];   // of its rings
+    int *frontiers;          // see grow_subsets(), one after another
+    uint8_t *seen;           // per ring: in the subset or a frontier
     long budget;             // subsets still to be tried
 } AromaticSearch;
 
 // Hueckel's rule for the atoms of a subset of rings that are in one or two of them (an atom in
 // three is buried). An electron count that is not fixed may be either number.
 // RDKit: applyHuckel, getMinMaxAtomElecs
-static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
+static int obeys_hueckel(const AromaticSearch *s, int n) {
     int low = 0, high = 0, n_any = 0;
-    for (int q = 0; q < n; q++) {
-        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
+    for (int q = 0; q < n; q++)
+        for (int k = s->rings.start[s->subset[q]]; k < s->rings.start[s->subset[q] + 1]; k++) {
             int i = s->rings.atoms[k], count = s->atom_count[i];
-            if (count == 0) continue;
-            s->atom_count[i] = 0;  // each atom once
-            if (count > 2) continue;
             Donor d = s->donor[i];
+            s->atom_count[i] = 0;  // each atom once
+            if (count == 0 || count > 2) continue;
             n_any += d == DONOR_ANY;
             low += d == DONOR_TWO ? 2 : d == DONOR_ONE || d == DONOR_ANY;
             high += d == DONOR_TWO || d == DONOR_ANY ? 2 : d == DONOR_ONE;
         }
-    }
     if (n_any > 1) return 0;
     if (high == 2) return 1;
     for (int e = low; e <= high && high >= 6; e++)
@@ -2772,68 +2754,64 @@ static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
     return 0;
 }
 
-// Tests a subset of fused rings; if aromatic, marks its atoms, and the bonds on its outside.
+// Tests the subset of n fused rings; if aromatic, marks its atoms, and the bonds on its outside.
 // RDKit: applyHuckelToFused, markAtomsBondsArom
-static void test_subset(AromaticSearch *s, const int *subset, int n) {
+static void test_subset(AromaticSearch *s, int n) {
     ChemMol *m = s->m;
     for (int q = 0; q < n; q++)
-        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
+        for (int k = s->rings.start[s->subset[q]]; k < s->rings.start[s->subset[q] + 1]; k++) {
             s->atom_count[s->rings.atoms[k]]++;
             s->bond_count[s->rings.bonds[k]]++;
         }
-    int aromatic = obeys_hueckel(s, subset, n);
+    int aromatic = obeys_hueckel(s, n);
     m->any_aromatic |= aromatic;
     for (int q = 0; q < n; q++)
-        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
-            int b = s->rings.bonds[k], count = s->bond_count[b];
-            ChemBond *bond = &m->bonds[b];
-            s->bond_count[b] = 0;  // each bond once
+        for (int k = s->rings.start[s->subset[q]]; k < s->rings.start[s->subset[q] + 1]; k++) {
+            int count = s->bond_count[s->rings.bonds[k]];
+            ChemBond *bond = &m->bonds[s->rings.bonds[k]];
+            s->bond_count[s->rings.bonds[k]] = 0;  // each bond once
             if (!aromatic) continue;
             m->atoms[s->rings.atoms[k]].aromatic = 1;
             if (count != 1) continue;
+            s->n_done += !bond->aromatic;
             bond->aromatic = 1;
             if (bond->order == ORDER_SINGLE || bond->order == ORDER_DOUBLE)
                 bond->order = ORDER_AROMATIC;
-            s->n_done += !s->bond_done[b];
-            s->bond_done[b] = 1;
         }
 }
 
-// Enumerates the connected subsets of `size` rings that have `subset[0]` as their lowest ring, each
-// once (Wernicke's ESU): a ring is added from the frontier, which then grows by those neighbours of
-// it that no earlier ring of the subset touches. state: 0 unseen, 1 in the subset or its frontier.
+// Tests the connected subsets of `size` rings, each once (Wernicke's ESU). They hold n by now, at
+// first none; one more is taken from the frontier, which then grows by those of its neighbours that
+// no earlier ring touches. The first ring, taken from the whole system, is the lowest.
 // RDKit: checkFused; it tries all subsets and drops the unconnected ones
-static void grow_subsets(AromaticSearch *s, int *subset, int n, int size, const int *frontier,
-                         int n_frontier, uint8_t *seen) {
-    int next[MANY_RINGS];
-    if (n == size) {
-        s->budget--;
-        test_subset(s, subset, n);
-        return;
-    }
+static void grow_subsets(AromaticSearch *s, int n, int size, const int *frontier, int n_frontier) {
+    int *next = s->frontiers + n * s->rings.n;
     for (int f = 0; f < n_frontier && s->budget > 0; f++) {
-        int ring = frontier[f], n_next = 0, n_added;
-        for (int k = f + 1; k < n_frontier; k++) next[n_next++] = frontier[k];
-        n_added = n_next;
+        int ring = frontier[f], n_next = 0, n_old;
+        s->subset[n] = ring;
+        if (n + 1 == size) {
+            s->budget -= size > 2;
+            test_subset(s, size);
+            continue;
+        }
+        for (int k = f + 1; n > 0 && k < n_frontier; k++) next[n_next++] = frontier[k];
+        n_old = n_next;
         for (int k = s->nb.first[ring]; k < s->nb.first[ring + 1]; k++) {
             int r = s->nb.next[k];
-            if (r <= subset[0] || seen[r]) continue;
-            seen[r] = 1;
+            if (r <= s->subset[0] || s->seen[r]) continue;
+            s->seen[r] = 1;
             next[n_next++] = r;
         }
-        subset[n] = ring;
-        grow_subsets(s, subset, n + 1, size, next, n_next, seen);
-        for (int k = n_added; k < n_next; k++) seen[next[k]] = 0;
+        grow_subsets(s, n + 1, size, next, n_next);
+        while (n_next > n_old) s->seen[next[--n_next]] = 0;
     }
 }
 
 // Tests one fused system: single rings, then pairs, triples, ... until all its bonds are aromatic.
 // RDKit: applyHuckelToFused
 static void test_system(AromaticSearch *s, const int *system, int n) {
-    ChemMol *m = s->m;
-    uint8_t *seen = arena_flags(&m->arena, s->rings.n);
-    uint8_t *counted = arena_flags(&m->arena, m->n_bonds);
-    int n_bonds = 0, subset[FUSED_MAX], *frontier = arena_ints(&m->arena, s->rings.n);
+    uint8_t *counted = arena_flags(&s->m->arena, s->m->n_bonds);
+    int n_bonds = 0;
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[system[q]]; k < s->rings.start[system[q] + 1]; k++) {
             n_bonds += !counted[s->rings.bonds[k]];
@@ -2843,65 +2821,35 @@ static void test_system(AromaticSearch *s, const int *system, int n) {
     s->budget = SUBSETS_MAX;
     for (int size = 1; size <= FUSED_MAX && size <= n && s->n_done < n_bonds; size++) {
         if (size == 3 && n > MANY_RINGS) break;  // as RDKit does
-        for (int q = 0; q < n; q++) {
-            int first = system[q], n_frontier = 0;
-            subset[0] = first;
-            if (size == 1) {
-                test_subset(s, subset, 1);
-                continue;
-            }
-            for (int k = s->nb.first[first]; k < s->nb.first[first + 1]; k++)
-                if (s->nb.next[k] > first) frontier[n_frontier++] = s->nb.next[k];
-            if (size == 2) {
-                for (int k = 0; k < n_frontier; k++) {
-                    subset[1] = frontier[k];
-                    test_subset(s, subset, 2);
-                }
-                continue;
-            }
-            for (int k = 0; k < n_frontier; k++) seen[frontier[k]] = 1;
-            grow_subsets(s, subset, 1, size, frontier, n_frontier, seen);
-            for (int k = 0; k < n_frontier; k++) seen[frontier[k]] = 0;
-        }
+        grow_subsets(s, 0, size, system, n);
     }
 }
 
-// The rings all of whose atoms may be aromatic, at least one of them not a dummy.
-// RDKit: aromaticityHelper
-static RingList aromatic_candidates(AromaticSearch *s) {
-    ChemMol *m = s->m;
-    RingList rings = {0};
-    uint8_t *known = arena_flags(&m->arena, m->n_atoms), *able = arena_flags(&m->arena, m->n_atoms);
-    for (int r = 0; r < m->rings.n; r++) {
-        int all = 1, real = 0;
-        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
-            int i = m->rings.atoms[k];
-            if (!known[i]) {
-                known[i] = 1;
-                s->donor[i] = donor_type(m, i);
-                able[i] = (uint8_t)may_be_aromatic(m, i, s->donor[i]);
-            }
-            all &= able[i];
-            real |= m->atoms[i].z != 0;
-        }
-        if (all && real)
-            ring_copy(&m->arena, &rings, &m->rings, r);
-    }
-    return rings;
-}
-
-// Marks aromatic atoms and bonds. Returns whether any ring could be.
-// RDKit: MolOps::setAromaticity
+// Marks aromatic atoms and bonds. Returns whether there are rings all of whose atoms, at least one
+// of them not a dummy, may be aromatic.
+// RDKit: MolOps::setAromaticity, aromaticityHelper
 static int assign_aromaticity(ChemMol *m) {
     AromaticSearch s = {.m = m};
     if (m->rings.n == 0) return 0;
     s.donor = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *s.donor);
-    s.rings = aromatic_candidates(&s);
+    for (int i = 0; i < m->n_atoms; i++) {
+        Donor donor = m->atom_rings[i] ? donor_type(m, i) : DONOR_NONE;
+        s.donor[i] = may_be_aromatic(m, i, donor) ? donor : DONOR_NONE;
+    }
+    for (int r = 0; r < m->rings.n; r++) {
+        int all = 1, real = 0;
+        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
+            all &= s.donor[m->rings.atoms[k]] != DONOR_NONE;
+            real |= m->atoms[m->rings.atoms[k]].z != 0;
+        }
+        if (all && real) ring_copy(&m->arena, &s.rings, &m->rings, r);
+    }
     if (s.rings.n == 0) return 0;
     s.nb = ring_neighbours(m, &s.rings, FUSED_RING_MAX, 1);
     s.atom_count = arena_ints(&m->arena, m->n_atoms);
     s.bond_count = arena_ints(&m->arena, m->n_bonds);
-    s.bond_done = arena_flags(&m->arena, m->n_bonds);
+    s.frontiers = arena_ints(&m->arena, FUSED_MAX * s.rings.n);
+    s.seen = arena_flags(&m->arena, s.rings.n);
     uint8_t *done = arena_flags(&m->arena, s.rings.n);
     int *system = arena_ints(&m->arena, s.rings.n);
     for (int r = 0; r < s.rings.n; r++)
@@ -3666,75 +3614,57 @@ static int label_centres(ChemMol *m, const int *rank, int *open) {
 
 // ---- double bonds
 
-// One end of a double bond: its neighbours and their directions as seen from the end.
-typedef struct { int n, atom[8], direction[8]; } BondEnd;
+enum { DIR_CONFLICT = -1 };
 
-// Collects the end at atom i. n = 0 if no direction is known or the two neighbours are equal; a
-// neighbour without direction gets the opposite of the other one's. *wavy: a wavy bond was seen.
+// The direction of the higher neighbour of atom i, an end of a double bond with one or two others,
+// as seen from there. A neighbour without direction has the opposite of the other one's; if both
+// have the same, that is a conflict. DIR_NONE if none is known or the neighbours are equal. *wavy:
+// a wavy bond was seen.
 // RDKit: findAtomNeighborDirHelper
-static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *rank, int *wavy) {
-    BondEnd end = {0};
-    int known = 0;
+static int end_direction(const ChemMol *m, int i, int double_bond, const int *rank, int *wavy) {
+    int n = 0, atom[2], direction[2], known = 0;
     for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
         const ChemBond *b = l->bond;
-        int direction = b->direction;
-        if (direction == DIR_UNKNOWN || b->unknown) *wavy = 1;
+        if (b->direction == DIR_UNKNOWN || b->unknown) *wavy = 1;
         if (l->index == double_bond) continue;
-        known |= is_sloped(direction);
-        if (b->begin != i) direction = opposite_direction(direction);
-        end.atom[end.n] = bond_other(b, i);
-        end.direction[end.n++] = direction;
+        known |= is_sloped(b->direction);
+        direction[n] = b->begin == i ? b->direction : opposite_direction(b->direction);
+        atom[n++] = l->atom;
     }
-    if (!known || (end.n == 2 && rank[end.atom[0]] == rank[end.atom[1]])) {
-        end.n = 0;
-    } else if (end.n == 2) {
-        if (!is_sloped(end.direction[0])) end.direction[0] = opposite_direction(end.direction[1]);
-        else if (!is_sloped(end.direction[1]))
-            end.direction[1] = opposite_direction(end.direction[0]);
-    }
-    return end;
+    if (!known || (n == 2 && rank[atom[0]] == rank[atom[1]])) return DIR_NONE;
+    if (n == 1) return direction[0];
+    if (!is_sloped(direction[0])) direction[0] = opposite_direction(direction[1]);
+    if (!is_sloped(direction[1])) direction[1] = opposite_direction(direction[0]);
+    return direction[0] == direction[1] ? DIR_CONFLICT : direction[rank[atom[0]] < rank[atom[1]]];
 }
 
-// Labels one double bond Z, E or "any" if its ends say so. Returns 1 if it is a possible stereo
-// bond that stays without label for now, 2 if it is done with, 0 if it cannot have stereo.
-// RDKit: assignBondStereoCodes
-static int label_double_bond(ChemMol *m, int b, const int *rank, uint8_t *forget) {
-    ChemBond *bond = &m->bonds[b];
-    int begin = bond->begin, last = bond->end;
-    int d1 = mol_degree(m, begin), d2 = mol_degree(m, last);
-    if (!may_have_bond_stereo(bond) || d1 < 2 || d1 > 3 || d2 < 2 || d2 > 3) return 0;
-    int wavy = m->atoms[begin].unknown_stereo || m->atoms[last].unknown_stereo;
-    BondEnd end[2];
-    end[0] = bond_end(m, begin, b, rank, &wavy);
-    end[1] = bond_end(m, last, b, rank, &wavy);
-    if (!end[0].n || !end[1].n) return 1;
-    int direction[2], conflict = 0;
-    for (int e = 0; e < 2; e++) {
-        int best = end[e].n == 1 || rank[end[e].atom[0]] > rank[end[e].atom[1]] ? 0 : 1;
-        direction[e] = end[e].direction[best];
-        if (end[e].n == 2 && end[e].direction[0] == end[e].direction[1]) {
-            conflict = 1;
-            for (int k = 0; k < 2; k++)
-                forget[bond_between(m, end[e].atom[k], e ? last : begin)] = 1;
-        }
-    }
-    if (!conflict)
-        bond->stereo = wavy ? STEREO_ANY : direction[0] == direction[1] ? STEREO_Z : STEREO_E;
-    return 2;
-}
-
-// Labels all double bonds that can be. *open: some possible ones are without a label. Returns
-// whether any was dealt with.
+// Labels double bonds Z, E or "any" if their ends say so. *open: some possible ones stay without a
+// label for now. Returns whether any was dealt with.
 // RDKit: assignBondStereoCodes
 static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
     uint8_t *forget = arena_flags(&m->arena, m->n_bonds);
     int changed = 0;
     *open = 0;
     for (int b = 0; b < m->n_bonds; b++) {
-        if (m->bonds[b].order != ORDER_DOUBLE || m->bonds[b].stereo != STEREO_NONE) continue;
-        int result = label_double_bond(m, b, rank, forget);
-        *open |= result == 1;
-        changed |= result == 2;
+        ChemBond *bond = &m->bonds[b];
+        int end[2] = {bond->begin, bond->end}, way[2], wavy = 0;
+        int d1 = mol_degree(m, bond->begin), d2 = mol_degree(m, bond->end);
+        if (bond->order != ORDER_DOUBLE || bond->stereo != STEREO_NONE) continue;
+        if (!may_have_bond_stereo(bond) || d1 < 2 || d1 > 3 || d2 < 2 || d2 > 3) continue;
+        for (int e = 0; e < 2; e++) {
+            wavy |= m->atoms[end[e]].unknown_stereo;
+            way[e] = end_direction(m, end[e], b, rank, &wavy);
+        }
+        if (way[0] == DIR_NONE || way[1] == DIR_NONE) {
+            *open = 1;
+            continue;
+        }
+        changed = 1;
+        for (int e = 0; e < 2; e++)
+            for (Link *l = m->first[end[e]]; l < m->first[end[e] + 1]; l++)
+                if (way[e] == DIR_CONFLICT && l->index != b) forget[l->index] = 1;
+        if (way[0] != DIR_CONFLICT && way[1] != DIR_CONFLICT)
+            bond->stereo = wavy ? STEREO_ANY : way[0] == way[1] ? STEREO_Z : STEREO_E;
     }
     for (int b = 0; b < m->n_bonds; b++)
         if (forget[b]) m->bonds[b].direction = DIR_NONE;
@@ -3944,35 +3874,23 @@ static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
     return 0;
 }
 
-// Removes hydrogens unless told not to, and counts what is left.
-// RDKit: MolOps::removeHs
-static int drop_hydrogens(ChemMol *m, int keep, int count_all, int max_atoms, Fault *fault) {
-    if (!keep) remove_hydrogens(m, count_all);
-    if (m->n_atoms <= max_atoms && m->n_bonds <= MAX_BONDS) return 0;
-    return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
-                    max_atoms);
-}
-
-// Perceives a molecule read from a mol block.
-// RDKit: finishMolProcessing
-static int perceive_mol_block(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
+// Perceives a molecule as read. One without coordinates is from SMILES: directions are given there.
+// RDKit: finishMolProcessing, SmilesToMol
+static int perceive(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
     if (connect_and_count(m, max_atoms, fault)) return -1;
-    apply_valence_fields(m);
+    if (m->has_xyz) apply_valence_fields(m);
     if (!m->is_3d && m->wedged && chirality_from_wedges(m, fault)) return -1;
     update_valences(m);
     if (m->is_3d) chirality_from_3d(m);
-    if (drop_hydrogens(m, keep_hydrogens, 0, max_atoms, fault) || sanitize(m, fault)) return -1;
-    clear_wedges(m);
-    directions_from_coordinates(m);
-    assign_stereo(m);
-    return 0;
-}
-
-// Perceives a molecule read from SMILES.
-// RDKit: SmilesToMol
-static int perceive_smiles(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
-    update_valences(m);
-    if (drop_hydrogens(m, keep_hydrogens, 1, max_atoms, fault) || sanitize(m, fault)) return -1;
+    if (!keep_hydrogens) remove_hydrogens(m, !m->has_xyz);
+    if (m->n_atoms > max_atoms || m->n_bonds > MAX_BONDS)
+        return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
+                        max_atoms);
+    if (sanitize(m, fault)) return -1;
+    if (m->has_xyz) {
+        clear_wedges(m);
+        directions_from_coordinates(m);
+    }
     assign_stereo(m);
     return 0;
 }
@@ -4042,7 +3960,7 @@ static void eigenvectors(double a[3][3], double v[3][3]) {
 // of falling extent, the third moment along the first two positive, right-handed.
 static void orient_principal(ChemMol *m) {
     double centre[3] = {0}, tensor[3][3] = {{0}}, v[3][3], moment[3] = {0};
-    int n = m->n_atoms, order[3] = {0, 1, 2};
+    int n = m->n_atoms;
     for (int i = 0; i < n; i++)
         for (int k = 0; k < 3; k++) centre[k] += m->xyz[i][k] / n;
     for (int i = 0; i < n; i++)
@@ -4053,14 +3971,12 @@ static void orient_principal(ChemMol *m) {
     for (int p = 0; p < 3; p++)
         for (int q = p + 1; q < 3; q++) tensor[p][q] = tensor[q][p];
     eigenvectors(tensor, v);
-    for (int p = 1; p < 3; p++)
-        for (int q = p; q > 0; q--) {
-            int a = order[q - 1], b = order[q];
-            if (tensor[b][b] > tensor[a][a]) order[q - 1] = b, order[q] = a;
-        }
     double axis[3][3];
-    for (int a = 0; a < 2; a++) {
-        for (int k = 0; k < 3; k++) axis[a][k] = v[k][order[a]];
+    for (int a = 0, best = 0; a < 2; a++, best = 0) {
+        for (int k = 1; k < 3; k++)
+            if (tensor[k][k] > tensor[best][best]) best = k;
+        tensor[best][best] = -DBL_MAX;  // taken
+        for (int k = 0; k < 3; k++) axis[a][k] = v[k][best];
         for (int i = 0; i < n; i++) {
             double x = 0;
             for (int k = 0; k < 3; k++) x += axis[a][k] * m->xyz[i][k];
@@ -4601,7 +4517,6 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
         if (read_mol_block(m, in, &title, &o->fault)) return -1;
         name = trim(title);
         if (c->n_tasks || c->name_tag) read_tags(c, *in, labels, &name, o);
-        if (perceive_mol_block(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
     } else {
         if (s->format == FORMAT_SMI) {
             split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &name);
@@ -4609,10 +4524,9 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
             return -1;
         }
         if (read_smiles(m, smiles, &o->fault)) return -1;
-        if (connect_and_count(m, c->max_atoms, &o->fault)) return -1;
-        if (perceive_smiles(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
         if (!name.n && s->name_column < 0) name = smiles;
     }
+    if (perceive(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
     if (fill_molecule(m, &w->molecule, c->n_tasks, name, c->principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;
@@ -4627,9 +4541,7 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
 #pragma omp parallel
 #endif
     {
-        int thread = 0;
 #ifdef _OPENMP
-        thread = omp_get_thread_num();
 #pragma omp single nowait
 #endif
         if (s->starved) source_read_ahead(s);
@@ -4640,9 +4552,9 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
             Outcome *o = &outcomes[k];
             const Record *r = &records[k];
             Lines in = {r->text, r->text + r->size, 0};
-            o->worker = thread;
+            o->worker = thread_id();
             o->bad_labels = 0;
-            o->ok = convert_record(c, s, r, &workers[thread], &in, o) == 0;
+            o->ok = convert_record(c, s, r, &workers[o->worker], &in, o) == 0;
             o->n_lines = in.line + count_lines(in.at, in.end);
         }
     }
@@ -5281,13 +5193,9 @@ int main(int argc, char **argv) {
     prep_opt = PREP_DEFAULTS;
     const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
     int n_inputs = options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc);
-    if (prep_opt.help) {
-        print_help();
-        free(inputs);
-        return 0;
-    }
-    if (prep_opt.dump) {
-        dump_dataset(prep_opt.dump, prep_opt.range);
+    if (prep_opt.help || prep_opt.dump) {
+        if (prep_opt.help) print_help();
+        else dump_dataset(prep_opt.dump, prep_opt.range);
         free(inputs);
         return 0;
     }
