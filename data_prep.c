@@ -610,23 +610,18 @@ static int not_supported(MolBlock *b, Span what) {
 // allowed there; if there are nothing but blanks, and one more, it reads on into the next field.
 // *value stays if the line ends before. Returns 0 if there is anything else.
 // RDKit: FileParserUtils::toInt
-static int column_int(Span line, int at, int width, int *value) {
+static inline int column_int(Span line, int at, int width, int *value) {
     int stop = at + width, from = at;
     if (line.n < stop) return 1;
-    for (int k = at; k < stop; k++)
-        if (line.p[k] == 0 || !strchr("0123456789 -+", line.p[k])) return 0;
+    for (int k = at; k < stop; k++) {
+        char c = line.p[k];
+        if ((c < '0' || c > '9') && c != ' ' && c != '-' && c != '+') return 0;
+    }
     while (from < line.n && line.p[from] == ' ') from++;
     *value = leading_int((Span){line.p + at, from > stop ? line.n - at : width}, 1);
     return 1;
 }
 
-// A number of up to three digits in three columns, blanks in front. Returns -1 if it is not one.
-static inline int three_digits(const char *p) {
-    int k = 0, v = 0;
-    while (k < 2 && p[k] == ' ') k++;
-    for (; k < 3 && p[k] >= '0' && p[k] <= '9'; k++) v = 10 * v + (p[k] - '0');
-    return k == 3 ? v : -1;
-}
 
 // Whether a symbol is one of a search, not of an atom: "any atom", halogens, metals, R-groups.
 static int is_query_symbol(Span s) {
@@ -713,8 +708,7 @@ static int fixed_decimal(const char *p, double *value) {
 
 // The usual atom line, taken without looking for its end: as long as the last one, usual
 // coordinates, a symbol of one letter, nothing but zeros. Returns 0, and takes nothing, if the
-// next line is not of that kind. With v2_usual_bond() it makes a conversion of small molecules 12 %
-// faster.
+// next line is not of that kind. It makes a conversion of small molecules 8 % faster.
 static int v2_usual_atom(MolBlock *b, int length) {
     const char *p = b->in.at;
     double xyz[3];
@@ -765,17 +759,6 @@ static ChemBond *add_typed_bond(MolBlock *b, int i, int j, int type) {
     return mol_add_bond(b->m, i, j, orders[type]);
 }
 
-// The usual bond line, "  1  2  1  0", as v2_usual_atom() takes atoms.
-static int v2_usual_bond(MolBlock *b) {
-    const char *p = b->in.at;
-    if (b->in.end - p <= 12 || p[12] != '\n' || memcmp(p + 9, "  0", 3) != 0) return 0;
-    int i = three_digits(p), j = three_digits(p + 3), type = three_digits(p + 6);
-    if (i < 1 || i > b->m->n_atoms || j < 1 || j > b->m->n_atoms || type < 1 || type > 3) return 0;
-    mol_add_bond(b->m, i - 1, j - 1, type);  // single, double, triple are 1, 2, 3 here and there
-    b->in.at += 13;
-    b->in.line++;
-    return 1;
-}
 
 // A bond line: two atoms, type, stereo mark, (unused), topology, in three columns each.
 // RDKit: ParseMolFileBondLine
@@ -905,7 +888,6 @@ static int v2_body(MolBlock *b) {
         length = (int)(b->in.at - start) - 1;
     }
     for (int k = 0; k < b->n_bonds; k++) {
-        if (v2_usual_bond(b)) continue;
         if (!next_line(&b->in, &line))
             return MOL_FAULT(b, 0, "expected %d bond lines, found %d", b->n_bonds, k);
         if (v2_bond_line(b, line)) return -1;
@@ -1762,12 +1744,11 @@ static void remove_hydrogen(ChemMol *m, int i, int count_all) {
 // Squeezes removed atoms and dead bonds out of the arrays; to[i] is an atom's new index or -1.
 // RDKit: RWMol::commitBatchEdit
 static void compact(ChemMol *m, const int *to) {
-    int n_bonds = 0;
-    for (int i = 0, n = 0; i < m->n_atoms; i++) {
+    int n_atoms = 0, n_bonds = 0;
+    for (int i = 0; i < m->n_atoms; i++) {
         if (to[i] < 0) continue;
-        m->atoms[n] = m->atoms[i];
-        memcpy(m->xyz[n], m->xyz[i], sizeof m->xyz[n]);
-        n++;
+        m->atoms[n_atoms] = m->atoms[i];
+        memcpy(m->xyz[n_atoms++], m->xyz[i], sizeof m->xyz[i]);
     }
     for (int k = 0; k < m->n_bonds; k++) {
         ChemBond b = m->bonds[k];
@@ -1776,7 +1757,9 @@ static void compact(ChemMol *m, const int *to) {
         b.end = to[b.end];
         m->bonds[n_bonds++] = b;
     }
+    m->n_atoms = n_atoms;
     m->n_bonds = n_bonds;
+    mol_connect(m);
 }
 
 // Removes every hydrogen that is nothing but one, the last first, as the order decides what the
@@ -1789,8 +1772,6 @@ static void remove_hydrogens(ChemMol *m, int count_all) {
     for (int i = n - 1; i >= 0; i--)
         if (to[i] < 0) remove_hydrogen(m, i, count_all);
     compact(m, to);
-    m->n_atoms = kept;
-    mol_connect(m);
 }
 
 // =================================================================================================
@@ -1955,27 +1936,33 @@ static void keep_new_rings(RingSearch *s, const RingList *rings, int max_size) {
             ring_copy(&s->m->arena, &s->found, rings, r);
 }
 
+// Gives `mark` to the root and to all atoms without mark (0) that are connected with it; if there
+// is a search, by active bonds and through atoms of degree two only.
+// RDKit: markUselessD2s
+static void flood(const ChemMol *m, const RingSearch *s, int root, int mark, int *marks,
+                  int *stack) {
+    int top = 0;
+    marks[root] = mark;
+    stack[top++] = root;
+    while (top) {
+        int i = stack[--top];
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            if (marks[l->atom] || (s && (!s->active[l->index] || s->degree[l->atom] != 2)))
+                continue;
+            marks[l->atom] = mark;
+            stack[top++] = l->atom;
+        }
+    }
+}
+
 // Picks one atom of degree two from every chain of such atoms. Returns how many.
-// RDKit: FindRings::pickD2Nodes, markUselessD2s
+// RDKit: FindRings::pickD2Nodes
 static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *picked) {
-    ChemMol *m = s->m;
-    int n_picked = 0, *stack = s->queue;
-    uint8_t *covered = arena_flags(&m->arena, m->n_atoms);
+    int n_picked = 0, *covered = arena_ints(&s->m->arena, s->m->n_atoms);
     for (int f = 0; f < n; f++) {
-        int top = 0;
         if (s->degree[fragment[f]] != 2 || covered[fragment[f]]) continue;
         picked[n_picked++] = fragment[f];
-        covered[fragment[f]] = 1;
-        stack[top++] = fragment[f];
-        while (top) {
-            int i = stack[--top];
-            for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
-                int j = l->atom;
-                if (!s->active[l->index] || covered[j] || s->degree[j] != 2) continue;
-                covered[j] = 1;
-                stack[top++] = j;
-            }
-        }
+        flood(s->m, s, fragment[f], 1, covered, s->queue);
     }
     return n_picked;
 }
@@ -2210,30 +2197,6 @@ static void count_rings(ChemMol *m) {
     }
 }
 
-// Numbers the connected fragments: fragment_of[i] of every atom. Returns how many there are.
-// RDKit: MolOps::getMolFrags
-static int find_fragments(ChemMol *m, int *fragment_of) {
-    int n_fragments = 0, *stack = arena_ints(&m->arena, m->n_atoms);
-    for (int i = 0; i < m->n_atoms; i++) fragment_of[i] = -1;
-    for (int root = 0; root < m->n_atoms; root++) {
-        int top = 0;
-        if (fragment_of[root] >= 0) continue;
-        fragment_of[root] = n_fragments;
-        stack[top++] = root;
-        while (top) {
-            int i = stack[--top];
-            for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
-                int j = l->atom;
-                if (fragment_of[j] >= 0) continue;
-                fragment_of[j] = n_fragments;
-                stack[top++] = j;
-            }
-        }
-        n_fragments++;
-    }
-    return n_fragments;
-}
-
 // Prepares the working arrays of a search.
 static RingSearch ring_search_begin(ChemMol *m) {
     Arena *arena = &m->arena;
@@ -2251,25 +2214,27 @@ static RingSearch ring_search_begin(ChemMol *m) {
     return s;
 }
 
-// Finds all rings into m->rings, and the ring counts of atoms and bonds.
-// RDKit: MolOps::symmetrizeSSSR
+// Finds all rings into m->rings, fragment by fragment, and the ring counts of atoms and bonds.
+// RDKit: MolOps::symmetrizeSSSR, MolOps::getMolFrags
 static int find_rings(ChemMol *m, Fault *fault) {
     RingList extra = {0};
-    int *fragment_of = arena_ints(&m->arena, m->n_atoms);
-    int n_fragments = find_fragments(m, fragment_of);
+    int n_fragments = 0, *fragment_of = arena_ints(&m->arena, m->n_atoms);
+    int *stack = arena_ints(&m->arena, m->n_atoms);
+    for (int i = 0; i < m->n_atoms; i++)
+        if (!fragment_of[i]) flood(m, NULL, i, ++n_fragments, fragment_of, stack);
     m->rings = (RingList){0};
     if (m->n_bonds - m->n_atoms + n_fragments > 0) {
         RingSearch s = ring_search_begin(m);
         int *fragment = arena_ints(&m->arena, m->n_atoms);
-        for (int f = 0; f < n_fragments; f++) {
-            int n = 0, twice_bonds = 0;
+        for (int f = 1; f <= n_fragments; f++) {
+            int n = 0, degrees = 0;
             for (int i = 0; i < m->n_atoms; i++) {
                 if (fragment_of[i] != f) continue;
                 fragment[n++] = i;
-                twice_bonds += mol_degree(m, i);
+                degrees += mol_degree(m, i);
             }
-            if (twice_bonds / 2 < n) continue;
-            if (!search_fragment(&s, fragment, n, twice_bonds / 2, &extra))
+            if (degrees / 2 < n) continue;
+            if (!search_fragment(&s, fragment, n, degrees / 2, &extra))
                 return fault_at(fault, 0, 0, "rings too intricate",
                                 "the ring search finds too few rings at atom %d", fragment[0] + 1);
             for (int r = 0; r < s.found.n; r++) ring_copy(&m->arena, &m->rings, &s.found, r);
@@ -2294,6 +2259,14 @@ static int find_rings(ChemMol *m, Fault *fault) {
 
 enum { BACKTRACKS_MAX = 100 };  // RDKit: the default of maxBackTracks
 
+// Bonds of ring r that are stamped with this number.
+static int stamped_bonds(const RingList *rings, int r, const int *stamp, int number) {
+    int n = 0;
+    for (int k = rings->start[r]; k < rings->start[r + 1]; k++)
+        n += stamp[rings->bonds[k]] == number;
+    return n;
+}
+
 // Neighbouring rings of each ring, in rising order: next[first[r]..first[r + 1]).
 typedef struct { int *first, *next; } RingNeighbours;
 
@@ -2309,12 +2282,9 @@ static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max
         nb.first[r] = used;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
         for (int q = 0; q < rings->n; q++) {
-            int shared = 0;
-            if (q == r || (max_size && (ring_size(rings, r) > max_size ||
-                                        ring_size(rings, q) > max_size)))
-                continue;
-            for (int k = rings->start[q]; k < rings->start[q + 1]; k++)
-                shared += stamp[rings->bonds[k]] == r + 1;
+            int size = max_int(ring_size(rings, r), ring_size(rings, q));
+            if (q == r || (max_size && size > max_size)) continue;
+            int shared = stamped_bonds(rings, q, stamp, r + 1);
             if (!shared || (max_shared && shared > max_shared)) continue;
             if (used == room) nb.next = arena_grow(arena, nb.next, &room, sizeof(int));
             nb.next[used++] = q;
@@ -3119,15 +3089,8 @@ static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
         end.z = 0;
         v[k] = unit(point_minus(end, centre));
     }
-    int ccw = 1, one = 1, two = 2;
-    double a01 = turn(v[0], v[1]), a02 = turn(v[0], v[2]);
-    if (a01 > a02) {
-        double swap = a01;
-        a01 = a02;
-        a02 = swap;
-        one = 2;
-        two = 1;
-    }
+    int ccw = 1, one = turn(v[0], v[1]) > turn(v[0], v[2]) ? 2 : 1, two = 3 - one;
+    double a01 = turn(v[0], v[one]), a02 = turn(v[0], v[two]);
     if (n == 4) {  // does the third bond come between the two?
         double a03 = turn(v[0], v[3]);
         if (a01 < a02 ? a01 < a03 && !(a02 < a03) : (a01 < a03 || !(a02 < a03))) ccw = !ccw;
@@ -3161,9 +3124,7 @@ static int chirality_from_wedges(ChemMol *m, Fault *fault) {
             set[b->begin] = 1;
         }
         if ((b->direction != DIR_WEDGE && b->direction != DIR_DASH) || set[b->begin]) continue;
-        if (a->no_implicit == 0 && a->implicit_h < 0) {
-            update_valence(m, b->begin);
-        }
+        if (a->no_implicit == 0 && a->implicit_h < 0) update_valence(m, b->begin);
         a->chirality = (uint8_t)chirality_from_wedge(m, b);
         if (a->chirality != CHI_NONE) set[b->begin] = 1;
         if (mol_degree(m, b->begin) == 3 && !a->explicit_h && atom_hydrogens(a) == 1) {
@@ -3554,13 +3515,8 @@ static int is_bridgehead(ChemMol *m, int i) {
     for (int r = 0; r < rings->n; r++) {
         if (!ring_has(rings, r, i)) continue;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
-        for (int q = r + 1; q < rings->n; q++) {
-            int shared = 0;
-            if (!ring_has(rings, q, i)) continue;
-            for (int k = rings->start[q]; k < rings->start[q + 1]; k++)
-                shared += stamp[rings->bonds[k]] == r + 1;
-            if (shared >= 2) return 1;
-        }
+        for (int q = r + 1; q < rings->n; q++)
+            if (ring_has(rings, q, i) && stamped_bonds(rings, q, stamp, r + 1) >= 2) return 1;
     }
     return 0;
 }
@@ -3673,12 +3629,12 @@ static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
 
 // ---- centres without label that still matter: cis and trans on a ring
 
-// Whether an atom of a ring may be cis or trans to another one.
+// Whether an atom is a chiral one of a ring, without label, that may be cis or trans to another.
 // RDKit: atomIsCandidateForRingStereochem
 static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     const ChemAtom *a = &m->atoms[i];
     int outside[2], n_outside = 0, n_inside = 0, inside[8], n_ranks = 0;
-    if (!m->atom_rings[i]) return 0;
+    if (a->chirality == CHI_NONE || a->cip || !m->atom_rings[i]) return 0;
     if (a->z == 7 && mol_degree(m, i) == 3 && !is_in_ring_of_size(m, i, 3) && !is_bridgehead(m, i))
         return 0;
     for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
@@ -3698,11 +3654,6 @@ static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     return 0;
 }
 
-// A chiral ring atom without label that may have a partner.
-static int is_ring_stereo_atom(ChemMol *m, int i, const int *rank) {
-    const ChemAtom *a = &m->atoms[i];
-    return a->chirality != CHI_NONE && !a->cip && may_have_ring_stereo(m, i, rank);
-}
 
 // Marks (in the result, and in ring_stereo) the unlabelled chiral ring atoms that have a partner in
 // their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans. From each such atom
@@ -3717,11 +3668,11 @@ static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
     for (int i = 0; i < m->n_atoms; i++) m->atoms[i].ring_stereo = 0;
     for (int i = 0; i < m->n_atoms; i++) {
         int tail = 0, partners = 0;
-        if (seen[i] || !is_ring_stereo_atom(m, i, rank)) continue;
+        if (seen[i] || !may_have_ring_stereo(m, i, rank)) continue;
         for (int head = -1; head < tail; head++) {
             int j = head < 0 ? i : queue[head];
             if (head >= 0) seen[j] = 1;
-            if (head >= 0 && is_ring_stereo_atom(m, j, rank))
+            if (head >= 0 && may_have_ring_stereo(m, j, rank))
                 m->atoms[j].ring_stereo = special[i] = special[j] = 1;
             for (Link *l = m->first[j]; l < m->first[j + 1]; l++) {
                 if (bond_seen[l->index]) continue;
@@ -4111,9 +4062,7 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
     for (int k = 0; k < m->n_bonds; k++)
         if (to[m->bonds[k].begin] < 0 || to[m->bonds[k].end] < 0) m->bonds[k].dead = 1;
     compact(m, to);
-    m->n_atoms = kept;
     if (kept == 0) return (ScaffoldKey){0, 0};
-    mol_connect(m);
     update_valences(m);
     uint64_t *start = arena_take(arena, (size_t)kept, sizeof *start);
     uint64_t *colour = arena_take(arena, (size_t)kept, sizeof *colour);
@@ -4139,14 +4088,15 @@ typedef enum { FORMAT_NONE, FORMAT_SDF, FORMAT_SMI, FORMAT_CSV, FORMAT_TSV } For
 
 enum { CHUNK_BYTES = 1 << 20, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192 };
 
+typedef struct { char *bytes; size_t begin, end, room; } Buffer;  // unread: [begin, end)
+
 typedef struct {
     const char *path;
     Format format;
     FILE *file;
-    char *buf, *spare;       // unread bytes: buf[begin..end); spare is being filled
-    size_t begin, end, room, spare_end, spare_room;
-    int eof, starved, ready; // no whole record left in buf; spare can take its place
-    int64_t line;            // number of the line at buf[begin], from 1
+    Buffer now, next;        // records are taken from `now`; `next` is being filled
+    int eof, starved, ready; // no whole record left in `now`; `next` can take its place
+    int64_t line;            // number of the line at now.begin, from 1
     int64_t bytes_done, bytes_total;  // total 0: unknown
     int n_columns;           // CSV: what the header says each column is
     int smiles_column, name_column, *task_of_column;
@@ -4185,51 +4135,39 @@ static void source_open(Source *s, const char *path, const char *format) {
         if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
     }
 #endif
-    s->room = s->spare_room = CHUNK_BYTES;
-    s->buf = xmalloc(s->room, 1);
-    s->spare = xmalloc(s->spare_room, 1);
+    s->now = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
+    s->next = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
 }
 
 // Closes the file and frees what the source owns.
 static void source_close(Source *s) {
     if (s->file != stdin) fclose(s->file);
-    free(s->buf);
-    free(s->spare);
+    free(s->now.bytes);
+    free(s->next.bytes);
     free(s->task_of_column);
 }
 
-// Fills the spare buffer: what was not used of the other one, then the next bytes of the file. Runs
-// beside the conversion of the records in buf, see convert_records().
+// Fills the next buffer: what was not used of the other one, then the next bytes of the file. Runs
+// beside the conversion of the records in that one, see convert_records().
 static void source_read_ahead(Source *s) {
-    size_t rest = s->end - s->begin;
-    if (rest >= s->spare_room / 2) {
-        s->spare_room = 2 * s->spare_room + rest;
-        s->spare = xrealloc(s->spare, s->spare_room, 1);
+    Buffer *next = &s->next;
+    size_t rest = s->now.end - s->now.begin;
+    if (rest >= next->room / 2) {
+        next->room = 2 * next->room + rest;
+        next->bytes = xrealloc(next->bytes, next->room, 1);
     }
-    memcpy(s->spare, s->buf + s->begin, rest);
-    s->spare_end = rest;
-    while (s->spare_end < s->spare_room && !s->eof) {
-        size_t got = fread(s->spare + s->spare_end, 1, s->spare_room - s->spare_end, s->file);
+    memcpy(next->bytes, s->now.bytes + s->now.begin, rest);
+    next->begin = 0;
+    next->end = rest;
+    while (next->end < next->room && !s->eof) {
+        size_t got = fread(next->bytes + next->end, 1, next->room - next->end, s->file);
         CHECK(!ferror(s->file), "%s: read failed: %s", s->path, strerror(errno));
-        s->spare_end += got;
+        next->end += got;
         s->bytes_done += (int64_t)got;
         s->eof = got == 0;
     }
     s->starved = 0;
     s->ready = 1;
-}
-
-// Goes on with the spare buffer.
-static void source_swap(Source *s) {
-    char *buf = s->buf;
-    size_t room = s->room;
-    s->buf = s->spare;
-    s->room = s->spare_room;
-    s->begin = 0;
-    s->end = s->spare_end;
-    s->spare = buf;
-    s->spare_room = room;
-    s->ready = 0;
 }
 
 // End of the SD record at p (just after the line of its $$$$), or NULL if it is not there yet.
@@ -4280,23 +4218,29 @@ static int is_all_blank(const char *p, size_t n) {
 // The next records of the source, at most CHUNK_RECORDS; they stay valid until the next call.
 // Returns how many, 0 at the end.
 static int next_records(Source *s, Record *records) {
+    Buffer *now = &s->now;
     for (int n = 0;;) {
-        if (s->ready) source_swap(s);
-        while (n < CHUNK_RECORDS && s->begin < s->end) {
-            const char *p = s->buf + s->begin, *end = s->buf + s->end;
+        if (s->ready) {
+            Buffer used = *now;
+            *now = s->next;
+            s->next = used;
+            s->ready = 0;
+        }
+        while (n < CHUNK_RECORDS && now->begin < now->end) {
+            const char *p = now->bytes + now->begin, *end = now->bytes + now->end;
             const char *stop = record_end(s, p, end);
             if (!stop && s->eof) stop = end;
             if (!stop) break;
             records[n] = (Record){p, (size_t)(stop - p), 0};
-            s->begin += records[n].size;
+            now->begin += records[n].size;
             if (stop == end && s->eof && is_all_blank(p, records[n].size)) continue;
             n++;
         }
         s->starved = n < CHUNK_RECORDS && !s->eof;
-        if (n || (s->begin == s->end && s->eof)) return n;
-        if (s->end - s->begin >= RECORD_BYTES_MAX) {
-            records[0] = (Record){s->buf + s->begin, s->end - s->begin, 1};
-            s->begin = s->end;
+        if (n || (now->begin == now->end && s->eof)) return n;
+        if (now->end - now->begin >= RECORD_BYTES_MAX) {
+            records[0] = (Record){now->bytes + now->begin, now->end - now->begin, 1};
+            now->begin = now->end;
             return 1;  // the rest of it, up to its end, is another bad record
         }
         source_read_ahead(s);
@@ -4964,17 +4908,13 @@ static void dump_dataset(const char *path, const char *range) {
 // 23 Options and main
 // =================================================================================================
 
-// The command line, with its defaults.
+// The command line.
 typedef struct {
     const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
     int64_t seed, max_atoms;
     int keep_hydrogens, strict, help;
 } PrepOptions;
 
-#ifndef DATA_PREP_TEST
-static const PrepOptions PREP_DEFAULTS = {.split_by = "scaffold", .orient = "keep", .seed = 1,
-                                          .max_atoms = 512};
-#endif
 
 // Fractions "0.8,0.1,0.1" into f; returns how many. They must add up to 1.
 static int parse_fractions(const char *text, double *f) {
@@ -5115,7 +5055,8 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
 
 #ifndef DATA_PREP_TEST
 
-static PrepOptions prep_opt;
+static PrepOptions prep_opt = {.split_by = "scaffold", .orient = "keep", .seed = 1,
+                               .max_atoms = 512};
 
 #define HEADING(text) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, 0}
 #define TEXT(name, field, argument, help) {name, OPT_TEXT, &prep_opt.field, 0, 0, argument, help, 0}
@@ -5179,18 +5120,11 @@ static void check_options(int n_inputs) {
           "-o: {} stands for a part's name; give --split too");
 }
 
-// A label that no record has is a name misspelt.
-static void check_labels(const Conversion *c, Summary *sum) {
-    for (int t = 0; t < c->n_tasks; t++)
-        CHECK(sum->labelled[t], "--labels: no record has a value for \"%s\"", c->task_names[t]);
-    free(sum->labelled);
-}
 
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
     threads_calm(argv);
     threads_set(0);
-    prep_opt = PREP_DEFAULTS;
     const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
     int n_inputs = options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc);
     if (prep_opt.help || prep_opt.dump) {
@@ -5220,10 +5154,12 @@ int main(int argc, char **argv) {
     }
     print_summary(&sum, n_inputs);
     CHECK(sum.n_kept > 0, "%s: no molecule could be read", inputs[0]);
-    check_labels(&c, &sum);
+    for (int t = 0; t < c.n_tasks; t++)
+        CHECK(sum.labelled[t], "--labels: no record has a value for \"%s\"", c.task_names[t]);
     output_finish(&out, &prep_opt, &c);
     for (int t = 0; t < thread_count(); t++) worker_free(&workers[t]);
     for (int t = 0; t < c.n_tasks; t++) free(c.task_names[t]);
+    free(sum.labelled);
     free(c.task_names);
     free(workers);
     free(records);
