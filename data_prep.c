@@ -923,12 +923,12 @@ static int v3_line(MolBlock *b, Span *out) {
 // Returns their number.
 // RDKit: tokenizeV3000Line
 static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
-    int n = 0, room = 0, start = 0, pos = 0, quoted = 0, inside = 0;
+    int n = 0, room = 0, start = 0, quoted = 0, inside = 0;
     line = trim(line);
     *tokens = NULL;
-    while (pos <= line.n) {
+    for (int pos = 0; pos <= line.n; pos++) {
         char c = pos < line.n ? line.p[pos] : 0;
-        int cut_from = -1, cut_to = pos, after = pos + 1;
+        int cut_from = -1, cut_to = pos;
         if (pos == line.n) {
             if (start < pos) cut_from = start;
         } else if (c == ' ' || c == '\t') {
@@ -941,7 +941,7 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
         } else if (c == '(' && !quoted) {
             inside = 1;
         } else if (c == '"' && !inside) {
-            if (pos + 1 < line.n && line.p[pos + 1] == '"') after = pos + 2;
+            if (pos + 1 < line.n && line.p[pos + 1] == '"') pos++;
             else if (quoted) cut_from = start + 1, quoted = 0;
             else quoted = 1;
         }
@@ -950,7 +950,6 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
             (*tokens)[n++] = (Span){line.p + cut_from, cut_to - cut_from};
             start = pos + 1;
         }
-        pos = after;
     }
     return n;
 }
@@ -2200,17 +2199,13 @@ static void count_rings(ChemMol *m) {
 // Prepares the working arrays of a search.
 static RingSearch ring_search_begin(ChemMol *m) {
     Arena *arena = &m->arena;
-    RingSearch s = {.m = m};
-    s.degree = arena_ints(arena, m->n_atoms);
-    s.active = arena_flags(arena, m->n_bonds);
-    s.changed = arena_flags(arena, m->n_atoms);
-    s.colour = arena_flags(arena, m->n_atoms);
-    s.parent = arena_ints(arena, m->n_atoms);
-    s.depth = arena_ints(arena, m->n_atoms);
-    s.queue = arena_ints(arena, m->n_atoms + 1);
-    s.ring = arena_ints(arena, m->n_atoms + 1);
+    int n = m->n_atoms;
+    RingSearch s = {.m = m, .degree = arena_ints(arena, n), .changed = arena_flags(arena, n),
+                    .active = arena_flags(arena, m->n_bonds), .parent = arena_ints(arena, n),
+                    .depth = arena_ints(arena, n), .queue = arena_ints(arena, n + 1),
+                    .ring = arena_ints(arena, n + 1), .colour = arena_flags(arena, n)};
     memset(s.active, 1, (size_t)m->n_bonds);
-    for (int i = 0; i < m->n_atoms; i++) s.degree[i] = mol_degree(m, i);
+    for (int i = 0; i < n; i++) s.degree[i] = mol_degree(m, i);
     return s;
 }
 
@@ -2361,26 +2356,21 @@ static int wants_double_bond(const ChemMol *m, int i, int order_sum, int n_zero)
 // RDKit: markDbondCands
 static void mark_wanting_atoms(KekuleSearch *s) {
     ChemMol *m = s->m;
-    uint8_t *aromatic = arena_flags(&m->arena, s->n);
-    for (int k = 0; k < s->n; k++) aromatic[k] = (uint8_t)is_aromatic_atom(m, s->atoms[k]);
-    if (!memchr(aromatic, 1, (size_t)s->n)) return;
     for (int k = 0; k < s->n; k++) {
         int i = s->atoms[k], order_sum = 0, n_zero = 0;
-        if (!aromatic[k]) {
+        if (!is_aromatic_atom(m, i)) {
             s->done[s->n_done++] = i;
             s->is_done[i] = 1;
             continue;
         }
         for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
-            int order = l->bond->aromatic ? 1 : (twice_contribution(l->bond, i) + 1) / 2;
+            if (l->bond->aromatic) l->bond->order = ORDER_SINGLE;
+            int order = (twice_contribution(l->bond, i) + 1) / 2;
             order_sum += order;
             n_zero += order == 0;
         }
         s->wants[i] = (uint8_t)wants_double_bond(m, i, order_sum, n_zero);
     }
-    for (int k = 0; k < s->n; k++)
-        for (Link *l = m->first[s->atoms[k]]; aromatic[k] && l < m->first[s->atoms[k] + 1]; l++)
-            if (l->bond->aromatic) l->bond->order = ORDER_SINGLE;
 }
 
 // Undoes everything since the last choice: visited atoms go back to the front of the queue, double
@@ -2475,20 +2465,15 @@ static int kekulize_system(KekuleSearch *s) {
 // Working arrays of a search; the deque has room for every return to a choice.
 static KekuleSearch kekule_begin(ChemMol *m) {
     Arena *arena = &m->arena;
-    KekuleSearch s = {.m = m};
-    s.atoms = arena_ints(arena, m->n_atoms);
-    s.inside = arena_flags(arena, m->n_atoms);
-    s.wants = arena_flags(arena, m->n_atoms);
-    s.done = arena_ints(arena, m->n_atoms);
-    s.is_done = arena_flags(arena, m->n_atoms);
-    s.queued = arena_flags(arena, m->n_atoms);
-    s.doubled = arena_flags(arena, m->n_bonds);
-    s.choice = arena_ints(arena, m->n_atoms);
-    s.untried = arena_take(arena, (size_t)m->n_atoms, sizeof *s.untried);
-    s.n_untried = arena_ints(arena, m->n_atoms);
-    s.queue = arena_take(arena, (size_t)m->n_atoms, (BACKTRACKS_MAX + 2) * sizeof(int));
-    s.partners = arena_ints(arena, 2 * m->n_bonds);
-    return s;
+    int n = m->n_atoms;
+    return (KekuleSearch){
+        .m = m, .atoms = arena_ints(arena, n), .inside = arena_flags(arena, n),
+        .wants = arena_flags(arena, n), .done = arena_ints(arena, n),
+        .is_done = arena_flags(arena, n), .queued = arena_flags(arena, n),
+        .queue = arena_take(arena, (size_t)n, (BACKTRACKS_MAX + 2) * sizeof(int)),
+        .doubled = arena_flags(arena, m->n_bonds), .choice = arena_ints(arena, n),
+        .partners = arena_ints(arena, 2 * m->n_bonds), .n_untried = arena_ints(arena, n),
+        .untried = arena_take(arena, (size_t)n, sizeof(int *))};
 }
 
 // Whether a ring with a dummy atom is aromatic: all its real atoms are, one of them not because of
@@ -2895,11 +2880,6 @@ static int hybridization(const ChemMol *m, int i) {
     return HYBRID_SP3;
 }
 
-// Hybridization of all atoms; needs chirality from coordinates and conjugation.
-// RDKit: MolOps::setHybridization
-static void assign_hybridization(ChemMol *m) {
-    for (int i = 0; i < m->n_atoms; i++) m->atoms[i].hybrid = (uint8_t)hybridization(m, i);
-}
 
 // An aromatic atom may have lost implicit hydrogens to its new bond orders: they become explicit.
 // RDKit: MolOps::adjustHs
@@ -2958,6 +2938,11 @@ static double angle_between(Point a, Point b) {
     return c <= -1 ? PI : c >= 1 ? 0 : acos(c);
 }
 
+// From one atom to another.
+static Point arm(const ChemMol *m, int from, int to) {
+    return point_minus(atom_point(m, to), atom_point(m, from));
+}
+
 // Whether a bond counts as a neighbour direction of atom i in tetrahedral stereo.
 // RDKit: bondAffectsAtomChirality
 static int bond_has_direction(const ChemBond *b, int i) {
@@ -2990,7 +2975,7 @@ static int nontetrahedral_class(const ChemMol *m, int i) {
     for (int k = 0; k < n; k++) {
         const Link *l = &m->first[i][k];
         if (is_wavy(l->bond, i)) return CHI_NONE;
-        v[k] = unit(point_minus(atom_point(m, l->atom), atom_point(m, i)));
+        v[k] = unit(arm(m, i, l->atom));
     }
     for (int k = 0; k < n; k++)
         for (int q = k + 1; q < n; q++) {
@@ -3016,11 +3001,11 @@ static int nontetrahedral_class(const ChemMol *m, int i) {
 // RDKit: MolOps::assignChiralTypesFrom3D
 static int tetrahedral_class(const ChemMol *m, int i, int total) {
     int z = m->atoms[i].z, n = 0;
-    Point v[3], centre = atom_point(m, i);
+    Point v[3];
     if (total > 4 || (total != 4 && z != 16 && z != 34)) return CHI_NONE;
     for (Link *l = m->first[i]; l < m->first[i + 1] && n < 3; l++) {
         if (is_wavy(l->bond, i)) return CHI_NONE;
-        if (bond_has_direction(l->bond, i)) v[n++] = point_minus(atom_point(m, l->atom), centre);
+        if (bond_has_direction(l->bond, i)) v[n++] = arm(m, i, l->atom);
     }
     if (n < 3) return CHI_NONE;
     double volume = dot(v[0], cross(v[1], v[2]));
@@ -3073,8 +3058,7 @@ static int wedges_conflict(double a01, double a12, double a20, double a02, const
 static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
     int i = w->begin, n = 1, hydrogen = 0, single = 1;
     const Link *link[4];  // the wedge, then the others
-    Point v[4], centre = atom_point(m, i);
-    centre.z = 0;
+    Point v[4];
     if (mol_degree(m, i) > 4) return CHI_NONE;
     for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
         const ChemAtom *other = &m->atoms[l->atom];
@@ -3085,9 +3069,9 @@ static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
     if (n < 3 || (hydrogen && n < 4)) return CHI_NONE;
     if (!single && m->atoms[i].z != 15 && m->atoms[i].z != 16) return CHI_NONE;
     for (int k = 0; k < n; k++) {
-        Point end = atom_point(m, link[k]->atom);
-        end.z = 0;
-        v[k] = unit(point_minus(end, centre));
+        v[k] = arm(m, i, link[k]->atom);
+        v[k].z = 0;
+        v[k] = unit(v[k]);
     }
     int ccw = 1, one = turn(v[0], v[1]) > turn(v[0], v[2]) ? 2 : 1, two = 3 - one;
     double a01 = turn(v[0], v[one]), a02 = turn(v[0], v[two]);
@@ -3216,17 +3200,13 @@ static int is_linear(Point a, Point b) {
 // RDKit: updateDoubleBondNeighbors
 static int avoid_linear(const ChemMol *m, int near, int far, int measure, int *main_bond,
                         int *other) {
-    Point axis = point_minus(atom_point(m, far), atom_point(m, near));
-    Point arm = point_minus(atom_point(m, bond_other(&m->bonds[*main_bond], near)),
-                            atom_point(m, near));
-    if (!is_linear(arm, axis)) return 1;
+    Point axis = arm(m, near, far);
+    if (!is_linear(arm(m, near, bond_other(&m->bonds[*main_bond], near)), axis)) return 1;
     if (*other < 0) return 0;
     int swap = *main_bond;
     *main_bond = *other;
     *other = swap;
-    arm = point_minus(atom_point(m, bond_other(&m->bonds[*main_bond], near)),
-                      atom_point(m, measure));
-    return !is_linear(arm, axis);
+    return !is_linear(arm(m, measure, bond_other(&m->bonds[*main_bond], near)), axis);
 }
 
 // Gives a single bond a direction as seen from atom i, or its opposite.
@@ -3255,11 +3235,10 @@ static int set_directions(Directions *d, int double_bond, int *next) {
         db->direction = DIR_EITHER;
         return 0;
     }
-    Point axis = point_minus(atom_point(m, end[1]), atom_point(m, end[0])), arm[2];
+    Point axis = arm(m, end[0], end[1]), normal[2];
     for (int e = 0; e < 2; e++)
-        arm[e] = point_minus(atom_point(m, bond_other(&m->bonds[bond[e]], end[e])),
-                             atom_point(m, end[e]));
-    int trans = angle_between(cross(arm[0], axis), cross(arm[1], axis)) >= PI / 2;
+        normal[e] = cross(arm(m, end[e], bond_other(&m->bonds[bond[e]], end[e])), axis);
+    int trans = angle_between(normal[0], normal[1]) >= PI / 2;
     for (int e = 0; e < 2; e++) {
         const ChemBond *b = &m->bonds[bond[e]];
         for (int x = 0; x < 2 && d->open[bond[e]]; x++) {
@@ -3650,8 +3629,7 @@ static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     }
     if (n_outside == 2) return rank[outside[0]] != rank[outside[1]];
     if (n_outside == 1) return n_inside >= 2;
-    if (n_outside == 0) return (n_inside == 4 && n_ranks == 3) || (n_inside == 3 && n_ranks == 2);
-    return 0;
+    return !n_outside && ((n_inside == 4 && n_ranks == 3) || (n_inside == 3 && n_ranks == 2));
 }
 
 
@@ -3784,7 +3762,7 @@ static int sanitize(ChemMol *m, Fault *fault) {
     assign_radicals(m);
     int aromatic = assign_aromaticity(m);
     assign_conjugation(m);
-    assign_hybridization(m);
+    for (int i = 0; i < m->n_atoms; i++) m->atoms[i].hybrid = (uint8_t)hybridization(m, i);
     clean_chirality(m);
     if (m->had_aromatic || aromatic) restore_hydrogens(m);
     return 0;
@@ -3797,10 +3775,9 @@ static void apply_valence_fields(ChemMol *m) {
         ChemAtom *a = &m->atoms[i];
         if (!a->field_valence) continue;
         set_valence(m, i);
-        int none = a->field_valence == 15 || a->field_valence == -1;
+        int wanted = a->field_valence == 15 || a->field_valence == -1 ? 0 : a->field_valence;
         a->no_implicit = 1;
-        a->explicit_h = none || a->valence > a->field_valence
-                          ? 0 : (uint8_t)(a->field_valence - a->valence);
+        a->explicit_h = (uint8_t)max_int(wanted - a->valence, 0);
     }
 }
 
@@ -4780,11 +4757,10 @@ static char *part_path(const char *pattern, const char *part) {
     const char *base = strrchr(pattern, '/');
     base = base ? base + 1 : pattern;
     const char *hole = strstr(pattern, "{}"), *train = strstr(base, "train");
-    if (hole) return xprintf("%.*s%s%s", (int)(hole - pattern), pattern, part, hole + 2);
-    if (train) return xprintf("%.*s%s%s", (int)(train - pattern), pattern, part, train + 5);
-    const char *dot = strrchr(base, '.');
-    if (!dot) return xprintf("%s.%s", pattern, part);
-    return xprintf("%.*s.%s%s", (int)(dot - pattern), pattern, part, dot);
+    const char *dot = strrchr(base, '.'), *at = hole ? hole : train ? train : dot;
+    if (!at) return xprintf("%s.%s", pattern, part);
+    return xprintf("%.*s%s%s%s", (int)(at - pattern), pattern, hole || train ? "" : ".", part,
+                   hole ? at + 2 : train ? at + 5 : at);
 }
 
 // Copies the pooled records to their parts.
@@ -4945,12 +4921,6 @@ typedef struct {
     int open;
 } Output;
 
-// Starts writing; the tasks are known now.
-static void output_open(Output *out, const PrepOptions *opt, const Conversion *c) {
-    if (out->n_parts > 1) pool_open(&out->pool, opt->output);
-    else dataset_create(&out->writer, opt->output, c->n_tasks, c->task_names);
-    out->open = 1;
-}
 
 // Splits if asked to, and gives the outputs their names.
 static void output_finish(Output *out, const PrepOptions *opt, const Conversion *c) {
@@ -5000,10 +4970,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
                 pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
         } else {
-            if (c->strict) {
-                char *text = describe_fault(s, s->line, &o->fault);
-                DIE("%s", text);
-            }
+            if (c->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
             count_fault(sum, s, s->line, &o->fault);
         }
         s->line += o->n_lines;
@@ -5036,9 +5003,11 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
             find_tag_tasks(c, records, n);
         }
         first_chunk = 0;
-        if (!out->open) {
+        if (!out->open) {  // the tasks are known now
             sum->labelled = xmalloc((size_t)c->n_tasks, 1);
-            output_open(out, opt, c);
+            if (out->n_parts > 1) pool_open(&out->pool, opt->output);
+            else dataset_create(&out->writer, opt->output, c->n_tasks, c->task_names);
+            out->open = 1;
         }
         for (int t = 0; t < thread_count(); t++) workers[t].used = 0;
         for (int k = skip, run; k < n; k = run) {  // runs of records between blank lines
