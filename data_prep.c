@@ -650,13 +650,6 @@ static int add_symbol(MolBlock *b, Span s, int column) {
     return i;
 }
 
-static const char ZERO_FIELDS[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // after the symbol
-
-// Whether the n characters after the symbol hold nothing but zeros, in their usual places.
-static inline int has_zero_fields(const char *p, int n) {
-    return n >= 0 && n < (int)sizeof ZERO_FIELDS && memcmp(p, ZERO_FIELDS, (size_t)n) == 0;
-}
-
 // Fields of an atom line after the symbol.
 // RDKit: ParseMolFileAtomLine
 static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
@@ -668,8 +661,9 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
         {45, 3, UNUSED, "stereo care flag"}, {54, 3, UNUSED, "reaction role"},
         {57, 3, UNUSED, "reaction component"}, {63, 3, UNUSED, "inversion flag"},
         {66, 3, UNUSED, "exact change flag"}};
-    int value[UNUSED + 1] = {0};
-    if (has_zero_fields(line.p + 34, line.n - 34)) return 0;
+    static const char zeros[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // as in most files
+    int value[UNUSED + 1] = {0}, n = line.n - 34;
+    if (n < (int)sizeof zeros && memcmp(line.p + 34, zeros, (size_t)n) == 0) return 0;
     for (int k = 0; k < 11; k++)
         if (!column_int(line, fields[k].at, fields[k].width, &value[fields[k].slot]))
             return MOL_FAULT(b, fields[k].at + 1, "expected a %s in columns %d-%d, found \"%.*s\"",
@@ -703,26 +697,6 @@ static int fixed_decimal(const char *p, double *value) {
     v = 10000 * v + 1000 * digit[0] + 100 * digit[1] + 10 * digit[2] + digit[3];
     if (p[5] != '.' || largest > 9 || (uint32_t)p[10] - '0' <= 9) return 0;
     *value = (negative ? -(double)v : v) / 1e4;
-    return 1;
-}
-
-// The usual atom line, taken without looking for its end: as long as the last one, usual
-// coordinates, a symbol of one letter, nothing but zeros. Returns 0, and takes nothing, if the
-// next line is not of that kind. It makes a conversion of small molecules 8 % faster.
-static int v2_usual_atom(MolBlock *b, int length) {
-    const char *p = b->in.at;
-    double xyz[3];
-    if (length < 34 || b->in.end - p <= length || p[length] != '\n') return 0;
-    int n = length - 34 - (p[length - 1] == '\r');
-    if (p[30] != ' ' || p[32] != ' ' || p[33] != ' ' || !has_zero_fields(p + 34, n)) return 0;
-    for (int axis = 0; axis < 3; axis++)
-        if (!fixed_decimal(p + 10 * axis, &xyz[axis])) return 0;
-    int z = element_number(p + 31, 1);
-    if (z < 0) return 0;
-    int i = mol_add_atom(b->m, z);
-    memcpy(b->m->xyz[i], xyz, sizeof xyz);
-    b->in.at += length + 1;
-    b->in.line++;
     return 1;
 }
 
@@ -878,14 +852,10 @@ static int v2_properties(MolBlock *b) {
 // RDKit: ParseV2000CTAB
 static int v2_body(MolBlock *b) {
     Span line;
-    int length = 0;  // of the last atom line, with a CR
     for (int k = 0; k < b->n_atoms; k++) {
-        const char *start = b->in.at;
-        if (v2_usual_atom(b, length)) continue;
         if (!next_line(&b->in, &line))
             return MOL_FAULT(b, 0, "expected %d atom lines, found %d", b->n_atoms, k);
         if (v2_atom_line(b, line)) return -1;
-        length = (int)(b->in.at - start) - 1;
     }
     for (int k = 0; k < b->n_bonds; k++) {
         if (!next_line(&b->in, &line))
@@ -2576,12 +2546,9 @@ static int count_radicals(const ChemMol *m, int i) {
         return e->outer - a->charge > 0 ? (e->outer - a->charge) % 2 : 0;
     int valence = twice / 2, missing = octet - e->outer - valence + a->charge;
     if (missing < 0) {
-        missing = 0;
-        for (int k = 0; k < e->n_valences && e->n_valences > 1; k++) {
-            if (e->valence[k] - valence + a->charge < 0) continue;
-            missing = e->valence[k] - valence + a->charge;
-            break;
-        }
+        int k = 0;
+        while (k < e->n_valences && e->valence[k] - valence + a->charge < 0) k++;
+        missing = e->n_valences > 1 && k < e->n_valences ? e->valence[k] - valence + a->charge : 0;
     }
     int available = e->outer - valence - a->charge;
     return available >= 0 && available < missing ? available : missing;
@@ -2914,12 +2881,12 @@ static void restore_hydrogens(ChemMol *m) {
 
 typedef struct { double x, y, z; } Point;
 
-// Vectors.
-static Point atom_point(const ChemMol *m, int i) {
-    return (Point){m->xyz[i][0], m->xyz[i][1], m->xyz[i][2]};
+// From one atom to another.
+static Point arm(const ChemMol *m, int from, int to) {
+    const double *a = m->xyz[from], *b = m->xyz[to];
+    return (Point){b[0] - a[0], b[1] - a[1], b[2] - a[2]};
 }
 
-static Point point_minus(Point a, Point b) { return (Point){a.x - b.x, a.y - b.y, a.z - b.z}; }
 static double dot(Point a, Point b) { return a.x * b.x + a.y * b.y + a.z * b.z; }
 
 static Point cross(Point a, Point b) {
@@ -2938,10 +2905,6 @@ static double angle_between(Point a, Point b) {
     return c <= -1 ? PI : c >= 1 ? 0 : acos(c);
 }
 
-// From one atom to another.
-static Point arm(const ChemMol *m, int from, int to) {
-    return point_minus(atom_point(m, to), atom_point(m, from));
-}
 
 // Whether a bond counts as a neighbour direction of atom i in tetrahedral stereo.
 // RDKit: bondAffectsAtomChirality
@@ -3511,9 +3474,8 @@ static int is_possible_centre(ChemMol *m, int i) {
     if (degree > 3 || atom_hydrogens(a) == 1) return 1;
     if (a->z == 7) return is_in_ring_of_size(m, i, 3) || is_bridgehead(m, i);
     if (a->z == 15 || a->z == 33) return 1;
-    if (a->z == 16 || a->z == 34)
-        return a->valence == 4 || (a->valence == 3 && a->charge == 1);
-    return 0;
+    return (a->z == 16 || a->z == 34) &&
+           (a->valence == 4 || (a->valence == 3 && a->charge == 1));
 }
 
 // R or S of a centre from its chirality and the ranks of its neighbours, or 0 if two are equal.
@@ -4178,10 +4140,13 @@ static const char *csv_row_end(const char *p, const char *end, char separator) {
     return NULL;
 }
 
+// Whether records are rows of a table; what separates their fields.
+static int is_table(const Source *s) { return s->format == FORMAT_CSV || s->format == FORMAT_TSV; }
+static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
+
 static const char *record_end(const Source *s, const char *p, const char *end) {
     if (s->format == FORMAT_SDF) return sd_record_end(p, end);
-    if (s->format == FORMAT_CSV) return csv_row_end(p, end, ',');
-    if (s->format == FORMAT_TSV) return csv_row_end(p, end, '\t');
+    if (is_table(s)) return csv_row_end(p, end, separator_of(s));
     const char *stop = memchr(p, '\n', (size_t)(end - p));
     return stop ? stop + 1 : NULL;
 }
@@ -4398,8 +4363,6 @@ static void split_smiles(Span line, Span *smiles, Span *name) {
     }
 }
 
-// What separates the fields of a table.
-static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
 
 // Reads the fields of a CSV row that matter.
 static int read_row(const Source *s, const Record *r, Worker *w, float *labels, Span *smiles,
@@ -4990,12 +4953,11 @@ static int is_no_record(const Source *s, const Record *r, int64_t line) {
 static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Output *out,
                            Worker *workers, Record *records, Outcome *outcomes, Summary *sum) {
     Progress progress = progress_begin(0);
-    int first_chunk = 1, is_table = s->format == FORMAT_CSV || s->format == FORMAT_TSV;
-    int find_tasks = !out->open && c->labels && strcmp(c->labels, "all") == 0, n;
+    int find_tasks = !out->open && c->labels && strcmp(c->labels, "all") == 0, n, first_chunk = 1;
     s->name_column = -1;
     while ((n = next_records(s, records)) > 0) {
         int skip = 0;
-        if (first_chunk && is_table) {
+        if (first_chunk && is_table(s)) {
             read_header(c, s, &records[0], records + 1, n - 1, find_tasks);
             s->line += count_lines(records[0].text, records[0].text + records[0].size);
             skip = 1;
@@ -5054,9 +5016,6 @@ static const Option PREP_OPTION_TABLE[] = {
     FLAG("--help", help, "this text"),
 };
 
-#undef HEADING
-#undef TEXT
-#undef FLAG
 
 enum { N_PREP_OPTIONS = sizeof PREP_OPTION_TABLE / sizeof PREP_OPTION_TABLE[0] };
 
