@@ -603,7 +603,7 @@ typedef struct {
 // The fault of something that makes the block a query, or that is too rare to be implemented.
 static int not_supported(MolBlock *b, Span what) {
     return fault_at(b->fault, b->in.line, 0, "query, R-group or rare property",
-                    "%.*s is not supported", what.n < 60 ? what.n : 60, what.p);
+                    "%.*s is not supported", min_int(what.n, 60), what.p);
 }
 
 // Integer in columns [at, at + width) of an atom or bond line: only digits, signs and blanks are
@@ -643,7 +643,7 @@ static int add_symbol(MolBlock *b, Span s, int column) {
     if (z < 0 && is_query_symbol(s)) return not_supported(b, s);
     if (z < 0)
         return fault_at(b->fault, b->in.line, column, "unknown element",
-                        "expected an element symbol, found \"%.*s\"", s.n < 20 ? s.n : 20, s.p);
+                        "expected an element symbol, found \"%.*s\"", min_int(s.n, 20), s.p);
     int i = mol_add_atom(b->m, z);
     b->m->atoms[i].isotope = (uint16_t)isotope;
     b->m->atoms[i].no_implicit = z == 0;
@@ -766,7 +766,7 @@ static int v2_bond_line(MolBlock *b, Span line) {
 // lightly.
 // RDKit: FileParserUtils::toInt, stripSpacesAndCast
 static int property_int(MolBlock *b, Span line, int at, int width, int *value) {
-    Span field = {line.p + at, line.n - at < width ? line.n - at : width};
+    Span field = {line.p + at, min_int(line.n - at, width)};
     int loose = at <= line.n;
     *value = 0;
     if (loose && parse_whole(field, value)) return 0;
@@ -877,7 +877,7 @@ static int v3_line(MolBlock *b, Span *out) {
     for (;;) {
         if (!next_line(&b->in, &line) || !starts_with(line, "M  V30 "))
             return MOL_FAULT(b, 1, "expected \"M  V30 \", found \"%.*s\"",
-                             line.n < 20 ? line.n : 20, line.p);
+                             min_int(line.n, 20), line.p);
         int more = line.p[line.n - 1] == '-' && line.n > 7;
         *out = (Span){line.p + 7, line.n - 7 - more};
         if (!more && !joined) return 0;
@@ -936,7 +936,7 @@ static int v3_assignment(Span token, Span *name, Span *value) {
 
 // The fault of a V3000 token that is not what was expected.
 static int v3_bad(MolBlock *b, Span token, const char *expected) {
-    return MOL_FAULT(b, 0, "expected %s, found \"%.*s\"", expected, token.n < 60 ? token.n : 60,
+    return MOL_FAULT(b, 0, "expected %s, found \"%.*s\"", expected, min_int(token.n, 60),
                      token.p);
 }
 
@@ -1014,7 +1014,7 @@ static int v3_bond_line(MolBlock *b, Span line) {
             return fault_at(b->fault, b->in.line, (int)(token[2 + k].p - line.p) + 8,
                             "bond to a missing atom",
                             "expected the index of an atom, found \"%.*s\"",
-                            token[2 + k].n < 20 ? token[2 + k].n : 20, token[2 + k].p);
+                            min_int(token[2 + k].n, 20), token[2 + k].p);
     }
     ChemBond *bond = add_typed_bond(b, end[0], end[1], type);
     if (!bond) return -1;
@@ -1076,7 +1076,7 @@ static int v3_body(MolBlock *b) {
     } while (!starts_with_word(line, "END CTAB"));
     if (!next_line(&b->in, &line) || !starts_with(line, "M  END"))
         return fault_at(b->fault, b->in.line, 0, "M  END is missing",
-                        "expected M  END, found \"%.*s\"", line.n < 40 ? line.n : 40, line.p);
+                        "expected M  END, found \"%.*s\"", min_int(line.n, 40), line.p);
     return 0;
 }
 
@@ -1086,7 +1086,7 @@ static int counts_line(MolBlock *b, int *v3000) {
     Span line;
     if (!next_line(&b->in, &line) || line.n < 6)
         return MOL_FAULT(b, 1, "expected a counts line, found \"%.*s\"",
-                         line.n < 40 ? line.n : 40, line.p);
+                         min_int(line.n, 40), line.p);
     if (property_int(b, line, 0, 3, &b->n_atoms) || property_int(b, line, 3, 3, &b->n_bonds))
         return -1;
     if (b->n_atoms < 0 || b->n_bonds < 0) return MOL_FAULT(b, 1, "negative counts");
@@ -1094,7 +1094,7 @@ static int counts_line(MolBlock *b, int *v3000) {
     *v3000 = starts_with(version, "V3000");
     if (version.n && !*v3000 && !starts_with(version, "V2000"))
         return MOL_FAULT(b, 35, "expected V2000 or V3000, found \"%.*s\"",
-                         version.n < 5 ? version.n : 5, version.p);
+                         min_int(version.n, 5), version.p);
     return 0;
 }
 
@@ -2551,7 +2551,7 @@ static int count_radicals(const ChemMol *m, int i) {
         missing = e->n_valences > 1 && k < e->n_valences ? e->valence[k] - valence + a->charge : 0;
     }
     int available = e->outer - valence - a->charge;
-    return available >= 0 && available < missing ? available : missing;
+    return available >= 0 ? min_int(available, missing) : missing;
 }
 
 // Radicals of all atoms that take no implicit hydrogens and had no radical given.
@@ -2581,7 +2581,7 @@ static int pi_electrons(const ChemMol *m, int i) {
     int valence = default_valence(a->z), degree = total_degree(m, i) - zero_bonds(m, i);
     if (valence <= 1 || degree > 3) return -1;
     int lone = ELEMENTS[a->z].outer - valence - a->charge;
-    int n = valence - degree + (lone > 0 ? lone : 0) - a->radicals;
+    int n = valence - degree + max_int(lone, 0) - a->radicals;
     return n > 1 && a->valence - mol_degree(m, i) > 1 ? 1 : n;  // part of a triple bond: one of two
 }
 
@@ -3887,7 +3887,7 @@ static void orient_principal(ChemMol *m) {
 // Turns a perceived molecule into a record's atoms, bonds and positions. Labels stay to be filled.
 static int fill_molecule(ChemMol *m, Molecule *out, int n_tasks, Span name, int principal,
                          Fault *fault) {
-    int name_length = name.n < MAX_NAME ? name.n : MAX_NAME;
+    int name_length = min_int(name.n, MAX_NAME);
     molecule_resize(out, m->n_atoms, m->n_bonds, n_tasks, name_length);
     if (name_length) memcpy(out->name, name.p, (size_t)name_length);
     for (int i = 0; i < m->n_atoms; i++) atom_features(m, i, out->atom_feat + ATOM_FEATURES * i);
@@ -4012,7 +4012,7 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
         label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)(uint32_t)(a->map + 1) << 32;
         start[i] = mix(label + 0x9E3779B97F4A7C15u);
     }
-    int n_rounds = kept < 16 ? kept : 16;
+    int n_rounds = min_int(kept, 16);
     ScaffoldKey key = {graph_hash(m, start, -1, n_rounds, colour, next), 0};
     for (int i = 0; i < kept; i++) key.b += graph_hash(m, start, i, n_rounds, colour, next);
     return key;
