@@ -247,6 +247,9 @@ typedef struct {
     int rings, smallest_ring;
 } ChemBond;
 
+// A bond as one of its atoms sees it.
+typedef struct { ChemBond *bond; int index, atom; } Link;  // its number, the atom at its other end
+
 // Rings as lists of atoms: ring r is atoms[start[r]..start[r+1]); bonds[k] joins atoms[k] to the
 // next atom of the ring.
 typedef struct {
@@ -259,7 +262,7 @@ typedef struct {
     ChemAtom *atoms;
     ChemBond *bonds;
     double (*xyz)[3];       // of every atom; used if has_xyz
-    int *first, *adj;       // bonds of atom i: adj[first[i]..first[i+1]), in the order of creation
+    Link **first;           // bonds of atom i: first[i] to first[i + 1], in the order of creation
     int *atom_rings;        // number of rings an atom is in
     RingList rings;
     int has_xyz, is_3d, wedged;
@@ -311,31 +314,36 @@ static ChemBond *mol_add_bond(ChemMol *m, int begin, int end, int order) {
     return b;
 }
 
-// The atom at the other end of a bond; the number of bonds of an atom.
+// The number of bonds of an atom; the atom at the other end of a bond.
+static inline int mol_degree(const ChemMol *m, int i) {
+    return (int)(m->first[i + 1] - m->first[i]);
+}
+
 static inline int bond_other(const ChemBond *b, int i) { return b->begin == i ? b->end : b->begin; }
-static inline int mol_degree(const ChemMol *m, int i) { return m->first[i + 1] - m->first[i]; }
 
 // The bond between two atoms, or -1.
 // RDKit: ROMol::getBondBetweenAtoms
 static int bond_between(const ChemMol *m, int i, int j) {
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        if (bond_other(&m->bonds[m->adj[k]], i) == j) return m->adj[k];
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        if (l->atom == j) return l->index;
     return -1;
 }
 
 // Builds the adjacency lists. The bonds must join different atoms, see find_bad_bond().
 static void mol_connect(ChemMol *m) {
-    int n = m->n_atoms;
-    m->first = arena_ints(&m->arena, n + 1);
-    m->adj = arena_ints(&m->arena, 2 * m->n_bonds);
+    int *degree = arena_ints(&m->arena, m->n_atoms);
+    Link *list = arena_take(&m->arena, 2 * (size_t)m->n_bonds, sizeof *list);
+    m->first = arena_take(&m->arena, (size_t)m->n_atoms + 1, sizeof *m->first);
     for (int b = 0; b < m->n_bonds; b++) {
-        m->first[m->bonds[b].begin]++;
-        m->first[m->bonds[b].end]++;
+        degree[m->bonds[b].begin]++;
+        degree[m->bonds[b].end]++;
     }
-    for (int i = 0; i < n; i++) m->first[i + 1] += m->first[i];
-    for (int b = m->n_bonds - 1; b >= 0; b--) {  // every list from its end
-        m->adj[--m->first[m->bonds[b].begin]] = b;
-        m->adj[--m->first[m->bonds[b].end]] = b;
+    m->first[m->n_atoms] = list + 2 * m->n_bonds;
+    for (int i = 0; i < m->n_atoms; i++) m->first[i] = list += degree[i];  // where it ends
+    for (int b = m->n_bonds - 1; b >= 0; b--) {
+        ChemBond *bond = &m->bonds[b];
+        *--m->first[bond->begin] = (Link){bond, b, bond->end};
+        *--m->first[bond->end] = (Link){bond, b, bond->begin};
     }
 }
 
@@ -346,13 +354,11 @@ static int find_bad_bond(ChemMol *m) {
     for (int b = 0; b < m->n_bonds; b++)
         if (m->bonds[b].begin == m->bonds[b].end) return b;
     mol_connect(m);
-    for (int i = 0; i < m->n_atoms; i++) {
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            int j = bond_other(&m->bonds[m->adj[k]], i);
-            if (seen[j] == i + 1) bad = m->adj[k];
-            seen[j] = i + 1;
+    for (int i = 0; i < m->n_atoms; i++)
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            if (seen[l->atom] == i + 1) bad = l->index;
+            seen[l->atom] = i + 1;
         }
-    }
     return bad;
 }
 
@@ -385,6 +391,19 @@ static inline int twice_contribution(const ChemBond *b, int i) {
     return b->order == ORDER_DATIVE && b->begin == i ? 0 : twice_order(b);
 }
 
+// The sum over all bonds of an atom; how many of them add nothing.
+static inline int twice_bonds(const ChemMol *m, int i) {
+    int twice = 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) twice += twice_contribution(l->bond, i);
+    return twice;
+}
+
+static int zero_bonds(const ChemMol *m, int i) {
+    int n = 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) n += !twice_contribution(l->bond, i);
+    return n;
+}
+
 // The mirror image of a tetrahedral centre.
 // RDKit: Atom::invertChirality
 static int invert_chirality(int chirality) {
@@ -403,10 +422,8 @@ static uint8_t opposite_direction(int direction) {
 static int is_aromatic_atom(const ChemMol *m, int i) {
     if (!m->any_aromatic) return 0;
     if (m->atoms[i].aromatic) return 1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        if (b->aromatic || b->order == ORDER_AROMATIC) return 1;
-    }
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        if (l->bond->aromatic || l->bond->order == ORDER_AROMATIC) return 1;
     return 0;
 }
 
@@ -586,30 +603,25 @@ typedef struct {
 // The fault of something that makes the block a query, or that is too rare to be implemented.
 static int not_supported(MolBlock *b, Span what) {
     return fault_at(b->fault, b->in.line, 0, "query, R-group or rare property",
-                    "%.*s is not supported", what.n < 60 ? what.n : 60, what.p);
+                    "%.*s is not supported", min_int(what.n, 60), what.p);
 }
 
 // Integer in columns [at, at + width) of an atom or bond line: only digits, signs and blanks are
 // allowed there; if there are nothing but blanks, and one more, it reads on into the next field.
 // *value stays if the line ends before. Returns 0 if there is anything else.
 // RDKit: FileParserUtils::toInt
-static int column_int(Span line, int at, int width, int *value) {
+static inline int column_int(Span line, int at, int width, int *value) {
     int stop = at + width, from = at;
     if (line.n < stop) return 1;
-    for (int k = at; k < stop; k++)
-        if (line.p[k] == 0 || !strchr("0123456789 -+", line.p[k])) return 0;
+    for (int k = at; k < stop; k++) {
+        char c = line.p[k];
+        if ((c < '0' || c > '9') && c != ' ' && c != '-' && c != '+') return 0;
+    }
     while (from < line.n && line.p[from] == ' ') from++;
     *value = leading_int((Span){line.p + at, from > stop ? line.n - at : width}, 1);
     return 1;
 }
 
-// A number of up to three digits in three columns, blanks in front. Returns -1 if it is not one.
-static inline int three_digits(const char *p) {
-    int k = 0, v = 0;
-    while (k < 2 && p[k] == ' ') k++;
-    for (; k < 3 && p[k] >= '0' && p[k] <= '9'; k++) v = 10 * v + (p[k] - '0');
-    return k == 3 ? v : -1;
-}
 
 // Whether a symbol is one of a search, not of an atom: "any atom", halogens, metals, R-groups.
 static int is_query_symbol(Span s) {
@@ -631,18 +643,11 @@ static int add_symbol(MolBlock *b, Span s, int column) {
     if (z < 0 && is_query_symbol(s)) return not_supported(b, s);
     if (z < 0)
         return fault_at(b->fault, b->in.line, column, "unknown element",
-                        "expected an element symbol, found \"%.*s\"", s.n < 20 ? s.n : 20, s.p);
+                        "expected an element symbol, found \"%.*s\"", min_int(s.n, 20), s.p);
     int i = mol_add_atom(b->m, z);
     b->m->atoms[i].isotope = (uint16_t)isotope;
     b->m->atoms[i].no_implicit = z == 0;
     return i;
-}
-
-static const char ZERO_FIELDS[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // after the symbol
-
-// Whether the n characters after the symbol hold nothing but zeros, in their usual places.
-static inline int has_zero_fields(const char *p, int n) {
-    return n >= 0 && n < (int)sizeof ZERO_FIELDS && memcmp(p, ZERO_FIELDS, (size_t)n) == 0;
 }
 
 // Fields of an atom line after the symbol.
@@ -656,8 +661,9 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
         {45, 3, UNUSED, "stereo care flag"}, {54, 3, UNUSED, "reaction role"},
         {57, 3, UNUSED, "reaction component"}, {63, 3, UNUSED, "inversion flag"},
         {66, 3, UNUSED, "exact change flag"}};
-    int value[UNUSED + 1] = {0};
-    if (has_zero_fields(line.p + 34, line.n - 34)) return 0;
+    static const char zeros[] = " 0  0  0  0  0  0  0  0  0  0  0  0";  // as in most files
+    int value[UNUSED + 1] = {0}, n = line.n - 34;
+    if (n < (int)sizeof zeros && memcmp(line.p + 34, zeros, (size_t)n) == 0) return 0;
     for (int k = 0; k < 11; k++)
         if (!column_int(line, fields[k].at, fields[k].width, &value[fields[k].slot]))
             return MOL_FAULT(b, fields[k].at + 1, "expected a %s in columns %d-%d, found \"%.*s\"",
@@ -694,27 +700,6 @@ static int fixed_decimal(const char *p, double *value) {
     return 1;
 }
 
-// The usual atom line, taken without looking for its end: as long as the last one, usual
-// coordinates, a symbol of one letter, nothing but zeros. Returns 0, and takes nothing, if the
-// next line is not of that kind. With v2_usual_bond() it makes a conversion of small molecules 12 %
-// faster.
-static int v2_usual_atom(MolBlock *b, int length) {
-    const char *p = b->in.at;
-    double xyz[3];
-    if (length < 34 || b->in.end - p <= length || p[length] != '\n') return 0;
-    int n = length - 34 - (p[length - 1] == '\r');
-    if (p[30] != ' ' || p[32] != ' ' || p[33] != ' ' || !has_zero_fields(p + 34, n)) return 0;
-    for (int axis = 0; axis < 3; axis++)
-        if (!fixed_decimal(p + 10 * axis, &xyz[axis])) return 0;
-    int z = element_number(p + 31, 1);
-    if (z < 0) return 0;
-    int i = mol_add_atom(b->m, z);
-    memcpy(b->m->xyz[i], xyz, sizeof xyz);
-    b->in.at += length + 1;
-    b->in.line++;
-    return 1;
-}
-
 // An atom line: x, y, z in ten columns each, the symbol in 32-34, then small integers.
 // RDKit: ParseMolFileAtomLine
 static int v2_atom_line(MolBlock *b, Span line) {
@@ -748,17 +733,6 @@ static ChemBond *add_typed_bond(MolBlock *b, int i, int j, int type) {
     return mol_add_bond(b->m, i, j, orders[type]);
 }
 
-// The usual bond line, "  1  2  1  0", as v2_usual_atom() takes atoms.
-static int v2_usual_bond(MolBlock *b) {
-    const char *p = b->in.at;
-    if (b->in.end - p <= 12 || p[12] != '\n' || memcmp(p + 9, "  0", 3) != 0) return 0;
-    int i = three_digits(p), j = three_digits(p + 3), type = three_digits(p + 6);
-    if (i < 1 || i > b->m->n_atoms || j < 1 || j > b->m->n_atoms || type < 1 || type > 3) return 0;
-    mol_add_bond(b->m, i - 1, j - 1, type);  // single, double, triple are 1, 2, 3 here and there
-    b->in.at += 13;
-    b->in.line++;
-    return 1;
-}
 
 // A bond line: two atoms, type, stereo mark, (unused), topology, in three columns each.
 // RDKit: ParseMolFileBondLine
@@ -792,7 +766,7 @@ static int v2_bond_line(MolBlock *b, Span line) {
 // lightly.
 // RDKit: FileParserUtils::toInt, stripSpacesAndCast
 static int property_int(MolBlock *b, Span line, int at, int width, int *value) {
-    Span field = {line.p + at, line.n - at < width ? line.n - at : width};
+    Span field = {line.p + at, min_int(line.n - at, width)};
     int loose = at <= line.n;
     *value = 0;
     if (loose && parse_whole(field, value)) return 0;
@@ -878,17 +852,12 @@ static int v2_properties(MolBlock *b) {
 // RDKit: ParseV2000CTAB
 static int v2_body(MolBlock *b) {
     Span line;
-    int length = 0;  // of the last atom line, with a CR
     for (int k = 0; k < b->n_atoms; k++) {
-        const char *start = b->in.at;
-        if (v2_usual_atom(b, length)) continue;
         if (!next_line(&b->in, &line))
             return MOL_FAULT(b, 0, "expected %d atom lines, found %d", b->n_atoms, k);
         if (v2_atom_line(b, line)) return -1;
-        length = (int)(b->in.at - start) - 1;
     }
     for (int k = 0; k < b->n_bonds; k++) {
-        if (v2_usual_bond(b)) continue;
         if (!next_line(&b->in, &line))
             return MOL_FAULT(b, 0, "expected %d bond lines, found %d", b->n_bonds, k);
         if (v2_bond_line(b, line)) return -1;
@@ -908,7 +877,7 @@ static int v3_line(MolBlock *b, Span *out) {
     for (;;) {
         if (!next_line(&b->in, &line) || !starts_with(line, "M  V30 "))
             return MOL_FAULT(b, 1, "expected \"M  V30 \", found \"%.*s\"",
-                             line.n < 20 ? line.n : 20, line.p);
+                             min_int(line.n, 20), line.p);
         int more = line.p[line.n - 1] == '-' && line.n > 7;
         *out = (Span){line.p + 7, line.n - 7 - more};
         if (!more && !joined) return 0;
@@ -924,12 +893,12 @@ static int v3_line(MolBlock *b, Span *out) {
 // Returns their number.
 // RDKit: tokenizeV3000Line
 static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
-    int n = 0, room = 0, start = 0, pos = 0, quoted = 0, inside = 0;
+    int n = 0, room = 0, start = 0, quoted = 0, inside = 0;
     line = trim(line);
     *tokens = NULL;
-    while (pos <= line.n) {
+    for (int pos = 0; pos <= line.n; pos++) {
         char c = pos < line.n ? line.p[pos] : 0;
-        int cut_from = -1, cut_to = pos, after = pos + 1;
+        int cut_from = -1, cut_to = pos;
         if (pos == line.n) {
             if (start < pos) cut_from = start;
         } else if (c == ' ' || c == '\t') {
@@ -942,7 +911,7 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
         } else if (c == '(' && !quoted) {
             inside = 1;
         } else if (c == '"' && !inside) {
-            if (pos + 1 < line.n && line.p[pos + 1] == '"') after = pos + 2;
+            if (pos + 1 < line.n && line.p[pos + 1] == '"') pos++;
             else if (quoted) cut_from = start + 1, quoted = 0;
             else quoted = 1;
         }
@@ -951,7 +920,6 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
             (*tokens)[n++] = (Span){line.p + cut_from, cut_to - cut_from};
             start = pos + 1;
         }
-        pos = after;
     }
     return n;
 }
@@ -968,7 +936,7 @@ static int v3_assignment(Span token, Span *name, Span *value) {
 
 // The fault of a V3000 token that is not what was expected.
 static int v3_bad(MolBlock *b, Span token, const char *expected) {
-    return MOL_FAULT(b, 0, "expected %s, found \"%.*s\"", expected, token.n < 60 ? token.n : 60,
+    return MOL_FAULT(b, 0, "expected %s, found \"%.*s\"", expected, min_int(token.n, 60),
                      token.p);
 }
 
@@ -1046,7 +1014,7 @@ static int v3_bond_line(MolBlock *b, Span line) {
             return fault_at(b->fault, b->in.line, (int)(token[2 + k].p - line.p) + 8,
                             "bond to a missing atom",
                             "expected the index of an atom, found \"%.*s\"",
-                            token[2 + k].n < 20 ? token[2 + k].n : 20, token[2 + k].p);
+                            min_int(token[2 + k].n, 20), token[2 + k].p);
     }
     ChemBond *bond = add_typed_bond(b, end[0], end[1], type);
     if (!bond) return -1;
@@ -1108,7 +1076,7 @@ static int v3_body(MolBlock *b) {
     } while (!starts_with_word(line, "END CTAB"));
     if (!next_line(&b->in, &line) || !starts_with(line, "M  END"))
         return fault_at(b->fault, b->in.line, 0, "M  END is missing",
-                        "expected M  END, found \"%.*s\"", line.n < 40 ? line.n : 40, line.p);
+                        "expected M  END, found \"%.*s\"", min_int(line.n, 40), line.p);
     return 0;
 }
 
@@ -1118,7 +1086,7 @@ static int counts_line(MolBlock *b, int *v3000) {
     Span line;
     if (!next_line(&b->in, &line) || line.n < 6)
         return MOL_FAULT(b, 1, "expected a counts line, found \"%.*s\"",
-                         line.n < 40 ? line.n : 40, line.p);
+                         min_int(line.n, 40), line.p);
     if (property_int(b, line, 0, 3, &b->n_atoms) || property_int(b, line, 3, 3, &b->n_bonds))
         return -1;
     if (b->n_atoms < 0 || b->n_bonds < 0) return MOL_FAULT(b, 1, "negative counts");
@@ -1126,7 +1094,7 @@ static int counts_line(MolBlock *b, int *v3000) {
     *v3000 = starts_with(version, "V3000");
     if (version.n && !*v3000 && !starts_with(version, "V2000"))
         return MOL_FAULT(b, 35, "expected V2000 or V3000, found \"%.*s\"",
-                         version.n < 5 ? version.n : 5, version.p);
+                         min_int(version.n, 5), version.p);
     return 0;
 }
 
@@ -1167,7 +1135,7 @@ typedef struct {
     int active;             // the atom the next bond starts at
     int n_branches, branch_room, *branches;
     int n_marks, mark_room;
-    RingMark *marks;        // as written
+    RingMark *marks;        // as written, later by number
 } SmilesReader;
 
 // The fault of a character that is not what was expected.
@@ -1185,9 +1153,10 @@ static int smiles_peek(const SmilesReader *s, int ahead) {
 }
 
 // Whether `text` comes next; if so it is passed.
-static int smiles_take(SmilesReader *s, const char *text) {
-    int n = (int)strlen(text);
-    if (s->n - s->pos < n || memcmp(s->text + s->pos, text, (size_t)n) != 0) return 0;
+static inline int smiles_take(SmilesReader *s, const char *text) {
+    int n = 0;
+    for (; text[n]; n++)
+        if (smiles_peek(s, n) != text[n]) return 0;
     s->pos += n;
     return 1;
 }
@@ -1313,20 +1282,15 @@ static int smiles_atom(SmilesReader *s) {
 // A bond symbol at the cursor, if there is one.
 // RDKit: smiles.yy, bondd
 static BondSymbol smiles_bond(SmilesReader *s) {
-    BondSymbol b = {0};
-    if (smiles_take(s, "->")) b.order = ORDER_DATIVE;
-    else if (smiles_take(s, "<-")) b.order = ORDER_DATIVE, b.reversed = 1;
-    else if (smiles_take(s, "-")) b.order = ORDER_SINGLE;
-    else if (smiles_take(s, "=")) b.order = ORDER_DOUBLE;
-    else if (smiles_take(s, "#")) b.order = ORDER_TRIPLE;
-    else if (smiles_take(s, "$")) b.order = ORDER_QUADRUPLE;
-    else if (smiles_take(s, ":")) b.order = ORDER_AROMATIC;
-    else if (smiles_take(s, "~")) b.order = ORDER_NONE;
-    else b.unspecified = 1;
-    if (b.unspecified && smiles_take(s, "/")) b.direction = DIR_UP;
-    else if (b.unspecified && (smiles_take(s, "\\\\") || smiles_take(s, "\\")))
-        b.direction = DIR_DOWN;
-    return b;
+    static const struct { const char *text; BondSymbol symbol; } known[] = {
+        {"->", {ORDER_DATIVE, 0, 0, 0}}, {"<-", {ORDER_DATIVE, 0, 0, 1}},
+        {"-", {ORDER_SINGLE, 0, 0, 0}}, {"=", {ORDER_DOUBLE, 0, 0, 0}},
+        {"#", {ORDER_TRIPLE, 0, 0, 0}}, {"$", {ORDER_QUADRUPLE, 0, 0, 0}},
+        {":", {ORDER_AROMATIC, 0, 0, 0}}, {"~", {ORDER_NONE, 0, 0, 0}},
+        {"/", {0, DIR_UP, 1, 0}}, {"\\\\", {0, DIR_DOWN, 1, 0}}, {"\\", {0, DIR_DOWN, 1, 0}}};
+    for (int k = 0; k < 11; k++)
+        if (smiles_take(s, known[k].text)) return known[k].symbol;
+    return (BondSymbol){.unspecified = 1};
 }
 
 // Adds a bond from atom i to atom j. The order of an unspecified one is found at the end.
@@ -1342,22 +1306,13 @@ static ChemBond *smiles_add_bond(SmilesReader *s, int i, int j, BondSymbol symbo
 // A ring number: a digit, %12 or %(12345). Returns -1 if there is none.
 // RDKit: smiles.yy, ring_number
 static int smiles_ring_number(SmilesReader *s) {
-    int c = smiles_peek(s, 0), value = 0, digits = 0;
-    if (isdigit(c)) {
-        s->pos++;
-        return c - '0';
-    }
-    int at = s->pos++;
-    if (smiles_take(s, "(")) {
-        for (; isdigit(smiles_peek(s, 0)) && digits < 5; digits++, s->pos++)
-            value = 10 * value + (smiles_peek(s, 0) - '0');
-        if (!digits || !smiles_take(s, ")")) return smiles_fault(s, at, "%( up to five digits )");
-        return value;
-    }
-    if (smiles_peek(s, 0) == '0' || !isdigit(smiles_peek(s, 0)) || !isdigit(smiles_peek(s, 1)))
-        return smiles_fault(s, at, "% and two digits");
-    value = 10 * (smiles_peek(s, 0) - '0') + smiles_peek(s, 1) - '0';
-    s->pos += 2;
+    int at = s->pos, value = 0, digits = 0;
+    int most = smiles_take(s, "%(") ? 5 : smiles_take(s, "%") ? 2 : 1;
+    for (; isdigit(smiles_peek(s, 0)) && digits < most; digits++, s->pos++)
+        value = 10 * value + (smiles_peek(s, 0) - '0');
+    if (most == 5 && (!digits || !smiles_take(s, ")")))
+        return smiles_fault(s, at, "%( up to five digits )");
+    if (most == 2 && (digits < 2 || value < 10)) return smiles_fault(s, at, "% and two digits");
     return value;
 }
 
@@ -1379,11 +1334,10 @@ static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     return 0;
 }
 
-// By ring number, then as written; for pointers to marks.
+// By ring number, then as written.
 static int compare_marks(const void *a, const void *b) {
-    const RingMark *x = *(RingMark *const *)a, *y = *(RingMark *const *)b;
-    if (x->number != y->number) return x->number < y->number ? -1 : 1;
-    return (x->column > y->column) - (x->column < y->column);
+    const RingMark *x = a, *y = b;
+    return x->number != y->number ? x->number - y->number : x->column - y->column;
 }
 
 // Makes the bond of two ring marks: what the first says counts, unless it says nothing. A ~ means
@@ -1401,12 +1355,9 @@ static void smiles_ring_bond(SmilesReader *s, RingMark *first, RingMark *second)
 // Closes all rings, by rising number.
 // RDKit: SmilesParseOps::CloseMolRings
 static int smiles_close_rings(SmilesReader *s) {
-    ChemMol *m = s->m;
-    RingMark **sorted = arena_take(&m->arena, (size_t)s->n_marks, sizeof *sorted);
-    for (int k = 0; k < s->n_marks; k++) sorted[k] = &s->marks[k];
-    qsort(sorted, (size_t)s->n_marks, sizeof *sorted, compare_marks);
+    if (s->n_marks) qsort(s->marks, (size_t)s->n_marks, sizeof *s->marks, compare_marks);
     for (int k = 0; k < s->n_marks; k += 2) {
-        RingMark *a = sorted[k], *b = k + 1 < s->n_marks ? sorted[k + 1] : a;
+        RingMark *a = &s->marks[k], *b = k + 1 < s->n_marks ? a + 1 : a;
         if (b == a || b->number != a->number)
             return fault_at(s->fault, 1, a->column + 1, "malformed SMILES", "ring %d is not closed",
                             a->number);
@@ -1415,7 +1366,7 @@ static int smiles_close_rings(SmilesReader *s) {
                             "ring %d bonds an atom to itself", a->number);
         smiles_ring_bond(s, a, b);
     }
-    int bad = find_bad_bond(m);
+    int bad = find_bad_bond(s->m);
     if (bad < 0) return 0;
     for (int k = 0; k < s->n_marks; k++)
         if (s->marks[k].bond == bad)
@@ -1433,15 +1384,15 @@ static void smiles_fix_chirality(SmilesReader *s, int i) {
     int degree = mol_degree(m, i), n_closures = 0, swaps = 0, unsaturated = 0;
     int *where = arena_ints(&m->arena, degree);  // each bond stands in the text
     for (int q = 0; q < degree; q++) {  // atom before, ring numbers, atoms after
-        const ChemBond *b = &m->bonds[m->adj[m->first[i] + q]];
-        where[q] = bond_other(b, i) < i ? -1 : s->n_marks + q;
+        const Link *l = &m->first[i][q];
+        where[q] = l->atom < i ? -1 : s->n + q;
         for (int k = 0; k < s->n_marks; k++) {
-            if (s->marks[k].atom != i || s->marks[k].bond != m->adj[m->first[i] + q]) continue;
-            where[q] = k;
+            if (s->marks[k].atom != i || s->marks[k].bond != l->index) continue;
+            where[q] = s->marks[k].column;
             n_closures++;
         }
         for (int p = 0; p < q; p++) swaps += where[p] > where[q];
-        unsaturated |= twice_order(b) > 2;
+        unsaturated |= twice_order(l->bond) > 2;
     }
     if (degree == 3 && ((a->first_of_fragment && a->explicit_h == 1) ||
                         (a->explicit_h != 1 && n_closures == 1 && !unsaturated)))
@@ -1535,9 +1486,7 @@ static inline int default_valence(int z) {
 static void set_valence(ChemMol *m, int i) {
     ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
-    int twice = 2 * a->explicit_h, shift = valence_shift(a);
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        twice += twice_contribution(&m->bonds[m->adj[k]], i);
+    int twice = 2 * a->explicit_h + twice_bonds(m, i), shift = valence_shift(a);
     // unsigned, so that "any valence" (-1) and negative limits are never exceeded
     uint32_t limit = (uint32_t)e->valence[0] + (uint32_t)shift;
     if (twice > 0 && (uint64_t)twice > 2 * (uint64_t)limit && is_aromatic_atom(m, i)) {
@@ -1630,9 +1579,9 @@ static void clean_nitrogen(ChemMol *m, int i) {
     uint8_t aromatic = a->aromatic;
     a->aromatic = 0;
     set_valence(m, i);
-    for (int k = m->first[i]; k < m->first[i + 1] && a->valence == 5; k++) {
-        ChemBond *b = &m->bonds[m->adj[k]];
-        ChemAtom *other = &m->atoms[bond_other(b, i)];
+    for (Link *l = m->first[i]; l < m->first[i + 1] && a->valence == 5; l++) {
+        ChemBond *b = l->bond;
+        ChemAtom *other = &m->atoms[l->atom];
         int oxide = other->z == 8 && b->order == ORDER_DOUBLE;
         int azide = other->z == 7 && b->order == ORDER_TRIPLE;
         if (other->charge || !(oxide || azide)) continue;
@@ -1654,12 +1603,11 @@ static void clean_phosphorus(ChemMol *m, int i) {
     if (a->charge || mol_degree(m, i) != 3) return;
     set_valence(m, i);
     if (a->valence != 5) return;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        ChemBond *b = &m->bonds[m->adj[k]];
-        int j = bond_other(b, i), z = m->atoms[j].z;
-        if (b->order != ORDER_DOUBLE) continue;
-        if (z == 8 && m->atoms[j].charge == 0) to_oxygen = b;
-        else if ((z == 6 || z == 7) && mol_degree(m, j) >= 2) to_carbon = 1;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int z = m->atoms[l->atom].z;
+        if (l->bond->order != ORDER_DOUBLE) continue;
+        if (z == 8 && m->atoms[l->atom].charge == 0) to_oxygen = l->bond;
+        else if ((z == 6 || z == 7) && mol_degree(m, l->atom) >= 2) to_carbon = 1;
     }
     if (!to_oxygen || !to_carbon) return;
     m->atoms[bond_other(to_oxygen, i)].charge = -1;
@@ -1675,13 +1623,12 @@ static void clean_halogen(ChemMol *m, int i) {
     int charge = 0;
     set_valence(m, i);
     if (a->charge || (a->valence != 3 && a->valence != 5 && a->valence != 7)) return;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        if (m->atoms[bond_other(&m->bonds[m->adj[k]], i)].z != 8) return;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        ChemBond *b = &m->bonds[m->adj[k]];
-        if (b->order != ORDER_DOUBLE) continue;
-        b->order = ORDER_SINGLE;
-        m->atoms[bond_other(b, i)].charge = -1;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        if (m->atoms[l->atom].z != 8) return;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        if (l->bond->order != ORDER_DOUBLE) continue;
+        l->bond->order = ORDER_SINGLE;
+        m->atoms[l->atom].charge = -1;
         charge++;
     }
     a->charge = (int8_t)charge;
@@ -1713,14 +1660,11 @@ static int is_nontetrahedral(const ChemAtom *a) { return a->chirality >= CHI_SQU
 static int is_removable_hydrogen(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     if (a->z != 1 || a->isotope || mol_degree(m, i) != 1) return 0;
-    const ChemBond *b = &m->bonds[m->adj[m->first[i]]];
-    int j = bond_other(b, i);
+    int j = m->first[i]->atom;
     const ChemAtom *heavy = &m->atoms[j];
     if (heavy->z <= 1 || is_nontetrahedral(heavy)) return 0;
-    if (mol_degree(m, j) != 2) return 1;
-    for (int k = m->first[j]; k < m->first[j + 1]; k++)
-        if (m->bonds[m->adj[k]].order == ORDER_DOUBLE && b->direction != DIR_NONE) return 0;
-    return 1;
+    if (mol_degree(m, j) != 2 || m->first[i]->bond->direction == DIR_NONE) return 1;
+    return m->first[j][0].bond->order != ORDER_DOUBLE && m->first[j][1].bond->order != ORDER_DOUBLE;
 }
 
 // The neighbour's hydrogen must be counted as explicit where it would not come back by itself: if
@@ -1740,8 +1684,8 @@ static int must_count_hydrogen(const ChemMol *m, int heavy, int count_all) {
 // RDKit: molRemoveH
 static void hand_over_direction(ChemMol *m, const ChemBond *gone, int heavy) {
     ChemBond *heir = NULL;
-    for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
-        ChemBond *b = &m->bonds[m->adj[k]];
+    for (Link *l = m->first[heavy]; l < m->first[heavy + 1]; l++) {
+        ChemBond *b = l->bond;
         if (b == gone || b->dead || b->order != ORDER_SINGLE) continue;
         if (b->direction != DIR_NONE) return;  // it has one of its own
         heir = b;
@@ -1755,33 +1699,25 @@ static void hand_over_direction(ChemMol *m, const ChemBond *gone, int heavy) {
 // a hydrogen that is a mere count comes last.
 // RDKit: molRemoveH
 static void remove_hydrogen(ChemMol *m, int i, int count_all) {
-    ChemBond *gone = &m->bonds[m->adj[m->first[i]]];
-    int heavy = bond_other(gone, i), behind = 0, seen = 0;
+    ChemBond *gone = m->first[i]->bond;
+    int heavy = m->first[i]->atom, behind = 0;
     ChemAtom *a = &m->atoms[heavy];
     if (must_count_hydrogen(m, heavy, count_all)) a->explicit_h++;
-    if (a->chirality != CHI_NONE) {
-        for (int k = m->first[heavy]; k < m->first[heavy + 1]; k++) {
-            ChemBond *b = &m->bonds[m->adj[k]];
-            if (b == gone) seen = 1;
-            else if (seen && !b->dead) behind++;
-        }
-        if (behind % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
-    }
+    for (Link *l = m->first[heavy + 1] - 1; l->bond != gone; l--) behind += !l->bond->dead;
+    if (behind % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
     if (gone->direction == DIR_UNKNOWN && gone->begin == heavy) a->unknown_stereo = 1;
-    else if (is_sloped(gone->direction))
-        hand_over_direction(m, gone, heavy);
+    if (is_sloped(gone->direction)) hand_over_direction(m, gone, heavy);
     gone->dead = 1;
 }
 
 // Squeezes removed atoms and dead bonds out of the arrays; to[i] is an atom's new index or -1.
 // RDKit: RWMol::commitBatchEdit
 static void compact(ChemMol *m, const int *to) {
-    int n_bonds = 0;
-    for (int i = 0, n = 0; i < m->n_atoms; i++) {
+    int n_atoms = 0, n_bonds = 0;
+    for (int i = 0; i < m->n_atoms; i++) {
         if (to[i] < 0) continue;
-        m->atoms[n] = m->atoms[i];
-        memcpy(m->xyz[n], m->xyz[i], sizeof m->xyz[n]);
-        n++;
+        m->atoms[n_atoms] = m->atoms[i];
+        memcpy(m->xyz[n_atoms++], m->xyz[i], sizeof m->xyz[i]);
     }
     for (int k = 0; k < m->n_bonds; k++) {
         ChemBond b = m->bonds[k];
@@ -1790,7 +1726,9 @@ static void compact(ChemMol *m, const int *to) {
         b.end = to[b.end];
         m->bonds[n_bonds++] = b;
     }
+    m->n_atoms = n_atoms;
     m->n_bonds = n_bonds;
+    mol_connect(m);
 }
 
 // Removes every hydrogen that is nothing but one, the last first, as the order decides what the
@@ -1803,8 +1741,6 @@ static void remove_hydrogens(ChemMol *m, int count_all) {
     for (int i = n - 1; i >= 0; i--)
         if (to[i] < 0) remove_hydrogen(m, i, count_all);
     compact(m, to);
-    m->n_atoms = kept;
-    mol_connect(m);
 }
 
 // =================================================================================================
@@ -1883,13 +1819,12 @@ static int ring_is_new(RingSearch *s, const RingList *rings, int r, int *index) 
 // RDKit: FindRings::trimBonds
 static void trim_atom(RingSearch *s, int i) {
     ChemMol *m = s->m;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int b = m->adj[k], j = bond_other(&m->bonds[b], i);
-        if (!s->active[b]) continue;
-        if (s->degree[j] <= 2) s->changed[j] = 1;
-        s->active[b] = 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        if (!s->active[l->index]) continue;
+        if (s->degree[l->atom] <= 2) s->changed[l->atom] = 1;
+        s->active[l->index] = 0;
         s->degree[i]--;
-        s->degree[j]--;
+        s->degree[l->atom]--;
     }
 }
 
@@ -1945,10 +1880,10 @@ static void smallest_rings(RingSearch *s, int root, int avoid) {
         int curr = s->queue[head++];
         s->colour[curr] = BLACK;
         if (s->depth[curr] + 1 > best) return;
-        for (int k = m->first[curr]; k < m->first[curr + 1]; k++) {
-            int b = m->adj[k], next = bond_other(&m->bonds[b], curr);
-            if (!s->active[b] || s->colour[next] == BLACK || s->parent[curr] == next) continue;
-            if (s->colour[next] == WHITE) {
+        for (Link *l = m->first[curr]; l < m->first[curr + 1]; l++) {
+            int next = l->atom, seen = s->colour[next];
+            if (!s->active[l->index] || seen == BLACK || s->parent[curr] == next) continue;
+            if (seen == WHITE) {
                 s->parent[next] = curr;
                 s->depth[next] = s->depth[curr] + 1;
                 s->colour[next] = GREY;
@@ -1970,27 +1905,33 @@ static void keep_new_rings(RingSearch *s, const RingList *rings, int max_size) {
             ring_copy(&s->m->arena, &s->found, rings, r);
 }
 
+// Gives `mark` to the root and to all atoms without mark (0) that are connected with it; if there
+// is a search, by active bonds and through atoms of degree two only.
+// RDKit: markUselessD2s
+static void flood(const ChemMol *m, const RingSearch *s, int root, int mark, int *marks,
+                  int *stack) {
+    int top = 0;
+    marks[root] = mark;
+    stack[top++] = root;
+    while (top) {
+        int i = stack[--top];
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            if (marks[l->atom] || (s && (!s->active[l->index] || s->degree[l->atom] != 2)))
+                continue;
+            marks[l->atom] = mark;
+            stack[top++] = l->atom;
+        }
+    }
+}
+
 // Picks one atom of degree two from every chain of such atoms. Returns how many.
-// RDKit: FindRings::pickD2Nodes, markUselessD2s
+// RDKit: FindRings::pickD2Nodes
 static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *picked) {
-    ChemMol *m = s->m;
-    int n_picked = 0, *stack = s->queue;
-    uint8_t *covered = arena_flags(&m->arena, m->n_atoms);
+    int n_picked = 0, *covered = arena_ints(&s->m->arena, s->m->n_atoms);
     for (int f = 0; f < n; f++) {
-        int top = 0;
         if (s->degree[fragment[f]] != 2 || covered[fragment[f]]) continue;
         picked[n_picked++] = fragment[f];
-        covered[fragment[f]] = 1;
-        stack[top++] = fragment[f];
-        while (top) {
-            int i = stack[--top];
-            for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-                int b = m->adj[k], j = bond_other(&m->bonds[b], i);
-                if (!s->active[b] || covered[j] || s->degree[j] != 2) continue;
-                covered[j] = 1;
-                stack[top++] = j;
-            }
-        }
+        flood(s->m, s, fragment[f], 1, covered, s->queue);
     }
     return n_picked;
 }
@@ -2094,8 +2035,8 @@ static int search_branch_atom(RingSearch *s, int i) {
     keep_new_rings(s, &s->some, INT_MAX);
     int n_rings = s->some.n;
     if (n_rings >= 3) return 1;
-    for (int k = m->first[i]; k < m->first[i + 1] && n < 3; k++)
-        if (s->active[m->adj[k]]) next[n++] = bond_other(&m->bonds[m->adj[k]], i);
+    for (Link *l = m->first[i]; l < m->first[i + 1] && n < 3; l++)
+        if (s->active[l->index]) next[n++] = l->atom;
     if (n < 3 || n_rings == 0) return n == 3;
     for (only = 0; only < 3; only++) {  // two rings: the neighbour in both; one: the one not in it
         int in_all = ring_has(&s->some, 0, next[only]);
@@ -2225,66 +2166,40 @@ static void count_rings(ChemMol *m) {
     }
 }
 
-// Numbers the connected fragments: fragment_of[i] of every atom. Returns how many there are.
-// RDKit: MolOps::getMolFrags
-static int find_fragments(ChemMol *m, int *fragment_of) {
-    int n_fragments = 0, *stack = arena_ints(&m->arena, m->n_atoms);
-    for (int i = 0; i < m->n_atoms; i++) fragment_of[i] = -1;
-    for (int root = 0; root < m->n_atoms; root++) {
-        int top = 0;
-        if (fragment_of[root] >= 0) continue;
-        fragment_of[root] = n_fragments;
-        stack[top++] = root;
-        while (top) {
-            int i = stack[--top];
-            for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-                int j = bond_other(&m->bonds[m->adj[k]], i);
-                if (fragment_of[j] >= 0) continue;
-                fragment_of[j] = n_fragments;
-                stack[top++] = j;
-            }
-        }
-        n_fragments++;
-    }
-    return n_fragments;
-}
-
 // Prepares the working arrays of a search.
 static RingSearch ring_search_begin(ChemMol *m) {
     Arena *arena = &m->arena;
-    RingSearch s = {.m = m};
-    s.degree = arena_ints(arena, m->n_atoms);
-    s.active = arena_flags(arena, m->n_bonds);
-    s.changed = arena_flags(arena, m->n_atoms);
-    s.colour = arena_flags(arena, m->n_atoms);
-    s.parent = arena_ints(arena, m->n_atoms);
-    s.depth = arena_ints(arena, m->n_atoms);
-    s.queue = arena_ints(arena, m->n_atoms + 1);
-    s.ring = arena_ints(arena, m->n_atoms + 1);
+    int n = m->n_atoms;
+    RingSearch s = {.m = m, .degree = arena_ints(arena, n), .changed = arena_flags(arena, n),
+                    .active = arena_flags(arena, m->n_bonds), .parent = arena_ints(arena, n),
+                    .depth = arena_ints(arena, n), .queue = arena_ints(arena, n + 1),
+                    .ring = arena_ints(arena, n + 1), .colour = arena_flags(arena, n)};
     memset(s.active, 1, (size_t)m->n_bonds);
-    for (int i = 0; i < m->n_atoms; i++) s.degree[i] = mol_degree(m, i);
+    for (int i = 0; i < n; i++) s.degree[i] = mol_degree(m, i);
     return s;
 }
 
-// Finds all rings into m->rings, and the ring counts of atoms and bonds.
-// RDKit: MolOps::symmetrizeSSSR
+// Finds all rings into m->rings, fragment by fragment, and the ring counts of atoms and bonds.
+// RDKit: MolOps::symmetrizeSSSR, MolOps::getMolFrags
 static int find_rings(ChemMol *m, Fault *fault) {
     RingList extra = {0};
-    int *fragment_of = arena_ints(&m->arena, m->n_atoms);
-    int n_fragments = find_fragments(m, fragment_of);
+    int n_fragments = 0, *fragment_of = arena_ints(&m->arena, m->n_atoms);
+    int *stack = arena_ints(&m->arena, m->n_atoms);
+    for (int i = 0; i < m->n_atoms; i++)
+        if (!fragment_of[i]) flood(m, NULL, i, ++n_fragments, fragment_of, stack);
     m->rings = (RingList){0};
     if (m->n_bonds - m->n_atoms + n_fragments > 0) {
         RingSearch s = ring_search_begin(m);
         int *fragment = arena_ints(&m->arena, m->n_atoms);
-        for (int f = 0; f < n_fragments; f++) {
-            int n = 0, twice_bonds = 0;
+        for (int f = 1; f <= n_fragments; f++) {
+            int n = 0, degrees = 0;
             for (int i = 0; i < m->n_atoms; i++) {
                 if (fragment_of[i] != f) continue;
                 fragment[n++] = i;
-                twice_bonds += mol_degree(m, i);
+                degrees += mol_degree(m, i);
             }
-            if (twice_bonds / 2 < n) continue;
-            if (!search_fragment(&s, fragment, n, twice_bonds / 2, &extra))
+            if (degrees / 2 < n) continue;
+            if (!search_fragment(&s, fragment, n, degrees / 2, &extra))
                 return fault_at(fault, 0, 0, "rings too intricate",
                                 "the ring search finds too few rings at atom %d", fragment[0] + 1);
             for (int r = 0; r < s.found.n; r++) ring_copy(&m->arena, &m->rings, &s.found, r);
@@ -2309,6 +2224,14 @@ static int find_rings(ChemMol *m, Fault *fault) {
 
 enum { BACKTRACKS_MAX = 100 };  // RDKit: the default of maxBackTracks
 
+// Bonds of ring r that are stamped with this number.
+static int stamped_bonds(const RingList *rings, int r, const int *stamp, int number) {
+    int n = 0;
+    for (int k = rings->start[r]; k < rings->start[r + 1]; k++)
+        n += stamp[rings->bonds[k]] == number;
+    return n;
+}
+
 // Neighbouring rings of each ring, in rising order: next[first[r]..first[r + 1]).
 typedef struct { int *first, *next; } RingNeighbours;
 
@@ -2324,12 +2247,9 @@ static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max
         nb.first[r] = used;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
         for (int q = 0; q < rings->n; q++) {
-            int shared = 0;
-            if (q == r || (max_size && (ring_size(rings, r) > max_size ||
-                                        ring_size(rings, q) > max_size)))
-                continue;
-            for (int k = rings->start[q]; k < rings->start[q + 1]; k++)
-                shared += stamp[rings->bonds[k]] == r + 1;
+            int size = max_int(ring_size(rings, r), ring_size(rings, q));
+            if (q == r || (max_size && size > max_size)) continue;
+            int shared = stamped_bonds(rings, q, stamp, r + 1);
             if (!shared || (max_shared && shared > max_shared)) continue;
             if (used == room) nb.next = arena_grow(arena, nb.next, &room, sizeof(int));
             nb.next[used++] = q;
@@ -2377,7 +2297,7 @@ typedef struct {
     uint8_t *queued;
     uint8_t *doubled;         // per bond: made double here
     int n_choices, *choice;   // atoms at which other partners were left untried
-    int *partners;            // room for every atom's partners, laid out like m->adj
+    int *partners;            // room for every atom's partners, laid out like its bonds
     int **untried, *n_untried;  // per atom
 } KekuleSearch;
 
@@ -2406,27 +2326,21 @@ static int wants_double_bond(const ChemMol *m, int i, int order_sum, int n_zero)
 // RDKit: markDbondCands
 static void mark_wanting_atoms(KekuleSearch *s) {
     ChemMol *m = s->m;
-    uint8_t *aromatic = arena_flags(&m->arena, s->n);
-    for (int k = 0; k < s->n; k++) aromatic[k] = (uint8_t)is_aromatic_atom(m, s->atoms[k]);
-    if (!memchr(aromatic, 1, (size_t)s->n)) return;
     for (int k = 0; k < s->n; k++) {
         int i = s->atoms[k], order_sum = 0, n_zero = 0;
-        if (!aromatic[k]) {
+        if (!is_aromatic_atom(m, i)) {
             s->done[s->n_done++] = i;
             s->is_done[i] = 1;
             continue;
         }
-        for (int e = m->first[i]; e < m->first[i + 1]; e++) {
-            ChemBond *b = &m->bonds[m->adj[e]];
-            int order = b->aromatic ? 1 : (twice_contribution(b, i) + 1) / 2;
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            if (l->bond->aromatic) l->bond->order = ORDER_SINGLE;
+            int order = (twice_contribution(l->bond, i) + 1) / 2;
             order_sum += order;
             n_zero += order == 0;
         }
         s->wants[i] = (uint8_t)wants_double_bond(m, i, order_sum, n_zero);
     }
-    for (int k = 0; k < s->n; k++)
-        for (int e = m->first[s->atoms[k]]; aromatic[k] && e < m->first[s->atoms[k] + 1]; e++)
-            if (m->bonds[m->adj[e]].aromatic) m->bonds[m->adj[e]].order = ORDER_SINGLE;
 }
 
 // Undoes everything since the last choice: visited atoms go back to the front of the queue, double
@@ -2455,15 +2369,14 @@ static void return_to_choice(KekuleSearch *s, int last) {
 static int find_partners(KekuleSearch *s, int i, int *partners) {
     ChemMol *m = s->m;
     int n = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        int j = bond_other(b, i);
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int j = l->atom;
         if (s->is_done[j] || !s->inside[j]) continue;
         if (!s->queued[j]) {
             s->queue[s->tail++] = j;
             s->queued[j] = 1;
         }
-        if (s->wants[i] && s->wants[j] && b->aromatic) partners[n++] = j;
+        if (s->wants[i] && s->wants[j] && l->bond->aromatic) partners[n++] = j;
     }
     return n;
 }
@@ -2504,7 +2417,7 @@ static int kekulize_system(KekuleSearch *s) {
         if (partners) {
             n = s->n_untried[i];
         } else {
-            partners = s->partners + m->first[i];
+            partners = s->partners + (m->first[i] - m->first[0]);
             n = find_partners(s, i, partners);
         }
         if (!wanting) continue;
@@ -2522,20 +2435,15 @@ static int kekulize_system(KekuleSearch *s) {
 // Working arrays of a search; the deque has room for every return to a choice.
 static KekuleSearch kekule_begin(ChemMol *m) {
     Arena *arena = &m->arena;
-    KekuleSearch s = {.m = m};
-    s.atoms = arena_ints(arena, m->n_atoms);
-    s.inside = arena_flags(arena, m->n_atoms);
-    s.wants = arena_flags(arena, m->n_atoms);
-    s.done = arena_ints(arena, m->n_atoms);
-    s.is_done = arena_flags(arena, m->n_atoms);
-    s.queued = arena_flags(arena, m->n_atoms);
-    s.doubled = arena_flags(arena, m->n_bonds);
-    s.choice = arena_ints(arena, m->n_atoms);
-    s.untried = arena_take(arena, (size_t)m->n_atoms, sizeof *s.untried);
-    s.n_untried = arena_ints(arena, m->n_atoms);
-    s.queue = arena_take(arena, (size_t)m->n_atoms, (BACKTRACKS_MAX + 2) * sizeof(int));
-    s.partners = arena_ints(arena, 2 * m->n_bonds);
-    return s;
+    int n = m->n_atoms;
+    return (KekuleSearch){
+        .m = m, .atoms = arena_ints(arena, n), .inside = arena_flags(arena, n),
+        .wants = arena_flags(arena, n), .done = arena_ints(arena, n),
+        .is_done = arena_flags(arena, n), .queued = arena_flags(arena, n),
+        .queue = arena_take(arena, (size_t)n, (BACKTRACKS_MAX + 2) * sizeof(int)),
+        .doubled = arena_flags(arena, m->n_bonds), .choice = arena_ints(arena, n),
+        .partners = arena_ints(arena, 2 * m->n_bonds), .n_untried = arena_ints(arena, n),
+        .untried = arena_take(arena, (size_t)n, sizeof(int *))};
 }
 
 // Whether a ring with a dummy atom is aromatic: all its real atoms are, one of them not because of
@@ -2633,22 +2541,17 @@ static int kekulize(ChemMol *m, Fault *fault) {
 static int count_radicals(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     const Element *e = &ELEMENTS[a->z];
-    int twice = 2 * a->explicit_h, octet = a->z <= 2 ? 2 : 8;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        twice += twice_contribution(&m->bonds[m->adj[k]], i);
+    int twice = 2 * a->explicit_h + twice_bonds(m, i), octet = a->z <= 2 ? 2 : 8;
     if (e->n_valences == 1 && e->valence[0] == -1)
         return e->outer - a->charge > 0 ? (e->outer - a->charge) % 2 : 0;
     int valence = twice / 2, missing = octet - e->outer - valence + a->charge;
     if (missing < 0) {
-        missing = 0;
-        for (int k = 0; k < e->n_valences && e->n_valences > 1; k++) {
-            if (e->valence[k] - valence + a->charge < 0) continue;
-            missing = e->valence[k] - valence + a->charge;
-            break;
-        }
+        int k = 0;
+        while (k < e->n_valences && e->valence[k] - valence + a->charge < 0) k++;
+        missing = e->n_valences > 1 && k < e->n_valences ? e->valence[k] - valence + a->charge : 0;
     }
     int available = e->outer - valence - a->charge;
-    return available >= 0 && available < missing ? available : missing;
+    return available >= 0 ? min_int(available, missing) : missing;
 }
 
 // Radicals of all atoms that take no implicit hydrogens and had no radical given.
@@ -2675,13 +2578,10 @@ static void assign_radicals(ChemMol *m) {
 // RDKit: MolOps::countAtomElec
 static int pi_electrons(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
-    int valence = default_valence(a->z), degree = total_degree(m, i);
-    if (valence <= 1) return -1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        degree -= twice_contribution(&m->bonds[m->adj[k]], i) == 0;
-    if (degree > 3) return -1;
+    int valence = default_valence(a->z), degree = total_degree(m, i) - zero_bonds(m, i);
+    if (valence <= 1 || degree > 3) return -1;
     int lone = ELEMENTS[a->z].outer - valence - a->charge;
-    int n = valence - degree + (lone > 0 ? lone : 0) - a->radicals;
+    int n = valence - degree + max_int(lone, 0) - a->radicals;
     return n > 1 && a->valence - mol_degree(m, i) > 1 ? 1 : n;  // part of a triple bond: one of two
 }
 
@@ -2691,20 +2591,15 @@ typedef enum { DONOR_NONE, DONOR_VACANT, DONOR_ONE, DONOR_TWO, DONOR_ANY } Donor
 // A multiple bond of atom i in a ring (ring = 1) or outside (0); returns its other atom or -1.
 // RDKit: incidentCyclicMultipleBond, incidentNonCyclicMultipleBond
 static int multiple_bond_to(const ChemMol *m, int i, int ring) {
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        if ((b->rings > 0) == ring && twice_contribution(b, i) >= 4) return bond_other(b, i);
-    }
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        if ((l->bond->rings > 0) == ring && twice_contribution(l->bond, i) >= 4) return l->atom;
     return -1;
 }
 
 // Whether an atom's bonds use more valence than it has neighbours.
 // RDKit: incidentMultipleBond
 static int has_multiple_bond(const ChemMol *m, int i) {
-    int degree = mol_degree(m, i) + m->atoms[i].explicit_h;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        degree -= twice_contribution(&m->bonds[m->adj[k]], i) == 0;
-    return m->atoms[i].valence != degree;
+    return m->atoms[i].valence != mol_degree(m, i) + m->atoms[i].explicit_h - zero_bonds(m, i);
 }
 
 // What atom i offers a ring. A multiple bond to outside the ring takes an electron along if its
@@ -2738,10 +2633,8 @@ static int may_be_aromatic(const ChemMol *m, int i, Donor donor) {
     if (default_valence(a->z) > 0 && total_valence(a) > default_valence(a->z - a->charge)) return 0;
     if (a->radicals && (a->z != 6 || a->charge)) return 0;
     if (a->valence - mol_degree(m, i) <= 1) return 1;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int order = m->bonds[m->adj[k]].order;
-        n_multiple += order == ORDER_DOUBLE || order == ORDER_TRIPLE;
-    }
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        n_multiple += l->bond->order == ORDER_DOUBLE || l->bond->order == ORDER_TRIPLE;
     return n_multiple <= 1;
 }
 
@@ -2751,31 +2644,31 @@ typedef struct {
     ChemMol *m;
     RingList rings;          // all of whose atoms may be aromatic
     RingNeighbours nb;
-    Donor *donor;
+    Donor *donor;            // DONOR_NONE for atoms that may not be aromatic
     int *atom_count;         // rings of the current subset an atom is in
     int *bond_count;
-    uint8_t *bond_done;      // became aromatic
-    int n_done;
+    int n_done;              // bonds of the system that became aromatic
+    int subset[FUSED_MAX];   // of its rings
+    int *frontiers;          // see grow_subsets(), one after another
+    uint8_t *seen;           // per ring: in the subset or a frontier
     long budget;             // subsets still to be tried
 } AromaticSearch;
 
 // Hueckel's rule for the atoms of a subset of rings that are in one or two of them (an atom in
 // three is buried). An electron count that is not fixed may be either number.
 // RDKit: applyHuckel, getMinMaxAtomElecs
-static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
+static int obeys_hueckel(const AromaticSearch *s, int n) {
     int low = 0, high = 0, n_any = 0;
-    for (int q = 0; q < n; q++) {
-        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
+    for (int q = 0; q < n; q++)
+        for (int k = s->rings.start[s->subset[q]]; k < s->rings.start[s->subset[q] + 1]; k++) {
             int i = s->rings.atoms[k], count = s->atom_count[i];
-            if (count == 0) continue;
-            s->atom_count[i] = 0;  // each atom once
-            if (count > 2) continue;
             Donor d = s->donor[i];
+            s->atom_count[i] = 0;  // each atom once
+            if (count == 0 || count > 2) continue;
             n_any += d == DONOR_ANY;
             low += d == DONOR_TWO ? 2 : d == DONOR_ONE || d == DONOR_ANY;
             high += d == DONOR_TWO || d == DONOR_ANY ? 2 : d == DONOR_ONE;
         }
-    }
     if (n_any > 1) return 0;
     if (high == 2) return 1;
     for (int e = low; e <= high && high >= 6; e++)
@@ -2783,68 +2676,64 @@ static int obeys_hueckel(const AromaticSearch *s, const int *subset, int n) {
     return 0;
 }
 
-// Tests a subset of fused rings; if aromatic, marks its atoms, and the bonds on its outside.
+// Tests the subset of n fused rings; if aromatic, marks its atoms, and the bonds on its outside.
 // RDKit: applyHuckelToFused, markAtomsBondsArom
-static void test_subset(AromaticSearch *s, const int *subset, int n) {
+static void test_subset(AromaticSearch *s, int n) {
     ChemMol *m = s->m;
     for (int q = 0; q < n; q++)
-        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
+        for (int k = s->rings.start[s->subset[q]]; k < s->rings.start[s->subset[q] + 1]; k++) {
             s->atom_count[s->rings.atoms[k]]++;
             s->bond_count[s->rings.bonds[k]]++;
         }
-    int aromatic = obeys_hueckel(s, subset, n);
+    int aromatic = obeys_hueckel(s, n);
     m->any_aromatic |= aromatic;
     for (int q = 0; q < n; q++)
-        for (int k = s->rings.start[subset[q]]; k < s->rings.start[subset[q] + 1]; k++) {
-            int b = s->rings.bonds[k], count = s->bond_count[b];
-            ChemBond *bond = &m->bonds[b];
-            s->bond_count[b] = 0;  // each bond once
+        for (int k = s->rings.start[s->subset[q]]; k < s->rings.start[s->subset[q] + 1]; k++) {
+            int count = s->bond_count[s->rings.bonds[k]];
+            ChemBond *bond = &m->bonds[s->rings.bonds[k]];
+            s->bond_count[s->rings.bonds[k]] = 0;  // each bond once
             if (!aromatic) continue;
             m->atoms[s->rings.atoms[k]].aromatic = 1;
             if (count != 1) continue;
+            s->n_done += !bond->aromatic;
             bond->aromatic = 1;
             if (bond->order == ORDER_SINGLE || bond->order == ORDER_DOUBLE)
                 bond->order = ORDER_AROMATIC;
-            s->n_done += !s->bond_done[b];
-            s->bond_done[b] = 1;
         }
 }
 
-// Enumerates the connected subsets of `size` rings that have `subset[0]` as their lowest ring, each
-// once (Wernicke's ESU): a ring is added from the frontier, which then grows by those neighbours of
-// it that no earlier ring of the subset touches. state: 0 unseen, 1 in the subset or its frontier.
+// Tests the connected subsets of `size` rings, each once (Wernicke's ESU). They hold n by now, at
+// first none; one more is taken from the frontier, which then grows by those of its neighbours that
+// no earlier ring touches. The first ring, taken from the whole system, is the lowest.
 // RDKit: checkFused; it tries all subsets and drops the unconnected ones
-static void grow_subsets(AromaticSearch *s, int *subset, int n, int size, const int *frontier,
-                         int n_frontier, uint8_t *seen) {
-    int next[MANY_RINGS];
-    if (n == size) {
-        s->budget--;
-        test_subset(s, subset, n);
-        return;
-    }
+static void grow_subsets(AromaticSearch *s, int n, int size, const int *frontier, int n_frontier) {
+    int *next = s->frontiers + n * s->rings.n;
     for (int f = 0; f < n_frontier && s->budget > 0; f++) {
-        int ring = frontier[f], n_next = 0, n_added;
-        for (int k = f + 1; k < n_frontier; k++) next[n_next++] = frontier[k];
-        n_added = n_next;
+        int ring = frontier[f], n_next = 0, n_old;
+        s->subset[n] = ring;
+        if (n + 1 == size) {
+            s->budget -= size > 2;
+            test_subset(s, size);
+            continue;
+        }
+        for (int k = f + 1; n > 0 && k < n_frontier; k++) next[n_next++] = frontier[k];
+        n_old = n_next;
         for (int k = s->nb.first[ring]; k < s->nb.first[ring + 1]; k++) {
             int r = s->nb.next[k];
-            if (r <= subset[0] || seen[r]) continue;
-            seen[r] = 1;
+            if (r <= s->subset[0] || s->seen[r]) continue;
+            s->seen[r] = 1;
             next[n_next++] = r;
         }
-        subset[n] = ring;
-        grow_subsets(s, subset, n + 1, size, next, n_next, seen);
-        for (int k = n_added; k < n_next; k++) seen[next[k]] = 0;
+        grow_subsets(s, n + 1, size, next, n_next);
+        while (n_next > n_old) s->seen[next[--n_next]] = 0;
     }
 }
 
 // Tests one fused system: single rings, then pairs, triples, ... until all its bonds are aromatic.
 // RDKit: applyHuckelToFused
 static void test_system(AromaticSearch *s, const int *system, int n) {
-    ChemMol *m = s->m;
-    uint8_t *seen = arena_flags(&m->arena, s->rings.n);
-    uint8_t *counted = arena_flags(&m->arena, m->n_bonds);
-    int n_bonds = 0, subset[FUSED_MAX], *frontier = arena_ints(&m->arena, s->rings.n);
+    uint8_t *counted = arena_flags(&s->m->arena, s->m->n_bonds);
+    int n_bonds = 0;
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[system[q]]; k < s->rings.start[system[q] + 1]; k++) {
             n_bonds += !counted[s->rings.bonds[k]];
@@ -2854,65 +2743,35 @@ static void test_system(AromaticSearch *s, const int *system, int n) {
     s->budget = SUBSETS_MAX;
     for (int size = 1; size <= FUSED_MAX && size <= n && s->n_done < n_bonds; size++) {
         if (size == 3 && n > MANY_RINGS) break;  // as RDKit does
-        for (int q = 0; q < n; q++) {
-            int first = system[q], n_frontier = 0;
-            subset[0] = first;
-            if (size == 1) {
-                test_subset(s, subset, 1);
-                continue;
-            }
-            for (int k = s->nb.first[first]; k < s->nb.first[first + 1]; k++)
-                if (s->nb.next[k] > first) frontier[n_frontier++] = s->nb.next[k];
-            if (size == 2) {
-                for (int k = 0; k < n_frontier; k++) {
-                    subset[1] = frontier[k];
-                    test_subset(s, subset, 2);
-                }
-                continue;
-            }
-            for (int k = 0; k < n_frontier; k++) seen[frontier[k]] = 1;
-            grow_subsets(s, subset, 1, size, frontier, n_frontier, seen);
-            for (int k = 0; k < n_frontier; k++) seen[frontier[k]] = 0;
-        }
+        grow_subsets(s, 0, size, system, n);
     }
 }
 
-// The rings all of whose atoms may be aromatic, at least one of them not a dummy.
-// RDKit: aromaticityHelper
-static RingList aromatic_candidates(AromaticSearch *s) {
-    ChemMol *m = s->m;
-    RingList rings = {0};
-    uint8_t *known = arena_flags(&m->arena, m->n_atoms), *able = arena_flags(&m->arena, m->n_atoms);
-    for (int r = 0; r < m->rings.n; r++) {
-        int all = 1, real = 0;
-        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
-            int i = m->rings.atoms[k];
-            if (!known[i]) {
-                known[i] = 1;
-                s->donor[i] = donor_type(m, i);
-                able[i] = (uint8_t)may_be_aromatic(m, i, s->donor[i]);
-            }
-            all &= able[i];
-            real |= m->atoms[i].z != 0;
-        }
-        if (all && real)
-            ring_copy(&m->arena, &rings, &m->rings, r);
-    }
-    return rings;
-}
-
-// Marks aromatic atoms and bonds. Returns whether any ring could be.
-// RDKit: MolOps::setAromaticity
+// Marks aromatic atoms and bonds. Returns whether there are rings all of whose atoms, at least one
+// of them not a dummy, may be aromatic.
+// RDKit: MolOps::setAromaticity, aromaticityHelper
 static int assign_aromaticity(ChemMol *m) {
     AromaticSearch s = {.m = m};
     if (m->rings.n == 0) return 0;
     s.donor = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *s.donor);
-    s.rings = aromatic_candidates(&s);
+    for (int i = 0; i < m->n_atoms; i++) {
+        Donor donor = m->atom_rings[i] ? donor_type(m, i) : DONOR_NONE;
+        s.donor[i] = may_be_aromatic(m, i, donor) ? donor : DONOR_NONE;
+    }
+    for (int r = 0; r < m->rings.n; r++) {
+        int all = 1, real = 0;
+        for (int k = m->rings.start[r]; k < m->rings.start[r + 1]; k++) {
+            all &= s.donor[m->rings.atoms[k]] != DONOR_NONE;
+            real |= m->atoms[m->rings.atoms[k]].z != 0;
+        }
+        if (all && real) ring_copy(&m->arena, &s.rings, &m->rings, r);
+    }
     if (s.rings.n == 0) return 0;
     s.nb = ring_neighbours(m, &s.rings, FUSED_RING_MAX, 1);
     s.atom_count = arena_ints(&m->arena, m->n_atoms);
     s.bond_count = arena_ints(&m->arena, m->n_bonds);
-    s.bond_done = arena_flags(&m->arena, m->n_bonds);
+    s.frontiers = arena_ints(&m->arena, FUSED_MAX * s.rings.n);
+    s.seen = arena_flags(&m->arena, s.rings.n);
     uint8_t *done = arena_flags(&m->arena, s.rings.n);
     int *system = arena_ints(&m->arena, s.rings.n);
     for (int r = 0; r < s.rings.n; r++)
@@ -2937,19 +2796,17 @@ static void assign_conjugation(ChemMol *m) {
     for (int b = 0; b < m->n_bonds; b++) m->bonds[b].conjugated = m->bonds[b].aromatic;
     for (int i = 0; i < m->n_atoms; i++) {
         int degree = total_degree(m, i), multiple_bonds = 0;
-        for (int k = m->first[i]; k < m->first[i + 1]; k++)
-            multiple_bonds |= twice_contribution(&m->bonds[m->adj[k]], i) >= 3;
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+            multiple_bonds |= twice_contribution(l->bond, i) >= 3;
         if (!multiple_bonds || degree < 2 || degree > 3) continue;
         if (!is_conjugation_candidate(m, i)) continue;
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            ChemBond *multiple = &m->bonds[m->adj[k]];
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            ChemBond *multiple = l->bond;
             if (twice_contribution(multiple, i) < 3) continue;
-            for (int q = m->first[i]; q < m->first[i + 1]; q++) {
-                ChemBond *beside = &m->bonds[m->adj[q]];
-                int j = bond_other(beside, i);
-                if (beside == multiple || (multiple->conjugated && beside->conjugated)) continue;
-                if (total_degree(m, j) > 3 || !is_conjugation_candidate(m, j)) continue;
-                multiple->conjugated = beside->conjugated = 1;
+            for (Link *o = m->first[i]; o < m->first[i + 1]; o++) {
+                if (o == l || (multiple->conjugated && o->bond->conjugated)) continue;
+                if (total_degree(m, o->atom) > 3 || !is_conjugation_candidate(m, o->atom)) continue;
+                multiple->conjugated = o->bond->conjugated = 1;
             }
         }
     }
@@ -2985,16 +2842,11 @@ static int hybridization(const ChemMol *m, int i) {
         case 6: return HYBRID_SP3D2;
         default: return HYBRID_MISC;  // S, or too many
     }
-    for (int k = m->first[i]; k < m->first[i + 1] && degree <= 3; k++)
-        if (m->bonds[m->adj[k]].conjugated) return HYBRID_SP2;
+    for (Link *l = m->first[i]; l < m->first[i + 1] && degree <= 3; l++)
+        if (l->bond->conjugated) return HYBRID_SP2;
     return HYBRID_SP3;
 }
 
-// Hybridization of all atoms; needs chirality from coordinates and conjugation.
-// RDKit: MolOps::setHybridization
-static void assign_hybridization(ChemMol *m) {
-    for (int i = 0; i < m->n_atoms; i++) m->atoms[i].hybrid = (uint8_t)hybridization(m, i);
-}
 
 // An aromatic atom may have lost implicit hydrogens to its new bond orders: they become explicit.
 // RDKit: MolOps::adjustHs
@@ -3029,12 +2881,12 @@ static void restore_hydrogens(ChemMol *m) {
 
 typedef struct { double x, y, z; } Point;
 
-// Vectors.
-static Point atom_point(const ChemMol *m, int i) {
-    return (Point){m->xyz[i][0], m->xyz[i][1], m->xyz[i][2]};
+// From one atom to another.
+static Point arm(const ChemMol *m, int from, int to) {
+    const double *a = m->xyz[from], *b = m->xyz[to];
+    return (Point){b[0] - a[0], b[1] - a[1], b[2] - a[2]};
 }
 
-static Point point_minus(Point a, Point b) { return (Point){a.x - b.x, a.y - b.y, a.z - b.z}; }
 static double dot(Point a, Point b) { return a.x * b.x + a.y * b.y + a.z * b.z; }
 
 static Point cross(Point a, Point b) {
@@ -3053,6 +2905,7 @@ static double angle_between(Point a, Point b) {
     return c <= -1 ? PI : c >= 1 ? 0 : acos(c);
 }
 
+
 // Whether a bond counts as a neighbour direction of atom i in tetrahedral stereo.
 // RDKit: bondAffectsAtomChirality
 static int bond_has_direction(const ChemBond *b, int i) {
@@ -3063,8 +2916,8 @@ static int bond_has_direction(const ChemBond *b, int i) {
 // RDKit: getAtomNonzeroDegree
 static int stereo_degree(const ChemMol *m, int i) {
     int n = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++)
-        n += bond_has_direction(&m->bonds[m->adj[k]], i);
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+        n += bond_has_direction(l->bond, i);
     return n;
 }
 
@@ -3083,9 +2936,9 @@ static int nontetrahedral_class(const ChemMol *m, int i) {
     int n = mol_degree(m, i), pairs = 0, opposite[6] = {0}, loose[6], n_loose = 0;
     if (m->atoms[i].z < 15 || n < 3 || n > 6) return CHI_NONE;
     for (int k = 0; k < n; k++) {
-        const ChemBond *b = &m->bonds[m->adj[m->first[i] + k]];
-        if (is_wavy(b, i)) return CHI_NONE;
-        v[k] = unit(point_minus(atom_point(m, bond_other(b, i)), atom_point(m, i)));
+        const Link *l = &m->first[i][k];
+        if (is_wavy(l->bond, i)) return CHI_NONE;
+        v[k] = unit(arm(m, i, l->atom));
     }
     for (int k = 0; k < n; k++)
         for (int q = k + 1; q < n; q++) {
@@ -3111,12 +2964,11 @@ static int nontetrahedral_class(const ChemMol *m, int i) {
 // RDKit: MolOps::assignChiralTypesFrom3D
 static int tetrahedral_class(const ChemMol *m, int i, int total) {
     int z = m->atoms[i].z, n = 0;
-    Point v[3], centre = atom_point(m, i);
+    Point v[3];
     if (total > 4 || (total != 4 && z != 16 && z != 34)) return CHI_NONE;
-    for (int k = m->first[i]; k < m->first[i + 1] && n < 3; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        if (is_wavy(b, i)) return CHI_NONE;
-        if (bond_has_direction(b, i)) v[n++] = point_minus(atom_point(m, bond_other(b, i)), centre);
+    for (Link *l = m->first[i]; l < m->first[i + 1] && n < 3; l++) {
+        if (is_wavy(l->bond, i)) return CHI_NONE;
+        if (bond_has_direction(l->bond, i)) v[n++] = arm(m, i, l->atom);
     }
     if (n < 3) return CHI_NONE;
     double volume = dot(v[0], cross(v[1], v[2]));
@@ -3167,40 +3019,30 @@ static int wedges_conflict(double a01, double a12, double a20, double a02, const
 // from above the paper.
 // RDKit: atomChiralTypeFromBondDir
 static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
-    int i = w->begin, n = 1, hydrogen = 0, single = 1, order[4];
-    const ChemBond *bond[4] = {w};
-    Point v[4], centre = atom_point(m, i);
-    centre.z = 0;
+    int i = w->begin, n = 1, hydrogen = 0, single = 1;
+    const Link *link[4];  // the wedge, then the others
+    Point v[4];
     if (mol_degree(m, i) > 4) return CHI_NONE;
-    for (int k = m->first[i], rank = 0; k < m->first[i + 1]; k++, rank++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        const ChemAtom *other = &m->atoms[bond_other(b, i)];
-        single &= b->order == ORDER_SINGLE;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        const ChemAtom *other = &m->atoms[l->atom];
+        single &= l->bond->order == ORDER_SINGLE;
         hydrogen |= other->z == 1 && !other->isotope;
-        order[b == w ? 0 : n] = rank;
-        if (b != w) bond[n++] = b;
+        link[l->bond == w ? 0 : n++] = l;
     }
     if (n < 3 || (hydrogen && n < 4)) return CHI_NONE;
     if (!single && m->atoms[i].z != 15 && m->atoms[i].z != 16) return CHI_NONE;
     for (int k = 0; k < n; k++) {
-        Point end = atom_point(m, bond_other(bond[k], i));
-        end.z = 0;
-        v[k] = unit(point_minus(end, centre));
+        v[k] = arm(m, i, link[k]->atom);
+        v[k].z = 0;
+        v[k] = unit(v[k]);
     }
-    int ccw = 1, one = 1, two = 2;
-    double a01 = turn(v[0], v[1]), a02 = turn(v[0], v[2]);
-    if (a01 > a02) {
-        double swap = a01;
-        a01 = a02;
-        a02 = swap;
-        one = 2;
-        two = 1;
-    }
+    int ccw = 1, one = turn(v[0], v[1]) > turn(v[0], v[2]) ? 2 : 1, two = 3 - one;
+    double a01 = turn(v[0], v[one]), a02 = turn(v[0], v[two]);
     if (n == 4) {  // does the third bond come between the two?
         double a03 = turn(v[0], v[3]);
         if (a01 < a02 ? a01 < a03 && !(a02 < a03) : (a01 < a03 || !(a02 < a03))) ccw = !ccw;
     } else {
-        const int d[3] = {w->direction, wedge_at(bond[one], i), wedge_at(bond[two], i)};
+        const int d[3] = {w->direction, wedge_at(link[one]->bond, i), wedge_at(link[two]->bond, i)};
         double a12 = turn(v[one], v[two]), a20 = turn(v[two], v[0]);
         int narrow = a01 < PI - 1e-3 && a12 < PI - 1e-3 && a20 < PI - 1e-3;
         if (wedges_conflict(a01, a12, a20, a02, d)) return CHI_NONE;
@@ -3213,7 +3055,7 @@ static int chirality_from_wedge(const ChemMol *m, const ChemBond *w) {
     if (one == 2) ccw = !ccw;
     for (int p = 0; p < n; p++)  // parity of the permutation from drawing order to bond order
         for (int q = p + 1; q < n; q++)
-            if (order[p] > order[q]) ccw = !ccw;
+            if (link[p] > link[q]) ccw = !ccw;
     return ccw ? CHI_CCW : CHI_CW;
 }
 
@@ -3229,9 +3071,7 @@ static int chirality_from_wedges(ChemMol *m, Fault *fault) {
             set[b->begin] = 1;
         }
         if ((b->direction != DIR_WEDGE && b->direction != DIR_DASH) || set[b->begin]) continue;
-        if (a->no_implicit == 0 && a->implicit_h < 0) {
-            update_valence(m, b->begin);
-        }
+        if (a->no_implicit == 0 && a->implicit_h < 0) update_valence(m, b->begin);
         a->chirality = (uint8_t)chirality_from_wedge(m, b);
         if (a->chirality != CHI_NONE) set[b->begin] = 1;
         if (mol_degree(m, b->begin) == 3 && !a->explicit_h && atom_hydrogens(a) == 1) {
@@ -3291,11 +3131,10 @@ static int controlling_bonds(const Directions *d, int double_bond, int i, int *m
     const ChemMol *m = d->m;
     *main_bond = *other = -1;
     int allene = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int b = m->adj[k];
-        const ChemBond *bond = &m->bonds[b];
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int b = l->index;
         if (b == double_bond) continue;
-        if (is_single_like(bond)) {
+        if (is_single_like(l->bond)) {
             if (*main_bond < 0) {
                 *main_bond = b;
             } else if (d->open[b] && d->uses[b] <= d->uses[*main_bond]) {
@@ -3304,8 +3143,8 @@ static int controlling_bonds(const Directions *d, int double_bond, int i, int *m
                 *other = *main_bond;
                 *main_bond = b;
             }
-            if (bond->direction == DIR_UNKNOWN || bond->unknown) return allene ? -1 : 0;
-        } else if (bond->order == ORDER_DOUBLE) {
+            if (l->bond->direction == DIR_UNKNOWN || l->bond->unknown) return allene ? -1 : 0;
+        } else if (l->bond->order == ORDER_DOUBLE) {
             allene = 1;
         }
     }
@@ -3324,17 +3163,13 @@ static int is_linear(Point a, Point b) {
 // RDKit: updateDoubleBondNeighbors
 static int avoid_linear(const ChemMol *m, int near, int far, int measure, int *main_bond,
                         int *other) {
-    Point axis = point_minus(atom_point(m, far), atom_point(m, near));
-    Point arm = point_minus(atom_point(m, bond_other(&m->bonds[*main_bond], near)),
-                            atom_point(m, near));
-    if (!is_linear(arm, axis)) return 1;
+    Point axis = arm(m, near, far);
+    if (!is_linear(arm(m, near, bond_other(&m->bonds[*main_bond], near)), axis)) return 1;
     if (*other < 0) return 0;
     int swap = *main_bond;
     *main_bond = *other;
     *other = swap;
-    arm = point_minus(atom_point(m, bond_other(&m->bonds[*main_bond], near)),
-                      atom_point(m, measure));
-    return !is_linear(arm, axis);
+    return !is_linear(arm(m, measure, bond_other(&m->bonds[*main_bond], near)), axis);
 }
 
 // Gives a single bond a direction as seen from atom i, or its opposite.
@@ -3363,17 +3198,16 @@ static int set_directions(Directions *d, int double_bond, int *next) {
         db->direction = DIR_EITHER;
         return 0;
     }
-    Point axis = point_minus(atom_point(m, end[1]), atom_point(m, end[0])), arm[2];
+    Point axis = arm(m, end[0], end[1]), normal[2];
     for (int e = 0; e < 2; e++)
-        arm[e] = point_minus(atom_point(m, bond_other(&m->bonds[bond[e]], end[e])),
-                             atom_point(m, end[e]));
-    int trans = angle_between(cross(arm[0], axis), cross(arm[1], axis)) >= PI / 2;
+        normal[e] = cross(arm(m, end[e], bond_other(&m->bonds[bond[e]], end[e])), axis);
+    int trans = angle_between(normal[0], normal[1]) >= PI / 2;
     for (int e = 0; e < 2; e++) {
         const ChemBond *b = &m->bonds[bond[e]];
         for (int x = 0; x < 2 && d->open[bond[e]]; x++) {
             int i = x ? b->end : b->begin;
-            for (int k = m->first[i]; k < m->first[i + 1]; k++)
-                if (d->candidate[m->adj[k]] && d->open[m->adj[k]]) next[n_next++] = m->adj[k];
+            for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+                if (d->candidate[l->index] && d->open[l->index]) next[n_next++] = l->index;
         }
     }
     ChemBond *b0 = &m->bonds[bond[0]], *b1 = &m->bonds[bond[1]];
@@ -3413,13 +3247,12 @@ static int direction_candidates(Directions *d, WeightedBond *order) {
             continue;
         for (int e = 0; e < 2; e++) {
             int i = e ? bond->end : bond->begin;
-            for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-                const ChemBond *beside = &m->bonds[m->adj[k]];
-                if (!is_single_like(beside)) continue;
-                weight += m->adj[k];
-                d->uses[m->adj[k]]++;
-                if (beside->direction == DIR_NONE || is_sloped(beside->direction))
-                    d->open[m->adj[k]] = 1;
+            for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+                if (!is_single_like(l->bond)) continue;
+                weight += l->index;
+                d->uses[l->index]++;
+                if (l->bond->direction == DIR_NONE || is_sloped(l->bond->direction))
+                    d->open[l->index] = 1;
                 d->open[b] = 1;
             }
         }
@@ -3515,10 +3348,9 @@ static void sort_entries(CipEntry *entries, int n) {
 // RDKit: iterateCIPRanks
 static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
     int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]);
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        int j = bond_other(b, i), count = twice_order(b), degree = mol_degree(m, j);
-        if (b->order == ORDER_DOUBLE && m->atoms[j].z == 15 && (degree == 3 || degree == 4))
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int j = l->atom, count = twice_order(l->bond), degree = mol_degree(m, j);
+        if (l->bond->order == ORDER_DOUBLE && m->atoms[j].z == 15 && (degree == 3 || degree == 4))
             count = 1;
         int at = n;
         for (; at > 0 && list[at - 1] < rank[j] + 1; at--) list[at - 1 + count] = list[at - 1];
@@ -3595,10 +3427,9 @@ static void next_cip_ranks(ChemMol *m, int *rank) {
     for (int i = 0; i < m->n_atoms; i++) {
         const ChemAtom *a = &m->atoms[i];
         int64_t value = rank[i] * factor + (a->cip == 'S' ? 10 : a->cip == 'R' ? 20 : 0);
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            const ChemBond *b = &m->bonds[m->adj[k]];
-            if (b->order != ORDER_DOUBLE) continue;
-            value += b->stereo == STEREO_E ? 1 : b->stereo == STEREO_Z ? 2 : 0;
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            if (l->bond->order != ORDER_DOUBLE) continue;
+            value += l->bond->stereo == STEREO_E ? 1 : l->bond->stereo == STEREO_Z ? 2 : 0;
         }
         entries[i].value = value;
     }
@@ -3620,19 +3451,14 @@ static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
 static int is_bridgehead(ChemMol *m, int i) {
     const RingList *rings = &m->rings;
     int n = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) n += m->bonds[m->adj[k]].rings > 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) n += l->bond->rings > 0;
     if (n < 3) return 0;
     int *stamp = arena_ints(&m->arena, m->n_bonds);
     for (int r = 0; r < rings->n; r++) {
         if (!ring_has(rings, r, i)) continue;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
-        for (int q = r + 1; q < rings->n; q++) {
-            int shared = 0;
-            if (!ring_has(rings, q, i)) continue;
-            for (int k = rings->start[q]; k < rings->start[q + 1]; k++)
-                shared += stamp[rings->bonds[k]] == r + 1;
-            if (shared >= 2) return 1;
-        }
+        for (int q = r + 1; q < rings->n; q++)
+            if (ring_has(rings, q, i) && stamped_bonds(rings, q, stamp, r + 1) >= 2) return 1;
     }
     return 0;
 }
@@ -3648,28 +3474,23 @@ static int is_possible_centre(ChemMol *m, int i) {
     if (degree > 3 || atom_hydrogens(a) == 1) return 1;
     if (a->z == 7) return is_in_ring_of_size(m, i, 3) || is_bridgehead(m, i);
     if (a->z == 15 || a->z == 33) return 1;
-    if (a->z == 16 || a->z == 34)
-        return a->valence == 4 || (a->valence == 3 && a->charge == 1);
-    return 0;
+    return (a->z == 16 || a->z == 34) &&
+           (a->valence == 4 || (a->valence == 3 && a->charge == 1));
 }
 
 // R or S of a centre from its chirality and the ranks of its neighbours, or 0 if two are equal.
 // RDKit: assignAtomChiralCodes, Atom::getPerturbationOrder
 static char cip_label(const ChemMol *m, int i, const int *rank) {
     const ChemAtom *a = &m->atoms[i];
-    int n = mol_degree(m, i), odd = n == 3 && atom_hydrogens(a) == 1;
-    for (int p = 0; p < n; p++) {
-        const ChemBond *b1 = &m->bonds[m->adj[m->first[i] + p]];
-        for (int q = p + 1; q < n; q++) {
-            const ChemBond *b2 = &m->bonds[m->adj[m->first[i] + q]];
-            int r1 = rank[bond_other(b1, i)], r2 = rank[bond_other(b2, i)];
-            if (r1 == r2 && bond_has_direction(b1, i) && bond_has_direction(b2, i)) return 0;
-            odd ^= r1 > r2;
+    int odd = mol_degree(m, i) == 3 && atom_hydrogens(a) == 1;
+    for (Link *p = m->first[i]; p < m->first[i + 1]; p++)
+        for (Link *q = p + 1; q < m->first[i + 1]; q++) {
+            if (rank[p->atom] == rank[q->atom] && bond_has_direction(p->bond, i) &&
+                bond_has_direction(q->bond, i))
+                return 0;
+            odd ^= rank[p->atom] > rank[q->atom];
         }
-    }
-    int ccw = a->chirality == CHI_CCW;
-    if (odd) ccw = !ccw;
-    return ccw ? 'S' : 'R';
+    return (a->chirality == CHI_CCW) != odd ? 'S' : 'R';
 }
 
 // Labels the centres whose neighbours differ. *open: some that may be centres are without a label.
@@ -3690,75 +3511,57 @@ static int label_centres(ChemMol *m, const int *rank, int *open) {
 
 // ---- double bonds
 
-// One end of a double bond: its neighbours and their directions as seen from the end.
-typedef struct { int n, atom[8], direction[8]; } BondEnd;
+enum { DIR_CONFLICT = -1 };
 
-// Collects the end at atom i. n = 0 if no direction is known or the two neighbours are equal; a
-// neighbour without direction gets the opposite of the other one's. *wavy: a wavy bond was seen.
+// The direction of the higher neighbour of atom i, an end of a double bond with one or two others,
+// as seen from there. A neighbour without direction has the opposite of the other one's; if both
+// have the same, that is a conflict. DIR_NONE if none is known or the neighbours are equal. *wavy:
+// a wavy bond was seen.
 // RDKit: findAtomNeighborDirHelper
-static BondEnd bond_end(const ChemMol *m, int i, int double_bond, const int *rank, int *wavy) {
-    BondEnd end = {0};
-    int known = 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        int direction = b->direction;
-        if (direction == DIR_UNKNOWN || b->unknown) *wavy = 1;
-        if (m->adj[k] == double_bond) continue;
-        known |= is_sloped(direction);
-        if (b->begin != i) direction = opposite_direction(direction);
-        end.atom[end.n] = bond_other(b, i);
-        end.direction[end.n++] = direction;
+static int end_direction(const ChemMol *m, int i, int double_bond, const int *rank, int *wavy) {
+    int n = 0, atom[2], direction[2], known = 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        const ChemBond *b = l->bond;
+        if (b->direction == DIR_UNKNOWN || b->unknown) *wavy = 1;
+        if (l->index == double_bond) continue;
+        known |= is_sloped(b->direction);
+        direction[n] = b->begin == i ? b->direction : opposite_direction(b->direction);
+        atom[n++] = l->atom;
     }
-    if (!known || (end.n == 2 && rank[end.atom[0]] == rank[end.atom[1]])) {
-        end.n = 0;
-    } else if (end.n == 2) {
-        if (!is_sloped(end.direction[0])) end.direction[0] = opposite_direction(end.direction[1]);
-        else if (!is_sloped(end.direction[1]))
-            end.direction[1] = opposite_direction(end.direction[0]);
-    }
-    return end;
+    if (!known || (n == 2 && rank[atom[0]] == rank[atom[1]])) return DIR_NONE;
+    if (n == 1) return direction[0];
+    if (!is_sloped(direction[0])) direction[0] = opposite_direction(direction[1]);
+    if (!is_sloped(direction[1])) direction[1] = opposite_direction(direction[0]);
+    return direction[0] == direction[1] ? DIR_CONFLICT : direction[rank[atom[0]] < rank[atom[1]]];
 }
 
-// Labels one double bond Z, E or "any" if its ends say so. Returns 1 if it is a possible stereo
-// bond that stays without label for now, 2 if it is done with, 0 if it cannot have stereo.
-// RDKit: assignBondStereoCodes
-static int label_double_bond(ChemMol *m, int b, const int *rank, uint8_t *forget) {
-    ChemBond *bond = &m->bonds[b];
-    int begin = bond->begin, last = bond->end;
-    int d1 = mol_degree(m, begin), d2 = mol_degree(m, last);
-    if (!may_have_bond_stereo(bond) || d1 < 2 || d1 > 3 || d2 < 2 || d2 > 3) return 0;
-    int wavy = m->atoms[begin].unknown_stereo || m->atoms[last].unknown_stereo;
-    BondEnd end[2];
-    end[0] = bond_end(m, begin, b, rank, &wavy);
-    end[1] = bond_end(m, last, b, rank, &wavy);
-    if (!end[0].n || !end[1].n) return 1;
-    int direction[2], conflict = 0;
-    for (int e = 0; e < 2; e++) {
-        int best = end[e].n == 1 || rank[end[e].atom[0]] > rank[end[e].atom[1]] ? 0 : 1;
-        direction[e] = end[e].direction[best];
-        if (end[e].n == 2 && end[e].direction[0] == end[e].direction[1]) {
-            conflict = 1;
-            for (int k = 0; k < 2; k++)
-                forget[bond_between(m, end[e].atom[k], e ? last : begin)] = 1;
-        }
-    }
-    if (!conflict)
-        bond->stereo = wavy ? STEREO_ANY : direction[0] == direction[1] ? STEREO_Z : STEREO_E;
-    return 2;
-}
-
-// Labels all double bonds that can be. *open: some possible ones are without a label. Returns
-// whether any was dealt with.
+// Labels double bonds Z, E or "any" if their ends say so. *open: some possible ones stay without a
+// label for now. Returns whether any was dealt with.
 // RDKit: assignBondStereoCodes
 static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
     uint8_t *forget = arena_flags(&m->arena, m->n_bonds);
     int changed = 0;
     *open = 0;
     for (int b = 0; b < m->n_bonds; b++) {
-        if (m->bonds[b].order != ORDER_DOUBLE || m->bonds[b].stereo != STEREO_NONE) continue;
-        int result = label_double_bond(m, b, rank, forget);
-        *open |= result == 1;
-        changed |= result == 2;
+        ChemBond *bond = &m->bonds[b];
+        int end[2] = {bond->begin, bond->end}, way[2], wavy = 0;
+        int d1 = mol_degree(m, bond->begin), d2 = mol_degree(m, bond->end);
+        if (bond->order != ORDER_DOUBLE || bond->stereo != STEREO_NONE) continue;
+        if (!may_have_bond_stereo(bond) || d1 < 2 || d1 > 3 || d2 < 2 || d2 > 3) continue;
+        for (int e = 0; e < 2; e++) {
+            wavy |= m->atoms[end[e]].unknown_stereo;
+            way[e] = end_direction(m, end[e], b, rank, &wavy);
+        }
+        if (way[0] == DIR_NONE || way[1] == DIR_NONE) {
+            *open = 1;
+            continue;
+        }
+        changed = 1;
+        for (int e = 0; e < 2; e++)
+            for (Link *l = m->first[end[e]]; l < m->first[end[e] + 1]; l++)
+                if (way[e] == DIR_CONFLICT && l->index != b) forget[l->index] = 1;
+        if (way[0] != DIR_CONFLICT && way[1] != DIR_CONFLICT)
+            bond->stereo = wavy ? STEREO_ANY : way[0] == way[1] ? STEREO_Z : STEREO_E;
     }
     for (int b = 0; b < m->n_bonds; b++)
         if (forget[b]) m->bonds[b].direction = DIR_NONE;
@@ -3767,18 +3570,17 @@ static int label_double_bonds(ChemMol *m, const int *rank, int *open) {
 
 // ---- centres without label that still matter: cis and trans on a ring
 
-// Whether an atom of a ring may be cis or trans to another one.
+// Whether an atom is a chiral one of a ring, without label, that may be cis or trans to another.
 // RDKit: atomIsCandidateForRingStereochem
 static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     const ChemAtom *a = &m->atoms[i];
     int outside[2], n_outside = 0, n_inside = 0, inside[8], n_ranks = 0;
-    if (!m->atom_rings[i]) return 0;
+    if (a->chirality == CHI_NONE || a->cip || !m->atom_rings[i]) return 0;
     if (a->z == 7 && mol_degree(m, i) == 3 && !is_in_ring_of_size(m, i, 3) && !is_bridgehead(m, i))
         return 0;
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        const ChemBond *b = &m->bonds[m->adj[k]];
-        int j = bond_other(b, i), known = 0;
-        if (!b->rings) {
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        int j = l->atom, known = 0;
+        if (!l->bond->rings) {
             if (n_outside < 2) outside[n_outside] = j;
             n_outside++;
             continue;
@@ -3789,15 +3591,9 @@ static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     }
     if (n_outside == 2) return rank[outside[0]] != rank[outside[1]];
     if (n_outside == 1) return n_inside >= 2;
-    if (n_outside == 0) return (n_inside == 4 && n_ranks == 3) || (n_inside == 3 && n_ranks == 2);
-    return 0;
+    return !n_outside && ((n_inside == 4 && n_ranks == 3) || (n_inside == 3 && n_ranks == 2));
 }
 
-// A chiral ring atom without label that may have a partner.
-static int is_ring_stereo_atom(ChemMol *m, int i, const int *rank) {
-    const ChemAtom *a = &m->atoms[i];
-    return a->chirality != CHI_NONE && !a->cip && may_have_ring_stereo(m, i, rank);
-}
 
 // Marks (in the result, and in ring_stereo) the unlabelled chiral ring atoms that have a partner in
 // their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans. From each such atom
@@ -3812,19 +3608,18 @@ static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
     for (int i = 0; i < m->n_atoms; i++) m->atoms[i].ring_stereo = 0;
     for (int i = 0; i < m->n_atoms; i++) {
         int tail = 0, partners = 0;
-        if (seen[i] || !is_ring_stereo_atom(m, i, rank)) continue;
+        if (seen[i] || !may_have_ring_stereo(m, i, rank)) continue;
         for (int head = -1; head < tail; head++) {
             int j = head < 0 ? i : queue[head];
             if (head >= 0) seen[j] = 1;
-            if (head >= 0 && is_ring_stereo_atom(m, j, rank))
+            if (head >= 0 && may_have_ring_stereo(m, j, rank))
                 m->atoms[j].ring_stereo = special[i] = special[j] = 1;
-            for (int k = m->first[j]; k < m->first[j + 1]; k++) {
-                int b = m->adj[k], next = bond_other(&m->bonds[b], j);
-                if (bond_seen[b]) continue;
-                bond_seen[b] = 1;
-                if (!m->bonds[b].rings || seen[next] || (used[next] && head >= 0)) continue;
-                used[next] = 1;
-                queue[tail++] = next;
+            for (Link *l = m->first[j]; l < m->first[j + 1]; l++) {
+                if (bond_seen[l->index]) continue;
+                bond_seen[l->index] = 1;
+                if (!l->bond->rings || seen[l->atom] || (used[l->atom] && head >= 0)) continue;
+                used[l->atom] = 1;
+                queue[tail++] = l->atom;
             }
             if (head < 0) partners = tail > 0 && m->atoms[i].ring_stereo;
         }
@@ -3855,8 +3650,8 @@ static int prepare_bond_stereo(ChemMol *m) {
         else if (b->stereo != STEREO_ANY) b->stereo = STEREO_NONE;
         for (int e = 0; e < 2; e++) {
             int i = e ? b->end : b->begin;
-            for (int q = m->first[i]; q < m->first[i + 1]; q++)
-                any |= is_sloped(m->bonds[m->adj[q]].direction);
+            for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+                any |= is_sloped(l->bond->direction);
         }
     }
     return any;
@@ -3929,7 +3724,7 @@ static int sanitize(ChemMol *m, Fault *fault) {
     assign_radicals(m);
     int aromatic = assign_aromaticity(m);
     assign_conjugation(m);
-    assign_hybridization(m);
+    for (int i = 0; i < m->n_atoms; i++) m->atoms[i].hybrid = (uint8_t)hybridization(m, i);
     clean_chirality(m);
     if (m->had_aromatic || aromatic) restore_hydrogens(m);
     return 0;
@@ -3942,10 +3737,9 @@ static void apply_valence_fields(ChemMol *m) {
         ChemAtom *a = &m->atoms[i];
         if (!a->field_valence) continue;
         set_valence(m, i);
-        int none = a->field_valence == 15 || a->field_valence == -1;
+        int wanted = a->field_valence == 15 || a->field_valence == -1 ? 0 : a->field_valence;
         a->no_implicit = 1;
-        a->explicit_h = none || a->valence > a->field_valence
-                          ? 0 : (uint8_t)(a->field_valence - a->valence);
+        a->explicit_h = (uint8_t)max_int(wanted - a->valence, 0);
     }
 }
 
@@ -3970,35 +3764,23 @@ static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
     return 0;
 }
 
-// Removes hydrogens unless told not to, and counts what is left.
-// RDKit: MolOps::removeHs
-static int drop_hydrogens(ChemMol *m, int keep, int count_all, int max_atoms, Fault *fault) {
-    if (!keep) remove_hydrogens(m, count_all);
-    if (m->n_atoms <= max_atoms && m->n_bonds <= MAX_BONDS) return 0;
-    return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
-                    max_atoms);
-}
-
-// Perceives a molecule read from a mol block.
-// RDKit: finishMolProcessing
-static int perceive_mol_block(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
+// Perceives a molecule as read. One without coordinates is from SMILES: directions are given there.
+// RDKit: finishMolProcessing, SmilesToMol
+static int perceive(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
     if (connect_and_count(m, max_atoms, fault)) return -1;
-    apply_valence_fields(m);
+    if (m->has_xyz) apply_valence_fields(m);
     if (!m->is_3d && m->wedged && chirality_from_wedges(m, fault)) return -1;
     update_valences(m);
     if (m->is_3d) chirality_from_3d(m);
-    if (drop_hydrogens(m, keep_hydrogens, 0, max_atoms, fault) || sanitize(m, fault)) return -1;
-    clear_wedges(m);
-    directions_from_coordinates(m);
-    assign_stereo(m);
-    return 0;
-}
-
-// Perceives a molecule read from SMILES.
-// RDKit: SmilesToMol
-static int perceive_smiles(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
-    update_valences(m);
-    if (drop_hydrogens(m, keep_hydrogens, 1, max_atoms, fault) || sanitize(m, fault)) return -1;
+    if (!keep_hydrogens) remove_hydrogens(m, !m->has_xyz);
+    if (m->n_atoms > max_atoms || m->n_bonds > MAX_BONDS)
+        return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
+                        max_atoms);
+    if (sanitize(m, fault)) return -1;
+    if (m->has_xyz) {
+        clear_wedges(m);
+        directions_from_coordinates(m);
+    }
     assign_stereo(m);
     return 0;
 }
@@ -4068,7 +3850,7 @@ static void eigenvectors(double a[3][3], double v[3][3]) {
 // of falling extent, the third moment along the first two positive, right-handed.
 static void orient_principal(ChemMol *m) {
     double centre[3] = {0}, tensor[3][3] = {{0}}, v[3][3], moment[3] = {0};
-    int n = m->n_atoms, order[3] = {0, 1, 2};
+    int n = m->n_atoms;
     for (int i = 0; i < n; i++)
         for (int k = 0; k < 3; k++) centre[k] += m->xyz[i][k] / n;
     for (int i = 0; i < n; i++)
@@ -4079,14 +3861,12 @@ static void orient_principal(ChemMol *m) {
     for (int p = 0; p < 3; p++)
         for (int q = p + 1; q < 3; q++) tensor[p][q] = tensor[q][p];
     eigenvectors(tensor, v);
-    for (int p = 1; p < 3; p++)
-        for (int q = p; q > 0; q--) {
-            int a = order[q - 1], b = order[q];
-            if (tensor[b][b] > tensor[a][a]) order[q - 1] = b, order[q] = a;
-        }
     double axis[3][3];
-    for (int a = 0; a < 2; a++) {
-        for (int k = 0; k < 3; k++) axis[a][k] = v[k][order[a]];
+    for (int a = 0, best = 0; a < 2; a++, best = 0) {
+        for (int k = 1; k < 3; k++)
+            if (tensor[k][k] > tensor[best][best]) best = k;
+        tensor[best][best] = -DBL_MAX;  // taken
+        for (int k = 0; k < 3; k++) axis[a][k] = v[k][best];
         for (int i = 0; i < n; i++) {
             double x = 0;
             for (int k = 0; k < 3; k++) x += axis[a][k] * m->xyz[i][k];
@@ -4107,7 +3887,7 @@ static void orient_principal(ChemMol *m) {
 // Turns a perceived molecule into a record's atoms, bonds and positions. Labels stay to be filled.
 static int fill_molecule(ChemMol *m, Molecule *out, int n_tasks, Span name, int principal,
                          Fault *fault) {
-    int name_length = name.n < MAX_NAME ? name.n : MAX_NAME;
+    int name_length = min_int(name.n, MAX_NAME);
     molecule_resize(out, m->n_atoms, m->n_bonds, n_tasks, name_length);
     if (name_length) memcpy(out->name, name.p, (size_t)name_length);
     for (int i = 0; i < m->n_atoms; i++) atom_features(m, i, out->atom_feat + ATOM_FEATURES * i);
@@ -4157,10 +3937,8 @@ static void mark_framework(ChemMol *m, uint8_t *keep) {
     while (top) {
         int i = stack[--top];
         keep[i] = 0;
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            int j = bond_other(&m->bonds[m->adj[k]], i);
-            if (keep[j] && --degree[j] == 1) stack[top++] = j;
-        }
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+            if (keep[l->atom] && --degree[l->atom] == 1) stack[top++] = l->atom;
     }
 }
 
@@ -4168,11 +3946,10 @@ static void mark_framework(ChemMol *m, uint8_t *keep) {
 // in the framework get hydrogens instead.
 // RDKit: MurckoDecompose
 static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
-    for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-        int j = bond_other(&m->bonds[m->adj[k]], i);
-        ChemAtom *a = &m->atoms[j];
-        if (!framework[j]) continue;
-        if (m->bonds[m->adj[k]].order == ORDER_DOUBLE) return 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+        ChemAtom *a = &m->atoms[l->atom];
+        if (!framework[l->atom]) continue;
+        if (l->bond->order == ORDER_DOUBLE) return 0;
         if (a->aromatic && (a->z != 6 || a->charge == 1)) {
             a->explicit_h = 1;
         } else if (a->no_implicit || a->chirality != CHI_NONE) {
@@ -4187,10 +3964,9 @@ static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
 static void refine_colours(const ChemMol *m, const uint64_t *colour, uint64_t *next) {
     for (int i = 0; i < m->n_atoms; i++) {
         uint64_t sum = 0;
-        for (int k = m->first[i]; k < m->first[i + 1]; k++) {
-            const ChemBond *b = &m->bonds[m->adj[k]];
-            int donor = b->order == ORDER_DATIVE && b->begin == i;
-            sum += mix(colour[bond_other(b, i)] + 977u * (b->order + 16u * (unsigned)donor));
+        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            unsigned donor = l->bond->order == ORDER_DATIVE && l->bond->begin == i;
+            sum += mix(colour[l->atom] + 977u * (l->bond->order + 16u * donor));
         }
         next[i] = mix(colour[i] * 0x9E3779B97F4A7C15u + mix(sum));
     }
@@ -4225,9 +4001,7 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
     for (int k = 0; k < m->n_bonds; k++)
         if (to[m->bonds[k].begin] < 0 || to[m->bonds[k].end] < 0) m->bonds[k].dead = 1;
     compact(m, to);
-    m->n_atoms = kept;
     if (kept == 0) return (ScaffoldKey){0, 0};
-    mol_connect(m);
     update_valences(m);
     uint64_t *start = arena_take(arena, (size_t)kept, sizeof *start);
     uint64_t *colour = arena_take(arena, (size_t)kept, sizeof *colour);
@@ -4238,7 +4012,7 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
         label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)(uint32_t)(a->map + 1) << 32;
         start[i] = mix(label + 0x9E3779B97F4A7C15u);
     }
-    int n_rounds = kept < 16 ? kept : 16;
+    int n_rounds = min_int(kept, 16);
     ScaffoldKey key = {graph_hash(m, start, -1, n_rounds, colour, next), 0};
     for (int i = 0; i < kept; i++) key.b += graph_hash(m, start, i, n_rounds, colour, next);
     return key;
@@ -4253,14 +4027,15 @@ typedef enum { FORMAT_NONE, FORMAT_SDF, FORMAT_SMI, FORMAT_CSV, FORMAT_TSV } For
 
 enum { CHUNK_BYTES = 1 << 20, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192 };
 
+typedef struct { char *bytes; size_t begin, end, room; } Buffer;  // unread: [begin, end)
+
 typedef struct {
     const char *path;
     Format format;
     FILE *file;
-    char *buf, *spare;       // unread bytes: buf[begin..end); spare is being filled
-    size_t begin, end, room, spare_end, spare_room;
-    int eof, starved, ready; // no whole record left in buf; spare can take its place
-    int64_t line;            // number of the line at buf[begin], from 1
+    Buffer now, next;        // records are taken from `now`; `next` is being filled
+    int eof, starved, ready; // no whole record left in `now`; `next` can take its place
+    int64_t line;            // number of the line at now.begin, from 1
     int64_t bytes_done, bytes_total;  // total 0: unknown
     int n_columns;           // CSV: what the header says each column is
     int smiles_column, name_column, *task_of_column;
@@ -4299,51 +4074,39 @@ static void source_open(Source *s, const char *path, const char *format) {
         if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
     }
 #endif
-    s->room = s->spare_room = CHUNK_BYTES;
-    s->buf = xmalloc(s->room, 1);
-    s->spare = xmalloc(s->spare_room, 1);
+    s->now = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
+    s->next = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
 }
 
 // Closes the file and frees what the source owns.
 static void source_close(Source *s) {
     if (s->file != stdin) fclose(s->file);
-    free(s->buf);
-    free(s->spare);
+    free(s->now.bytes);
+    free(s->next.bytes);
     free(s->task_of_column);
 }
 
-// Fills the spare buffer: what was not used of the other one, then the next bytes of the file. Runs
-// beside the conversion of the records in buf, see convert_records().
+// Fills the next buffer: what was not used of the other one, then the next bytes of the file. Runs
+// beside the conversion of the records in that one, see convert_records().
 static void source_read_ahead(Source *s) {
-    size_t rest = s->end - s->begin;
-    if (rest >= s->spare_room / 2) {
-        s->spare_room = 2 * s->spare_room + rest;
-        s->spare = xrealloc(s->spare, s->spare_room, 1);
+    Buffer *next = &s->next;
+    size_t rest = s->now.end - s->now.begin;
+    if (rest >= next->room / 2) {
+        next->room = 2 * next->room + rest;
+        next->bytes = xrealloc(next->bytes, next->room, 1);
     }
-    memcpy(s->spare, s->buf + s->begin, rest);
-    s->spare_end = rest;
-    while (s->spare_end < s->spare_room && !s->eof) {
-        size_t got = fread(s->spare + s->spare_end, 1, s->spare_room - s->spare_end, s->file);
+    memcpy(next->bytes, s->now.bytes + s->now.begin, rest);
+    next->begin = 0;
+    next->end = rest;
+    while (next->end < next->room && !s->eof) {
+        size_t got = fread(next->bytes + next->end, 1, next->room - next->end, s->file);
         CHECK(!ferror(s->file), "%s: read failed: %s", s->path, strerror(errno));
-        s->spare_end += got;
+        next->end += got;
         s->bytes_done += (int64_t)got;
         s->eof = got == 0;
     }
     s->starved = 0;
     s->ready = 1;
-}
-
-// Goes on with the spare buffer.
-static void source_swap(Source *s) {
-    char *buf = s->buf;
-    size_t room = s->room;
-    s->buf = s->spare;
-    s->room = s->spare_room;
-    s->begin = 0;
-    s->end = s->spare_end;
-    s->spare = buf;
-    s->spare_room = room;
-    s->ready = 0;
 }
 
 // End of the SD record at p (just after the line of its $$$$), or NULL if it is not there yet.
@@ -4377,10 +4140,13 @@ static const char *csv_row_end(const char *p, const char *end, char separator) {
     return NULL;
 }
 
+// Whether records are rows of a table; what separates their fields.
+static int is_table(const Source *s) { return s->format == FORMAT_CSV || s->format == FORMAT_TSV; }
+static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
+
 static const char *record_end(const Source *s, const char *p, const char *end) {
     if (s->format == FORMAT_SDF) return sd_record_end(p, end);
-    if (s->format == FORMAT_CSV) return csv_row_end(p, end, ',');
-    if (s->format == FORMAT_TSV) return csv_row_end(p, end, '\t');
+    if (is_table(s)) return csv_row_end(p, end, separator_of(s));
     const char *stop = memchr(p, '\n', (size_t)(end - p));
     return stop ? stop + 1 : NULL;
 }
@@ -4394,23 +4160,29 @@ static int is_all_blank(const char *p, size_t n) {
 // The next records of the source, at most CHUNK_RECORDS; they stay valid until the next call.
 // Returns how many, 0 at the end.
 static int next_records(Source *s, Record *records) {
+    Buffer *now = &s->now;
     for (int n = 0;;) {
-        if (s->ready) source_swap(s);
-        while (n < CHUNK_RECORDS && s->begin < s->end) {
-            const char *p = s->buf + s->begin, *end = s->buf + s->end;
+        if (s->ready) {
+            Buffer used = *now;
+            *now = s->next;
+            s->next = used;
+            s->ready = 0;
+        }
+        while (n < CHUNK_RECORDS && now->begin < now->end) {
+            const char *p = now->bytes + now->begin, *end = now->bytes + now->end;
             const char *stop = record_end(s, p, end);
             if (!stop && s->eof) stop = end;
             if (!stop) break;
             records[n] = (Record){p, (size_t)(stop - p), 0};
-            s->begin += records[n].size;
+            now->begin += records[n].size;
             if (stop == end && s->eof && is_all_blank(p, records[n].size)) continue;
             n++;
         }
         s->starved = n < CHUNK_RECORDS && !s->eof;
-        if (n || (s->begin == s->end && s->eof)) return n;
-        if (s->end - s->begin >= RECORD_BYTES_MAX) {
-            records[0] = (Record){s->buf + s->begin, s->end - s->begin, 1};
-            s->begin = s->end;
+        if (n || (now->begin == now->end && s->eof)) return n;
+        if (now->end - now->begin >= RECORD_BYTES_MAX) {
+            records[0] = (Record){now->bytes + now->begin, now->end - now->begin, 1};
+            now->begin = now->end;
             return 1;  // the rest of it, up to its end, is another bad record
         }
         source_read_ahead(s);
@@ -4591,8 +4363,6 @@ static void split_smiles(Span line, Span *smiles, Span *name) {
     }
 }
 
-// What separates the fields of a table.
-static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
 
 // Reads the fields of a CSV row that matter.
 static int read_row(const Source *s, const Record *r, Worker *w, float *labels, Span *smiles,
@@ -4631,7 +4401,6 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
         if (read_mol_block(m, in, &title, &o->fault)) return -1;
         name = trim(title);
         if (c->n_tasks || c->name_tag) read_tags(c, *in, labels, &name, o);
-        if (perceive_mol_block(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
     } else {
         if (s->format == FORMAT_SMI) {
             split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &name);
@@ -4639,10 +4408,9 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
             return -1;
         }
         if (read_smiles(m, smiles, &o->fault)) return -1;
-        if (connect_and_count(m, c->max_atoms, &o->fault)) return -1;
-        if (perceive_smiles(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
         if (!name.n && s->name_column < 0) name = smiles;
     }
+    if (perceive(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
     if (fill_molecule(m, &w->molecule, c->n_tasks, name, c->principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;
@@ -4657,9 +4425,7 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
 #pragma omp parallel
 #endif
     {
-        int thread = 0;
 #ifdef _OPENMP
-        thread = omp_get_thread_num();
 #pragma omp single nowait
 #endif
         if (s->starved) source_read_ahead(s);
@@ -4670,9 +4436,9 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
             Outcome *o = &outcomes[k];
             const Record *r = &records[k];
             Lines in = {r->text, r->text + r->size, 0};
-            o->worker = thread;
+            o->worker = thread_id();
             o->bad_labels = 0;
-            o->ok = convert_record(c, s, r, &workers[thread], &in, o) == 0;
+            o->ok = convert_record(c, s, r, &workers[o->worker], &in, o) == 0;
             o->n_lines = in.line + count_lines(in.at, in.end);
         }
     }
@@ -4954,11 +4720,10 @@ static char *part_path(const char *pattern, const char *part) {
     const char *base = strrchr(pattern, '/');
     base = base ? base + 1 : pattern;
     const char *hole = strstr(pattern, "{}"), *train = strstr(base, "train");
-    if (hole) return xprintf("%.*s%s%s", (int)(hole - pattern), pattern, part, hole + 2);
-    if (train) return xprintf("%.*s%s%s", (int)(train - pattern), pattern, part, train + 5);
-    const char *dot = strrchr(base, '.');
-    if (!dot) return xprintf("%s.%s", pattern, part);
-    return xprintf("%.*s.%s%s", (int)(dot - pattern), pattern, part, dot);
+    const char *dot = strrchr(base, '.'), *at = hole ? hole : train ? train : dot;
+    if (!at) return xprintf("%s.%s", pattern, part);
+    return xprintf("%.*s%s%s%s", (int)(at - pattern), pattern, hole || train ? "" : ".", part,
+                   hole ? at + 2 : train ? at + 5 : at);
 }
 
 // Copies the pooled records to their parts.
@@ -5082,17 +4847,13 @@ static void dump_dataset(const char *path, const char *range) {
 // 23 Options and main
 // =================================================================================================
 
-// The command line, with its defaults.
+// The command line.
 typedef struct {
     const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
     int64_t seed, max_atoms;
     int keep_hydrogens, strict, help;
 } PrepOptions;
 
-#ifndef DATA_PREP_TEST
-static const PrepOptions PREP_DEFAULTS = {.split_by = "scaffold", .orient = "keep", .seed = 1,
-                                          .max_atoms = 512};
-#endif
 
 // Fractions "0.8,0.1,0.1" into f; returns how many. They must add up to 1.
 static int parse_fractions(const char *text, double *f) {
@@ -5123,12 +4884,6 @@ typedef struct {
     int open;
 } Output;
 
-// Starts writing; the tasks are known now.
-static void output_open(Output *out, const PrepOptions *opt, const Conversion *c) {
-    if (out->n_parts > 1) pool_open(&out->pool, opt->output);
-    else dataset_create(&out->writer, opt->output, c->n_tasks, c->task_names);
-    out->open = 1;
-}
 
 // Splits if asked to, and gives the outputs their names.
 static void output_finish(Output *out, const PrepOptions *opt, const Conversion *c) {
@@ -5178,10 +4933,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
                 pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
         } else {
-            if (c->strict) {
-                char *text = describe_fault(s, s->line, &o->fault);
-                DIE("%s", text);
-            }
+            if (c->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
             count_fault(sum, s, s->line, &o->fault);
         }
         s->line += o->n_lines;
@@ -5201,12 +4953,11 @@ static int is_no_record(const Source *s, const Record *r, int64_t line) {
 static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Output *out,
                            Worker *workers, Record *records, Outcome *outcomes, Summary *sum) {
     Progress progress = progress_begin(0);
-    int first_chunk = 1, is_table = s->format == FORMAT_CSV || s->format == FORMAT_TSV;
-    int find_tasks = !out->open && c->labels && strcmp(c->labels, "all") == 0, n;
+    int find_tasks = !out->open && c->labels && strcmp(c->labels, "all") == 0, n, first_chunk = 1;
     s->name_column = -1;
     while ((n = next_records(s, records)) > 0) {
         int skip = 0;
-        if (first_chunk && is_table) {
+        if (first_chunk && is_table(s)) {
             read_header(c, s, &records[0], records + 1, n - 1, find_tasks);
             s->line += count_lines(records[0].text, records[0].text + records[0].size);
             skip = 1;
@@ -5214,9 +4965,11 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
             find_tag_tasks(c, records, n);
         }
         first_chunk = 0;
-        if (!out->open) {
+        if (!out->open) {  // the tasks are known now
             sum->labelled = xmalloc((size_t)c->n_tasks, 1);
-            output_open(out, opt, c);
+            if (out->n_parts > 1) pool_open(&out->pool, opt->output);
+            else dataset_create(&out->writer, opt->output, c->n_tasks, c->task_names);
+            out->open = 1;
         }
         for (int t = 0; t < thread_count(); t++) workers[t].used = 0;
         for (int k = skip, run; k < n; k = run) {  // runs of records between blank lines
@@ -5233,7 +4986,8 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
 
 #ifndef DATA_PREP_TEST
 
-static PrepOptions prep_opt;
+static PrepOptions prep_opt = {.split_by = "scaffold", .orient = "keep", .seed = 1,
+                               .max_atoms = 512};
 
 #define HEADING(text) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, 0}
 #define TEXT(name, field, argument, help) {name, OPT_TEXT, &prep_opt.field, 0, 0, argument, help, 0}
@@ -5262,9 +5016,6 @@ static const Option PREP_OPTION_TABLE[] = {
     FLAG("--help", help, "this text"),
 };
 
-#undef HEADING
-#undef TEXT
-#undef FLAG
 
 enum { N_PREP_OPTIONS = sizeof PREP_OPTION_TABLE / sizeof PREP_OPTION_TABLE[0] };
 
@@ -5297,27 +5048,16 @@ static void check_options(int n_inputs) {
           "-o: {} stands for a part's name; give --split too");
 }
 
-// A label that no record has is a name misspelt.
-static void check_labels(const Conversion *c, Summary *sum) {
-    for (int t = 0; t < c->n_tasks; t++)
-        CHECK(sum->labelled[t], "--labels: no record has a value for \"%s\"", c->task_names[t]);
-    free(sum->labelled);
-}
 
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
     threads_calm(argv);
     threads_set(0);
-    prep_opt = PREP_DEFAULTS;
     const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
     int n_inputs = options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc);
-    if (prep_opt.help) {
-        print_help();
-        free(inputs);
-        return 0;
-    }
-    if (prep_opt.dump) {
-        dump_dataset(prep_opt.dump, prep_opt.range);
+    if (prep_opt.help || prep_opt.dump) {
+        if (prep_opt.help) print_help();
+        else dump_dataset(prep_opt.dump, prep_opt.range);
         free(inputs);
         return 0;
     }
@@ -5342,10 +5082,12 @@ int main(int argc, char **argv) {
     }
     print_summary(&sum, n_inputs);
     CHECK(sum.n_kept > 0, "%s: no molecule could be read", inputs[0]);
-    check_labels(&c, &sum);
+    for (int t = 0; t < c.n_tasks; t++)
+        CHECK(sum.labelled[t], "--labels: no record has a value for \"%s\"", c.task_names[t]);
     output_finish(&out, &prep_opt, &c);
     for (int t = 0; t < thread_count(); t++) worker_free(&workers[t]);
     for (int t = 0; t < c.n_tasks; t++) free(c.task_names[t]);
+    free(sum.labelled);
     free(c.task_names);
     free(workers);
     free(records);
