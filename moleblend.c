@@ -411,7 +411,6 @@ typedef enum {
 } InitRule;
 
 #define INIT_STD 0.02f
-
 // X(field, official name, rows, columns, rule); rows = 0: a vector of `columns` numbers.
 #define LINEAR(X, field, name, rows, columns)                                                      \
     X(field##_w, name ".weight", rows, columns, INIT_NORMAL)                                       \
@@ -509,7 +508,8 @@ typedef struct {
     size_t count;         // parameters in all
     size_t table_count;   // those of the tables, at the front
     float *params, *grads, *m, *v;  // arenas; the last three are NULL without training
-    double *squares;      // sums of gradient_norm(), one a chunk
+    double *squares;      // (chunks) of gradients, see gradient_norm()
+    uint8_t *live;        // (chunks) has a chunk of parameters ever had a gradient?
     Tensors p, g;         // pointers into params and grads
 } Model;
 
@@ -603,7 +603,6 @@ static float droppath_scale(const DropPath *drop, size_t b) {
 
 #define NORM_EPS 1e-5f        // trunk
 #define PAIR_NORM_EPS 1e-12f  // pair maps
-
 // One row, n numbers; in and hat may be the same, as may din and dout.
 ALWAYS_INLINE void norm_row_forward(float *out, float *hat, float *rstd, const float *in,
                                     const float *weight, const float *bias, int n, float eps);
@@ -1092,7 +1091,6 @@ static void bias_backward(Step *s) {
 //      its 3D structure adds 0.01 * structure3d; the graph token has one row of its own
 
 #define STRUCTURE_SCALE 0.01f
-
 enum { TOKEN_ROWS = ATOM_FEATURES + 2 };
 
 // Offsets in an arena, of parameters or gradients, of the rows that token t sums, and how many.
@@ -1486,7 +1484,9 @@ static void pair_maps_backward(Step *s) {
 //        dr_i[a]          = sum over b, k of dU_i[b][k] W[a][b][k]
 //        dW[a][b][k]      = sum over i of r_i[a] dU_i[b][k]
 
-enum { PAIR_GROUP = 128 };  // tokens whose rows of pairs a relation head works on at a time
+#ifndef PAIR_GROUP
+#define PAIR_GROUP 256  // tokens whose rows of pairs a relation head works on at a time
+#endif
 
 typedef struct {
     int loss;                // LOSS_SPD, LOSS_EDGE or LOSS_3D
@@ -1806,15 +1806,13 @@ static void loss_means(double loss[LOSSES], const double sum[LOSSES], const doub
 // =================================================================================================
 
 #define CLIP_EPS 1e-6  // clip_grad_norm: factor = clip / (norm + eps)
-
 enum { ADAM_CHUNK = 1 << 14 };  // parameters a thread takes at a time; sums are per chunk, in order
 
 static double gradient_norm(const Model *model);  // Euclidean, of all gradients; section 10
-
 typedef struct { double lr, beta1, beta2, eps, weight_decay, clip; } Adam;
 
 // One AdamW update (Loshchilov & Hutter 2019), t = 1, 2, ...; returns the gradient norm before
-// clipping. Padding rows have no gradient and stay zero:
+// clipping. Rows that never had a gradient stay as they are; chunks of them are skipped:
 //   m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2
 //   p -= lr wd p + lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 static double adamw_step(Model *model, const Adam *adam, int64_t t) {
@@ -1827,6 +1825,7 @@ static double adamw_step(Model *model, const Adam *adam, int64_t t) {
     float new1 = (float)(1 - adam->beta1), new2 = (float)(1 - adam->beta2);
 #pragma omp parallel for schedule(static)
     for (size_t first = 0; first < model->count; first += ADAM_CHUNK) {
+        if (!model->live[first / ADAM_CHUNK] && adam->weight_decay <= 0) continue;
         size_t n = model->count - first < ADAM_CHUNK ? model->count - first : ADAM_CHUNK;
         float *restrict p = model->params + first, *restrict m = model->m + first;
         float *restrict v = model->v + first;
@@ -1885,9 +1884,9 @@ static void gradients(double loss[LOSSES], Step *s, const Task *task, float *log
     encoder_backward(s);
 }
 
-// The training step: molecules ids[0..B) of a dataset, blended (or if that is NULL as the task
-// wants them), their losses and gradients, one update. t = 1, 2, ... counts the updates; draws name
-// the random numbers; adam has the learning_rate() of this update. Returns the gradient norm.
+// The training step: molecules ids[0..B) of a dataset, blended (or if that is NULL as the task wants
+// them), their losses, gradients, and update t = 1, 2, ...; adam has the learning_rate() of this
+// update. Returns the gradient norm.
 static double training_step(double loss[LOSSES], Step *s, const Dataset *data, const uint32_t *ids,
                             size_t B, const Blend *blend, const Task *task, float *logits,
                             const Adam *adam, const Draws *draws, int64_t t) {
@@ -2214,7 +2213,10 @@ static double gradient_norm(const Model *model) {
         for (int l = 0; l < LANES; l++) square += (double)lane[l];
         model->squares[k] = square;
     }
-    for (size_t k = 0; k < chunks; k++) sum += model->squares[k];
+    for (size_t k = 0; k < chunks; k++) {
+        sum += model->squares[k];
+        model->live[k] |= model->squares[k] != 0;  // also if it is no number
+    }
     return sqrt(sum);
 }
 
@@ -2725,6 +2727,7 @@ static void model_create(Model *model, Config config, int training) {
     model->m = tensors_alloc(model, NULL);
     model->v = tensors_alloc(model, NULL);
     model->squares = xmalloc(model->count / ADAM_CHUNK + 1, sizeof *model->squares);
+    model->live = xmalloc(model->count / ADAM_CHUNK + 1, 1);
 }
 
 static void model_free(Model *model) {
@@ -2734,6 +2737,7 @@ static void model_free(Model *model) {
     free(model->m);
     free(model->v);
     free(model->squares);
+    free(model->live);
     *model = (Model){0};
 }
 
@@ -2917,7 +2921,7 @@ typedef struct {
 } Options;
 
 static Options opt = {
-    .steps = 2300,
+    .steps = 2400,
     .warmup = -1,
     .seed = 1,
     .save_every = 500,
@@ -2927,8 +2931,8 @@ static Options opt = {
     .blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0},
     .weights = {{0, 6, 0.1, 0.1, 0.5}},
     .drop = {0.1, 0.1, 0.1, 0},
-    .adam = {3e-4, 0.9, 0.999, 1e-8, 0, 5},
-    .hold = 0.8,
+    .adam = {3e-4, 0.9, 0.98, 1e-8, 0, 5},
+    .hold = 0.9,
 };
 
 static const char *const READOUT_NAMES[] = {"cls", "mean", "sum"};
@@ -3234,6 +3238,7 @@ static int run_load(Run *run) {
     model_load(&run->s.model, run->s.model.m, &f, "exp_avg.");
     model_load(&run->s.model, run->s.model.v, &f, "exp_avg_sq.");
     for (size_t k = 0; k < log->count; k++) run->log[k] = tensor_value(log, k);
+    memset(run->s.model.live, 1, run->s.model.count / ADAM_CHUNK + 1);  // some have moments
     tensor_file_close(&f);
     return 1;
 }
@@ -4014,6 +4019,7 @@ int main(int argc, char **argv) {
     if (!command) command = &COMMANDS[0];
     if (command->bit == FINETUNE) {  // the paper's
         opt.adam.lr = 2e-4;
+        opt.adam.beta2 = 0.999;
         opt.hold = 0;
     }
     const char *words[2] = {NULL, NULL};

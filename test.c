@@ -14,6 +14,7 @@
 #define MB_PROGRAM "test"
 #define MOLEBLEND_TEST
 #define DATA_PREP_TEST
+#define PAIR_GROUP 128  // so that the tests' molecules make more than one group
 #include "moleblend.c"
 #include "data_prep.c"
 

@@ -131,8 +131,8 @@ def pretrain(options):
             command = [PROGRAM, at(data + ".train.bin"), "--valid", at(data + ".valid.bin"),
                        *size_options(options.size), "--steps", str(options.steps),
                        "--batch-size", str(options.pretrain_batch), "--lr",
-                       str(options.pretrain_lr), "--hold", "0", "--warmup",
-                       str(options.steps // 20 + 1), "--seed", "1", "-o",
+                       str(options.pretrain_lr), "--hold", "0", "--beta2", "0.999",
+                       "--warmup", str(options.steps // 20 + 1), "--seed", "1", "-o",
                        at(name + ".unfinished.safetensors"), *extra]
             print("$ " + " ".join(command), file=sys.stderr, flush=True)
             subprocess.run(command, check=True, stdout=out)
