@@ -52,7 +52,7 @@
 //
 // Matrices are row-major, shapes are given as (rows, columns), i and j are the two atoms of a pair.
 // The gradient of a tensor is named d + its name. s is the Step, p its parameters, g their
-// gradients, a its activations. Everything is deterministic: threads share out results, never a sum,
+// gradients, a its activations. Everything is deterministic: threads share out results, never sums,
 // and every random number has a name instead of a turn.
 
 #include "moleblend.h"
@@ -1884,7 +1884,7 @@ static void gradients(double loss[LOSSES], Step *s, const Task *task, float *log
     encoder_backward(s);
 }
 
-// The training step: molecules ids[0..B) of a dataset, blended (or if that is NULL as the task wants
+// The training step: molecules ids[0..B) of a dataset, blended (if that is NULL: as the task wants
 // them), their losses, gradients, and update t = 1, 2, ...; adam has the learning_rate() of this
 // update. Returns the gradient norm.
 static double training_step(double loss[LOSSES], Step *s, const Dataset *data, const uint32_t *ids,
