@@ -659,6 +659,7 @@ static int floyd_path(const int *via, int N, int i, int j, int *atoms) {
     return n + floyd_path(via, N, k, j, atoms + n);
 }
 
+// Another path among several shortest ones, a wrong length, an empty slot that is not empty.
 static void test_relations(void) {
     enum { MOST = 40 };
     Molecule m = {0};
@@ -819,6 +820,7 @@ static double run_linear(Rig *rig) {
     return weighted_sum(rig->acts.ffn_pre, (size_t)T * rig->model.config.ffn);
 }
 
+// A transposed weight, a bias left out, a gradient of the wrong operand.
 static void test_linear(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
@@ -845,6 +847,7 @@ static double run_norm(Rig *rig) {
     return weighted_sum(a->mid, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
+// A wrong variance, a branch scaled by another DropPath than in the forward pass, sums over rows.
 static void test_norm(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
@@ -892,6 +895,7 @@ static double run_gelu(Rig *rig) {
     return weighted_sum(rig->acts.ffn_hidden, n);
 }
 
+// The tanh form instead of the exact one, a mask drawn anew in the backward pass.
 static void test_gelu(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
@@ -949,6 +953,7 @@ static void plain_attention(float *context, const Rig *rig) {
     }
 }
 
+// A head that reads its neighbour, a score without scale or bias, softmax undone wrongly.
 static void test_attention(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
@@ -981,6 +986,7 @@ static double run_geometry(Rig *rig) {
            weighted_sum(rig->acts.bias3d_out, rig->batch.Q * (size_t)rig->model.config.heads);
 }
 
+// A width of the wrong kernel, pairs that use no 3D, the row of another element.
 static void test_geometry(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
@@ -1049,6 +1055,7 @@ static double plain_edge_bias(const Rig *rig, size_t pair, int h) {
     return sum / (spd < 1 ? 1 : spd > 5 ? 5 : spd);
 }
 
+// A relation that was not drawn and is added, or hears a gradient; a path in the wrong slot.
 static void test_bias(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
@@ -1094,6 +1101,7 @@ static double run_embedding(Rig *rig) {
     return weighted_sum(rig->acts.x, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
+// A feature from the row of another one, a table gradient that threads add twice.
 static void test_embedding(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
@@ -1173,6 +1181,7 @@ static void test_noise_output(const Rig *rig) {
     test_check(worst < 1e-5, "denoising head: forward, error %.1e", worst);
 }
 
+// Row and column of a pair swapped, logits of another class, a head that feeds back too much.
 static void test_heads(void) {
     Rig rig;
     rig_open(&rig, 0, 0);
@@ -1218,6 +1227,7 @@ static double run_model(Rig *rig) {
     return run_heads(rig);
 }
 
+// A pass left out between layers, heads and tables, which no layer by itself can notice.
 static void test_model(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
@@ -1310,6 +1320,7 @@ static double run_task(Rig *rig) {
     return weighted_sum(logits, rig->batch.B * 2);
 }
 
+// A read-out over the wrong tokens, its weight left out in the backward pass.
 static void test_task_head(void) {
     Rig rig;
     rig_open(&rig, 2, 0);
@@ -1402,6 +1413,7 @@ static void test_metrics(void) {
 // The tests can fail: a gradient off by 1 %, one wrong feature, a NaN
 // =================================================================================================
 
+// Tests that cannot fail: each gradient is spoilt by 1 %, a feature and a NaN are planted.
 static void test_sensitivity(const char *golden_path) {
     Golden g;
     double loss[LOSSES];
@@ -1463,6 +1475,7 @@ static void write_test_dataset(const char *path, int n, int moved) {
     molecule_free(&m);
 }
 
+// A field read in another order than written, bytes from outside that crash the reader.
 static void test_dataset(void) {
     const char *path = "build/test_data.bin";
     write_test_dataset(path, 40, 0);
@@ -1504,6 +1517,7 @@ static void test_dataset(void) {
     molecule_free(&expected);
 }
 
+// A tensor under another name or type, metadata that do not survive quotes and backslashes.
 static void test_checkpoint(void) {
     const char *path = "build/test_model.safetensors";
     Config c = {2, 24, 20, 3, 12, 0};
@@ -1631,6 +1645,7 @@ static void test_command(const char *command, int code, const char *expected) {
     free(text);
 }
 
+// A wrong command line that goes unnoticed, dies without a reason, or writes something.
 static void test_messages(void) {
     static const struct { const char *command; int code; const char *expected;
     } table[] = {
