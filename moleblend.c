@@ -15,7 +15,7 @@
 // HOW TO READ IT. Sections 1 to 8 are the method, from a molecule to one training step; read them
 // in order, each backward pass stands under its forward pass and quotes the line that it undoes.
 // What is only declared there, with its contract, is kept below: kernels in section 10, memory in
-// 11. All that follows the line "The method ends here" may be skipped. moleblend.h knows nothing of
+// 11. All that follows the border, behind section 8, may be skipped. moleblend.h knows nothing of
 // the model: molecules, datasets, random numbers (rng_uniform(), rng_normal()), files, options.
 //
 //   1 a molecule and its relations     5 from relation to attention bias     9 fine-tuning head
