@@ -150,6 +150,7 @@ enum { LOSS_TOTAL, LOSS_NOISE, LOSS_SPD, LOSS_EDGE, LOSS_3D, LOSSES };
 static const char *const LOSS_NAMES[LOSSES] = {"total", "denoise", "spd", "edge", "3d"};
 
 #define DIRECTION_EPS 1e-5f  // direction = (pos_j - pos_i) / (distance + eps)
+
 // Largest batch a set of buffers can hold; every member separately.
 typedef struct {
     size_t B, T, A, P;
@@ -297,9 +298,8 @@ static int edge_class(int code) {
 }
 
 // What follows for every pair of molecule b: distance and direction, from the noised positions; and
-// what the heads must say of it, from the clean ones. Ethanol, pair (0, 2): SPD
-// class 1 (two bonds), edge classes 0 and 0 (single bonds) and three empty slots, direction
-// pos_2 - pos_0. Every pair counts in every loss, also in that of the relation it shows.
+// what the heads must say of it, whichever relation it shows. Ethanol, pair (0, 2): SPD class 1
+// (two bonds), edge classes 0 and 0 (single bonds), three empty slots, direction pos_2 - pos_0.
 static void batch_pairs(Batch *batch, size_t b) {
     View v = batch_view(batch, b);
     size_t N = (size_t)v.N, plane = N * N;
@@ -393,7 +393,7 @@ enum {
     GAUSS_ROW_OFFSET = 3,    // atom i: row 3 + atomic number index; atom j: 512 more
     EDGE_DIS_BLOCKS = 128,   // edge_dis_encoder has 128 blocks of (H, H), 5 are used
     EDGE_OUTPUTS = PATH_BONDS * EDGE_CLASSES,
-    DIR_INNER = 256,          // blend_3d_pred_head.linear
+    DIR_INNER = 256,         // blend_3d_pred_head.linear
     MAX_LAYERS = 96, MAX_DIM = 8192, MAX_HEADS = 256, MAX_KERNELS = 4096,
 };
 
@@ -411,6 +411,7 @@ typedef enum {
 } InitRule;
 
 #define INIT_STD 0.02f
+
 // X(field, official name, rows, columns, rule); rows = 0: a vector of `columns` numbers.
 #define LINEAR(X, field, name, rows, columns)                                                      \
     X(field##_w, name ".weight", rows, columns, INIT_NORMAL)                                       \
@@ -1161,7 +1162,7 @@ static void embedding_backward(Step *s, float *dstructure3d) {
 // =================================================================================================
 // 6 The encoder: layers with the norm behind the sum,
 //     mid = LN1(x + droppath(Wo attention(x))),  x' = LN2(mid + droppath(W2 gelu(W1 mid)))
-//   Only what the backward pass cannot make again cheaply is kept.
+//   What the backward pass needs is kept, but for dropout's masks, which are drawn again.
 // =================================================================================================
 
 // ---- attention of one molecule and head: prob = softmax(q k^T / sqrt(D) + bias),
@@ -2696,7 +2697,7 @@ static void config_check(Config c) {
     CHECK(c.ffn >= 1 && c.ffn <= MAX_DIM, "--ffn: expected 1 to %d, found %d", MAX_DIM, c.ffn);
     CHECK(c.heads >= 1 && c.dim % c.heads == 0,
           "--heads: expected a divisor of the dimension %d, found %d", c.dim, c.heads);
-    CHECK(c.heads <= 256, "--heads: expected at most 256, found %d", c.heads);
+    CHECK(c.heads <= MAX_HEADS, "--heads: expected at most %d, found %d", MAX_HEADS, c.heads);
     CHECK(c.kernels >= 1 && c.kernels <= MAX_KERNELS, "--kernels: expected 1 to %d, found %d",
           MAX_KERNELS, c.kernels);
 }
@@ -3108,12 +3109,11 @@ static void visit_predictions(Run *run, size_t first, size_t B, void *result) {
         out[k] = out[k] * run->task.std[k % Y] + run->task.mean[k % Y];
 }
 
-// Predictions (n, Y) of a whole dataset, in fresh memory, and its labels if that is not NULL.
+// Predictions (n, Y) of a whole dataset and its labels (n, Y), in fresh memory.
 static float *predict_all(float **labels, Run *run, const Dataset *data) {
     size_t Y = (size_t)run->s.model.config.tasks;
     float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
     visit_batches(run, data, SIZE_MAX, NULL, run->task.use, 1, visit_predictions, out);
-    if (!labels) return out;
     Molecule m = {0};
     *labels = xmalloc(mul_size(data->count, Y), sizeof **labels);
     for (size_t i = 0; i < data->count; i++) {
