@@ -1750,7 +1750,8 @@ static void test_example(void) {
         "0 2     (path_bias[0][0] + path_bias[1][0]) / 2       1   0  0 -1 -1 -1  1.99  0.95"};
     static const char *const written[] = {
         "0.0  1.5  --", "1.5  0    1.4", "2.4  1    .", "(path_bias[0][0] + path_bias[1][0]) / 2",
-        "(two bonds), edge classes 0 and 0 (single bonds)", "0.0 1.5 2.4", "1.5 0.0 1.4", "2.4 1.4 0.0"};
+        "(two bonds), edge classes 0 and 0 (single bonds)", "0.0 1.5 2.4", "1.5 0.0 1.4",
+        "2.4 1.4 0.0"};
     size_t n;
     char *source = file_text("moleblend.c", &n);
     test_command("./data_prep -o build/test_e.bin data/ethanol.sdf", 0, "1 molecules");
