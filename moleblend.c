@@ -2001,7 +2001,9 @@ static double task_loss(float *dlogits, const float *logits, const Batch *batch,
 
 // ---- vectors: elementary functions that compilers vectorise (no table, no branch, no call)
 
-#if (defined(__GNUC__) || defined(__clang__)) && !defined(PLAIN_C)
+// Not where a float times a float is a double (s390x and x87 with -std=c11): gcc then refuses a
+// float times a vector. Method 16 is 0 with _Float16.
+#if defined(__GNUC__) && !defined(PLAIN_C) && (FLT_EVAL_METHOD == 0 || FLT_EVAL_METHOD == 16)
 #if defined(__AVX512F__)
 enum { VEC = 16, MR = 8, NV = 3 };  // floats in a vector; register tile of gemm, see gemm()
 #elif defined(__AVX__)
@@ -2022,12 +2024,6 @@ typedef int quad_mask __attribute__((vector_size(4 * sizeof(int))));
 #else  // any C11 compiler (or -DPLAIN_C): the same code on vectors of one float
 enum { VEC = 1, MR = 4, NV = 4 };
 typedef float vec;
-#endif
-
-#ifdef __clang__  // clang 14 cannot vectorise a maximum, and warns when asked to
-#define SIMD_MAX_TOP
-#else
-#define SIMD_MAX_TOP _Pragma("omp simd reduction(max : top)")
 #endif
 
 static int padded(int n) { return round_up(n, VEC); }
@@ -2087,7 +2083,9 @@ ALWAYS_INLINE float gelu_slope(float x) {
 
 static LogSum softmax_row(float *x, int n) {
     float top = x[0], sum = 0;
-    SIMD_MAX_TOP
+#ifndef __clang__  // clang 14 cannot vectorise a maximum, and warns when asked to
+#pragma omp simd reduction(max : top)
+#endif
     for (int j = 0; j < n; j++) top = x[j] > top ? x[j] : top;
 #pragma omp simd reduction(+ : sum)
     for (int j = 0; j < n; j++) {
