@@ -525,6 +525,9 @@ static double parse_decimal(Span s) {
             value = 10 * value + (uint64_t)(*p - '0');
     }
     int simple = p == end || !(isalnum((unsigned char)*p) || *p == '.');
+#if FLT_EVAL_METHOD == 2  // x87 would round twice
+    simple = 0;
+#endif
     if (digits <= 15 && simple) {
         double v = (double)value / tens[decimals];
         return negative ? -v : v;
