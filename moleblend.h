@@ -39,15 +39,26 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__unix__) || defined(__APPLE__)
-#define MB_POSIX 1
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
-#else
-#define MB_POSIX 0
+#if defined(_WIN32)
 #include <io.h>
+#define isatty _isatty
+#define fileno _fileno
+#else
+#include <unistd.h>
+#endif
+#if defined(_WIN32) || defined(__wasi__)  // no file locks, no sigaction, no mmap
+#define MB_POSIX 0
+#else
+#define MB_POSIX 1
+#include <sys/mman.h>
+#endif
+
+// x87 without -std=c11 keeps float variables in registers of 80 bits: wrong numbers.
+#if defined(__GNUC__) && (FLT_EVAL_METHOD == 2 || FLT_EVAL_METHOD < 0) && \
+    (defined(__clang__) || !defined(__STRICT_ANSI__))
+#error "floats would not be rounded to float: add -std=c11, or better: -msse2 -mfpmath=sse"
 #endif
 
 #ifndef MB_PROGRAM
@@ -669,11 +680,7 @@ typedef struct {
 
 static inline Progress progress_begin(double already_done) {
     Progress p = {now_seconds(), 0, already_done, 0};
-#if MB_POSIX
     p.terminal = isatty(fileno(stderr));
-#else
-    p.terminal = _isatty(_fileno(stderr));
-#endif
     return p;
 }
 
