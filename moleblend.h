@@ -95,7 +95,11 @@ static inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
 // =================================================================================================
 
 #if defined(__GNUC__) || defined(__clang__)
+#ifdef __MINGW_PRINTF_FORMAT
+#define MB_PRINTF(fmt, first) __attribute__((format(__MINGW_PRINTF_FORMAT, fmt, first)))
+#else
 #define MB_PRINTF(fmt, first) __attribute__((format(printf, fmt, first)))
+#endif
 #define MB_NORETURN __attribute__((noreturn))
 #else
 #define MB_PRINTF(fmt, first)
@@ -1034,7 +1038,6 @@ typedef struct {
 
 // The whole of a file, memory-mapped where the platform can (*mapped), or read. Dies if it cannot.
 static inline const uint8_t *file_bytes(const char *path, size_t *size, int *mapped) {
-    const uint8_t *data = NULL;
     *mapped = 0;
 #if MB_POSIX
     struct stat info;
@@ -1046,10 +1049,12 @@ static inline const uint8_t *file_bytes(const char *path, size_t *size, int *map
     if (*size > 0) {
         void *map = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
         *mapped = map != MAP_FAILED;
-        if (*mapped) data = map;
+        if (*mapped) {
+            close(fd);
+            return map;
+        }
     }
     close(fd);
-    if (data) return data;
 #endif
     FILE *f = fopen(path, "rb");
     CHECK(f, "%s: cannot read: %s", path, strerror(errno));
