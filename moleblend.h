@@ -215,11 +215,9 @@ static inline FILE *out_lock(const char *tmp) {
 
 // Opens PATH.tmp for writing. `out` must stay where it is until out_commit().
 static inline void out_open(OutFile *out, const char *path) {
-#if MB_POSIX
     struct stat info;
     CHECK(stat(path, &info) != 0 || S_ISREG(info.st_mode),
           "%s: cannot write: expected a regular file", path);
-#endif
     out->path = xprintf("%s", path);
     out->tmp = xprintf("%s.tmp", path);
 #if MB_POSIX
@@ -390,8 +388,12 @@ static inline int thread_id(void) {
 
 // To be called first in main(): makes waiting short. A hundredth of gcc's default is as fast on an
 // idle machine. gcc's runtime has read its environment before main() begins, so the program begins
-// again with another one.
+// again with another one. On Windows: lines end as they do elsewhere.
 static inline void threads_calm(char **argv) {
+#ifdef _WIN32
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
 #if defined(_OPENMP) && MB_POSIX
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME")) return;
     if (setenv("MB_CALM", "1", 1) || setenv("GOMP_SPINCOUNT", "2000", 1)) return;
