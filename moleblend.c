@@ -3337,7 +3337,7 @@ static void run_step(Run *run) {
     for (int k = 0; k < LOSSES; k++) row[k] = (float)loss[k];
     row[LOG_LR] = (float)adam.lr;
     row[LOG_NORM] = (float)norm;
-    row[LOG_RATE] = (float)((double)opt.batch / (now_seconds() - start));
+    row[LOG_RATE] = (float)((double)opt.batch / fmax(now_seconds() - start, 1e-6));
     run->done++;
 }
 

@@ -279,7 +279,7 @@ static inline void out_commit(OutFile *out) {
 
 // =================================================================================================
 // 4 Being stopped, and sharing the machine. SIGINT, SIGTERM and SIGHUP ask for an orderly end: the
-//   work at hand is finished and saved. Another one, two seconds later or more (timeout(1) sends
+//   work at hand is finished and saved. Another one, 1.5 seconds later or more (timeout(1) sends
 //   each twice), ends the program at once.
 // =================================================================================================
 
@@ -297,12 +297,12 @@ static inline double now_seconds(void) {
 static volatile sig_atomic_t mb_signal;  // the one that came, or 0
 
 static inline void mb_on_signal(int number) {
-    static volatile time_t first;
-    if (mb_signal && time(NULL) > first + 1) {
+    static volatile double first;
+    if (mb_signal && now_seconds() > first + 1.5) {
         signal(number, SIG_DFL);
         raise(number);
     }
-    if (!mb_signal) first = time(NULL);
+    if (!mb_signal) first = now_seconds();
     mb_signal = number;
 }
 
