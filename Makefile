@@ -9,7 +9,7 @@
 # OMP=0           without OpenMP (one thread)
 
 CC ?= gcc
-ARCH ?= -march=native
+ARCH ?= $(NATIVE)
 OMP ?= 1
 WARN = -std=c11 -Wall -Wextra -Wshadow -Wvla -Wdouble-promotion -Wno-psabi
 FAST = -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd
@@ -17,10 +17,12 @@ CFLAGS ?=
 LIBS = -lm
 
 # Is there an OpenMP that links and runs? On a Mac, libomp from Homebrew is tried too.
-PROBE = printf '\#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' > build/omp.c \
-        && $(CC) $(1) build/omp.c -o build/omp $(2) 2> /dev/null && build/omp
+PROBE = (printf '\#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' > build/omp.c \
+        && $(CC) $(1) build/omp.c -o build/omp $(2) && build/omp) 2> /dev/null
 BREW := $(shell brew --prefix libomp 2> /dev/null)
-MADE := $(shell mkdir -p build)
+MADE := $(shell mkdir -p build && echo 'int one;' > build/arch.c)
+# Not every compiler knows it.
+NATIVE := $(shell $(CC) -march=native -c build/arch.c -o build/arch.o 2> /dev/null && echo -march=native)
 ifneq ($(OMP),0)
 ifeq ($(shell $(call PROBE,-fopenmp,) && echo yes),yes)
   OMPFLAGS = -fopenmp
