@@ -5057,7 +5057,9 @@ int main(int argc, char **argv) {
     threads_calm(argv);
     threads_set(0);
     const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
-    int n_inputs = options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc);
+    char given[N_PREP_OPTIONS] = {0};
+    int n_inputs =
+        options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc, given);
     if (prep_opt.help || prep_opt.dump) {
         if (prep_opt.help) print_help();
         else dump_dataset(prep_opt.dump, prep_opt.range);

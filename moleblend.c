@@ -2558,8 +2558,33 @@ static float *floats_alloc(size_t count, const char *hint) {
 #endif
 }
 
+// Index of the first of n numbers that is not finite; n if there is none.
+static size_t first_bad(const float *x, size_t n) {
+    size_t k = 0;
+    while (k < n && isfinite(x[k])) k++;
+    return k;
+}
+
+// What first went wrong in a forward pass.
+typedef struct {
+    char name[64];
+    size_t layer;  // counted from 1; 0: before the layers
+} Bad;
+
+// Notes an array that holds a number which is not finite, unless an earlier layer has one. x has
+// the inputs of the L layers and the output; other arrays of layers have counts that begin with L.
+static void bad_note(Bad *bad, const char *name, const char *count_text, const float *x,
+                     size_t count, size_t L) {
+    size_t k = first_bad(x, count), parts = strcmp(name, "x") == 0 ? L + 1 : L, layer = 0;
+    if (parts > L || strncmp(count_text, "L *", 3) == 0) layer = 1 + k / (count / parts);
+    if (k == count || (bad->name[0] && layer >= bad->layer)) return;
+    bad->layer = layer;
+    snprintf(bad->name, sizeof bad->name, layer ? "%s of layer %zu" : "%s", name, layer - 1);
+}
+
 // Points the arrays of acts into memory from `at` on (NULL: only counts); returns the floats used.
-static size_t acts_place(Acts *acts, float *at, Config c, Sizes s) {
+// If bad is given, it gets the first array in the order of computation that is not finite.
+static size_t acts_place(Acts *acts, float *at, Config c, Sizes s, Bad *bad) {
     const size_t L = (size_t)c.layers, C = (size_t)c.dim, F = (size_t)c.ffn, H = (size_t)c.heads;
     const size_t G = (size_t)c.kernels, Y = (size_t)c.tasks, R = PAIR_WIDTH;
     const size_t T = s.T, A = s.A, P = s.P, BiasSize = s.bias_size;
@@ -2572,6 +2597,8 @@ static size_t acts_place(Acts *acts, float *at, Config c, Sizes s) {
         used += ((count) + 15 + VEC) / 16 * 16;  /* whole vectors can be read at the end */        \
     }
     SAVED_ARRAYS(X)
+#define NOTE(field, count) bad_note(bad, #field, #count, acts->field, count, L);
+    if (bad) { SAVED_ARRAYS(NOTE) }
     if (at) acts->out = acts->x + L * T * C;
     SCRATCH_ARRAYS(X)
     const size_t shared = used;
@@ -2580,14 +2607,16 @@ static size_t acts_place(Acts *acts, float *at, Config c, Sizes s) {
     used = shared;
     HEAD_ARRAYS(X)
 #undef X
+#undef NOTE
     return max_size(used, encoder_end);
 }
 
-// The arrays of s->acts for the batch at hand.
+static Sizes batch_sizes(const Batch *b) {
+    return (Sizes){b->B, b->T, b->A, b->P, b->bias_size, (size_t)b->N};
+}
+
 static void acts_layout(Step *s) {
-    const Batch *b = &s->batch;
-    Sizes sizes = {b->B, b->T, b->A, b->P, b->bias_size, (size_t)b->N};
-    acts_place(&s->acts, s->acts.memory, s->model.config, sizes);
+    acts_place(&s->acts, s->acts.memory, s->model.config, batch_sizes(&s->batch), NULL);
 }
 
 // Widest packed operand of any gemm() of this model.
@@ -2604,7 +2633,7 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
     CHECK(room.P <= INT_MAX && (double)room.bias_size * c.heads * c.layers < 1e12,
           "a batch of %zu molecules with %zu atoms is too large; try a lower --batch-size", room.B,
           room.A);
-    size_t count = acts_place(acts, NULL, c, room);
+    size_t count = acts_place(acts, NULL, c, room, NULL);
     acts->memory = floats_alloc(count, hint);
     acts->row_loss = xmalloc(room.A, sizeof *acts->row_loss);
     size_t width = (size_t)padded((int)room.N + 1), D = (size_t)padded(c.dim / c.heads);
@@ -2769,25 +2798,29 @@ static void model_init(Model *model, uint64_t seed) {
 //   The state for --resume holds also Adam's moments, under a prefix, and the log.
 // =================================================================================================
 
-// Writes the parameters to a file, with the moments and the log (steps, columns) if that is given.
-static void model_write(const char *path, const Model *model, const char *meta, const float *log,
-                        size_t steps, size_t columns) {
-    static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
-    const float *const arenas[] = {model->params, model->m, model->v};
-    size_t n = (size_t)model->n_tensors * (log ? 3 : 1);
-    TensorOut *out = xmalloc(n + 1, sizeof *out);
+// What a state holds under the names of the model's tensors, each behind its prefix: parameters,
+// Adam's moments and, of fine-tuning, the best parameters so far. A checkpoint has the first alone.
+enum { ARENAS = 4 };
+static const char *const ARENA_PREFIXES[ARENAS] = {"", "exp_avg.", "exp_avg_sq.", "best."};
+
+// Writes the arenas that are not NULL to a file, then other tensors of static names.
+static void model_write(const char *path, const Model *model, float *const arenas[ARENAS],
+                        const TensorOut *other, size_t others, const char *meta) {
+    size_t n = 0, last;
+    TensorOut *out = xmalloc(ARENAS * (size_t)model->n_tensors + others, sizeof *out);
     char name[128];
-    for (size_t k = 0; k < n; k++) {
-        const TensorInfo *t = &model->info[k % (size_t)model->n_tensors];
-        size_t arena = k / (size_t)model->n_tensors;
-        const char *module =
-            strstr(t->pattern, "proj_out.") ? "encoder." : "encoder.molecule_encoder.";
-        out[k] = (TensorOut){xprintf("%s%s%s", prefixes[arena], module, tensor_name(t, name)),
-                             t->rows, t->columns, arenas[arena] + t->offset};
-    }
-    if (log) out[n++] = (TensorOut){xprintf("log"), steps, columns, log};
+    for (int a = 0; a < ARENAS; a++)
+        for (int k = 0; k < model->n_tensors && arenas[a]; k++) {
+            const TensorInfo *t = &model->info[k];
+            const char *module = strstr(t->pattern, "proj_out.") ? "" : "molecule_encoder.";
+            out[n++] = (TensorOut){xprintf("%sencoder.%s%s", ARENA_PREFIXES[a], module,
+                                           tensor_name(t, name)),
+                                   t->rows, t->columns, arenas[a] + t->offset};
+        }
+    last = n;
+    for (size_t k = 0; k < others; k++) out[n++] = other[k];
     tensor_file_write(path, out, n, meta);
-    for (size_t k = 0; k < n; k++) free(out[k].name);
+    for (size_t k = 0; k < last; k++) free(out[k].name);
     free(out);
 }
 
@@ -2857,6 +2890,35 @@ static void model_load(const Model *model, float *arena, const TensorFile *f, co
     for (int i = 0; i < model->n_tensors; i++)
         CHECK(tensor_load(arena, &model->info[i], f, prefix), "%s: tensor %s%s is missing", f->path,
               prefix, tensor_name(&model->info[i], name));
+}
+
+// Metadata of a file that must be `kind`, or the end of the program.
+static const char *required_meta(const TensorFile *f, const char *key, const char *kind) {
+    const char *text = tensor_meta(f, key);
+    CHECK(text, "%s: not %s (metadata %s is missing)", f->path, kind, key);
+    return text;
+}
+
+// Y numbers of the metadata of a fine-tuned model.
+static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *key) {
+    const char *text = required_meta(f, key, "a fine-tuned model");
+    for (size_t y = 0; y < Y; y++) {
+        char *end;
+        out[y] = strtof(text, &end);
+        CHECK(end != text && isfinite(out[y]), "%s: metadata %s: expected %zu numbers", f->path,
+              key, Y);
+        text = end;
+    }
+}
+
+// A whole number, not negative, of the metadata of a run's state.
+static int64_t meta_whole(const TensorFile *f, const char *key) {
+    const char *text = required_meta(f, key, "the state of a run");
+    char *end;
+    long long number = strtoll(text, &end, 10);
+    CHECK(end != text && *end == 0 && number >= 0,
+          "%s: metadata %s: expected a whole number, found \"%s\"", f->path, key, text);
+    return number;
 }
 
 // Is this tensor of a checkpoint part of a head, which fine-tuning leaves behind?
@@ -2956,15 +3018,15 @@ static int modality_use(const char *name) {
 }
 
 // The sizes of a model to train: a named one (base: the paper's) and what the options replace in
-// it; with --init those of the checkpoint, which the options may only repeat.
-static Config start_config(void) {
+// it; with --init those of the checkpoint `init`, which the options may only repeat.
+static Config start_config(const char *init) {
     static const char *const names[] = {"tiny", "small", "base"};
     static const Config configs[] = {{2, 64, 64, 4, 16, 0}, {6, 256, 256, 8, 64, 0},
                                      {12, 768, 768, 32, 128, 0}};
     Config c = configs[opt.size ? name_index("--size", opt.size, names, 3) : 1], file = c;
-    if (opt.init) {
+    if (init) {
         TensorFile f;
-        tensor_file_open(&f, opt.init);
+        tensor_file_open(&f, init);
         file = tensor_file_config(&f);
         tensor_file_close(&f);
         if (!opt.size) c = file;
@@ -2976,15 +3038,19 @@ static Config start_config(void) {
         *asked[n] = *number[n];  // for options_text()
     }
     c.tasks = file.tasks = 0;
-    CHECK(!opt.init || memcmp(&c, &file, sizeof c) == 0,
+    CHECK(!init || memcmp(&c, &file, sizeof c) == 0,
           "%s: has --layers %d --dim %d --ffn %d --heads %d --kernels %d; leave out the size "
-          "options that say otherwise", opt.init, file.layers, file.dim, file.ffn, file.heads,
+          "options that say otherwise", init, file.layers, file.dim, file.ffn, file.heads,
           file.kernels);
     return c;
 }
 
-// Columns of the training log, one row a step.
+// Columns of the log, a row a step.
 enum { LOG_LR = LOSSES, LOG_NORM, LOG_RATE, LOG_COLUMNS };
+// Columns of fine-tuning's history, a row an epoch: which seed, counted from the first; the epoch,
+// its mean loss, selection_metric() and the best epoch so far. A seed's last row has its metrics.
+enum { EPOCH_SEED, EPOCH_NUMBER, EPOCH_LOSS, EPOCH_VALID, EPOCH_BEST, EPOCH_TEST,
+       EPOCH_COLUMNS = EPOCH_TEST + METRICS };
 
 typedef struct {
     Step s;
@@ -2995,15 +3061,19 @@ typedef struct {
     float *logits;               // (2, B, Y)
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
     int64_t epoch, done, steps, warmup;  // updates done, and in all
-    uint64_t seed;
-    float *log;                  // (steps, LOG_COLUMNS)
-    float *best;                 // fine-tuning: parameters of the best epoch
-    int64_t best_epoch;
-    double best_metric;
+    int64_t nth;                 // fine-tuning: how many seeds are complete
+    float *log;                  // (done, LOG_COLUMNS) of this seed
+    float *history;              // (epochs, EPOCH_COLUMNS) of all seeds
+    float *best;                 // fine-tuning: parameters of this seed's best epoch
+    int64_t epochs, shown;       // rows of history; rows that are in the CSV
     char *state_path, *log_path;
+    FILE *csv;                   // grows while the run does
     OutFile lock;                // held from start to end: two runs may not write the same files
-    TensorFile file;             // of --model; its dataset is `test`
+    TensorFile file;             // the state of a resumed run; of --model; its dataset is `test`
 } Run;
+
+// Names the draws of a run.
+static uint64_t run_seed(const Run *run) { return (uint64_t)(opt.seed + run->nth); }
 
 // Makes activations and batch large enough for B molecules of a dataset; memory only grows.
 static void run_reserve(Run *run, const Dataset *data, const uint32_t *ids, size_t B) {
@@ -3024,7 +3094,8 @@ static void run_ids(Run *run, int64_t step) {
     for (int64_t k = 0; k < opt.batch; k++) {
         int64_t sample = step * opt.batch + k, epoch = sample / n;
         if (epoch != run->epoch)
-            rng_permutation(run->order, run->train.count, run->seed, RNG_SHUFFLE, (uint32_t)epoch);
+            rng_permutation(run->order, run->train.count, run_seed(run), RNG_SHUFFLE,
+                            (uint32_t)epoch);
         run->epoch = epoch;
         run->ids[k] = run->order[sample % n];
     }
@@ -3122,32 +3193,81 @@ static float *predict_all(float **labels, Run *run, const Dataset *data) {
     return out;
 }
 
-// Dies if a number is not finite, naming the first tensor that holds one.
-static void check_finite(const Model *model, double value, int64_t step) {
+// Dies if a number is not finite, naming what was first to be none in the order of computation: an
+// array of the forward pass (x of a layer is its input), else a gradient; those are made from the
+// end of the table to its start.
+static void check_finite(Run *run, double value) {
+    const Model *model = &run->s.model;
+    char name[128], gradient[256] = "the loss itself";
+    Bad bad = {0};
     if (isfinite(value)) return;
-    char name[128] = "none";
-    for (int i = 0; i < model->n_tensors; i++) {
+    acts_place(&run->s.acts, run->s.acts.memory, model->config, batch_sizes(&run->s.batch), &bad);
+    for (int i = 0; i < model->n_tensors && !bad.name[0]; i++) {
         const TensorInfo *t = &model->info[i];
-        for (size_t k = t->offset; k < t->offset + t->count; k++)
-            CHECK(isfinite(model->grads[k]) && isfinite(model->params[k]),
-                  "step %lld: the loss is no longer a number; first bad tensor: %s. Try a lower "
-                  "--lr", (long long)step, tensor_name(t, name));
+        if (first_bad(model->grads + t->offset, t->count) < t->count)
+            snprintf(gradient, sizeof gradient, "the gradient of %s", tensor_name(t, name));
     }
-    DIE("step %lld: the loss is no longer a number. Try a lower --lr", (long long)step);
+    DIE("step %lld: the loss is no longer a number. In the order of computation the first to be "
+        "none: %s. What was saved before is kept. Try a lower --lr", (long long)run->done + 1,
+        bad.name[0] ? bad.name : gradient);
+}
+
+// ---- fine-tuning's choice of an epoch
+
+// The number by which epochs are chosen, better when larger: the mean ROC-AUC, or minus the mean
+// RMSE in deviations of the training labels, so that no task's unit outweighs another's.
+static double selection_metric(Run *run, const Dataset *data) {
+    const Task *task = &run->task;
+    size_t Y = (size_t)data->n_tasks, defined = 0;
+    float *labels, *out = predict_all(&labels, run, data);
+    double sum = 0, metric[METRICS];
+    for (size_t y = 0; y < Y; y++) {
+        task_metrics(metric, task->kind, out, labels, data->count, Y, y);
+        double now = metric[METRIC_AUC];
+        if (task->kind == TASK_REGRESSION) now = -metric[METRIC_RMSE] / (double)task->std[y];
+        defined += !isnan(now);
+        sum += isnan(now) ? 0 : now;
+    }
+    free(out);
+    free(labels);
+    return defined ? sum / (double)defined : (double)NAN;
+}
+
+// A selection_metric() for people: of a single task in its units.
+static double shown_metric(const Run *run, float metric) {
+    return fabs((double)metric) * (run->train.n_tasks == 1 ? (double)run->task.std[0] : 1);
+}
+
+static const char *selection_name(const Run *run) {
+    if (run->task.kind == TASK_CLASSIFICATION) return "ROC-AUC";
+    return run->train.n_tasks == 1 ? "RMSE" : "RMSE in deviations of the labels";
+}
+
+// Is a better than b, by selection_metric()? Anything is better than none.
+static int is_better(float a, float b) { return a > b || isnan(b); }
+
+// The row of the best epoch of the seed at hand; NULL before its first.
+static const float *best_epoch(const Run *run) {
+    if (run->epochs == 0) return NULL;
+    const float *last = run->history + (run->epochs - 1) * EPOCH_COLUMNS;
+    if ((int64_t)last[EPOCH_SEED] != run->nth) return NULL;
+    return last - (int64_t)(last[EPOCH_NUMBER] - last[EPOCH_BEST]) * EPOCH_COLUMNS;
 }
 
 // ---- saving and resuming
 
-static char *options_text(void);  // everything that shapes a run's trajectory, see section 14
+static char *options_text(int of_state);  // what shapes a run's trajectory, see section 14
+static void options_from_state(const char *text, const char *path);
 
 // Metadata of a checkpoint: a model's sizes, and where its run is; or a fine-tuned model's task.
-static char *run_meta(const Run *run) {
+static char *run_meta(const Run *run, int of_state) {
     Text t = {0}, names = {0}, mean = {0}, std = {0};
     Config c = run->s.model.config;
     const char *const keys[] = {"layers", "dim", "ffn", "heads", "kernels", "step", "molecules",
-                                "fingerprint"};
+                                "fingerprint", "valid_fingerprint", "seeds_done"};
     const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
-                                (long long)run->train.count, dataset_fingerprint(&run->train)};
+                                (long long)run->train.count, dataset_fingerprint(&run->train),
+                                run->finetuning ? dataset_fingerprint(&run->valid) : 0, run->nth};
     text_add(&t, "{");
     text_add_meta(&t, "format", "pt");
     for (size_t k = 0; k < sizeof keys / sizeof keys[0]; k++) {
@@ -3155,7 +3275,7 @@ static char *run_meta(const Run *run) {
         snprintf(number, sizeof number, "%lld", values[k]);
         text_add_meta(&t, keys[k], number);
     }
-    char *options = options_text();
+    char *options = options_text(of_state);
     text_add_meta(&t, "run", options);
     free(options);
     for (int y = 0; run->finetuning && y < c.tasks; y++) {
@@ -3178,67 +3298,94 @@ static char *run_meta(const Run *run) {
     return t.text;
 }
 
-// The training log as CSV.
-static void log_write(const Run *run) {
-    OutFile out;
-    Text t = {0};
-    text_add(&t, "step");
-    for (int k = 0; k < LOSSES; k++) text_add(&t, ",%s", LOSS_NAMES[k]);
-    text_add(&t, ",lr,gradient_norm,molecules_per_second\n");
-    for (int64_t i = 0; i < run->done; i++) {
-        text_add(&t, "%lld", (long long)i + 1);
-        for (int k = 0; k < LOG_COLUMNS; k++)
-            text_add(&t, ",%.6g", (double)run->log[i * LOG_COLUMNS + k]);
-        text_add(&t, "\n");
+// Adds the rows to the CSV that it has not yet: of fine-tuning an epoch each, else a step each.
+static void log_write(Run *run) {
+    int64_t end = run->finetuning ? run->epochs : run->done;
+    if (!run->csv) {
+        run->csv = fopen(run->log_path, "w");
+        CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
+        fprintf(run->csv, "%s", run->finetuning ? "seed,epoch,loss,valid,best_epoch" : "step");
+        for (int k = 0; k < LOSSES && !run->finetuning; k++)
+            fprintf(run->csv, ",%s", LOSS_NAMES[k]);
+        fprintf(run->csv, run->finetuning ? "\n" : ",lr,gradient_norm,molecules_per_second\n");
     }
-    out_open(&out, run->log_path);
-    out_write(&out, t.text, t.length);
-    out_commit(&out);
-    free(t.text);
+    for (; run->shown < end; run->shown++) {
+        const float *row = run->history + run->shown * EPOCH_COLUMNS;
+        if (run->finetuning) {
+            fprintf(run->csv, "%lld,%.0f,%.6g,%.6g,%.0f\n", (long long)opt.seed +
+                    (long long)row[EPOCH_SEED], (double)row[EPOCH_NUMBER], (double)row[EPOCH_LOSS],
+                    shown_metric(run, row[EPOCH_VALID]), (double)row[EPOCH_BEST]);
+            continue;
+        }
+        fprintf(run->csv, "%lld", (long long)run->shown + 1);
+        for (int k = 0; k < LOG_COLUMNS; k++)
+            fprintf(run->csv, ",%.6g", (double)run->log[run->shown * LOG_COLUMNS + k]);
+        fprintf(run->csv, "\n");
+    }
+    CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
+          strerror(errno));
 }
 
-// Writes the checkpoint; of pretraining first the state for --resume, which is complete in itself,
-// so that a run killed between two renames resumes from it, and last the log.
-static void run_save(const Run *run) {
-    char *meta = run_meta(run);
-    if (!run->finetuning)
-        model_write(run->state_path, &run->s.model, meta, run->log, (size_t)run->done, LOG_COLUMNS);
-    model_write(opt.output, &run->s.model, meta, NULL, 0, 0);
-    if (!run->finetuning) log_write(run);
+// The arenas of a run's state.
+static void run_arenas(float *arenas[ARENAS], const Run *run) {
+    const Model *m = &run->s.model;
+    float *const all[ARENAS] = {m->params, m->m, m->v, run->best};
+    memcpy(arenas, all, sizeof all);
+}
+
+// Writes first the state for --resume, which is complete in itself, so that a run killed between
+// two renames resumes from it; then the checkpoint: of fine-tuning this seed's best parameters, if
+// no earlier seed had better ones.
+static void run_save(Run *run) {
+    const TensorOut tables[] = {
+        {"log", (size_t)run->done, LOG_COLUMNS, run->log},
+        {"history", (size_t)run->epochs, EPOCH_COLUMNS, run->history}};
+    size_t n_tables = (run->done > 0) + (run->epochs > 0);
+    float *arenas[ARENAS], *const output[ARENAS] = {run->best ? run->best : run->s.model.params};
+    char *meta = run_meta(run, 1), *short_meta = run_meta(run, 0);
+    const float *best = best_epoch(run);
+    int better = best != NULL;
+    for (const float *row = run->history; better && row[EPOCH_SEED] < best[EPOCH_SEED];
+         row += EPOCH_COLUMNS)
+        better = is_better(best[EPOCH_VALID], row[EPOCH_VALID]);
+    run_arenas(arenas, run);
+    model_write(run->state_path, &run->s.model, arenas, tables, n_tables, meta);
+    if (!run->finetuning || better)
+        model_write(opt.output, &run->s.model, output, NULL, 0, short_meta);
+    log_write(run);
     free(meta);
+    free(short_meta);
 }
 
-// Continues the run whose state is there. Returns 0 if there is none.
-static int run_load(Run *run) {
-    TensorFile f;
-    FILE *there = fopen(run->state_path, "rb");
-    if (!there) return 0;
-    fclose(there);
-    tensor_file_open(&f, run->state_path);
-    char *now = options_text(), data[64], saved[64];
-    const char *then = tensor_meta(&f, "run"), *step = tensor_meta(&f, "step");
-    const char *molecules = tensor_meta(&f, "molecules"), *print = tensor_meta(&f, "fingerprint");
-    CHECK(then && step && molecules && print, "%s: not the state of a run (no metadata)",
-          run->state_path);
-    snprintf(data, sizeof data, "%zu molecules %u", run->train.count,
-             (unsigned)dataset_fingerprint(&run->train));
-    snprintf(saved, sizeof saved, "%s molecules %s", molecules, print);
-    CHECK(strcmp(now, then) == 0 && strcmp(data, saved) == 0,
-          "%s: --resume needs the same data and options; expected \"%s %s\", found \"%s %s\"",
-          run->state_path, then, saved, now, data);
-    free(now);
-    run->done = strtoll(step, NULL, 10);
-    const TensorEntry *log = tensor_find(&f, "log");
-    CHECK(run->done >= 0 && run->done <= run->steps && log && strcmp(log->dtype, "F32") == 0 &&
-              log->count == (size_t)run->done * LOG_COLUMNS,
-          "%s: damaged state (the log does not fit step %s)", run->state_path, step);
-    model_load(&run->s.model, run->s.model.params, &f, "");
-    model_load(&run->s.model, run->s.model.m, &f, "exp_avg.");
-    model_load(&run->s.model, run->s.model.v, &f, "exp_avg_sq.");
-    for (size_t k = 0; k < log->count; k++) run->log[k] = tensor_value(log, k);
+// Reads a table of the state into `rows` (at most `most` rows); returns how many there are: of an
+// empty one nothing was written.
+static int64_t table_load(float *rows, int64_t most, int64_t columns, const TensorFile *f,
+                          const char *name) {
+    const TensorEntry *t = tensor_find(f, name);
+    if (!t) return 0;
+    CHECK(strcmp(t->dtype, "F32") == 0 && t->rank == 2 &&
+          t->shape[1] == (size_t)columns && t->shape[0] <= (size_t)most,
+          "%s: damaged state: expected a table %s of at most %lld rows", f->path, name,
+          (long long)most);
+    for (size_t k = 0; k < t->count; k++) rows[k] = tensor_value(t, k);
+    return (int64_t)t->shape[0];
+}
+
+// Continues the run whose state was opened by run_open().
+static void run_load(Run *run) {
+    TensorFile *f = &run->file;
+    float *arenas[ARENAS];
+    run->nth = meta_whole(f, "seeds_done");
+    run->done = table_load(run->log, run->steps, LOG_COLUMNS, f, "log");
+    if (run->finetuning)
+        run->epochs = table_load(run->history, opt.epochs * opt.seeds, EPOCH_COLUMNS, f, "history");
+    CHECK(run->done == meta_whole(f, "step"), "%s: damaged state: the log does not fit the step",
+          f->path);
+    run_arenas(arenas, run);
+    for (int a = 0; a < ARENAS; a++)
+        if (arenas[a]) model_load(&run->s.model, arenas[a], f, ARENA_PREFIXES[a]);
     memset(run->s.model.live, 1, run->s.model.count / ADAM_CHUNK + 1);  // some have moments
-    tensor_file_close(&f);
-    return 1;
+    tensor_file_close(f);
 }
 
 // ---- opening and closing
@@ -3255,33 +3402,54 @@ static void check_positions(const Dataset *data, int use) {
                 "only\n", data->path, without, data->count);
 }
 
+// Opens the state of the run to be resumed, if there is one, and takes its options.
+static void run_open_state(Run *run) {
+    FILE *there = fopen(run->state_path, "rb");
+    if (!there) {
+        fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
+                run->state_path);
+        return;
+    }
+    fclose(there);
+    tensor_file_open(&run->file, run->state_path);
+    options_from_state(required_meta(&run->file, "run", "the state of a run"), run->state_path);
+    int64_t print = meta_whole(&run->file, "fingerprint");
+    CHECK(print == dataset_fingerprint(&run->train), "%s: --resume needs the same data; expected "
+          "%lld molecules with fingerprint %lld, found %zu with %u in %s", run->state_path,
+          (long long)meta_whole(&run->file, "molecules"), (long long)print, run->train.count,
+          (unsigned)dataset_fingerprint(&run->train), run->train.path);
+}
+
 // Opens the training set and those beside it, and claims the output: now, not after hours of work,
 // it is found out whether it can be written.
 static void run_open(Run *run, const char *train_path) {
     dataset_open(&run->train, train_path);
     int64_t n = (int64_t)run->train.count, batch = run->finetuning ? DEFAULT_BATCH : PRETRAIN_BATCH;
     CHECK(n > 0, "%s: the dataset is empty", train_path);
-    CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
-          (long long)opt.batch, (long long)n, train_path);
-    if (!opt.batch) opt.batch = n < batch ? n : batch;
     run->state_path = xprintf("%s.state", opt.output);
     size_t stem = strlen(opt.output);
     if (stem > 12 && strcmp(opt.output + stem - 12, ".safetensors") == 0) stem -= 12;
     run->log_path = xprintf("%.*s.log.csv", (int)stem, opt.output);
     char *lock = xprintf("%s.run", opt.output);
     out_probe(opt.output);
+    out_probe(run->state_path);
+    out_probe(run->log_path);
     out_open(&run->lock, lock);
     free(lock);
+    if (opt.resume) run_open_state(run);
+    CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
+          (long long)opt.batch, (long long)n, train_path);
+    if (!opt.batch) opt.batch = n < batch ? n : batch;
     if (opt.valid) dataset_open(&run->valid, opt.valid);
     if (opt.test) dataset_open(&run->test, opt.test);
     run->epoch = -1;
-    run->seed = (uint64_t)opt.seed;
     run->order = xmalloc(run->train.count, sizeof *run->order);
     run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
     run->s.drop = opt.drop;
     run->s.weights = opt.weights;
     run->steps = run->finetuning ? (opt.epochs * n + opt.batch - 1) / opt.batch : opt.steps;
     run->warmup = opt.warmup >= 0 ? opt.warmup : run->steps / (run->finetuning ? 10 : 12) + 1;
+    run->log = xmalloc((size_t)run->steps, LOG_COLUMNS * sizeof *run->log);
 }
 
 // A dataset, and model, buffers and settings for --model FILE.
@@ -3312,8 +3480,9 @@ static void run_close(Run *run) {
     model_free(&run->s.model);
     acts_free(&run->s.acts);
     batch_free(&run->s.batch);
-    void *const memory[] = {run->order, run->ids, run->log, run->best, run->logits, run->statistics,
-                            run->state_path, run->log_path};
+    if (run->csv) fclose(run->csv);
+    void *const memory[] = {run->order, run->ids, run->log, run->history, run->best, run->logits,
+                            run->statistics, run->state_path, run->log_path};
     for (size_t k = 0; k < sizeof memory / sizeof memory[0]; k++) free(memory[k]);
 }
 
@@ -3328,11 +3497,11 @@ static void run_step(Run *run) {
     adam.lr = learning_rate(opt.adam.lr, run->done, run->warmup, run->steps, opt.hold);
     run_ids(run, run->done);
     run_reserve(run, &run->train, run->ids, (size_t)opt.batch);
-    Draws draws = {run->seed, (uint32_t)run->done, 0, 1};
+    Draws draws = {run_seed(run), (uint32_t)run->done, 0, 1};
     double norm = training_step(loss, s, &run->train, run->ids, (size_t)opt.batch,
                                 run->finetuning ? NULL : &opt.blend, run->finetuning, run->logits,
                                 &adam, &draws, run->done + 1);
-    check_finite(&s->model, loss[LOSS_TOTAL] + norm, run->done + 1);
+    check_finite(run, loss[LOSS_TOTAL] + norm);
     float *row = run->log + run->done * LOG_COLUMNS;
     for (int k = 0; k < LOSSES; k++) row[k] = (float)loss[k];
     row[LOG_LR] = (float)adam.lr;
@@ -3350,10 +3519,9 @@ static void log_mean(double mean[LOG_COLUMNS], const Run *run, int64_t first, in
     }
 }
 
-// Of pretraining: a line on stdout a twentieth of the way, and the state now and then.
-static void pretrain_after_step(Run *run, int terminal) {
+// Of pretraining: a line on stdout a twentieth of the way.
+static void pretrain_after_step(const Run *run, int terminal) {
     int64_t every = run->steps / 20 > 0 ? run->steps / 20 : 1, n = run->done;
-    if (n < run->steps && n % opt.save_every == 0) run_save(run);
     if (n != 1 && n % every && n != run->steps) return;
     double mean[LOG_COLUMNS];
     log_mean(mean, run, n == 1 ? 0 : n - (n % every ? n % every : every), n);
@@ -3364,68 +3532,61 @@ static void pretrain_after_step(Run *run, int terminal) {
     fflush(stdout);
 }
 
-// The number by which epochs are chosen, better when larger: the mean ROC-AUC, or minus the mean
-// RMSE in deviations of the training labels, so that no task's unit outweighs another's.
-static double selection_metric(Run *run, const Dataset *data) {
-    const Task *task = &run->task;
-    size_t Y = (size_t)data->n_tasks, defined = 0;
-    float *labels, *out = predict_all(&labels, run, data);
-    double sum = 0, metric[METRICS];
-    for (size_t y = 0; y < Y; y++) {
-        task_metrics(metric, task->kind, out, labels, data->count, Y, y);
-        double now = metric[METRIC_AUC];
-        if (task->kind == TASK_REGRESSION) now = -metric[METRIC_RMSE] / (double)task->std[y];
-        defined += !isnan(now);
-        sum += isnan(now) ? 0 : now;
-    }
-    free(out);
-    free(labels);
-    return defined ? sum / (double)defined : (double)NAN;
-}
-
-// A selection_metric() for people: of a single task in its units.
-static double shown_metric(const Run *run, double metric) {
-    return fabs(metric) * (run->train.n_tasks == 1 ? (double)run->task.std[0] : 1);
-}
-
-// Of fine-tuning: at the end of an epoch its parameters are kept if they are the best on the
-// validation set. Returns 1 if enough epochs have passed without gain. `text`: for progress.
-static int finetune_after_step(Run *run, char *text, size_t room) {
+// Of fine-tuning, at the end of an epoch: a row of the history and a line on stdout; parameters are
+// kept if they are the best on the validation set.
+static void finetune_after_step(Run *run, int terminal) {
     int64_t n = (int64_t)run->train.count, epoch = run->done * opt.batch / n;
-    int64_t first = (epoch - 1) * n / opt.batch;
-    if (epoch == (run->done - 1) * opt.batch / n || mb_signal) return 0;
-    double now = selection_metric(run, &run->valid), mean[LOG_COLUMNS];
-    log_mean(mean, run, first, run->done);
-    if (run->best_epoch == 0 || now > run->best_metric || isnan(run->best_metric)) {
-        run->best_metric = now;
-        run->best_epoch = epoch;
-        memcpy(run->best, run->s.model.params, sizeof(float) * run->s.model.count);
-    }
-    snprintf(text, room, "seed %llu epoch %lld: loss %.4f, valid %.4f",
-             (unsigned long long)run->seed, (long long)epoch, mean[LOSS_TOTAL],
-             shown_metric(run, now));
-    return opt.patience > 0 && epoch - run->best_epoch >= opt.patience;
+    if (epoch == (run->done - 1) * opt.batch / n || mb_signal) return;
+    double mean[LOG_COLUMNS];
+    const float *best = best_epoch(run);
+    float valid = (float)selection_metric(run, &run->valid);
+    log_mean(mean, run, (epoch - 1) * n / opt.batch, run->done);
+    int better = !best || is_better(valid, best[EPOCH_VALID]);
+    float *row = run->history + run->epochs++ * EPOCH_COLUMNS;
+    row[EPOCH_SEED] = (float)run->nth;
+    row[EPOCH_NUMBER] = (float)epoch;
+    row[EPOCH_LOSS] = (float)mean[LOSS_TOTAL];
+    row[EPOCH_VALID] = valid;
+    row[EPOCH_BEST] = better ? (float)epoch : best[EPOCH_BEST];
+    if (better) memcpy(run->best, run->s.model.params, sizeof(float) * run->s.model.count);
+    if (terminal) fprintf(stderr, "\r\033[K");
+    printf("%6llu %6lld %9.4f %10.4f%s\n", (unsigned long long)run_seed(run), (long long)epoch,
+           mean[LOSS_TOTAL], shown_metric(run, valid), better ? "  best so far" : "");
+    fflush(stdout);
 }
 
-// Updates run->done..run->steps-1, or as far as a signal lets it come.
+// Have enough epochs passed without gain?
+static int is_enough(const Run *run) {
+    const float *best = best_epoch(run), *last = run->history + (run->epochs - 1) * EPOCH_COLUMNS;
+    return best && opt.patience > 0 &&
+           (int64_t)(last[EPOCH_NUMBER] - best[EPOCH_NUMBER]) >= opt.patience;
+}
+
+// Updates run->done..run->steps-1, or as far as a signal lets it come; ends the program, saved, if
+// there was one.
 static void run_train(Run *run) {
     Progress progress = progress_begin((double)run->done);
     int64_t first = run->done;
-    int enough = 0;
-    char text[96] = "";
+    char text[96];
     signals_catch();
-    while (run->done < run->steps && !mb_signal && !enough) {
+    while (run->done < run->steps && !mb_signal && !is_enough(run)) {
         run_step(run);
-        if (!run->finetuning)
-            snprintf(text, sizeof text, "step %lld of %lld", (long long)run->done,
-                     (long long)run->steps);
-        if (run->finetuning) enough = finetune_after_step(run, text, sizeof text);
+        if (run->finetuning) finetune_after_step(run, progress.terminal);
         else pretrain_after_step(run, progress.terminal);
+        log_write(run);
+        if (run->done < run->steps && run->done % opt.save_every == 0) run_save(run);
+        snprintf(text, sizeof text, "step %lld of %lld%s", (long long)run->done,
+                 (long long)run->steps, run->finetuning ? " of this seed" : "");
         progress_show(&progress, (double)run->done, (double)run->steps,
                       (double)(run->done - first) * (double)opt.batch, "molecules", text,
-                      run->finetuning && (enough || run->done == run->steps));
+                      run->finetuning && run->done == run->steps);
     }
     if (progress.terminal) fprintf(stderr, "\r\033[K");
+    run_save(run);  // also when all steps were done: the run may have been killed while saving
+    if (!mb_signal) return;
+    fprintf(stderr, "stopped by a signal and saved after step %lld; to go on, give the same "
+            "command with --resume\n", (long long)run->done);
+    mb_exit(128 + mb_signal);
 }
 
 // =================================================================================================
@@ -3437,12 +3598,10 @@ static void run_train(Run *run) {
 // Opens what a pretraining run needs, and says what will be done.
 static void pretrain_open(Run *run, const char *train_path) {
     run_open(run, train_path);
-    out_probe(run->state_path);
-    out_probe(run->log_path);
-    model_create(&run->s.model, start_config(), 1);
-    model_init(&run->s.model, run->seed);
-    run->log = xmalloc((size_t)run->steps, LOG_COLUMNS * sizeof *run->log);
-    int resumed = opt.resume && run_load(run);
+    int resumed = run->file.path != NULL;
+    model_create(&run->s.model, start_config(resumed ? NULL : opt.init), 1);
+    if (resumed) run_load(run);
+    else model_init(&run->s.model, run_seed(run));
     if (opt.init && !resumed) {
         TensorFile f;
         tensor_file_open(&f, opt.init);
@@ -3469,9 +3628,6 @@ static void pretrain_open(Run *run, const char *train_path) {
         (double)run->steps * (double)opt.batch / (double)run->train.count, thread_count(),
         thread_count() > 1 ? "s" : "", MB_OPENMP ? "" : " (built without OpenMP)");
     if (resumed) fprintf(stderr, "resumed after step %lld\n", (long long)run->done);
-    if (opt.resume && !resumed)
-        fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
-                run->state_path);
 }
 
 // The result: each loss at the start and the end, on the validation set, and by chance.
@@ -3500,17 +3656,13 @@ static void command_pretrain(const char *train_path) {
     pretrain_open(&run, train_path);
     printf("   step    total  denoise     spd    edge      3d        lr gradient    mol/s\n");
     run_train(&run);
-    run_save(&run);  // also when all steps were done: the run may have been killed while saving
-    if (run.done < run.steps) {
-        fprintf(stderr, "stopped by a signal and saved after step %lld; to go on, give the same "
-                "command with --resume\n", (long long)run.done);
-        mb_exit(128 + mb_signal);
-    }
     pretrain_report(&run);
     run_close(&run);
 }
 
 // ---- finetune: ./moleblend finetune train.bin --valid v.bin --test t.bin --init FILE
+
+#define LABEL_MAX 1e15  // squares of errors still fit a float
 
 // The kind of the labels, recognised by their values if --task does not say; and their mean and
 // standard deviation, task by task (1 where all are equal). Dies where there is nothing to learn.
@@ -3524,6 +3676,8 @@ static void label_statistics(Run *run) {
         for (size_t y = 0; y < Y; y++) {
             double label = (double)m.labels[y];
             if (isnan(label)) continue;
+            CHECK(fabs(label) <= LABEL_MAX, "%s: molecule %zu: task %s: label %g is beyond range; "
+                  "expected at most %g", data->path, i, data->task_names[y], label, LABEL_MAX);
             if (label != 0 && label != 1 && other == data->count) {
                 other = i;
                 odd = label;
@@ -3557,10 +3711,11 @@ static void label_statistics(Run *run) {
     free(sum);
 }
 
-static void finetune_open(Run *run, const char *train_path) {
+// Opens what fine-tuning needs, and says what will be done. Returns 1 if it goes on from a state.
+static int finetune_open(Run *run, const char *train_path) {
     run->finetuning = &run->task;
-    CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
     run_open(run, train_path);
+    CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
     size_t Y = (size_t)run->train.n_tasks;
     CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
     CHECK(run->valid.count > 0, "%s: the dataset is empty", opt.valid);
@@ -3577,30 +3732,25 @@ static void finetune_open(Run *run, const char *train_path) {
     check_positions(&run->train, run->task.use);
     check_positions(&run->valid, run->task.use);
     check_positions(&run->test, run->task.use);
-    Config c = start_config();
+    Config c = start_config(opt.init);
     c.tasks = run->train.n_tasks;
     model_create(&run->s.model, c, 1);
-    run->log = xmalloc((size_t)run->steps, LOG_COLUMNS * sizeof *run->log);
+    run->history = xmalloc(mul_size((size_t)opt.epochs, (size_t)opt.seeds),
+                           EPOCH_COLUMNS * sizeof *run->history);
     run->logits = xmalloc(2 * mul_size((size_t)opt.batch, Y), sizeof *run->logits);
     run->best = xmalloc(run->s.model.count, sizeof *run->best);
     fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n",
             c.layers, c.dim, (double)run->s.model.count / 1e6, opt.task, opt.readout, opt.modality);
     fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n",
             run->train.count, run->valid.count, run->test.count, c.tasks, c.tasks > 1 ? "s" : "");
-}
-
-// Trains one model from the given seed; leaves the best epoch's parameters in the model.
-static void finetune_seed(Run *run, uint64_t seed, int quiet) {
-    Model *model = &run->s.model;
-    run->seed = seed;
-    run->done = run->best_epoch = 0;
-    run->epoch = -1;
-    model_init(model, seed);
-    if (opt.init) transfer_load(model, opt.init, quiet);
-    memset(model->m, 0, sizeof(float) * model->count);
-    memset(model->v, 0, sizeof(float) * model->count);
-    run_train(run);
-    if (run->best_epoch) memcpy(model->params, run->best, sizeof(float) * model->count);
+    if (!run->file.path) return 0;
+    CHECK(meta_whole(&run->file, "valid_fingerprint") == dataset_fingerprint(&run->valid),
+          "%s: --resume needs the same data; %s is not the validation set that the run began with",
+          run->state_path, opt.valid);
+    run_load(run);
+    fprintf(stderr, "resumed after step %lld of seed %llu\n", (long long)run->done,
+            (unsigned long long)run_seed(run));
+    return 1;
 }
 
 static void print_metrics(const double metric[METRICS]) {
@@ -3635,35 +3785,63 @@ static void finetune_report(double mean[METRICS], double chance[METRICS], Run *r
     free(labels);
 }
 
+// The i-th row of the history if it is the last of its seed, else NULL.
+static float *seed_end(const Run *run, int64_t i) {
+    float *row = run->history + i * EPOCH_COLUMNS;
+    int ends = i + 1 == run->epochs || row[EPOCH_COLUMNS + EPOCH_SEED] > row[EPOCH_SEED];
+    return ends ? row : NULL;
+}
+
+// The result of a seed, from its last row.
+static void print_seed(const Run *run, const float *row) {
+    const float *best = row - (int64_t)(row[EPOCH_NUMBER] - row[EPOCH_BEST]) * EPOCH_COLUMNS;
+    double metric[METRICS];
+    for (int k = 0; k < METRICS; k++) metric[k] = (double)row[EPOCH_TEST + k];
+    printf("seed %lld: best epoch %.0f, valid %.4f%s; %s",
+           (long long)opt.seed + (long long)row[EPOCH_SEED], (double)row[EPOCH_BEST],
+           shown_metric(run, best[EPOCH_VALID]),
+           run->task.kind == TASK_REGRESSION && run->train.n_tasks > 1 ? " deviations" : "",
+           run->test.data ? "test" : "valid");
+    print_metrics(metric);
+    fflush(stdout);
+}
+
+// Trains one seed, or what is left of it; its metrics go to its last row of the history.
+static void finetune_seed(Run *run, double chance[METRICS], int resumed) {
+    Model *model = &run->s.model;
+    double mean[METRICS];
+    if (!resumed) {
+        run->done = 0;
+        run->epoch = -1;
+        model_init(model, run_seed(run));
+        if (opt.init) transfer_load(model, opt.init, run->nth > 0);
+        memset(model->m, 0, sizeof(float) * model->count);
+        memset(model->v, 0, sizeof(float) * model->count);
+    }
+    run_train(run);
+    memcpy(model->params, run->best, sizeof(float) * model->count);
+    finetune_report(mean, chance, run);
+    float *row = seed_end(run, run->epochs - 1);
+    for (int k = 0; k < METRICS; k++) row[EPOCH_TEST + k] = (float)mean[k];
+    print_seed(run, row);
+}
+
 static void command_finetune(const char *train_path) {
     Run run = {0};
-    double sum[METRICS] = {0}, square[METRICS] = {0}, mean[METRICS], chance[METRICS], best = 0;
-    finetune_open(&run, train_path);
+    double chance[METRICS], sum[METRICS] = {0}, square[METRICS] = {0}, n = (double)opt.seeds;
+    int resumed = finetune_open(&run, train_path);
     const char *part = run.test.data ? "test" : "valid";
-    for (int64_t k = 0; k < opt.seeds; k++) {
-        finetune_seed(&run, (uint64_t)(opt.seed + k), k > 0);
-        if (run.best_epoch && (k == 0 || run.best_metric > best)) {
-            best = run.best_metric;
-            run_save(&run);
+    printf("  seed  epoch      loss      valid (%s)\n", selection_name(&run));
+    for (int64_t i = 0; i < run.epochs; i++)
+        if (seed_end(&run, i) && (int64_t)seed_end(&run, i)[EPOCH_SEED] < run.nth)
+            print_seed(&run, seed_end(&run, i));
+    for (; run.nth < opt.seeds; run.nth++, resumed = 0) finetune_seed(&run, chance, resumed);
+    for (int64_t i = 0; i < run.epochs; i++)
+        for (int k = 0; k < METRICS && seed_end(&run, i); k++) {
+            double metric = (double)seed_end(&run, i)[EPOCH_TEST + k];
+            sum[k] += metric;
+            square[k] += metric * metric;
         }
-        if (mb_signal) {
-            fprintf(stderr, "stopped by a signal in seed %lld; %s\n", (long long)(opt.seed + k),
-                    k || run.best_epoch ? "the best epoch so far is saved" : "nothing is saved");
-            mb_exit(128 + mb_signal);
-        }
-        finetune_report(mean, chance, &run);
-        printf("seed %lld: best epoch %lld, valid %.4f%s; %s", (long long)(opt.seed + k),
-               (long long)run.best_epoch, shown_metric(&run, run.best_metric),
-               run.task.kind == TASK_REGRESSION && run.train.n_tasks > 1 ? " deviations" : "",
-               part);
-        print_metrics(mean);
-        for (int m = 0; m < METRICS; m++) {
-            sum[m] += mean[m];
-            square[m] += mean[m] * mean[m];
-        }
-        fflush(stdout);
-    }
-    double n = (double)opt.seeds;
     for (int k = 0; k < METRICS && opt.seeds > 1; k++) {
         double m = sum[k] / n, variance = (square[k] - n * m * m) / (n - 1);
         if (!isnan(m)) printf("%s %s: %.4f +- %.4f over %lld seeds\n", part, METRIC_NAMES[k], m,
@@ -3671,31 +3849,11 @@ static void command_finetune(const char *train_path) {
     }
     printf("by chance (the training mean for all): %s", part);
     print_metrics(chance);
-    printf("wrote %s\n", opt.output);
+    printf("wrote %s, %s\n", opt.output, run.log_path);
     run_close(&run);
 }
 
 // ---- predict: ./moleblend predict data.bin --model FILE; CSV on stdout
-
-// Metadata that finetune wrote, or the end of the program.
-static const char *required_meta(const TensorFile *f, const char *key) {
-    const char *text = tensor_meta(f, key);
-    CHECK(text, "%s: not a fine-tuned model (metadata %s is missing); see ./moleblend finetune",
-          f->path, key);
-    return text;
-}
-
-// Y numbers of the metadata.
-static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *key) {
-    const char *text = required_meta(f, key);
-    for (size_t y = 0; y < Y; y++) {
-        char *end;
-        out[y] = strtof(text, &end);
-        CHECK(end != text && isfinite(out[y]), "%s: metadata %s: expected %zu numbers", f->path,
-              key, Y);
-        text = end;
-    }
-}
 
 static void visit_rows(Run *run, size_t first, size_t B, void *result) {
     size_t Y = (size_t)run->s.model.config.tasks;
@@ -3719,12 +3877,13 @@ static void command_predict(const char *path) {
     run_open_model(&run, path);
     const TensorFile *f = &run.file;
     size_t Y = (size_t)run.s.model.config.tasks;
-    const char *names = required_meta(f, "task_names");
+    const char *kind = "a fine-tuned model, see ./moleblend finetune";
+    const char *names = required_meta(f, "task_names", kind);
     run.statistics = xmalloc(2 * Y, sizeof *run.statistics);
     run.logits = xmalloc(mul_size((size_t)opt.batch, Y), sizeof *run.logits);
     meta_numbers(run.statistics, Y, f, "label_mean");
     meta_numbers(run.statistics + Y, Y, f, "label_std");
-    run.task.kind = (TaskKind)name_index("task", required_meta(f, "task"), KIND_NAMES, 2);
+    run.task.kind = (TaskKind)name_index("task", required_meta(f, "task", kind), KIND_NAMES, 2);
     run.task.mean = run.statistics;
     run.task.std = run.statistics + Y;
     printf("name");
@@ -3886,7 +4045,9 @@ static void command_show(const char *path, const char *index_text) {
 
 enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, SHOW = 16, INFO = 32,
        TRAIN = PRETRAIN | FINETUNE, READ = PREDICT | EMBED,
-       SHAPES = 64 };  // an option that shapes a run's trajectory: --resume needs the same
+       SHAPES = 64,     // an option that shapes a run's trajectory: --resume needs the same
+       GROWS = 128,     // or a larger number
+       FILES = 256 };   // an option that is kept for --resume, but not in a checkpoint
 
 #define HEADING(text, commands) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, commands}
 #define TEXT(name, field, argument, help, commands) \
@@ -3901,12 +4062,13 @@ static const Option OPTIONS[] = {
     HEADING("Files", TRAIN | READ),
     TEXT("-o", output, "FILE",
          "output (moleblend.safetensors, finetuned.safetensors or embeddings.npy)", TRAIN | EMBED),
-    TEXT("--valid", valid, "FILE", "validation set (valid.bin beside train.bin)", TRAIN),
-    TEXT("--test", test, "FILE", "test set (test.bin beside train.bin)", FINETUNE),
-    TEXT("--init", init, "FILE", "start from this checkpoint", TRAIN),
+    TEXT("--valid", valid, "FILE", "validation set (valid.bin beside train.bin)", TRAIN | FILES),
+    TEXT("--test", test, "FILE", "test set (test.bin beside train.bin)", FINETUNE | FILES),
+    TEXT("--init", init, "FILE", "start from this checkpoint", TRAIN | FILES),
     TEXT("--model", model, "FILE", "checkpoint to use", READ),
-    FLAG("--resume", resume, "continue the run that writes -o", PRETRAIN),
-    WHOLE("--save-every", save_every, 1, 1e9, "steps between checkpoints", PRETRAIN),
+    FLAG("--resume", resume, "continue the run that writes -o, with its options; more --steps, "
+         "--epochs or --seeds may be given", TRAIN),
+    WHOLE("--save-every", save_every, 1, 1e9, "steps between checkpoints", TRAIN),
     HEADING("Model", TRAIN),
     TEXT("--size", size, "NAME",
          "tiny, small, or base, the paper's (default small, or that of --init)", TRAIN),
@@ -3917,10 +4079,12 @@ static const Option OPTIONS[] = {
     WHOLE("--heads", heads, 1, MAX_HEADS, "attention heads, a divisor of --dim", TRAIN | SHAPES),
     WHOLE("--kernels", kernels, 1, MAX_KERNELS, "Gaussian kernels", TRAIN | SHAPES),
     HEADING("Training", TRAIN | READ | SHOW),
-    WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAIN | SHAPES),
-    WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", FINETUNE),
-    WHOLE("--patience", patience, 0, 1e6, "stop after N epochs without gain; 0: never", FINETUNE),
-    WHOLE("--seeds", seeds, 1, 1000, "repeat with N seeds, mean and deviation", FINETUNE),
+    WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAIN | SHAPES | GROWS),
+    WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", FINETUNE | SHAPES | GROWS),
+    WHOLE("--patience", patience, 0, 1e6, "stop after N epochs without gain; 0: never",
+          FINETUNE | SHAPES),
+    WHOLE("--seeds", seeds, 1, 1000, "repeat with N seeds, mean and deviation",
+          FINETUNE | SHAPES | GROWS),
     WHOLE("--batch-size", batch, 1, 1e6,
           "molecules at a time (default: pretraining 12, else 64; at most all)",
           TRAIN | READ | SHAPES),
@@ -3940,14 +4104,15 @@ static const Option OPTIONS[] = {
     NUMBER("--path-dropout", drop.path, 0, 0.99, "of the last layer's branches", TRAIN | SHAPES),
     NUMBER("--embedding-dropout", drop.embedding, 0, 0.99, "of the tokens", TRAIN | SHAPES),
     HEADING("Task", FINETUNE | EMBED),
-    TEXT("--task", task, "NAME", "classification or regression (default: by the labels)", FINETUNE),
+    TEXT("--task", task, "NAME", "classification or regression (default: by the labels)",
+         FINETUNE | SHAPES),
     TEXT("--loss-units", loss_units, "NAME",
          "of regression: deviations (every task counts alike) or labels (as the release)",
-         FINETUNE),
+         FINETUNE | SHAPES),
     TEXT("--readout", readout, "NAME", "mean, sum or cls (default mean; embed: as fine-tuned)",
-         FINETUNE | EMBED),
+         FINETUNE | EMBED | SHAPES),
     TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",
-         FINETUNE | EMBED),
+         FINETUNE | EMBED | SHAPES),
     HEADING("Method", PRETRAIN | SHOW),
     NUMBER("--pair-spd", blend.pair_spd, 0, 1, "how often a pair shows its path length",
            PRETRAIN | SHOW | SHAPES),
@@ -3966,7 +4131,23 @@ static const Option OPTIONS[] = {
 };
 enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0] };
 
-static char *options_text(void) { return options_describe(OPTIONS, N_OPTIONS, SHAPES); }
+static char option_given[N_OPTIONS];
+
+static char *options_text(int of_state) {
+    return options_describe(OPTIONS, N_OPTIONS, of_state ? SHAPES | FILES : SHAPES);
+}
+
+// Takes a saved run's options where the command line is silent; --size speaks for five of them.
+static void options_from_state(const char *text, const char *path) {
+    if (opt.size) start_config(NULL);
+    for (int k = 0; k < N_OPTIONS && opt.size; k++)
+        if (OPTIONS[k].value == &opt.layers || OPTIONS[k].value == &opt.dim ||
+            OPTIONS[k].value == &opt.ffn || OPTIONS[k].value == &opt.heads ||
+            OPTIONS[k].value == &opt.kernels)
+            option_given[k] = 1;
+    opt.size = NULL;
+    options_resume(OPTIONS, N_OPTIONS, GROWS, option_given, text, path);
+}
 
 typedef struct {
     const char *name;
@@ -4004,7 +4185,6 @@ static void check_options(void) {
     CHECK(opt.blend.pair_spd + opt.blend.pair_edge > 0 && opt.blend.pair_3d >= 0,
           "--pair-spd, --pair-edge: expected one of them above 0 (molecules without 3D need it)");
     CHECK(opt.blend.atom_2d + opt.blend.atom_3d > 0, "--atom-2d, --atom-3d: expected one above 0");
-    CHECK(!(opt.resume && opt.init), "--resume and --init: expected only one of them");
     CHECK(opt.steps <= UINT32_MAX - 1, "--steps: too many");
 }
 
@@ -4022,7 +4202,8 @@ int main(int argc, char **argv) {
     }
     const char *words[2] = {NULL, NULL};
     int n_words =
-        options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words, 2);
+        options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words, 2,
+                      option_given);
     if (opt.help) {
         print_help(named ? command : NULL);
         return 0;

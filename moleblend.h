@@ -571,10 +571,11 @@ static inline void option_store(const Option *o, const char *text) {
     }
 }
 
-// Parses argv[1..argc) against table[0..n) for one command (a bit, or 0). Other words go to
-// words[0..max_words); returns how many there are. Dies on anything it does not know.
+// Parses argv[1..argc) against table[0..n) for one command (a bit, or 0) and marks the rows that it
+// met in given[0..n). Other words go to words[0..max_words); returns how many there are. Dies on
+// anything it does not know.
 static inline int options_parse(const Option *table, int n, unsigned command, int argc, char **argv,
-                                const char **words, int max_words) {
+                                const char **words, int max_words, char *given) {
     int n_words = 0;
     for (int i = 1; i < argc; i++) {
         const char *arg = argv[i];
@@ -597,6 +598,7 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
         CHECK(found || !nearest || nearest_distance > 4, "unknown option %s; did you mean %s?", arg,
               nearest->name);
         CHECK(found, "unknown option %s; see --help", arg);
+        given[found - table] = 1;
         if (found->kind == OPT_FLAG) {
             *(int *)found->value = 1;
         } else {
@@ -607,26 +609,61 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
     return n_words;
 }
 
-// The value of an option as text.
-static inline void option_value(char text[64], const Option *o) {
-    if (o->kind == OPT_FLAG) snprintf(text, 64, "%d", *(int *)o->value);
-    if (o->kind == OPT_INT) snprintf(text, 64, "%lld", (long long)*(int64_t *)o->value);
-    if (o->kind == OPT_NUMBER) snprintf(text, 64, "%g", *(double *)o->value);
+// The value of an option as text, in fresh memory.
+static inline char *option_value(const Option *o) {
+    if (o->kind == OPT_FLAG) return xprintf("%d", *(int *)o->value);
+    if (o->kind == OPT_INT) return xprintf("%lld", (long long)*(int64_t *)o->value);
     if (o->kind == OPT_TEXT)
-        snprintf(text, 64, "%s", *(const char **)o->value ? *(const char **)o->value : "");
+        return xprintf("%s", *(const char **)o->value ? *(const char **)o->value : "");
+    char *text = xprintf("%g", *(double *)o->value);
+    if (strtod(text, NULL) >= *(double *)o->value && strtod(text, NULL) <= *(double *)o->value)
+        return text;
+    free(text);
+    return xprintf("%.17g", *(double *)o->value);
 }
 
-// "--name value" of all rows that belong to `commands`, in fresh memory.
+// "--name value", a line each, of all rows that belong to `commands`, in fresh memory.
 static inline char *options_describe(const Option *table, int n, unsigned commands) {
-    char *all = xprintf("%s", ""), value[64];
+    char *all = xprintf("%s", "");
     for (const Option *o = table; o < table + n; o++) {
         if (!o->name || !(o->commands & commands)) continue;
-        option_value(value, o);
-        char *longer = xprintf("%s%s%s %s", all, *all ? " " : "", o->name, value);
+        char *value = option_value(o), *longer = xprintf("%s%s %s\n", all, o->name, value);
         free(all);
+        free(value);
         all = longer;
     }
     return all;
+}
+
+// Takes the values of an options_describe() text, as read from `path`, for all rows that are not
+// given. One that is given and differs is named on stderr; if it is not a larger number of a row of
+// `grows`, the program dies after the last of them.
+static inline void options_resume(const Option *table, int n, unsigned grows, const char *given,
+                                  const char *text, const char *path) {
+    int refused = 0;
+    for (const char *line = text, *end; (end = strchr(line, '\n')); line = end + 1) {
+        size_t name = strcspn(line, " \n");
+        const Option *o = table;
+        while (o < table + n && !(o->name && strlen(o->name) == name && line[name] == ' ' &&
+                                  memcmp(o->name, line, name) == 0)) o++;
+        CHECK(o < table + n, "%s: unknown option %.*s; it is of another version", path,
+              (int)(end - line), line);
+        char *then = xprintf("%.*s", (int)(end - line - name - 1), line + name + 1);
+        char *now = option_value(o);
+        int larger = o->commands & grows && strtod(now, NULL) > strtod(then, NULL);
+        if (given[o - table] && strcmp(now, then) != 0) {
+            fprintf(stderr, "%s: the run began with \"%s\", now it is \"%s\"\n", o->name, then,
+                    now);
+            refused += !larger;
+        } else if (o->kind == OPT_FLAG) {
+            *(int *)o->value = then[0] == '1';
+        } else if (o->kind != OPT_TEXT || *then) {
+            option_store(o, then);
+        }
+        if (o->kind != OPT_TEXT) free(then);
+        free(now);
+    }
+    CHECK(!refused, "%s: --resume needs the run's own options; leave out those that differ", path);
 }
 
 // Prints the rows of the table that belong to a command (0: all), with their defaults.
@@ -637,12 +674,12 @@ static inline void options_print(const Option *table, int n, unsigned command) {
             printf("\n%s\n", o->help);
             continue;
         }
-        char left[80], value[64];
+        char left[80], *value = option_value(o);
         snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
-        option_value(value, o);
         int shown = o->kind != OPT_FLAG && *value && (o->kind != OPT_INT || strcmp(value, "0"));
         printf("  %-24s %s%s%s%s\n", left, o->help, shown ? " (default " : "", shown ? value : "",
                shown ? ")" : "");
+        free(value);
     }
 }
 

@@ -1527,7 +1527,8 @@ static void test_checkpoint(void) {
     TensorFile f;
     model_create(&model, c, 1);
     model_init(&model, 9);
-    model_write(path, &model, "{\"format\":\"pt\",\"quote\\\"d\":\"a\\\\b\"}", NULL, 0, 0);
+    float *const arenas[ARENAS] = {model.params};
+    model_write(path, &model, arenas, NULL, 0, "{\"format\":\"pt\",\"quote\\\"d\":\"a\\\\b\"}");
     tensor_file_open(&f, path);
     Config read = tensor_file_config(&f);
     test_check(memcmp(&c, &read, sizeof c) == 0, "sizes from a checkpoint's shapes");
@@ -1563,7 +1564,7 @@ static void test_checkpoint(void) {
                    isinf(tensor_value(&f16, 2)) && tensor_value(&bf16, 0) == -2.5f &&
                    tensor_value(&f64, 0) == -2.5f, "F16, BF16 and F64 are converted");
     tensor_file_close(&f);
-    model_write(path, &model, "{\"format\":\"pt\"}", NULL, 0, 0);
+    model_write(path, &model, arenas, NULL, 0, "{\"format\":\"pt\"}");
     tensor_file_open(&f, path);
     test_check(tensor_find(&f, "encoder.molecule_encoder.layers.1.self_attn.q_proj.weight") != NULL,
                "official names");
@@ -1873,18 +1874,71 @@ static void test_reproducible(void) {
         test_command("./data_prep -o build/test_s.bin data/sample.sdf & "
                      "./data_prep -o build/test_s.bin data/sample.sdf; wait; "
                      "./moleblend info build/test_s.bin", 0, "dataset, 2000 molecules");
-    line = xprintf("%s --lr 0.5 --resume -o build/test_k.safetensors", base);
-    test_command(line, 1, "--resume needs the same data and options");
+    // --resume takes the options from the state, names each that differs, and allows more steps
+    line = xprintf("%s --lr 0.5 --clip 3 --resume -o build/test_k.safetensors", base);
+    test_command(line, 1, "--lr: the run began with \"0.0003\", now it is \"0.5\"\n"
+                 "--clip: the run began with \"5\", now it is \"3\"\nmoleblend: build/test_k");
     free(line);
+    test_command("./moleblend build/test_train.bin --resume -o build/test_k.safetensors", 0,
+                 "2 layers, 32 wide");
+    test_check(same_files("build/test_t0.safetensors", "build/test_k.safetensors"),
+               "resumed without options: the bytes of the uninterrupted run");
+    test_command("./moleblend build/test_train.bin --resume --size base -o "
+                 "build/test_k.safetensors", 1, "--layers: the run began with \"2\", now it is "
+                 "\"12\"");
+    test_command("cp build/test_k.safetensors.state build/test_m.safetensors.state; ./moleblend "
+                 "build/test_train.bin --resume --steps 70 -o build/test_m.safetensors && "
+                 "wc -l build/test_m.log.csv", 0, "71 build/test_m.log.csv");
     test_command("./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs "
                  "1 --init build/test_k.safetensors.state -o build/test_ft2.safetensors",
                  0, "exp_avg.encoder.molecule_encoder.atom_feature.graph_token.weight is not of");
     write_test_dataset("build/test_train.bin", 40, 1);  // the same sizes, other positions
     line = xprintf("%s --resume -o build/test_k.safetensors", base);
-    test_command(line, 1, "--resume needs the same data and options");
+    test_command(line, 1, "--resume needs the same data");
     free(line);
     write_test_dataset("build/test_train.bin", 40, 0);
 #endif
+}
+
+// Fine-tuning that is killed at any moment loses nothing: what it writes when it is resumed, with
+// another number of threads, are the bytes of an uninterrupted run. Its log grows while it runs.
+static void test_finetune_resume(void) {
+#if MB_POSIX
+    const char *base = "./moleblend finetune build/test_train.bin --valid build/test_train.bin "
+                       "--size tiny --dim 32 --batch-size 8 --epochs 12 --seeds 2 --save-every 3";
+    char *line = xprintf("%s -o build/test_f0.safetensors", base);
+    test_command(line, 0, "over 2 seeds");
+    free(line);
+    remove("build/test_f1.safetensors");
+    line = xprintf("rm -f build/test_f1.safetensors.state; for i in 1 2 3 4 5 6 7 8; do "
+                   "timeout -s KILL 0.0$((3+i*9%%7)) %s --threads $((1+i%%3)) --resume -o "
+                   "build/test_f1.safetensors; done; test -s build/test_f1.safetensors.state && "
+                   "%s --resume -o build/test_f1.safetensors", base, base);
+    test_command(line, 0, "over 2 seeds");
+    free(line);
+    test_check(same_files("build/test_f0.safetensors", "build/test_f1.safetensors"),
+               "fine-tuning killed and resumed: the bytes of the uninterrupted run");
+    test_check(same_files("build/test_f0.log.csv", "build/test_f1.log.csv"), "and the same log");
+    test_command("./moleblend finetune build/test_train.bin --resume --seeds 3 -o "
+                 "build/test_f1.safetensors", 0, "over 3 seeds");
+    line = xprintf("rm -f build/test_f2*; timeout -s INT --preserve-status 0.2 %s --epochs 9999 -o "
+                   "build/test_f2.safetensors; cat build/test_f2.log.csv", base);
+    test_command(line, 0,
+                 "give the same command with --resume\nseed,epoch,loss,valid,best_epoch\n1,1,");
+    free(line);
+#endif
+}
+
+// A number that is none stops the run with its cause, and leaves what was saved as it is.
+static void test_not_finite(void) {
+    test_command("./moleblend build/test_train.bin --size tiny --dim 32 --steps 40 --save-every 1 "
+                 "--lr 10 --beta1 0.999 --beta2 0 --eps 1e-30 --clip 0 --hold 1 --warmup 0 -o "
+                 "build/test_n.safetensors", 1, "the first to be none: ");
+    test_command("./moleblend embed build/test_train.bin --model build/test_n.safetensors -o "
+                 "build/test.npy", 0, "embedded");
+    test_command("printf 'smiles,a\nC,0\nCC,1e20\nCCC,0\n' | ./data_prep --format csv --labels a -o "
+                 "build/test_class.bin - && ./moleblend finetune build/test_class.bin --valid "
+                 "build/test_class.bin --size tiny", 1, "molecule 1: task a: label 1e+20 is beyond range");
 }
 
 // Quotas of control groups, both versions, as the kernel shows them.
@@ -2861,6 +2915,8 @@ int main(int argc, char **argv) {
                      {"damaged files", test_damage},
                      {"damage together", test_damage_together},
                      {"reproducible", test_reproducible},
+                     {"resumed tuning", test_finetune_resume},
+                     {"not finite", test_not_finite},
                      {"quotas", test_quota},
                      {"busy machine", test_busy},
                      {"golden files", test_bundled_golden}};
