@@ -2634,6 +2634,9 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
           "a batch of %zu molecules with %zu atoms is too large; try a lower --batch-size", room.B,
           room.A);
     size_t count = acts_place(acts, NULL, c, room, NULL);
+    char *what = xprintf("a batch of %zu molecules with %zu atoms", room.B, room.A);
+    memory_check(sizeof(float) * count, what, hint);
+    free(what);
     acts->memory = floats_alloc(count, hint);
     acts->row_loss = xmalloc(room.A, sizeof *acts->row_loss);
     size_t width = (size_t)padded((int)room.N + 1), D = (size_t)padded(c.dim / c.heads);
@@ -2748,6 +2751,8 @@ static void model_create(Model *model, Config config, int training) {
     tensor_table(config, model->info);
     const TensorInfo *last = &model->info[model->n_tensors - 1];
     model->count = last->offset + last->count;
+    memory_check(mul_size(model->count, sizeof(float) * (training ? 4 : 1)), "this model",
+                 "a smaller one (--size)");
     model->params = tensors_alloc(model, &model->p);
     model->table_count = (size_t)(model->p.bias3d1_w - model->params);
     if (!training) return;
@@ -3075,10 +3080,16 @@ typedef struct {
 // Names the draws of a run.
 static uint64_t run_seed(const Run *run) { return (uint64_t)(opt.seed + run->nth); }
 
-// Makes activations and batch large enough for B molecules of a dataset; memory only grows.
-static void run_reserve(Run *run, const Dataset *data, const uint32_t *ids, size_t B) {
-    Sizes need = {0}, room = run->s.batch.room;
-    for (size_t b = 0; b < B; b++) sizes_add(&need, dataset_atoms(data, ids[b]));
+// Makes `need` large enough for B molecules of a dataset.
+static void sizes_need(Sizes *need, const Dataset *data, const uint32_t *ids, size_t B) {
+    Sizes batch = {0};
+    for (size_t b = 0; b < B; b++) sizes_add(&batch, dataset_atoms(data, ids[b]));
+    *need = sizes_max(*need, batch);
+}
+
+// Makes activations and batch that large; memory only grows.
+static void run_reserve(Run *run, const Dataset *data, Sizes need) {
+    Sizes room = run->s.batch.room;
     need = sizes_max(room, need);
     if (memcmp(&need, &room, sizeof need) == 0) return;
     acts_free(&run->s.acts);
@@ -3113,7 +3124,9 @@ static void visit_batches(Run *run, const Dataset *data, size_t most, const Blen
         B = n - i < (size_t)opt.batch ? n - i : (size_t)opt.batch;
         for (size_t b = 0; b < B; b++) run->ids[b] = (uint32_t)(i + b);
         threads_adapt();
-        run_reserve(run, data, run->ids, B);
+        Sizes need = {0};
+        sizes_need(&need, data, run->ids, B);
+        run_reserve(run, data, need);
         run->s.draws = (Draws){(uint64_t)opt.seed, UINT32_MAX, (uint32_t)i, 0};
         batch_load(&run->s.batch, data, run->ids, B, blend, use, &run->s.draws);
         if (encode) encoder_forward(&run->s);
@@ -3191,6 +3204,22 @@ static float *predict_all(float **labels, Run *run, const Dataset *data) {
     }
     molecule_free(&m);
     return out;
+}
+
+// Says so if the predictions (n, Y) of a task hardly differ: less than a hundredth of what labels do.
+static void note_constant(const Run *run, const float *out, size_t n, char *const *names) {
+    size_t Y = (size_t)run->s.model.config.tasks;
+    for (size_t y = 0; y < Y && n > 9; y++) {
+        double sum = 0, square = 0, unit = (double)run->task.std[y];
+        for (size_t i = 0; i < n; i++) {
+            double x = (double)(out[i * Y + y] - out[y]) / unit;
+            sum += x;
+            square += x * x;
+        }
+        if (square / (double)n - sum / (double)n * (sum / (double)n) < 1e-4)
+            fprintf(stderr, "note    task %s: the predictions are all but the same; has it learned? "
+                    "(more --epochs, another --lr)\n", names[y]);
+    }
 }
 
 // Dies if a number is not finite, naming what was first to be none in the order of computation: an
@@ -3470,6 +3499,17 @@ static void run_open_model(Run *run, const char *path) {
     check_positions(&run->test, run->task.use);
 }
 
+// Memory for the largest batch of the first epoch.
+static void run_prepare(Run *run) {
+    int64_t epoch_steps = (int64_t)run->train.count / opt.batch + 1;
+    Sizes need = {0};
+    for (int64_t i = run->done; i < run->steps && i < run->done + epoch_steps; i++) {
+        run_ids(run, i);
+        sizes_need(&need, &run->train, run->ids, (size_t)opt.batch);
+    }
+    run_reserve(run, &run->train, need);
+}
+
 // Frees whatever of a run has been opened.
 static void run_close(Run *run) {
     if (run->lock.file) out_discard(&run->lock);
@@ -3496,7 +3536,9 @@ static void run_step(Run *run) {
     threads_adapt();
     adam.lr = learning_rate(opt.adam.lr, run->done, run->warmup, run->steps, opt.hold);
     run_ids(run, run->done);
-    run_reserve(run, &run->train, run->ids, (size_t)opt.batch);
+    Sizes need = {0};
+    sizes_need(&need, &run->train, run->ids, (size_t)opt.batch);
+    run_reserve(run, &run->train, need);
     Draws draws = {run_seed(run), (uint32_t)run->done, 0, 1};
     double norm = training_step(loss, s, &run->train, run->ids, (size_t)opt.batch,
                                 run->finetuning ? NULL : &opt.blend, run->finetuning, run->logits,
@@ -3608,11 +3650,7 @@ static void pretrain_open(Run *run, const char *train_path) {
         model_load(&run->s.model, run->s.model.params, &f, "");
         tensor_file_close(&f);
     }
-    int64_t epoch_steps = (int64_t)run->train.count / opt.batch + 1;
-    for (int64_t i = run->done; i < run->steps && i < run->done + epoch_steps; i++) {
-        run_ids(run, i);  // memory for the largest batch of the first epoch
-        run_reserve(run, &run->train, run->ids, (size_t)opt.batch);
-    }
+    run_prepare(run);
     Config c = run->s.model.config;
     fprintf(
         stderr,
@@ -3648,6 +3686,8 @@ static void pretrain_report(Run *run) {
         printf("%-8s %8.4f%8.4f%8s%11.4f\n", LOSS_NAMES[loss], start[loss], end[loss], shown,
                chance[loss]);
     }
+    if (end[LOSS_TOTAL] > 1.2 * chance[LOSS_TOTAL])
+        fprintf(stderr, "note    the losses are far above those of chance: try a lower --lr\n");
     printf("wrote %s, %s\n", opt.output, run->log_path);
 }
 
@@ -3739,6 +3779,7 @@ static int finetune_open(Run *run, const char *train_path) {
                            EPOCH_COLUMNS * sizeof *run->history);
     run->logits = xmalloc(2 * mul_size((size_t)opt.batch, Y), sizeof *run->logits);
     run->best = xmalloc(run->s.model.count, sizeof *run->best);
+    run_prepare(run);
     fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n",
             c.layers, c.dim, (double)run->s.model.count / 1e6, opt.task, opt.readout, opt.modality);
     fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n",
@@ -3780,6 +3821,7 @@ static void finetune_report(double mean[METRICS], double chance[METRICS], Run *r
         printf("%24s", "by chance");
         print_metrics(metric);
     }
+    note_constant(run, out, n, data->task_names);
     free(constant);
     free(out);
     free(labels);

@@ -53,6 +53,7 @@
 #else
 #define MB_POSIX 1
 #include <sys/mman.h>
+#include <sys/resource.h>
 #endif
 
 // x87 without -std=c11 keeps float variables in registers of 80 bits: wrong numbers.
@@ -356,6 +357,36 @@ static inline double cpu_quota(const char *root) {
     }
     if (groups) fclose(groups);
     return cpus;
+}
+
+// Bytes that this process can still get, as far as the system says: memory that is free or can be
+// freed, the limit of a container (root: "" or, for tests, a folder), that of the address space.
+static inline double memory_available(const char *root) {
+    static const struct { const char *path, *line; double unit; } files[] = {
+        {"/proc/meminfo", "MemAvailable: %lf", 1024}, {"/sys/fs/cgroup/memory.max", "%lf", 1},
+        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "%lf", 1}};
+    double least = (double)INFINITY, number;
+    for (int k = 0; k < 3; k++) {
+        char line[128], *path = xprintf("%s%s", root, files[k].path);
+        FILE *f = fopen(path, "r");
+        while (f && fgets(line, sizeof line, f))
+            if (sscanf(line, files[k].line, &number) == 1) least = fmin(least, files[k].unit * number);
+        if (f) fclose(f);
+        free(path);
+    }
+#if MB_POSIX
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+        least = fmin(least, (double)limit.rlim_cur);
+#endif
+    return least;
+}
+
+// Dies if `what` needs more memory than there is.
+static inline void memory_check(size_t bytes, const char *what, const char *hint) {
+    double there = memory_available("");
+    CHECK((double)bytes <= there, "%s needs %.1f GiB of memory, and %.1f GiB are free; try %s", what,
+          (double)bytes / (1 << 30), there / (1 << 30), hint);
 }
 
 // ---- threads. One that waits at the end of a parallel loop spins for a while, because waking it

@@ -1959,6 +1959,18 @@ static void test_quota(void) {
     test_check(cpu_quota("build/v2") == 3, "quota of version 2, of the group above: %g",
                cpu_quota("build/v2"));
     test_check(cpu_quota("build/none") == 0, "no control groups: no quota");
+    run_command("printf 'MemTotal: 9 kB\nMemAvailable: 3000 kB\n' > build/v2/proc/meminfo; "
+                "cp build/v2/proc/meminfo build/v1/proc/; "
+                "echo 1000000 > build/v2/sys/fs/cgroup/memory.max");
+    test_check(memory_available("build/v1") == 3072000 && memory_available("build/v2") == 1000000,
+               "memory: %g, in a container %g", memory_available("build/v1"),
+               memory_available("build/v2"));
+#if MB_POSIX
+    test_command("ulimit -v 3000000; ./moleblend build/test_train.bin --size base --batch-size 40 "
+                 "--dim 2048 --ffn 8192 --layers 20 --heads 32", 1, "this model needs ");
+    test_command("ulimit -v 1500000; ./moleblend build/test_train.bin --size base --dim 32 --ffn "
+                 "8192 --batch-size 40 --layers 64", 1, "a batch of 40 molecules with ");
+#endif
 }
 
 // Beside two busy processes a run must not all but stop: with the runtime's own spinning it took
