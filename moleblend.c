@@ -3206,7 +3206,7 @@ static float *predict_all(float **labels, Run *run, const Dataset *data) {
     return out;
 }
 
-// Says so if the predictions (n, Y) of a task hardly differ: less than a hundredth of what labels do.
+// Says so if the predictions (n, Y) of a task hardly differ: a hundredth of what labels do.
 static void note_constant(const Run *run, const float *out, size_t n, char *const *names) {
     size_t Y = (size_t)run->s.model.config.tasks;
     for (size_t y = 0; y < Y && n > 9; y++) {
@@ -3217,8 +3217,8 @@ static void note_constant(const Run *run, const float *out, size_t n, char *cons
             square += x * x;
         }
         if (square / (double)n - sum / (double)n * (sum / (double)n) < 1e-4)
-            fprintf(stderr, "note    task %s: the predictions are all but the same; has it learned? "
-                    "(more --epochs, another --lr)\n", names[y]);
+            fprintf(stderr, "note    task %s: the predictions are all but the same; try more "
+                    "--epochs or another --lr\n", names[y]);
     }
 }
 
@@ -3507,6 +3507,7 @@ static void run_prepare(Run *run) {
         run_ids(run, i);
         sizes_need(&need, &run->train, run->ids, (size_t)opt.batch);
     }
+    run->epoch = -1;  // a state may be of another seed
     run_reserve(run, &run->train, need);
 }
 

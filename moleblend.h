@@ -370,7 +370,8 @@ static inline double memory_available(const char *root) {
         char line[128], *path = xprintf("%s%s", root, files[k].path);
         FILE *f = fopen(path, "r");
         while (f && fgets(line, sizeof line, f))
-            if (sscanf(line, files[k].line, &number) == 1) least = fmin(least, files[k].unit * number);
+            if (sscanf(line, files[k].line, &number) == 1)
+                least = fmin(least, files[k].unit * number);
         if (f) fclose(f);
         free(path);
     }
@@ -385,8 +386,8 @@ static inline double memory_available(const char *root) {
 // Dies if `what` needs more memory than there is.
 static inline void memory_check(size_t bytes, const char *what, const char *hint) {
     double there = memory_available("");
-    CHECK((double)bytes <= there, "%s needs %.1f GiB of memory, and %.1f GiB are free; try %s", what,
-          (double)bytes / (1 << 30), there / (1 << 30), hint);
+    CHECK((double)bytes <= there, "%s needs %.1f GiB of memory, and %.1f GiB are free; try %s",
+          what, (double)bytes / (1 << 30), there / (1 << 30), hint);
 }
 
 // ---- threads. One that waits at the end of a parallel loop spins for a while, because waking it

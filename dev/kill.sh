@@ -8,8 +8,8 @@ kills=${1:-30}
 out=build/kill
 export OMP_WAIT_POLICY=passive
 common="train.bin --valid valid.bin --size tiny --dim 32 --ffn 32 --batch-size 64"
-declare -A run=([pretrain]="pretrain $common --steps 60 --save-every 7"
-                [finetune]="finetune $common --epochs 3 --seeds 2 --save-every 7")
+declare -A run=([pretrain]="pretrain $common --steps 30 --save-every 7"
+                [finetune]="finetune $common --epochs 1 --seeds 2 --save-every 9")
 bad=0
 
 # Resumes run $1 after a kill, $2 says which, and compares its outputs with the uninterrupted run.
@@ -46,8 +46,9 @@ for name in pretrain finetune; do
         for ((k = 1; ; k++)); do
             rm -f $out/b.*
             # shellcheck disable=SC2086
-            strace -f -q -o /dev/null -e trace=$call -e inject=$call:signal=KILL:when=$k \
-                ./moleblend ${run[$name]} -o $out/b.safetensors > $out/log 2>&1 && break
+            { strace -f -q -o /dev/null -e trace=$call -e inject=$call:signal=KILL:when=$k \
+                ./moleblend ${run[$name]} -o $out/b.safetensors > $out/log 2>&1; } 2> /dev/null \
+                && break
             compare $name "killed at $call $k"
         done
         echo "$name: killed at each of $((k - 1)) calls of $call"
