@@ -36,8 +36,9 @@ for name in pretrain finetune; do
         rm -f $out/b.*
         at=$((ms * (RANDOM % 1000) / 1000 + 1))
         # shellcheck disable=SC2086
-        timeout -s KILL "$((at / 1000)).$(printf %03d $((at % 1000)))" \
-            ./moleblend ${run[$name]} -o $out/b.safetensors > $out/log 2>&1 || true
+        { ./moleblend ${run[$name]} -o $out/b.safetensors > $out/log 2>&1 & p=$!
+          sleep "$((at / 1000)).$(printf %03d $((at % 1000)))"
+          kill -9 $p; wait $p; } 2> /dev/null || true
         compare $name "killed after $at ms"
     done
     echo "$name: $kills random kills"
