@@ -2975,10 +2975,10 @@ enum { DEFAULT_BATCH = 64, PRETRAIN_BATCH = 12 };
 // readout and modality depend on files.
 typedef struct {
     const char *size, *output, *valid, *test, *init, *model, *task, *readout, *modality;
-    const char *loss_units;
+    const char *loss_units, *level, *svg;
     int64_t layers, dim, ffn, heads, kernels;  // 0: from `size`
-    int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds;
-    int resume, help;
+    int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds, layer;
+    int resume, help, version;
     Blend blend;
     LossWeights weights;
     Dropout drop;
@@ -2993,6 +2993,7 @@ static Options opt = {
     .save_every = 500,
     .epochs = 40,
     .seeds = 1,
+    .layer = -1,
     .loss_units = "deviations",
     .blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0},
     .weights = {{0, 6, 0.1, 0.1, 0.5}},
@@ -3053,8 +3054,9 @@ static Config start_config(const char *init) {
 // Columns of the log, a row a step.
 enum { LOG_LR = LOSSES, LOG_NORM, LOG_RATE, LOG_COLUMNS };
 // Columns of fine-tuning's history, a row an epoch: which seed, counted from the first; the epoch,
-// its mean loss, selection_metric() and the best epoch so far. A seed's last row has its metrics.
-enum { EPOCH_SEED, EPOCH_NUMBER, EPOCH_LOSS, EPOCH_VALID, EPOCH_BEST, EPOCH_TEST,
+// its mean loss, selection_metric(), the best epoch so far, and what calibration() says of the
+// validation set. A seed's last row has its metrics.
+enum { EPOCH_SEED, EPOCH_NUMBER, EPOCH_LOSS, EPOCH_VALID, EPOCH_BEST, EPOCH_SCALE, EPOCH_TEST,
        EPOCH_COLUMNS = EPOCH_TEST + METRICS };
 
 typedef struct {
@@ -3064,6 +3066,7 @@ typedef struct {
     const Task *finetuning;      // &task, or NULL: pretraining
     float *statistics;           // (2, Y) mean and deviation of the training labels
     float *logits;               // (2, B, Y)
+    float scale;                 // of logits, by calibration(); 1 while training
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
     int64_t epoch, done, steps, warmup;  // updates done, and in all
     int64_t nth;                 // fine-tuning: how many seeds are complete
@@ -3182,13 +3185,14 @@ static void chance_losses(double chance[LOSSES], Run *run, const Dataset *data) 
     loss_means(chance, sum, count, &opt.weights);
 }
 
-// Logits, or predictions in the labels' units, (n, Y).
+// Calibrated logits, or predictions in the labels' units, (n, Y).
 static void visit_predictions(Run *run, size_t first, size_t B, void *result) {
     size_t Y = (size_t)run->s.model.config.tasks;
     float *out = (float *)result + first * Y;
     task_head_forward(out, &run->s, run->task.readout);
-    for (size_t k = 0; k < B * Y && run->task.kind == TASK_REGRESSION; k++)
-        out[k] = out[k] * run->task.std[k % Y] + run->task.mean[k % Y];
+    for (size_t k = 0; k < B * Y; k++)
+        out[k] = run->task.kind == TASK_REGRESSION
+                     ? out[k] * run->task.std[k % Y] + run->task.mean[k % Y] : run->scale * out[k];
 }
 
 // Predictions (n, Y) of a whole dataset and its labels (n, Y), in fresh memory.
@@ -3243,13 +3247,35 @@ static void check_finite(Run *run, double value) {
 
 // ---- fine-tuning's choice of an epoch
 
+static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+// The number by which n logits must be multiplied so that the cross-entropy with the labels is least
+// (Guo et al. 2017: one over the temperature), from 0.1 to 10: Newton's method.
+static float calibration(const float *logits, const float *labels, size_t n) {
+    double scale = 1;
+    for (int round = 0; round < 30; round++) {
+        double slope = 0, curve = 1e-9;
+        for (size_t k = 0; k < n; k++) {
+            if (isnan(labels[k])) continue;
+            double x = (double)logits[k], q = 1 / (1 + exp(-scale * x));
+            slope += (q - (double)labels[k]) * x;
+            curve += q * (1 - q) * x * x;
+        }
+        double next = scale - slope / curve;
+        scale = fmin(fmax(fmin(fmax(next, scale / 2), scale * 2), 0.1), 10);
+    }
+    return (float)scale;
+}
+
 // The number by which epochs are chosen, better when larger: the mean ROC-AUC, or minus the mean
-// RMSE in deviations of the training labels, so that no task's unit outweighs another's.
-static double selection_metric(Run *run, const Dataset *data) {
+// RMSE in deviations of the training labels, so that no task's unit outweighs another's. Of classes
+// also the calibration().
+static float selection_metric(float *scale, Run *run, const Dataset *data) {
     const Task *task = &run->task;
     size_t Y = (size_t)data->n_tasks, defined = 0;
     float *labels, *out = predict_all(&labels, run, data);
     double sum = 0, metric[METRICS];
+    *scale = task->kind == TASK_REGRESSION ? 1 : calibration(out, labels, data->count * Y);
     for (size_t y = 0; y < Y; y++) {
         task_metrics(metric, task->kind, out, labels, data->count, Y, y);
         double now = metric[METRIC_AUC];
@@ -3259,7 +3285,7 @@ static double selection_metric(Run *run, const Dataset *data) {
     }
     free(out);
     free(labels);
-    return defined ? sum / (double)defined : (double)NAN;
+    return defined ? (float)(sum / (double)defined) : NAN;
 }
 
 // A selection_metric() for people: of a single task in its units.
@@ -3319,6 +3345,11 @@ static char *run_meta(const Run *run, int of_state) {
         text_add_meta(&t, "task_names", names.text);
         text_add_meta(&t, "label_mean", mean.text);
         text_add_meta(&t, "label_std", std.text);
+        if (best_epoch(run)) {
+            char scale[32];
+            snprintf(scale, sizeof scale, "%.9g", (double)best_epoch(run)[EPOCH_SCALE]);
+            text_add_meta(&t, "logit_scale", scale);
+        }
     }
     text_add(&t, "}");
     free(names.text);
@@ -3355,6 +3386,14 @@ static void log_write(Run *run) {
           strerror(errno));
 }
 
+// Where the best parameters of the seed at hand go if there are several: with the others they make
+// an ensemble for `predict`.
+static char *seed_path(const Run *run) {
+    int stem = (int)(strlen(run->log_path) - strlen(".log.csv"));
+    return xprintf("%.*s.seed%llu.safetensors", stem, run->log_path,
+                   (unsigned long long)run_seed(run));
+}
+
 // The arenas of a run's state.
 static void run_arenas(float *arenas[ARENAS], const Run *run) {
     const Model *m = &run->s.model;
@@ -3364,7 +3403,7 @@ static void run_arenas(float *arenas[ARENAS], const Run *run) {
 
 // Writes first the state for --resume, which is complete in itself, so that a run killed between
 // two renames resumes from it; then the checkpoint: of fine-tuning this seed's best parameters, if
-// no earlier seed had better ones.
+// no earlier seed had better ones. Of several seeds each has its own file too.
 static void run_save(Run *run) {
     const TensorOut tables[] = {
         {"log", (size_t)run->done, LOG_COLUMNS, run->log},
@@ -3381,6 +3420,11 @@ static void run_save(Run *run) {
     model_write(run->state_path, &run->s.model, arenas, tables, n_tables, meta);
     if (!run->finetuning || better)
         model_write(opt.output, &run->s.model, output, NULL, 0, short_meta);
+    if (best && opt.seeds > 1) {
+        char *path = seed_path(run);
+        model_write(path, &run->s.model, output, NULL, 0, short_meta);
+        free(path);
+    }
     log_write(run);
     free(meta);
     free(short_meta);
@@ -3472,6 +3516,7 @@ static void run_open(Run *run, const char *train_path) {
     if (opt.valid) dataset_open(&run->valid, opt.valid);
     if (opt.test) dataset_open(&run->test, opt.test);
     run->epoch = -1;
+    run->scale = 1;
     run->order = xmalloc(run->train.count, sizeof *run->order);
     run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
     run->s.drop = opt.drop;
@@ -3481,21 +3526,20 @@ static void run_open(Run *run, const char *train_path) {
     run->log = xmalloc((size_t)run->steps, LOG_COLUMNS * sizeof *run->log);
 }
 
-// A dataset, and model, buffers and settings for --model FILE.
-static void run_open_model(Run *run, const char *path) {
+// A dataset, and model, buffers and settings of a checkpoint.
+static void run_open_model(Run *run, const char *path, const char *model) {
     TensorFile *f = &run->file;
-    CHECK(opt.model, "--model: expected a checkpoint");
     dataset_open(&run->test, path);
-    tensor_file_open(f, opt.model);
+    tensor_file_open(f, model);
     model_create(&run->s.model, tensor_file_config(f), 0);
     model_load(&run->s.model, run->s.model.params, f, "");
     if (!opt.batch) opt.batch = DEFAULT_BATCH;
     run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
-    if (!opt.readout) opt.readout = tensor_meta(f, "readout");  // as it was fine-tuned
-    if (!opt.modality) opt.modality = tensor_meta(f, "modality");
-    run->task.use = modality_use(opt.modality ? opt.modality : DEFAULT_MODALITY);
-    run->task.readout = (Readout)name_index(
-        "--readout", opt.readout ? opt.readout : DEFAULT_READOUT, READOUT_NAMES, 3);
+    const char *readout = tensor_meta(f, "readout"), *modality = tensor_meta(f, "modality");
+    if (opt.readout || !readout) readout = opt.readout ? opt.readout : DEFAULT_READOUT;
+    if (opt.modality || !modality) modality = opt.modality ? opt.modality : DEFAULT_MODALITY;
+    run->task.use = modality_use(modality);  // as it was fine-tuned, unless told otherwise
+    run->task.readout = (Readout)name_index("--readout", readout, READOUT_NAMES, 3);
     check_positions(&run->test, run->task.use);
 }
 
@@ -3582,7 +3626,7 @@ static void finetune_after_step(Run *run, int terminal) {
     if (epoch == (run->done - 1) * opt.batch / n || mb_signal) return;
     double mean[LOG_COLUMNS];
     const float *best = best_epoch(run);
-    float valid = (float)selection_metric(run, &run->valid);
+    float scale, valid = selection_metric(&scale, run, &run->valid);
     log_mean(mean, run, (epoch - 1) * n / opt.batch, run->done);
     int better = !best || is_better(valid, best[EPOCH_VALID]);
     float *row = run->history + run->epochs++ * EPOCH_COLUMNS;
@@ -3590,6 +3634,7 @@ static void finetune_after_step(Run *run, int terminal) {
     row[EPOCH_NUMBER] = (float)epoch;
     row[EPOCH_LOSS] = (float)mean[LOSS_TOTAL];
     row[EPOCH_VALID] = valid;
+    row[EPOCH_SCALE] = scale;
     row[EPOCH_BEST] = better ? (float)epoch : best[EPOCH_BEST];
     if (better) memcpy(run->best, run->s.model.params, sizeof(float) * run->s.model.count);
     if (terminal) fprintf(stderr, "\r\033[K");
@@ -3795,10 +3840,10 @@ static int finetune_open(Run *run, const char *train_path) {
     return 1;
 }
 
-static void print_metrics(const double metric[METRICS]) {
+static void print_metrics(FILE *out, const double metric[METRICS]) {
     for (int k = 0; k < METRICS; k++)
-        if (!isnan(metric[k])) printf("  %s %.6f", METRIC_NAMES[k], metric[k]);
-    printf("\n");
+        if (!isnan(metric[k])) fprintf(out, "  %s %.6f", METRIC_NAMES[k], metric[k]);
+    fputc('\n', out);
 }
 
 // Metrics of the test set (validation set without one): of several tasks, one by one on stdout;
@@ -3816,13 +3861,15 @@ static void finetune_report(double mean[METRICS], double chance[METRICS], Run *r
         double metric[METRICS];
         task_metrics(metric, kind, out, labels, n, Y, y);
         printf("%-24s", data->task_names[y]);
-        print_metrics(metric);
+        print_metrics(stdout, metric);
         if (kind == TASK_CLASSIFICATION) continue;
         task_metrics(metric, kind, constant, labels, n, Y, y);
         printf("%24s", "by chance");
-        print_metrics(metric);
+        print_metrics(stdout, metric);
     }
     note_constant(run, out, n, data->task_names);
+    for (size_t k = 0; k < n * Y && kind == TASK_CLASSIFICATION; k++) out[k] = sigmoid(out[k]);
+    if (kind == TASK_CLASSIFICATION) print_reliability(stdout, out, labels, n * Y);
     free(constant);
     free(out);
     free(labels);
@@ -3845,7 +3892,7 @@ static void print_seed(const Run *run, const float *row) {
            shown_metric(run, best[EPOCH_VALID]),
            run->task.kind == TASK_REGRESSION && run->train.n_tasks > 1 ? " deviations" : "",
            run->test.data ? "test" : "valid");
-    print_metrics(metric);
+    print_metrics(stdout, metric);
     fflush(stdout);
 }
 
@@ -3863,7 +3910,9 @@ static void finetune_seed(Run *run, double chance[METRICS], int resumed) {
     }
     run_train(run);
     memcpy(model->params, run->best, sizeof(float) * model->count);
+    run->scale = best_epoch(run)[EPOCH_SCALE];
     finetune_report(mean, chance, run);
+    run->scale = 1;
     float *row = seed_end(run, run->epochs - 1);
     for (int k = 0; k < METRICS; k++) row[EPOCH_TEST + k] = (float)mean[k];
     print_seed(run, row);
@@ -3891,101 +3940,254 @@ static void command_finetune(const char *train_path) {
                               sqrt(fmax(variance, 0)), (long long)opt.seeds);
     }
     printf("by chance (the training mean for all): %s", part);
-    print_metrics(chance);
+    print_metrics(stdout, chance);
     printf("wrote %s, %s\n", opt.output, run.log_path);
     run_close(&run);
 }
 
-// ---- predict: ./moleblend predict data.bin --model FILE; CSV on stdout
+// ---- predict: ./moleblend predict data.bin --model FILE...; a CSV row for each molecule
 
-static void visit_rows(Run *run, size_t first, size_t B, void *result) {
+// Predictions of a fine-tuned model: opens it for a dataset and reads what its metadata say.
+static void predict_open(Run *run, const char *path, const char *model) {
+    const char *kind = "a fine-tuned model, see ./moleblend finetune";
+    run_open_model(run, path, model);
+    const TensorFile *f = &run->file;
     size_t Y = (size_t)run->s.model.config.tasks;
-    Molecule m = {0};
-    (void)result;
-    visit_predictions(run, 0, B, run->logits);
-    for (size_t b = 0; b < B; b++) {
-        dataset_read(&run->test, first + b, &m);
-        print_csv(m.name, (size_t)m.name_length);
-        for (size_t y = 0; y < Y; y++) {
-            double x = (double)run->logits[b * Y + y];
-            printf(",%.6g", run->task.kind == TASK_CLASSIFICATION ? 1 / (1 + exp(-x)) : x);
-        }
-        printf("\n");
-    }
-    molecule_free(&m);
+    required_meta(f, "task_names", kind);
+    run->statistics = xmalloc(2 * Y, sizeof *run->statistics);
+    meta_numbers(run->statistics, Y, f, "label_mean");
+    meta_numbers(run->statistics + Y, Y, f, "label_std");
+    run->scale = 1;
+    if (tensor_meta(f, "logit_scale")) meta_numbers(&run->scale, 1, f, "logit_scale");
+    run->task.kind = (TaskKind)name_index("task", required_meta(f, "task", kind), KIND_NAMES, 2);
+    run->task.mean = run->statistics;
+    run->task.std = run->statistics + Y;
 }
 
-static void command_predict(const char *path) {
+// The predictions of all models for a dataset.
+typedef struct {
+    int tasks, models;
+    TaskKind kind;
+    char **names;         // (Y)
+    int *column;          // (Y) where a task's labels stand in the dataset; -1: it has none
+    double *sum, *square; // (n, Y) over the models
+    float *mean, *labels; // (n, Y); labels NaN where there is none
+} Predictions;
+
+// Adds the predictions of one model.
+static void predict_add(Predictions *all, const char *path, const char *model) {
     Run run = {0};
-    run_open_model(&run, path);
-    const TensorFile *f = &run.file;
-    size_t Y = (size_t)run.s.model.config.tasks;
-    const char *kind = "a fine-tuned model, see ./moleblend finetune";
-    const char *names = required_meta(f, "task_names", kind);
-    run.statistics = xmalloc(2 * Y, sizeof *run.statistics);
-    run.logits = xmalloc(mul_size((size_t)opt.batch, Y), sizeof *run.logits);
-    meta_numbers(run.statistics, Y, f, "label_mean");
-    meta_numbers(run.statistics + Y, Y, f, "label_std");
-    run.task.kind = (TaskKind)name_index("task", required_meta(f, "task", kind), KIND_NAMES, 2);
-    run.task.mean = run.statistics;
-    run.task.std = run.statistics + Y;
-    printf("name");
-    for (size_t y = 0; y < Y; y++) {
-        size_t length = strcspn(names, "\n");
-        putchar(',');
-        print_csv(names, length);
-        names += length + (names[length] == '\n');
+    predict_open(&run, path, model);
+    const Dataset *data = &run.test;
+    size_t Y = (size_t)run.s.model.config.tasks, n = data->count;
+    const char *names = tensor_meta(&run.file, "task_names");
+    if (all->models++ == 0) {
+        all->tasks = (int)Y;
+        all->kind = run.task.kind;
+        all->names = xmalloc(Y, sizeof *all->names);
+        all->column = xmalloc(Y, sizeof *all->column);
+        all->sum = xmalloc(mul_size(2 * n, Y), sizeof *all->sum);
+        all->square = all->sum + n * Y;
+        all->mean = xmalloc(mul_size(2 * n, Y), sizeof *all->mean);
+        all->labels = all->mean + n * Y;
     }
-    printf("\n");
-    visit_batches(&run, &run.test, SIZE_MAX, NULL, run.task.use, 1, visit_rows, NULL);
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write to standard output: %s",
-          strerror(errno));
+    CHECK((int)Y == all->tasks && run.task.kind == all->kind,
+          "%s: expected the tasks of the first model", model);
+    for (size_t y = 0; y < Y; y++) {
+        char *name = xprintf("%.*s", (int)strcspn(names, "\n"), names);
+        names += strlen(name) + (names[strlen(name)] == '\n');
+        CHECK(all->models == 1 || strcmp(name, all->names[y]) == 0,
+              "%s: expected the tasks of the first model; it has %s where that has %s", model, name,
+              all->names[y]);
+        all->names[y] = name;
+        all->column[y] = -1;
+        for (int k = 0; k < data->n_tasks; k++)
+            if (strcmp(data->task_names[k], name) == 0) all->column[y] = k;
+    }
+    float *labels, *out = predict_all(&labels, &run, data);
+    note_constant(&run, out, n, all->names);
+    for (size_t k = 0; k < n * Y; k++) {
+        int column = all->column[k % Y];
+        if (all->kind == TASK_CLASSIFICATION) out[k] = sigmoid(out[k]);
+        all->sum[k] += (double)out[k];
+        all->square[k] += (double)out[k] * (double)out[k];
+        all->mean[k] = (float)(all->sum[k] / all->models);
+        all->labels[k] = column < 0 ? NAN : labels[k / Y * (size_t)data->n_tasks + (size_t)column];
+    }
+    free(out);
+    free(labels);
     run_close(&run);
 }
 
-// ---- embed: ./moleblend embed data.bin --model FILE -o out.npy; (molecules, C) float32, the graph
-//      token or the mean or sum over the atoms
+// One row: record number, name, and of each task the prediction, its deviation over the models, the
+// label; last, why a record was skipped.
+static void predict_row(FILE *out, const Predictions *all, size_t i, const Molecule *m) {
+    size_t Y = (size_t)all->tasks;
+    fprintf(out, "%lu,", (unsigned long)m->record);
+    print_csv(out, m->name, (size_t)m->name_length);
+    for (size_t y = 0, k = i * Y; y < Y; y++, k++) {
+        double mean = all->sum[k] / all->models, n = all->models;
+        double variance = n > 1 ? (all->square[k] - n * mean * mean) / (n - 1) : 0;
+        fprintf(out, ",%.6g", mean);
+        if (n > 1) fprintf(out, ",%.3g", sqrt(fmax(variance, 0)));
+        if (all->column[y] < 0) continue;
+        fprintf(out, isnan(all->labels[k]) ? "," : ",%.6g", (double)all->labels[k]);
+    }
+    fprintf(out, ",\n");
+}
 
-typedef struct { OutFile out; Progress progress; float *row; size_t count; } Embedding;
+// The row of a record that data_prep skipped: no predictions, but the reason.
+static void predict_skipped(FILE *out, const Predictions *all, const Skipped *skipped) {
+    fprintf(out, "%lu,", (unsigned long)skipped->record);
+    print_csv(out, skipped->name, skipped->name_length);
+    for (int y = 0; y < all->tasks; y++)
+        fprintf(out, ",%s%s", all->models > 1 ? "," : "", all->column[y] < 0 ? "" : ",");
+    fputc(',', out);
+    print_csv(out, skipped->reason, skipped->reason_length);
+    fputc('
+', out);
+}
+
+// The metrics of every task that has labels, on stderr.
+static void predict_metrics(const Predictions *all, size_t n) {
+    size_t Y = (size_t)all->tasks;
+    double metric[METRICS];
+    for (size_t y = 0; y < Y; y++) {
+        if (all->column[y] < 0) continue;
+        task_metrics(metric, all->kind, all->mean, all->labels, n, Y, y);
+        fprintf(stderr, "%-24s", all->names[y]);
+        print_metrics(stderr, metric);
+    }
+    if (all->kind == TASK_CLASSIFICATION) print_reliability(stderr, all->mean, all->labels, n * Y);
+}
+
+static void command_predict(const char *path, const char *const *models, int n_models) {
+    Predictions all = {0};
+    OutFile file;
+    Dataset data;
+    Molecule m = {0};
+    CHECK(n_models > 0, "--model: expected a checkpoint, or several");
+    for (int k = 0; k < n_models; k++) predict_add(&all, path, models[k]);
+    out_open(&file, opt.output);
+    fprintf(file.file, "record,name");
+    for (int y = 0; y < all.tasks; y++)
+        for (int k = 0; k < 3; k++) {
+            static const char *const what[] = {"", " deviation", " label"};
+            if ((k == 1 && all.models == 1) || (k == 2 && all.column[y] < 0)) continue;
+            char *name = xprintf("%s%s", all.names[y], what[k]);
+            fputc(',', file.file);
+            print_csv(file.file, name, strlen(name));
+            free(name);
+        }
+    fprintf(file.file, ",skipped\n");
+    dataset_open(&data, path);
+    for (size_t i = 0, k = 0; i < data.count || k < data.skipped;) {
+        Skipped skipped = {.record = UINT32_MAX};
+        m.record = UINT32_MAX;
+        if (i < data.count) dataset_read(&data, i, &m);
+        if (k < data.skipped) skipped = dataset_skipped(&data, k);
+        if (i < data.count && m.record <= skipped.record) predict_row(file.file, &all, i++, &m);
+        else predict_skipped(file.file, &all, &skipped), k++;
+    }
+    out_commit(&file);
+    predict_metrics(&all, data.count);
+    molecule_free(&m);
+    dataset_close(&data);
+}
+
+// ---- embed: ./moleblend embed data.bin --model FILE -o out.npy; a vector a molecule (the graph
+//      token, or the mean or sum over the atoms) or an atom, and beside it whose they are
+
+typedef struct {
+    OutFile out, names, index;
+    Progress progress;
+    float *row;
+    size_t count, rows;   // molecules in all; rows written
+} Embedding;
+
+// Begins an array in NumPy's format: (rows, columns), or (rows) if columns is 0.
+static void npy_begin(OutFile *out, const char *path, const char *type, size_t rows,
+                      size_t columns) {
+    char shape[96], header[128], second[32] = "";
+    if (columns) snprintf(second, sizeof second, " %zu", columns);
+    snprintf(shape, sizeof shape, "{'descr': '%s', 'fortran_order': False, 'shape': (%zu,%s), }",
+             type, rows, second);
+    int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
+    const uint8_t magic[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (uint8_t)length, 0};
+    out_open(out, path);
+    out_write(out, magic, 10);
+    out_write(out, header, (size_t)length);
+}
+
+// Writes the sum of `count` tokens of x (T, C) from `token` on, times `weight`.
+static void embed_row(Embedding *e, const float *x, size_t C, size_t token, size_t count,
+                      float weight) {
+    for (size_t c = 0; c < C; c++) {
+        float sum = 0;
+        for (size_t t = token; t < token + count; t++) sum += x[t * C + c];
+        e->row[c] = weight * sum;
+    }
+    out_floats(&e->out, e->row, C);
+    e->rows++;
+}
 
 static void visit_embed(Run *run, size_t first, size_t B, void *result) {
     Embedding *e = result;
     size_t C = (size_t)run->s.model.config.dim;
+    const float *x = run->s.acts.x + (size_t)opt.layer * run->s.batch.T * C;
+    Molecule m = {0};
     if (mb_signal) mb_exit(128 + mb_signal);
     for (size_t b = 0; b < B; b++) {
         View v = batch_view(&run->s.batch, b);
-        size_t token, count;
+        size_t token, count, rows = e->rows;
+        uint8_t number[4];
+        put_u32(number, (uint32_t)(first + b));
         float weight = readout_tokens(&token, &count, &v, run->task.readout);
-        for (size_t c = 0; c < C; c++) {
-            float sum = 0;
-            for (size_t t = token; t < token + count; t++) sum += run->s.acts.out[t * C + c];
-            e->row[c] = weight * sum;
+        if (!e->index.file) embed_row(e, x, C, token, count, weight);
+        for (size_t t = 1; t < (size_t)v.S && e->index.file; t++) {
+            embed_row(e, x, C, v.token + t, 1, 1);
+            out_write(&e->index, number, 4);
         }
-        out_floats(&e->out, e->row, C);
+        if (!e->names.file) continue;
+        dataset_read(&run->test, first + b, &m);
+        fprintf(e->names.file, "%zu,%zu,%lu,", rows, e->rows - rows, (unsigned long)m.record);
+        print_csv(e->names.file, m.name, (size_t)m.name_length);
+        fputc('\n', e->names.file);
     }
+    molecule_free(&m);
     progress_show(&e->progress, (double)(first + B), (double)e->count, (double)(first + B),
                   "molecules", "embedded", first + B == e->count);
 }
 
 static void command_embed(const char *path) {
+    static const char *const levels[] = {"molecule", "atom"};
     Run run = {0};
-    Embedding e;
-    char shape[96], header[128];
-    run_open_model(&run, path);
-    size_t C = (size_t)run.s.model.config.dim;
-    snprintf(shape, sizeof shape, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %zu), }",
-             run.test.count, C);
-    int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
-    const uint8_t magic[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (uint8_t)length, 0};
-    out_open(&e.out, opt.output);
-    out_write(&e.out, magic, 10);
-    out_write(&e.out, header, (size_t)length);
-    e.row = xmalloc(C, sizeof *e.row);
+    Embedding e = {.progress = progress_begin(0)};
+    int atoms = opt.level && name_index("--level", opt.level, levels, 2);
+    int files = strcmp(opt.output, "-") != 0;
+    run_open_model(&run, path, opt.model);
+    Config c = run.s.model.config;
+    CHECK(opt.layer <= c.layers, "--layer: expected at most %d, found %lld", c.layers,
+          (long long)opt.layer);
+    if (opt.layer < 0) opt.layer = c.layers;
     e.count = run.test.count;
-    e.progress = progress_begin(0);
+    size_t rows = e.count;
+    for (size_t i = 0; i < e.count && atoms; i++)
+        rows += (size_t)dataset_atoms(&run.test, i) - 1;
+    char *names = sibling_name(opt.output, ".npy", ".csv");
+    char *index = sibling_name(opt.output, ".npy", ".index.npy");
+    npy_begin(&e.out, opt.output, "<f4", rows, (size_t)c.dim);
+    if (files) out_open(&e.names, names);
+    if (files) fprintf(e.names.file, "row,rows,record,name\n");
+    if (atoms) npy_begin(&e.index, index, "<u4", rows, 0);
+    e.row = xmalloc((size_t)c.dim, sizeof *e.row);
     signals_catch();
     visit_batches(&run, &run.test, SIZE_MAX, NULL, run.task.use, 1, visit_embed, &e);
+    if (atoms) out_commit(&e.index);
+    if (files) out_commit(&e.names);
     out_commit(&e.out);
+    free(names);
+    free(index);
     free(e.row);
     run_close(&run);
 }
@@ -3998,6 +4200,14 @@ static const char *const ELEMENTS =  // three characters each
     "Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th "
     "Pa U  Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og *  ";
 
+// Colour of a relation: in a picture, or on a terminal.
+static const char *use_colour(int use, int picture) {
+    static const char *const fill[] = {"#eeeeee", "#9ecae1", "#a1d99b", "#fdae6b"};
+    static const char *const terminal[] = {"", "\033[34m", "\033[32m", "\033[33m"};
+    int k = use == USE_SPD ? 1 : use == USE_EDGE ? 2 : use == USE_3D ? 3 : 0;
+    return picture ? fill[k] : terminal[k];
+}
+
 // What a pair shows: cell (16 bytes) of its SPD, path or distance; "." if it has none.
 static void show_cell(char *cell, const Batch *batch, size_t p, int use) {
     static const char bond_signs[] = "-=#~?";  // single, double, triple, aromatic, other
@@ -4009,21 +4219,50 @@ static void show_cell(char *cell, const Batch *batch, size_t p, int use) {
         snprintf(cell + t, 16 - (size_t)t, "%c", bond_signs[path[t] / 12]);
 }
 
+// Where matrices are shown: the terminal, or a picture (svg) in which each has its place.
+typedef struct {
+    FILE *svg;
+    int colour, across, down;  // of the terminal; of the next matrix of the picture
+} Canvas;
+
+enum { CELL_WIDTH = 44, CELL_HEIGHT = 20 };  // of a picture, in its units
+
+static void svg_cell(const Canvas *c, int i, int j, const char *fill, const char *text) {
+    int x = c->across + (j + 1) * CELL_WIDTH, y = c->down + (i + 2) * CELL_HEIGHT;
+    fprintf(c->svg, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"%s\"/>"
+            "<text x=\"%d\" y=\"%d\">%s</text>\n", x, y, CELL_WIDTH - 1, CELL_HEIGHT - 1, fill,
+            x + CELL_WIDTH / 2, y + 15, text);
+}
+
 // One matrix of a molecule: a row an atom. use = 0: what each pair drew.
-static void show_matrix(const Batch *batch, const char *title, int use) {
+static void show_matrix(Canvas *c, const Batch *batch, const char *title, int use) {
     int N = batch->n_atoms[0];
     printf("\n%s\n      ", title);
     for (int j = 0; j < N; j++) printf(" %5d", j);
     printf("\n");
     for (int i = 0; i < N; i++) {
-        printf("%3d %.2s", i, ELEMENTS + 3 * batch->atom_feat[i * ATOM_FEATURES]);
-        for (size_t p = (size_t)i * (size_t)N; p < (size_t)(i + 1) * (size_t)N; p++) {
+        const char *element = ELEMENTS + 3 * batch->atom_feat[i * ATOM_FEATURES];
+        char label[8];
+        snprintf(label, sizeof label, "%d %.2s", i, element);
+        if (c->svg) svg_cell(c, i, -1, "none", label);
+        printf("%3d %.2s", i, element);
+        for (int j = 0; j < N; j++) {
             char cell[16];
-            show_cell(cell, batch, p, use ? use : batch->pair_use[p]);
-            printf(" %5s", cell);
+            size_t p = (size_t)i * (size_t)N + (size_t)j;
+            int drawn = use ? use : batch->pair_use[p];
+            show_cell(cell, batch, p, drawn);
+            printf(" %s%5s%s", c->colour ? use_colour(drawn, 0) : "", cell,
+                   c->colour ? "\033[0m" : "");
+            if (c->svg) svg_cell(c, i, j, use_colour(drawn, 1), cell);
         }
         printf("\n");
     }
+    if (!c->svg) return;
+    fprintf(c->svg, "<text x=\"%d\" y=\"%d\" class=\"title\">%.*s</text>\n", c->across + CELL_WIDTH,
+            c->down + 25, (int)strcspn(title, "("), title);
+    int right = c->across == 0, width = (N + 2) * CELL_WIDTH;  // two beside each other
+    c->across = right ? width : 0;
+    c->down += right ? 0 : (N + 3) * CELL_HEIGHT;
 }
 
 // The pairs (0, j): how the bias of each is made, and what the heads must say of it.
@@ -4047,11 +4286,62 @@ static void show_pairs(const Batch *batch) {
     }
 }
 
+// What a model says of the pairs (0, j), beside the truth: the class of the path's length that it
+// holds most likely and its probability, the bonds' classes, the direction.
+static void show_predictions(Step *s, const float *spd, const float *edge, const float *d3) {
+    const Batch *batch = &s->batch;
+    printf("\npair    path length (truth)  probability   edge classes (truth)            direction\n");
+    for (int j = 0; j < batch->n_atoms[0]; j++) {
+        float p[SPD_CLASSES];
+        int best = 0;
+        memcpy(p, spd + j * SPD_CLASSES, sizeof p);
+        softmax_row(p, SPD_CLASSES);
+        for (int k = 0; k < SPD_CLASSES; k++) best = p[k] > p[best] ? k : best;
+        printf("0 %-5d %7d %9d %15.2f   ", j, best, batch->spd_target[j], (double)p[best]);
+        for (int t = 0; t < PATH_BONDS; t++) {
+            const float *x = edge + j * EDGE_OUTPUTS + t * EDGE_CLASSES;
+            int class = 0, truth = batch->edge_target[j * PATH_BONDS + t];
+            for (int k = 0; k < EDGE_CLASSES; k++) class = x[k] > x[class] ? k : class;
+            if (truth >= 0) printf(" %d (%d)", class, truth);
+            else printf(" -    ");
+        }
+        for (int k = 0; k < 3; k++) printf(" %5.2f", (double)d3[3 * j + k]);
+        printf("\n");
+    }
+}
+
+// The molecule of s->batch through the model of --model.
+static void show_model(Step *s) {
+    TensorFile f;
+    double sum[LOSSES];
+    size_t P = s->batch.P;
+    tensor_file_open(&f, opt.model);
+    model_create(&s->model, tensor_file_config(&f), 0);
+    CHECK(s->model.config.tasks == 0, "%s: a fine-tuned model has no heads that recover the "
+          "relations; expected a pretrained one", opt.model);
+    model_load(&s->model, s->model.params, &f, "");
+    acts_alloc(&s->acts, s->model.config, s->batch.room);
+    float *spd = s->logits[LOSS_SPD] = xmalloc(P * SPD_CLASSES, sizeof *spd);
+    float *edge = s->logits[LOSS_EDGE] = xmalloc(P * EDGE_OUTPUTS, sizeof *edge);
+    float *d3 = s->logits[LOSS_3D] = xmalloc(P * 3, sizeof *d3);
+    encoder_forward(s);
+    pretrain_heads(sum, s, 0);
+    show_predictions(s, spd, edge, d3);
+    free(spd);
+    free(edge);
+    free(d3);
+    acts_free(&s->acts);
+    model_free(&s->model);
+    tensor_file_close(&f);
+}
+
 static void command_show(const char *path, const char *index_text) {
     Dataset data;
-    Batch batch;
+    Step s = {0};
+    Batch *batch = &s.batch;
     Sizes room = {0};
     Molecule m = {0};
+    OutFile svg = {0};
     dataset_open(&data, path);
     char *end = NULL;
     unsigned long long index = strtoull(index_text, &end, 10);
@@ -4059,28 +4349,44 @@ static void command_show(const char *path, const char *index_text) {
           "%s: expected the index of one of its %zu molecules, from 0 on, found \"%s\"", path,
           data.count, index_text);
     uint32_t id = (uint32_t)index;
-    Draws draws = {(uint64_t)opt.seed, 0, id, 1};
+    s.draws = (Draws){(uint64_t)opt.seed, 0, id, 1};
     Blend still = opt.blend;
     still.noise = 0;
     sizes_add(&room, dataset_atoms(&data, id));
-    batch_alloc(&batch, room, 0);
-    batch_load(&batch, &data, &id, 1, &still, 0, &draws);
+    batch_alloc(batch, room, 0);
+    batch_load(batch, &data, &id, 1, &still, 0, &s.draws);
     dataset_read(&data, id, &m);
     printf("molecule %llu of %s: %s, %d atoms, %d bonds, %s\n", index, path, m.name, m.n_atoms,
            m.n_bonds, m.has_pos ? "3D" : "2D only");
-    show_matrix(&batch, "shortest path (bonds; . = not connected)", USE_SPD);
-    show_matrix(&batch,
+    Canvas canvas = {.colour = isatty(1) && !getenv("NO_COLOR")};
+    int side = m.n_atoms + 2;
+    if (opt.svg) {
+        out_open(&svg, opt.svg);
+        canvas.svg = svg.file;
+        fprintf(svg.file, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" "
+                "font-family=\"monospace\" font-size=\"12\" text-anchor=\"middle\">\n<style>.title "
+                "{text-anchor: start; font-weight: bold}</style>\n<rect width=\"100%%\" "
+                "height=\"100%%\" fill=\"white\"/>\n", 2 * side * CELL_WIDTH,
+                2 * (side + 1) * CELL_HEIGHT);
+    }
+    show_matrix(&canvas, batch, "shortest path (bonds; . = not connected)", USE_SPD);
+    show_matrix(&canvas, batch,
                 "bonds of the path, the first five (- = # single, double, triple, ~ aromatic)",
                 USE_EDGE);
-    if (batch.has_pos[0]) show_matrix(&batch, "distance (Angstrom)", USE_3D);
-    show_matrix(&batch, "one blend: what the encoder would see of each pair", 0);
+    if (batch->has_pos[0]) show_matrix(&canvas, batch, "distance (Angstrom)", USE_3D);
+    show_matrix(&canvas, batch, "one blend: what the encoder would see of each pair", 0);
+    if (opt.svg) {
+        fprintf(svg.file, "</svg>\n");
+        out_commit(&svg);
+    }
     printf("\natoms' own structure: ");
-    for (int i = 0; i < batch.n_atoms[0]; i++)
-        printf("%s ", batch.atom_use[i] == USE_3D ? "3D" : "2D");
+    for (int i = 0; i < batch->n_atoms[0]; i++)
+        printf("%s ", batch->atom_use[i] == USE_3D ? "3D" : "2D");
     printf("\n");
-    show_pairs(&batch);
+    show_pairs(batch);
+    if (opt.model) show_model(&s);
     molecule_free(&m);
-    batch_free(&batch);
+    batch_free(batch);
     dataset_close(&data);
 }
 
@@ -4102,13 +4408,16 @@ enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, SHOW = 16, INFO = 32,
 #define FLAG(name, field, help, commands) {name, OPT_FLAG, &opt.field, 0, 0, NULL, help, commands}
 
 static const Option OPTIONS[] = {
-    HEADING("Files", TRAIN | READ),
+    HEADING("Files", TRAIN | READ | SHOW),
     TEXT("-o", output, "FILE",
-         "output (moleblend.safetensors, finetuned.safetensors or embeddings.npy)", TRAIN | EMBED),
+         "output; predict, embed: - is stdout", TRAIN | READ),
     TEXT("--valid", valid, "FILE", "validation set (valid.bin beside train.bin)", TRAIN | FILES),
     TEXT("--test", test, "FILE", "test set (test.bin beside train.bin)", FINETUNE | FILES),
     TEXT("--init", init, "FILE", "start from this checkpoint", TRAIN | FILES),
-    TEXT("--model", model, "FILE", "checkpoint to use", READ),
+    TEXT("--model", model, "FILE",
+         "checkpoint to use; predict: or several, an ensemble; show: what it says of the pairs",
+         READ | SHOW),
+    TEXT("--svg", svg, "FILE", "the matrices as a picture", SHOW),
     FLAG("--resume", resume, "continue the run that writes -o, with its options; more --steps, "
          "--epochs or --seeds may be given", TRAIN),
     WHOLE("--save-every", save_every, 1, 1e9, "steps between checkpoints", TRAIN),
@@ -4126,7 +4435,7 @@ static const Option OPTIONS[] = {
     WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", FINETUNE | SHAPES | GROWS),
     WHOLE("--patience", patience, 0, 1e6, "stop after N epochs without gain; 0: never",
           FINETUNE | SHAPES),
-    WHOLE("--seeds", seeds, 1, 1000, "repeat with N seeds, mean and deviation",
+    WHOLE("--seeds", seeds, 1, 1000, "repeat with N seeds: mean and deviation, and FILE.seedN.safetensors of each, an ensemble",
           FINETUNE | SHAPES | GROWS),
     WHOLE("--batch-size", batch, 1, 1e6,
           "molecules at a time (default: pretraining 12, else 64; at most all)",
@@ -4154,6 +4463,9 @@ static const Option OPTIONS[] = {
          FINETUNE | SHAPES),
     TEXT("--readout", readout, "NAME", "mean, sum or cls (default mean; embed: as fine-tuned)",
          FINETUNE | EMBED | SHAPES),
+    TEXT("--level", level, "NAME", "a vector a molecule, or an atom", EMBED),
+    WHOLE("--layer", layer, -1, MAX_LAYERS, "output of this layer; 0: its input, -1: the last",
+          EMBED),
     TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",
          FINETUNE | EMBED | SHAPES),
     HEADING("Method", PRETRAIN | SHOW),
@@ -4170,7 +4482,8 @@ static const Option OPTIONS[] = {
     NUMBER("--weight-spd", weights.weight[LOSS_SPD], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
     NUMBER("--weight-edge", weights.weight[LOSS_EDGE], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
     NUMBER("--weight-3d", weights.weight[LOSS_3D], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    FLAG("--help", help, "this text; after a command, its own", 0),
+    FLAG("--help", help, "this text; after a command, its own, with its defaults", 0),
+    FLAG("--version", version, "which program this is", 0),
 };
 enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0] };
 
@@ -4202,10 +4515,10 @@ typedef struct {
 
 static const Command COMMANDS[] = {
     {"pretrain", PRETRAIN, 1, "moleblend.safetensors", "train.bin",
-     "pretrain (the default command)"},
+     "the same, spelt out"},
     {"finetune", FINETUNE, 1, "finetuned.safetensors", "train.bin --init FILE",
      "train on labels, from a checkpoint or from scratch"},
-    {"predict", PREDICT, 1, NULL, "data.bin --model FILE", "predictions as CSV on stdout"},
+    {"predict", PREDICT, 1, "-", "data.bin --model FILE", "predictions as CSV on stdout"},
     {"embed", EMBED, 1, "embeddings.npy", "data.bin --model FILE",
      "a vector per molecule, NumPy format"},
     {"show", SHOW, 2, NULL, "data.bin INDEX", "a molecule's relations, and one blend of them"},
@@ -4217,10 +4530,26 @@ static void print_help(const Command *command) {
     printf(
         "MoleBLEND: pretrain a Transformer on molecules by blending 2D and 3D (ICLR 2024)\n\n"
         "  ./moleblend train.bin                        pretrain; writes moleblend.safetensors\n");
-    for (const Command *c = COMMANDS + 1; c < COMMANDS + N_COMMANDS; c++)
+    for (const Command *c = COMMANDS; c < COMMANDS + N_COMMANDS; c++)
         printf("  ./moleblend %-8s %-23s %s\n", c->name, c->usage, c->help);
     printf("\nDatasets (.bin) are made by ./data_prep from SDF, SMILES or CSV files.\n");
     options_print(OPTIONS, N_OPTIONS, command ? command->bit : 0);
+}
+
+// Says so if parts that should sum to 1 do not; they count as parts of their sum.
+static void note_parts(const char *names, const double *part, int n) {
+    double sum = 0;
+    for (int k = 0; k < n; k++) sum += part[k];
+    if (fabs(sum - 1) > 1e-6)
+        fprintf(stderr, "note    %s sum to %g and are taken as parts of that\n", names, sum);
+}
+
+// Has an option been given whose value stands from `first` to `last`?
+static int was_given(const void *first, const void *last) {
+    for (int k = 0; k < N_OPTIONS; k++)
+        if (option_given[k] && (const char *)OPTIONS[k].value >= (const char *)first &&
+            (const char *)OPTIONS[k].value <= (const char *)last) return 1;
+    return 0;
 }
 
 // What the ranges of single options cannot say.
@@ -4229,13 +4558,44 @@ static void check_options(void) {
           "--pair-spd, --pair-edge: expected one of them above 0 (molecules without 3D need it)");
     CHECK(opt.blend.atom_2d + opt.blend.atom_3d > 0, "--atom-2d, --atom-3d: expected one above 0");
     CHECK(opt.steps <= UINT32_MAX - 1, "--steps: too many");
+    CHECK(!opt.blend.all || !was_given(&opt.blend.pair_spd, &opt.blend.atom_3d),
+          "--no-blend shows everything of every pair; expected no --pair-* or --atom-* beside it");
+    note_parts("--pair-spd, --pair-edge and --pair-3d", &opt.blend.pair_spd, 3);
+    note_parts("--atom-2d and --atom-3d", &opt.blend.atom_2d, 2);
+}
+
+// The command that argv[1] names; NULL if it is a file or an option. Dies at one that is misspelt.
+static const Command *command_find(const char *word) {
+    const Command *nearest = NULL;
+    for (const Command *c = COMMANDS; c < COMMANDS + N_COMMANDS; c++) {
+        if (strcmp(word, c->name) == 0) return c;
+        if (edit_distance(word, c->name) <= 2) nearest = c;
+    }
+    FILE *there = nearest ? fopen(word, "rb") : NULL;
+    CHECK(there || !nearest, "unknown command %s; did you mean %s?", word, nearest->name);
+    if (there) fclose(there);
+    return NULL;
+}
+
+// Sorts the words of the command line: checkpoints go behind models[0..n), others to the front.
+// Returns how many checkpoints there are then; *n_words: of the others.
+static int words_models(const char **models, const char **words, int *n_words) {
+    int n = 0, others = 0;
+    if (opt.model) models[n++] = opt.model;
+    for (int k = 0; k < *n_words; k++) {
+        size_t length = strlen(words[k]);
+        if (length > 12 && strcmp(words[k] + length - 12, ".safetensors") == 0)
+            models[n++] = words[k];
+        else words[others++] = words[k];
+    }
+    *n_words = others;
+    return n;
 }
 
 int main(int argc, char **argv) {
     threads_calm(argv);
-    const Command *command = NULL;
-    for (int k = 0; k < N_COMMANDS && argc > 1; k++)
-        if (strcmp(argv[1], COMMANDS[k].name) == 0) command = &COMMANDS[k];
+    if (argc > 1 && strcmp(argv[1], "help") == 0) argv[1] = xprintf("--help");
+    const Command *command = argc > 1 ? command_find(argv[1]) : NULL;
     int named = command != NULL;
     if (!command) command = &COMMANDS[0];
     if (command->bit == FINETUNE) {  // the paper's
@@ -4243,30 +4603,30 @@ int main(int argc, char **argv) {
         opt.adam.beta2 = 0.999;
         opt.hold = 0;
     }
-    const char *words[2] = {NULL, NULL};
-    int n_words =
-        options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words, 2,
-                      option_given);
-    if (opt.help) {
-        print_help(named ? command : NULL);
-        return 0;
-    }
+    opt.output = command->output;
+    const char **words = xmalloc(2 * (size_t)argc + 2, sizeof *words), **models = words + argc + 1;
+    int n_words = options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words,
+                                argc, option_given), n_models = opt.model != NULL;
+    if (opt.version) printf("moleblend %s, vectors of %d floats\n", MB_VERSION, VEC);
+    if (opt.help) print_help(named ? command : NULL);
+    if (opt.version || opt.help) mb_exit(0);
+    if (command->bit == PREDICT) n_models = words_models(models, words, &n_words);
     CHECK(n_words == command->words, "expected ./moleblend %s%s; see --help",
           named ? xprintf("%s ", command->name) : "", command->usage);
     check_options();
-    if (!opt.output) opt.output = command->output;
     if (!opt.valid && command->bit & TRAIN) opt.valid = sibling(words[0], "valid");
     if (!opt.test && command->bit & FINETUNE) opt.test = sibling(words[0], "test");
     threads_set(opt.threads);
     switch (command->bit) {
         case PRETRAIN: command_pretrain(words[0]); break;
         case FINETUNE: command_finetune(words[0]); break;
-        case PREDICT: command_predict(words[0]); break;
+        case PREDICT: command_predict(words[0], models, n_models); break;
         case EMBED: command_embed(words[0]); break;
         case SHOW: command_show(words[0], words[1]); break;
         default: file_info(words[0]); break;
     }
-    return 0;
+    free(words);
+    mb_exit(0);
 }
 
 #endif  // MOLEBLEND_TEST
