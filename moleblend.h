@@ -2,7 +2,7 @@
 //
 //   1 errors           DIE, CHECK: one line on stderr, exit 1, unfinished outputs removed
 //   2 memory           xmalloc, xrealloc: sizes are checked before they are multiplied
-//   3 output files     OutFile: written beside the target, renamed when complete
+//   3 files            OutFile: written beside the target, renamed when complete; files read whole
 //   4 being stopped    signals that ask for an orderly end; threads and CPU time on a busy machine
 //   5 random numbers   Philox4x32-10: a draw depends on nothing but its name
 //   6 options          one table drives parsing, range checks and --help
@@ -91,14 +91,22 @@ typedef struct OutFile {
     struct OutFile *next;  // list of unfinished outputs, see mb_unfinished
 } OutFile;
 
-static OutFile *mb_unfinished;  // outputs to remove when the program dies
+static OutFile *mb_unfinished;  // outputs to remove at exit, whoever calls that
 
-// Ends the program with this exit code; unfinished outputs are removed.
-MB_NORETURN static inline void mb_exit(int code) {
+static inline void outs_remove(void) {
     for (OutFile *out = mb_unfinished; out; out = out->next) {
-        if (MB_POSIX) remove(out->tmp);  // while its lock is held
-        if (out->file) fclose(out->file);
-        if (!MB_POSIX) remove(out->tmp);
+        if (!MB_POSIX && out->file) fclose(out->file);  // an open file cannot be removed there
+        remove(out->tmp);
+    }
+}
+
+// Ends the program with this exit code; success becomes failure if stdout could not be written.
+MB_NORETURN static inline void mb_exit(int code) {
+    errno = 0;
+    if (code == 0 && (fflush(stdout) != 0 || ferror(stdout))) {
+        fprintf(stderr, MB_PROGRAM ": standard output: write failed: %s\n",
+                strerror(errno ? errno : EIO));
+        code = EXIT_FAILURE;
     }
     exit(code);
 }
@@ -108,9 +116,7 @@ MB_NORETURN static inline void mb_exit(int code) {
 MB_NORETURN MB_PRINTF(1, 2) static inline void mb_die(const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
-#ifdef _OPENMP
 #pragma omp critical(mb_die)
-#endif
     {
         fflush(stdout);
         fputs(MB_PROGRAM ": ", stderr);
@@ -182,7 +188,7 @@ MB_PRINTF(1, 2) static inline char *xprintf(const char *fmt, ...) {
 }
 
 // =================================================================================================
-// 3 Output files. Whole or not at all: data goes to PATH.tmp, which out_commit() flushes to the
+// 3 Files. An output is whole or not there: data go to PATH.tmp, which out_commit() flushes to the
 //   disk and renames. Every write is checked; a full disk shows at the latest in out_commit().
 //   PATH may only be a regular file or nothing: to rename onto a device would remove it.
 //   PATH.tmp is locked while it is written, so two programs with one output never mix.
@@ -201,9 +207,10 @@ static inline FILE *out_lock(const char *tmp) {
             long holder = fcntl(fd, F_GETLK, &lock) == 0 ? (long)lock.l_pid : 0;
             DIE("%s: process %ld is writing it; wait for it, or give another -o", tmp, holder);
         }
-        if (fstat(fd, &mine) == 0 && stat(tmp, &named) == 0 && mine.st_ino == named.st_ino &&
-            ftruncate(fd, 0) == 0)
+        if (fstat(fd, &mine) == 0 && stat(tmp, &named) == 0 && mine.st_ino == named.st_ino) {
+            CHECK(ftruncate(fd, 0) == 0, "%s: cannot write: %s", tmp, strerror(errno));
             return fdopen(fd, "wb");
+        }
         close(fd);
     }
 }
@@ -211,6 +218,8 @@ static inline FILE *out_lock(const char *tmp) {
 
 // Opens PATH.tmp for writing. `out` must stay where it is until out_commit().
 static inline void out_open(OutFile *out, const char *path) {
+    static int hooked;
+    if (!hooked) hooked = atexit(outs_remove) == 0;
 #if MB_POSIX
     struct stat info;
     CHECK(stat(path, &info) != 0 || S_ISREG(info.st_mode),
@@ -279,7 +288,88 @@ static inline void out_commit(OutFile *out) {
     CHECK(rename(out->tmp, out->path) == 0, "%s: cannot rename to %s: %s", out->tmp, out->path,
           strerror(errno));
     if (out->file) fclose(out->file);
+#if MB_POSIX  // the folder holds the name; where it cannot be flushed, the system sees to it
+    const char *slash = strrchr(out->path, '/');
+    char *folder = xprintf("%.*s.", slash ? (int)(slash - out->path) + 1 : 0, out->path);
+    int fd = open(folder, O_RDONLY);
+    if (fd >= 0) fsync(fd);
+    if (fd >= 0) close(fd);
+    free(folder);
+#endif
     out_forget(out);
+}
+
+// ---- files that are read
+
+// Is there a file of this name? A FIFO is one, and opening it would wait.
+static inline int file_exists(const char *path) {
+#if MB_POSIX
+    return access(path, F_OK) == 0;
+#else
+    FILE *f = fopen(path, "rb");
+    if (f) fclose(f);
+    return f != NULL;
+#endif
+}
+
+#if MB_POSIX
+static struct { const char *path; const uint8_t *bytes; size_t size; } mb_mapped[8];
+
+// SIGBUS: a page is not there. It comes of reading a file's bytes, so stdio may be used.
+static inline void mb_on_sigbus(int number, siginfo_t *info, void *context) {
+    uintptr_t at = (uintptr_t)info->si_addr;
+    (void)context;
+    for (int k = 0; k < 8; k++)
+        CHECK(at - (uintptr_t)mb_mapped[k].bytes >= mb_mapped[k].size,
+              "%s: was cut short while it was read, or its disk failed", mb_mapped[k].path);
+    signal(number, SIG_DFL);
+}
+#endif
+
+
+// The whole of a file, memory-mapped where the platform can, else read. Dies if it cannot. `path`
+// must live as long as the bytes.
+static inline const uint8_t *file_bytes(const char *path, size_t *size) {
+#if MB_POSIX
+    struct stat info;
+    struct sigaction action = {.sa_sigaction = mb_on_sigbus, .sa_flags = SA_SIGINFO};
+    int fd = open(path, O_RDONLY | O_NONBLOCK), k = 0;  // not to wait for a FIFO
+    CHECK(fd >= 0 && fstat(fd, &info) == 0, "%s: cannot read: %s", path, strerror(errno));
+    CHECK(S_ISREG(info.st_mode), "%s: cannot read: expected a regular file", path);
+    CHECK((uintmax_t)info.st_size <= SIZE_MAX, "%s: too large for this machine", path);
+    *size = (size_t)info.st_size;
+    void *map = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
+    CHECK(map != MAP_FAILED, "%s: cannot map: %s", path, strerror(errno));
+    close(fd);
+    while (k < 7 && mb_mapped[k].size) k++;
+    mb_mapped[k].path = path;
+    mb_mapped[k].bytes = map;
+    mb_mapped[k].size = *size;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGBUS, &action, NULL);
+    return map;
+#else
+    FILE *f = fopen(path, "rb");
+    CHECK(f, "%s: cannot read: %s", path, strerror(errno));
+    uint8_t *bytes = NULL;
+    size_t room = 0;
+    for (*size = 0; *size == room; *size += fread(bytes + *size, 1, room - *size, f))
+        bytes = xrealloc(bytes, room = 2 * room + 65536, 1);
+    CHECK(!ferror(f), "%s: read failed: %s", path, strerror(errno));
+    fclose(f);
+    return bytes;
+#endif
+}
+
+static inline void file_release(const uint8_t *bytes, size_t size) {
+#if MB_POSIX
+    for (int k = 0; k < 8; k++)
+        if (mb_mapped[k].bytes == bytes) mb_mapped[k].size = 0;
+    if (bytes) munmap((void *)(uintptr_t)bytes, size);
+#else
+    (void)size;
+    free((void *)(uintptr_t)bytes);
+#endif
 }
 
 // =================================================================================================
@@ -322,11 +412,11 @@ static inline void signals_catch(void) {
 #endif
 }
 
-// CPUs that the quotas of our control group and those above it allow (Linux: containers, batch
-// systems; version 2, whose cpu.max says "QUOTA PERIOD" or "max ..."), 0 if there is none. `root`
-// stands in front of every path; "" but in tests.
-static inline double cpu_quota(const char *root) {
-    double cpus = 0, quota, period;
+// The least that our control group and those above it allow (Linux: containers, batch systems;
+// version 2), 0 if there is no limit: of "cpu.max", which says "QUOTA PERIOD" or "max ...", CPUs,
+// of "memory.max" bytes. `root` stands in front of every path; "" but in tests.
+static inline double group_limit(const char *root, const char *file) {
+    double least = 0, number[2];
     char line[1024], *path = xprintf("%s/proc/self/cgroup", root);
     FILE *groups = fopen(path, "r");  // lines NUMBER:CONTROLLERS:GROUP, ours has 0 and none
     free(path);
@@ -334,17 +424,27 @@ static inline double cpu_quota(const char *root) {
         if (strncmp(line, "0::/", 4) != 0) continue;
         for (char *end = line + strcspn(line, "\n"); end; end = strrchr(line, '/')) {
             *end = 0;
-            path = xprintf("%s/sys/fs/cgroup%s/cpu.max", root, line + 3);
+            path = xprintf("%s/sys/fs/cgroup%s/%s", root, line + 3, file);
             FILE *f = fopen(path, "r");
-            if (f && fscanf(f, "%lf %lf", &quota, &period) == 2 && quota > 0 && period > 0 &&
-                (cpus == 0 || quota / period < cpus))
-                cpus = quota / period;
+            int n = f ? fscanf(f, "%lf %lf", &number[0], &number[1]) : 0;
+            double limit = n > 1 ? number[0] / number[1] : n > 0 ? number[0] : 0;
+            if (limit > 0 && (least == 0 || limit < least)) least = limit;
             if (f) fclose(f);
             free(path);
         }
     }
     if (groups) fclose(groups);
-    return cpus;
+    return least;
+}
+
+// Bytes of memory that this machine and our control group have for us.
+static inline double memory_limit(void) {
+    double least = group_limit("", "memory.max");
+#if MB_POSIX && defined(_SC_PHYS_PAGES)
+    double all = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (all > 0 && (least == 0 || all < least)) least = all;
+#endif
+    return least > 0 ? least : (double)SIZE_MAX;
 }
 
 // ---- threads. One that waits at the end of a parallel loop spins for a while, because waking it
@@ -360,10 +460,13 @@ static int mb_adapting;  // may that number be lowered?
 static inline int thread_count(void) { return mb_threads ? mb_threads : omp_get_max_threads(); }
 static inline int thread_id(void) { return omp_get_thread_num(); }
 
-// To be called first in main(): makes waiting short. A hundredth of gcc's default is as fast on an
-// idle machine. gcc's runtime has read its environment before main() begins, so the program begins
-// again with another one.
-static inline void threads_calm(char **argv) {
+// To be called first in main(). A write beyond `ulimit -f` shall fail, not kill. Waiting is made
+// short: a hundredth of gcc's default is as fast on an idle machine. gcc's runtime has read its
+// environment before main() begins, so the program begins again with another one.
+static inline void program_begin(char **argv) {
+#if MB_POSIX
+    signal(SIGXFSZ, SIG_IGN);
+#endif
 #if defined(_OPENMP) && MB_POSIX
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME")) return;
     if (setenv("MB_CALM", "1", 1) || setenv("GOMP_SPINCOUNT", "2000", 1)) return;
@@ -381,7 +484,7 @@ static inline void threads_calm(char **argv) {
 // Sets the number of threads: `wanted`, or if that is 0 what the environment says, or as many as
 // there are CPUs that we may use, by affinity and by quota.
 static inline void threads_set(int64_t wanted) {
-    double quota = cpu_quota("");
+    double quota = group_limit("", "cpu.max");
     mb_adapting = MB_POSIX && !wanted && getenv("MB_CALM") && !getenv("OMP_NUM_THREADS");
     if (!wanted && !getenv("OMP_NUM_THREADS") && quota > 0 && quota < omp_get_num_procs())
         wanted = quota < 1 ? 1 : (int64_t)(quota + 0.5);
@@ -617,9 +720,7 @@ static inline const char *sibling(const char *train_path, const char *part) {
     for (const char *s = train_path; (s = strstr(s, "train")); s++) at = s;
     if (!at) return NULL;
     char *path = xprintf("%.*s%s%s", (int)(at - train_path), train_path, part, at + 5);
-    FILE *f = fopen(path, "rb");
-    if (f) fclose(f);
-    return f ? path : NULL;
+    return file_exists(path) ? path : NULL;
 }
 
 // A field of a CSV row on stdout, quoted if it must be.
@@ -712,23 +813,18 @@ typedef struct {
 // owner calls molecule_free().
 static inline void molecule_resize(Molecule *m, int n_atoms, int n_bonds, int n_tasks,
                                    int name_length) {
-    if (n_atoms > m->atom_room || !m->atom_feat) {
-        m->atom_room = n_atoms;
-        m->atom_feat = xrealloc(m->atom_feat, (size_t)n_atoms, ATOM_FEATURES);
-        m->pos = xrealloc(m->pos, (size_t)n_atoms, 3 * sizeof(float));
-    }
-    if (n_bonds > m->bond_room || !m->bonds) {
-        m->bond_room = n_bonds;
-        m->bonds = xrealloc(m->bonds, (size_t)n_bonds, 2 * sizeof(uint16_t));
-        m->bond_code = xrealloc(m->bond_code, (size_t)n_bonds, 1);
-    }
-    if (n_tasks > m->task_room || !m->labels) {
-        m->task_room = n_tasks;
-        m->labels = xrealloc(m->labels, (size_t)n_tasks, sizeof(float));
-    }
-    if (name_length + 1 > m->name_room || !m->name) {
-        m->name_room = name_length + 1;
-        m->name = xrealloc(m->name, (size_t)name_length + 1, 1);
+    if (n_atoms > m->atom_room || n_bonds > m->bond_room || n_tasks > m->task_room ||
+        name_length >= m->name_room) {
+        m->atom_room = max_int(n_atoms, m->atom_room);
+        m->bond_room = max_int(n_bonds, m->bond_room);
+        m->task_room = max_int(n_tasks, m->task_room);
+        m->name_room = max_int(name_length + 1, m->name_room);
+        m->atom_feat = xrealloc(m->atom_feat, (size_t)m->atom_room, ATOM_FEATURES);
+        m->pos = xrealloc(m->pos, (size_t)m->atom_room, 3 * sizeof(float));
+        m->bonds = xrealloc(m->bonds, (size_t)m->bond_room, 2 * sizeof(uint16_t));
+        m->bond_code = xrealloc(m->bond_code, (size_t)m->bond_room, 1);
+        m->labels = xrealloc(m->labels, (size_t)m->task_room, sizeof(float));
+        m->name = xrealloc(m->name, (size_t)m->name_room, 1);
     }
     m->n_atoms = n_atoms;
     m->n_bonds = n_bonds;
@@ -971,41 +1067,6 @@ typedef struct {
     char **task_names;    // (n_tasks)
 } Dataset;
 
-// The whole of a file, memory-mapped where the platform can, else read. Dies if it cannot.
-static inline const uint8_t *file_bytes(const char *path, size_t *size) {
-#if MB_POSIX
-    struct stat info;
-    int fd = open(path, O_RDONLY);
-    CHECK(fd >= 0 && fstat(fd, &info) == 0, "%s: cannot read: %s", path, strerror(errno));
-    CHECK(S_ISREG(info.st_mode), "%s: cannot read: expected a regular file", path);
-    CHECK((uintmax_t)info.st_size <= SIZE_MAX, "%s: too large for this machine", path);
-    *size = (size_t)info.st_size;
-    void *map = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
-    CHECK(map != MAP_FAILED, "%s: cannot map: %s", path, strerror(errno));
-    close(fd);
-    return map;
-#else
-    FILE *f = fopen(path, "rb");
-    CHECK(f, "%s: cannot read: %s", path, strerror(errno));
-    uint8_t *bytes = NULL;
-    size_t room = 0;
-    for (*size = 0; *size == room; *size += fread(bytes + *size, 1, room - *size, f))
-        bytes = xrealloc(bytes, room = 2 * room + 65536, 1);
-    CHECK(!ferror(f), "%s: read failed: %s", path, strerror(errno));
-    fclose(f);
-    return bytes;
-#endif
-}
-
-static inline void file_release(const uint8_t *bytes, size_t size) {
-#if MB_POSIX
-    if (bytes) munmap((void *)(uintptr_t)bytes, size);
-#else
-    (void)size;
-    free((void *)(uintptr_t)bytes);
-#endif
-}
-
 // Opens and checks header, task names and index. Dies with the reason if anything is wrong.
 static inline void dataset_open(Dataset *d, const char *path) {
     *d = (Dataset){.path = path};
@@ -1103,8 +1164,12 @@ static inline void dataset_same_tasks(const Dataset *a, const Dataset *b) {
 
 // =================================================================================================
 // 10 Tensor files (.safetensors): u64 length of the header, a JSON header {"name": {"dtype",
-//   "shape", "data_offsets"}, ..., "__metadata__": {...}}, raw little-endian data
+//   "shape", "data_offsets"}, ..., "__metadata__": {...}}, raw little-endian data. Ours say in the
+//   metadata, as eight hex digits, the CRC-32 of the whole file with zeros for these digits; it is
+//   checked on opening. A file without one is taken.
 // =================================================================================================
+
+#define TENSOR_CRC "moleblend.crc32"
 
 typedef struct {
     char *name;
@@ -1122,6 +1187,7 @@ typedef struct {
     int count;
     char **meta;          // 2 * meta_count: key, value
     int meta_count;
+    const uint8_t *crc;   // the digits of the checksum; NULL if there is none
 } TensorFile;
 
 // Reads the JSON header: text between at and end.
@@ -1253,7 +1319,19 @@ static inline void json_metadata(JsonReader *r, TensorFile *f) {
         f->meta = xrealloc(f->meta, 2 * (size_t)f->meta_count + 2, sizeof *f->meta);
         f->meta[2 * f->meta_count] = key;
         f->meta[2 * f->meta_count + 1] = json_string(r);
+        if (strcmp(key, TENSOR_CRC) == 0) f->crc = (const uint8_t *)r->at - 9;  // and a quote
     }
+}
+
+// Dies if the checksum is not that of the file.
+static inline void tensor_file_check(const TensorFile *f) {
+    char digits[9];
+    uint32_t crc = crc32_add(0, f->bytes, (size_t)(f->crc - f->bytes));
+    crc = crc32_add(crc, (const uint8_t *)"00000000", 8);
+    crc = crc32_add(crc, f->crc + 8, (size_t)(f->bytes + f->size - f->crc) - 8);
+    snprintf(digits, sizeof digits, "%08x", (unsigned)crc);
+    CHECK(memcmp(digits, f->crc, 8) == 0, "%s: damaged tensor file (%s does not fit; a program "
+          "that rewrites the file must leave it out)", f->path, TENSOR_CRC);
 }
 
 // Opens a .safetensors file; dies with the reason if it is not one. Call tensor_file_close().
@@ -1277,6 +1355,7 @@ static inline void tensor_file_open(TensorFile *f, const char *path) {
         f->entries[f->count] = (TensorEntry){.name = name};
         json_tensor(&r, &f->entries[f->count++], data, f->size - 8 - (size_t)length);
     }
+    if (f->crc) tensor_file_check(f);
 }
 
 static inline void tensor_file_close(TensorFile *f) {
@@ -1339,13 +1418,16 @@ static inline void text_add_meta(Text *t, const char *key, const char *value) {
     text_add(t, "\"");
 }
 
-static inline void out_floats(OutFile *out, const float *x, size_t count) {
+// Writes numbers; returns `crc` continued over their bytes.
+static inline uint32_t out_floats(OutFile *out, const float *x, size_t count, uint32_t crc) {
     uint8_t chunk[4096];
     for (size_t i = 0; i < count; i += 1024) {
         size_t n = count - i < 1024 ? count - i : 1024;
         for (size_t k = 0; k < n; k++) put_f32(chunk + 4 * k, x[i + k]);
         out_write(out, chunk, 4 * n);
+        crc = crc32_add(crc, chunk, 4 * n);
     }
+    return crc;
 }
 
 // A matrix to be written, or with rows = 0 a vector.
@@ -1355,12 +1437,14 @@ typedef struct {
     const float *data;
 } TensorOut;
 
-// Writes n float32 tensors. meta: JSON text of the metadata.
+// Writes n float32 tensors. meta: a JSON object, not empty, of the metadata.
 static inline void tensor_file_write(const char *path, const TensorOut *tensors, size_t n,
-                              const char *meta) {
+                                     const char *meta) {
     Text head = {0};
     size_t offset = 0;
-    text_add(&head, "{\"__metadata__\":%s", meta);
+    text_add(&head, "{\"__metadata__\":{\"" TENSOR_CRC "\":\"");
+    size_t crc_at = 8 + head.length;
+    text_add(&head, "00000000\",%s", meta + 1);
     for (const TensorOut *t = tensors; t < tensors + n; t++) {
         size_t end = offset + 4 * max_size(t->rows, 1) * t->columns;
         text_add(&head, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t->name);
@@ -1372,12 +1456,16 @@ static inline void tensor_file_write(const char *path, const TensorOut *tensors,
     while (head.length % 8) text_add(&head, " ");
     OutFile out;
     uint8_t length[8];
+    char digits[9];
     out_open(&out, path);
     put_u64(length, head.length);
     out_write(&out, length, 8);
     out_write(&out, head.text, head.length);
+    uint32_t crc = crc32_add(crc32_add(0, length, 8), (const uint8_t *)head.text, head.length);
     for (const TensorOut *t = tensors; t < tensors + n; t++)
-        out_floats(&out, t->data, max_size(t->rows, 1) * t->columns);
+        crc = out_floats(&out, t->data, max_size(t->rows, 1) * t->columns, crc);
+    snprintf(digits, sizeof digits, "%08x", (unsigned)crc);
+    out_rewrite(&out, (long)crc_at, digits, 8);
     out_commit(&out);
     free(head.text);
 }
@@ -1448,18 +1536,6 @@ static inline int scored_compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// The labelled predictions of task y, sorted by score, in fresh memory.
-static inline Scored *scored_sorted(size_t *count, const float *scores, const float *labels,
-                                    size_t n, size_t Y, size_t y) {
-    Scored *list = xmalloc(n, sizeof *list);
-    *count = 0;
-    for (size_t i = 0; i < n; i++)
-        if (!isnan(labels[i * Y + y]))
-            list[(*count)++] = (Scored){scores[i * Y + y], labels[i * Y + y]};
-    qsort(list, *count, sizeof *list, scored_compare);
-    return list;
-}
-
 // ROC-AUC by the rank sum, tied scores sharing their mean rank, NaN if only one class is there; and
 // average precision: the sum over thresholds of precision * step in recall, NaN without positives.
 // Labels above 0.5 are positive.
@@ -1486,9 +1562,13 @@ static const char *const METRIC_NAMES[METRICS] = {"ROC-AUC", "AP", "RMSE", "MAE"
 // All metrics of task y that make sense for its kind, NaN for the others and where undefined.
 // scores (n, Y): logits (in float32 large probabilities are all 1), or predicted values.
 static inline void task_metrics(double metric[METRICS], TaskKind kind, const float *scores,
-                         const float *labels, size_t n, size_t Y, size_t y) {
-    size_t count;
-    Scored *list = scored_sorted(&count, scores, labels, n, Y, y);
+                                const float *labels, size_t n, size_t Y, size_t y) {
+    size_t count = 0;
+    Scored *list = xmalloc(n, sizeof *list);
+    for (size_t i = 0; i < n; i++)
+        if (!isnan(labels[i * Y + y]))
+            list[count++] = (Scored){scores[i * Y + y], labels[i * Y + y]};
+    qsort(list, count, sizeof *list, scored_compare);
     double square = 0, absolute = 0, mean = 0, variance = 0;
     int varied = 0;  // constant labels have a variance too, of rounding
     for (int k = 0; k < METRICS; k++) metric[k] = (double)NAN;
@@ -1513,7 +1593,7 @@ static inline void task_metrics(double metric[METRICS], TaskKind kind, const flo
 // Means over the tasks in which a metric is defined; NaN if there is none, and of errors in the
 // labels' units, which several tasks need not share.
 static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores,
-                         const float *labels, size_t n, size_t Y) {
+                                const float *labels, size_t n, size_t Y) {
     double sum[METRICS] = {0}, count[METRICS] = {0}, metric[METRICS];
     for (size_t y = 0; y < Y; y++) {
         task_metrics(metric, kind, scores, labels, n, Y, y);
