@@ -1833,8 +1833,8 @@ static void test_flips(void) {
     model_write("build/test_bad.bin", &model, "{\"step\":\"2\"}", log, 2, 2);
     test_check(run_apart(load_damaged, &model) == 0, "the state without damage is read");
     char *bytes = file_text("build/test_bad.bin", &n);
-    for (size_t k = 0; k < 1100; k++, tried++) {
-        size_t bit = k < 720 ? k : rng_bits(1, 71, 0, 0, (uint32_t)k) % (8 * n);
+    for (size_t k = 0; k < 560; k++, tried++) {
+        size_t bit = k < 416 ? k : rng_bits(1, 71, 0, 0, (uint32_t)k) % (8 * n);
         FILE *f = fopen("build/test_bad.bin", "wb");
         CHECK(f, "cannot write build/test_bad.bin");
         bytes[bit / 8] = (char)(bytes[bit / 8] ^ 1 << bit % 8);
