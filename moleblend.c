@@ -3219,7 +3219,7 @@ static void run_save(const Run *run) {
 // Continues the run whose state is there. Returns 0 if there is none.
 static int run_load(Run *run) {
     TensorFile f;
-    if (!file_exists(run->state_path)) return 0;
+    if (access(run->state_path, F_OK) != 0) return 0;
     tensor_file_open(&f, run->state_path);
     char *now = options_text(), data[64], saved[64];
     const char *then = tensor_meta(&f, "run"), *step = tensor_meta(&f, "step");

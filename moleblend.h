@@ -41,6 +41,8 @@
 #else
 #define MB_POSIX 0
 #include <io.h>
+#define access _access
+#define F_OK 0
 #endif
 
 #ifndef MB_PROGRAM
@@ -95,7 +97,7 @@ static OutFile *mb_unfinished;  // outputs to remove at exit, whoever calls that
 
 static inline void outs_remove(void) {
     for (OutFile *out = mb_unfinished; out; out = out->next) {
-        if (!MB_POSIX && out->file) fclose(out->file);  // an open file cannot be removed there
+        if (!MB_POSIX && out->file) fclose(out->file);  // see out_discard()
         remove(out->tmp);
     }
 }
@@ -250,21 +252,24 @@ static inline void out_rewrite(OutFile *out, long offset, const void *data, size
     out_write(out, data, size);
 }
 
-// Takes a closed file off the list of unfinished outputs.
-static inline void out_forget(OutFile *out) {
+// Closes the file, if it is open, and takes it off the list of unfinished outputs.
+static inline void out_close(OutFile *out) {
     OutFile **link = &mb_unfinished;
+    if (out->file) fclose(out->file);
     while (*link != out) link = &(*link)->next;
     *link = out->next;
     free(out->path);
     free(out->tmp);
 }
 
-// Closes the file and removes it: PATH stays as it was.
+// Removes the file: PATH stays as it was.
 static inline void out_discard(OutFile *out) {
-    if (MB_POSIX) remove(out->tmp);
-    fclose(out->file);
-    if (!MB_POSIX) remove(out->tmp);
-    out_forget(out);
+    if (!MB_POSIX) {  // an open file cannot be removed there
+        fclose(out->file);
+        out->file = NULL;
+    }
+    remove(out->tmp);
+    out_close(out);
 }
 
 // Dies now, not after hours of work, if PATH cannot be written.
@@ -287,7 +292,6 @@ static inline void out_commit(OutFile *out) {
     CHECK(!bad, "%s: write failed: %s", out->tmp, strerror(errno));
     CHECK(rename(out->tmp, out->path) == 0, "%s: cannot rename to %s: %s", out->tmp, out->path,
           strerror(errno));
-    if (out->file) fclose(out->file);
 #if MB_POSIX  // the folder holds the name; where it cannot be flushed, the system sees to it
     const char *slash = strrchr(out->path, '/');
     char *folder = xprintf("%.*s.", slash ? (int)(slash - out->path) + 1 : 0, out->path);
@@ -296,21 +300,10 @@ static inline void out_commit(OutFile *out) {
     if (fd >= 0) close(fd);
     free(folder);
 #endif
-    out_forget(out);
+    out_close(out);
 }
 
 // ---- files that are read
-
-// Is there a file of this name? A FIFO is one, and opening it would wait.
-static inline int file_exists(const char *path) {
-#if MB_POSIX
-    return access(path, F_OK) == 0;
-#else
-    FILE *f = fopen(path, "rb");
-    if (f) fclose(f);
-    return f != NULL;
-#endif
-}
 
 #if MB_POSIX
 static struct { const char *path; const uint8_t *bytes; size_t size; } mb_mapped[8];
@@ -460,12 +453,15 @@ static int mb_adapting;  // may that number be lowered?
 static inline int thread_count(void) { return mb_threads ? mb_threads : omp_get_max_threads(); }
 static inline int thread_id(void) { return omp_get_thread_num(); }
 
-// To be called first in main(). A write beyond `ulimit -f` shall fail, not kill. Waiting is made
-// short: a hundredth of gcc's default is as fast on an idle machine. gcc's runtime has read its
-// environment before main() begins, so the program begins again with another one.
+// To be called first in main(). A write beyond `ulimit -f` shall fail, not kill, and no file be
+// opened in the place of a closed stdout or stderr. Waiting is made short: a hundredth of gcc's
+// default is as fast on an idle machine. gcc's runtime has read its environment before main()
+// begins, so the program begins again with another one.
 static inline void program_begin(char **argv) {
 #if MB_POSIX
     signal(SIGXFSZ, SIG_IGN);
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", O_RDWR);
 #endif
 #if defined(_OPENMP) && MB_POSIX
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME")) return;
@@ -720,7 +716,7 @@ static inline const char *sibling(const char *train_path, const char *part) {
     for (const char *s = train_path; (s = strstr(s, "train")); s++) at = s;
     if (!at) return NULL;
     char *path = xprintf("%.*s%s%s", (int)(at - train_path), train_path, part, at + 5);
-    return file_exists(path) ? path : NULL;
+    return access(path, F_OK) == 0 ? path : NULL;  // not fopen(), which waits for a FIFO
 }
 
 // A field of a CSV row on stdout, quoted if it must be.
@@ -951,7 +947,7 @@ static inline size_t record_encode(uint8_t *buf, const Molecule *m) {
     return (size_t)(p - buf);
 }
 
-// Reads a record of `size` bytes, whose checksum is not looked at, into m. Returns NULL, or what is
+// Reads a record of `size` bytes into m, without a look at its checksum. Returns NULL, or what is
 // wrong with it.
 static inline const char *record_content(Molecule *m, const uint8_t *p, size_t size, int n_tasks) {
     if (size < RECORD_HEADER) return "record is too short";
@@ -988,13 +984,6 @@ static inline const char *record_content(Molecule *m, const uint8_t *p, size_t s
     }
     memcpy(m->name, p, (size_t)name_length);
     return NULL;
-}
-
-// The same, if the checksum is right.
-static inline const char *record_decode(Molecule *m, const uint8_t *p, size_t size, int n_tasks) {
-    if (size >= RECORD_HEADER && get_u32(p) != crc32_add(0, p + 4, size - 4))
-        return "record is damaged (checksum)";
-    return record_content(m, p, size, n_tasks);
 }
 
 // ---- writer
@@ -1138,10 +1127,13 @@ static inline uint32_t dataset_fingerprint(const Dataset *d) {
 
 // Reads molecule i into m (see Molecule for ownership). Returns NULL, or what is wrong with it.
 static inline const char *dataset_try(const Dataset *d, size_t i, Molecule *m) {
-    uint64_t begin = get_u64(d->index + 8 * i) >> 16;
-    uint64_t end = i + 1 < d->count ? get_u64(d->index + 8 * (i + 1)) >> 16
-                                    : (uint64_t)(d->index - d->data);
-    const char *wrong = record_decode(m, d->data + begin, (size_t)(end - begin), d->n_tasks);
+    uint64_t begin = get_u64(d->index + 8 * i) >> 16, end = (uint64_t)(d->index - d->data);
+    if (i + 1 < d->count) end = get_u64(d->index + 8 * (i + 1)) >> 16;
+    const uint8_t *record = d->data + begin;
+    size_t size = (size_t)(end - begin);  // at least RECORD_HEADER, says dataset_open()
+    if (get_u32(record) != crc32_add(0, record + 4, size - 4))
+        return "record is damaged (checksum)";
+    const char *wrong = record_content(m, record, size, d->n_tasks);
     if (!wrong && m->n_atoms != dataset_atoms(d, i)) wrong = "atom count differs from the index";
     if (!wrong && (m->n_atoms > d->max_atoms || m->n_bonds > d->max_bonds))
         wrong = "more atoms or bonds than the header allows";
