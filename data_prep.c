@@ -4840,8 +4840,6 @@ static void dump_dataset(const char *path, const char *range) {
         dataset_read(&d, i, &m);
         print_json(&m);
     }
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: write failed: %s",
-          strerror(errno));
     molecule_free(&m);
     dataset_close(&d);
 }
@@ -5054,7 +5052,7 @@ static void check_options(int n_inputs) {
 
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
-    threads_calm(argv);
+    program_begin(argv);
     threads_set(0);
     const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
     int n_inputs = options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc);
@@ -5062,7 +5060,7 @@ int main(int argc, char **argv) {
         if (prep_opt.help) print_help();
         else dump_dataset(prep_opt.dump, prep_opt.range);
         free(inputs);
-        return 0;
+        mb_exit(EXIT_SUCCESS);
     }
     check_options(n_inputs);
     Output out = {.n_parts = prep_opt.split ? 0 : 1};

@@ -2552,6 +2552,8 @@ static float *floats_alloc(size_t count, const char *hint) {
 #else
     enum { LINE = 64 };
     size_t bytes = mul_size(count / (LINE / sizeof(float)) + 1, LINE);
+    CHECK((double)bytes <= memory_limit(), "out of memory: %.0f MiB are needed, there are %.0f; "
+          "try %s", (double)bytes / (1 << 20), memory_limit() / (1 << 20), hint);
     float *x = aligned_alloc(LINE, bytes);
     CHECK(x, "out of memory: %.1f MiB were refused; try %s", (double)bytes / (1 << 20), hint);
     return memset(x, 0, bytes);
@@ -2847,7 +2849,11 @@ static const TensorEntry *tensor_load(float *arena, const TensorInfo *info, cons
     CHECK(t->rank == (info->rows ? 2 : 1) && rows == info->rows && columns == info->columns,
           "%s: tensor %s: expected shape (%zu, %zu), found rank %d (%zu, %zu)", f->path, name,
           info->rows, info->columns, t->rank, rows, columns);
-    for (size_t k = 0; k < t->count; k++) arena[info->offset + k] = tensor_value(t, k);
+    for (size_t k = 0; k < t->count; k++) {
+        arena[info->offset + k] = tensor_value(t, k);
+        CHECK(isfinite(arena[info->offset + k]), "%s: tensor %s: number %zu is not finite", f->path,
+              name, k);
+    }
     return t;
 }
 
@@ -3211,9 +3217,7 @@ static void run_save(const Run *run) {
 // Continues the run whose state is there. Returns 0 if there is none.
 static int run_load(Run *run) {
     TensorFile f;
-    FILE *there = fopen(run->state_path, "rb");
-    if (!there) return 0;
-    fclose(there);
+    if (access(run->state_path, F_OK) != 0) return 0;
     tensor_file_open(&f, run->state_path);
     char *now = options_text(), data[64], saved[64];
     const char *then = tensor_meta(&f, "run"), *step = tensor_meta(&f, "step");
@@ -3227,7 +3231,10 @@ static int run_load(Run *run) {
           "%s: --resume needs the same data and options; expected \"%s %s\", found \"%s %s\"",
           run->state_path, then, saved, now, data);
     free(now);
-    run->done = strtoll(step, NULL, 10);
+    char *end;
+    run->done = strtoll(step, &end, 10);
+    CHECK(end != step && *end == 0, "%s: metadata step: expected a number, found \"%s\"",
+          run->state_path, step);
     const TensorEntry *log = tensor_find(&f, "log");
     CHECK(run->done >= 0 && run->done <= run->steps && log && strcmp(log->dtype, "F32") == 0 &&
               log->count == (size_t)run->done * LOG_COLUMNS,
@@ -3691,8 +3698,8 @@ static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *
     for (size_t y = 0; y < Y; y++) {
         char *end;
         out[y] = strtof(text, &end);
-        CHECK(end != text && isfinite(out[y]), "%s: metadata %s: expected %zu numbers", f->path,
-              key, Y);
+        CHECK(end != text && isfinite(out[y]) && *end == (y + 1 < Y ? ' ' : 0),
+              "%s: metadata %s: expected %zu numbers", f->path, key, Y);
         text = end;
     }
 }
@@ -3712,6 +3719,7 @@ static void visit_rows(Run *run, size_t first, size_t B, void *result) {
         printf("\n");
     }
     molecule_free(&m);
+    if (ferror(stdout)) mb_exit(EXIT_SUCCESS);  // which says so: no use to go on
 }
 
 static void command_predict(const char *path) {
@@ -3736,8 +3744,6 @@ static void command_predict(const char *path) {
     }
     printf("\n");
     visit_batches(&run, &run.test, SIZE_MAX, NULL, run.task.use, 1, visit_rows, NULL);
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write to standard output: %s",
-          strerror(errno));
     run_close(&run);
 }
 
@@ -3759,7 +3765,7 @@ static void visit_embed(Run *run, size_t first, size_t B, void *result) {
             for (size_t t = token; t < token + count; t++) sum += run->s.acts.out[t * C + c];
             e->row[c] = weight * sum;
         }
-        out_floats(&e->out, e->row, C);
+        out_floats(&e->out, e->row, C, 0);
     }
     progress_show(&e->progress, (double)(first + B), (double)e->count, (double)(first + B),
                   "molecules", "embedded", first + B == e->count);
@@ -4009,7 +4015,7 @@ static void check_options(void) {
 }
 
 int main(int argc, char **argv) {
-    threads_calm(argv);
+    program_begin(argv);
     const Command *command = NULL;
     for (int k = 0; k < N_COMMANDS && argc > 1; k++)
         if (strcmp(argv[1], COMMANDS[k].name) == 0) command = &COMMANDS[k];
@@ -4025,7 +4031,7 @@ int main(int argc, char **argv) {
         options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words, 2);
     if (opt.help) {
         print_help(named ? command : NULL);
-        return 0;
+        mb_exit(EXIT_SUCCESS);
     }
     CHECK(n_words == command->words, "expected ./moleblend %s%s; see --help",
           named ? xprintf("%s ", command->name) : "", command->usage);
@@ -4042,7 +4048,7 @@ int main(int argc, char **argv) {
         case SHOW: command_show(words[0], words[1]); break;
         default: file_info(words[0]); break;
     }
-    return 0;
+    mb_exit(EXIT_SUCCESS);
 }
 
 #endif  // MOLEBLEND_TEST

@@ -13,6 +13,21 @@
 #if defined(__GNUC__) || defined(__clang__)
 #pragma GCC diagnostic ignored "-Wunused-function"  // not every function has a test of its own
 #endif
+#define _POSIX_C_SOURCE 200809L
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static int folders_flushed;
+
+// fsync() that counts the folders it is asked for.
+static int counting_fsync(int fd) {
+    struct stat info;
+    folders_flushed += fstat(fd, &info) == 0 && S_ISDIR(info.st_mode);
+    return fsync(fd);
+}
+#define fsync counting_fsync
+#endif
 #define MB_PROGRAM "test"
 #define MOLEBLEND_TEST
 #define DATA_PREP_TEST
@@ -1500,7 +1515,7 @@ static void test_dataset(void) {
                 isnan(m.labels[1]) == isnan(expected.labels[1]);
     }
     test_check(same == 40, "dataset round trip: %d of 40 molecules the same", same);
-    // any bytes behind a right checksum: an error or a molecule, never a crash
+    // any bytes, as if behind a right checksum: an error or a molecule, never a crash
     uint8_t record[4096];
     uint64_t begin = get_u64(d.index + 8 * 20) >> 16, end = get_u64(d.index + 8 * 21) >> 16;
     size_t size = (size_t)(end - begin);
@@ -1510,8 +1525,7 @@ static void test_dataset(void) {
         for (uint32_t change = 0; change < 1 + k % 3; change++)
             record[4 + rng_bits(k, 60, change, 0, 0) % (size - 4)] =
                 (uint8_t)rng_bits(k, 61, change, 0, 0);
-        put_u32(record, crc32_add(0, record + 4, size - 4));
-        refused += record_decode(&m, record, size, 2) != NULL;
+        refused += record_content(&m, record, size, 2) != NULL;
     }
     test_check(refused > 3000 && refused < 20000, "mutated records: %d of 20000 refused", refused);
     dataset_close(&d);
@@ -1531,7 +1545,7 @@ static void test_checkpoint(void) {
     tensor_file_open(&f, path);
     Config read = tensor_file_config(&f);
     test_check(memcmp(&c, &read, sizeof c) == 0, "sizes from a checkpoint's shapes");
-    test_check(f.meta_count == 2 && tensor_meta(&f, "quote\"d") &&
+    test_check(f.meta_count == 3 && tensor_meta(&f, "quote\"d") &&
                    !strcmp(tensor_meta(&f, "quote\"d"), "a\\b"),
                "metadata with escapes");
     model_create(&again, c, 0);
@@ -1770,6 +1784,165 @@ static void test_example(void) {
     free(source);
 }
 
+#if MB_POSIX
+// Exit code of a process of its own that does run(argument); its stderr is build/test.out.
+static int run_apart(void (*run)(void *argument), void *argument) {
+    int status = -1;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        FILE *out = freopen("build/test.out", "w", stderr);
+        if (out) run(argument);
+        _exit(0);
+    }
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + status;
+}
+
+// run(argument) must end its process with code 1 and say this.
+static void test_apart(void (*run)(void *argument), void *argument, const char *expected) {
+    size_t n;
+    int code = run_apart(run, argument);
+    char *text = file_text("build/test.out", &n);
+    test_check(code == 1 && strstr(text, expected), "exit code %d, expected 1 and \"%s\" in: %s",
+               code, expected, text);
+    free(text);
+}
+
+// The model of a file, which must be that of `argument` if it is taken at all.
+static void load_damaged(void *argument) {
+    const Model *model = argument;
+    Model again;
+    TensorFile f;
+    tensor_file_open(&f, "build/test_bad.bin");
+    model_create(&again, tensor_file_config(&f), 1);
+    model_load(&again, again.params, &f, "");
+    model_load(&again, again.m, &f, "exp_avg.");
+    if (again.count != model->count ||
+        memcmp(again.params, model->params, sizeof(float) * model->count) != 0 ||
+        memcmp(again.m, model->m, sizeof(float) * model->count) != 0 ||
+        tensor_value(tensor_find(&f, "log"), 1) != 1)
+        _exit(2);
+    _exit(0);
+}
+
+// A flipped bit of a state that goes unnoticed and changes what is read: every bit of the start of
+// the header, some of the rest.
+static void test_flips(void) {
+    const float log[] = {0, 1, 2, 3};
+    Model model;
+    size_t n;
+    int wrong = 0, refused = 0, tried = 0;
+    model_create(&model, (Config){1, 8, 8, 2, 2, 0}, 1);
+    model_init(&model, 3);
+    for (size_t k = 0; k < model.count; k++) model.m[k] = 0.5f;
+    model_write("build/test_bad.bin", &model, "{\"step\":\"2\"}", log, 2, 2);
+    test_check(run_apart(load_damaged, &model) == 0, "the state without damage is read");
+    char *bytes = file_text("build/test_bad.bin", &n);
+    for (size_t k = 0; k < 560; k++, tried++) {
+        size_t bit = k < 416 ? k : rng_bits(1, 71, 0, 0, (uint32_t)k) % (8 * n);
+        FILE *f = fopen("build/test_bad.bin", "wb");
+        CHECK(f, "cannot write build/test_bad.bin");
+        bytes[bit / 8] = (char)(bytes[bit / 8] ^ 1 << bit % 8);
+        fwrite(bytes, 1, n, f);
+        fclose(f);
+        bytes[bit / 8] = (char)(bytes[bit / 8] ^ 1 << bit % 8);
+        int code = run_apart(load_damaged, &model);
+        refused += code == 1;
+        wrong += code != 0 && code != 1;
+    }
+    test_check(wrong == 0 && refused > tried - 130,
+               "flipped bits of a state: %d of %d refused, %d change what is read", refused, tried,
+               wrong);
+    free(bytes);
+    model_free(&model);
+}
+
+static void read_last(void *dataset) {
+    Dataset *d = dataset;
+    Molecule m = {0};
+    dataset_read(d, d->count - 1, &m);
+}
+
+static void ask_for_memory(void *count) {
+    float *x = floats_alloc(*(size_t *)count, "less");
+    free(x);
+}
+
+// A machine that gives less than was asked for: a crash, a hang, silence, or something left behind.
+static void test_machine(void) {
+    static const struct { const char *command; int code; const char *expected;
+    } table[] = {
+        // a full disk behind stdout
+        {"./moleblend --help > /dev/full", 1, "moleblend: standard output: write failed: No space"},
+        {"./moleblend info build/test_train.bin > /dev/full", 1, "standard output: write failed"},
+        {"./moleblend show build/test_train.bin 2 > /dev/full", 1, "standard output: write failed"},
+        {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors > /dev/full",
+         1, "standard output: write failed"},
+        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs 1 "
+         "--size tiny -o build/test_ft2.safetensors > /dev/full", 1,
+         "standard output: write failed"},
+        {"./data_prep --dump build/test_train.bin > /dev/full", 1,
+         "data_prep: standard output: write failed"},
+        {"./data_prep --help > /dev/full", 1, "data_prep: standard output: write failed"},
+        // and behind an output
+        {"ln -sf /dev/full build/test_full.bin.tmp; timeout 9 ./data_prep -o build/test_full.bin "
+         "data/ethanol.sdf; c=$?; rm build/test_full.bin.tmp; exit $c", 1,
+         "build/test_full.bin.tmp: cannot write"},
+        {"./data_prep -o build/test_c.bin data/sample.sdf <&- 2>&- && ./moleblend info "
+         "build/test_c.bin", 0, "dataset, 2000 molecules"},
+        // files that are none
+        {"rm -f build/test_fifo*; mkfifo build/test_fifo; timeout 9 ./moleblend build/test_fifo", 1,
+         "build/test_fifo: cannot read: expected a regular file"},
+        {"timeout 9 ./moleblend info build/test_fifo", 1, "expected a regular file"},
+        {"timeout 9 ./moleblend show /dev/zero 0", 1, "/dev/zero: cannot read: expected a regular"},
+        {"mkfifo build/test_fifo_valid.bin; cp build/test_train.bin build/test_fifo_train.bin; "
+         "timeout 9 ./moleblend build/test_fifo_train.bin --size tiny -o build/test_x.safetensors",
+         1, "build/test_fifo_valid.bin: cannot read: expected a regular file"},
+        // ulimit -f, -v: the checkpoint of before stays, nothing else does
+        {"rm -f build/test_u.*; ./moleblend build/test_train.bin --size tiny --steps 1 -o "
+         "build/test_u.safetensors && cp build/test_u.safetensors build/test_u.copy && "
+         "(ulimit -f 2000; ./moleblend build/test_train.bin --size tiny --steps 2 -o "
+         "build/test_u.safetensors); c=$?; cmp build/test_u.safetensors build/test_u.copy && "
+         "! ls build/test_u.*.tmp && exit $c", 1, "write failed: File too large"},
+        {"(ulimit -f 20; ./data_prep -o build/test_u.bin data/sample.sdf); c=$?; "
+         "! ls build/test_u.*.tmp build/test_u.bin && exit $c", 1, "write failed: File too large"},
+#if !defined(__SANITIZE_ADDRESS__)
+        {"(ulimit -v 400000; ./moleblend build/test_train.bin --size base --threads 1 -o "
+         "build/test_u.safetensors); c=$?; cmp build/test_u.safetensors build/test_u.copy && "
+         "! ls build/test_u.*.tmp && exit $c", 1, "out of memory:"},
+#endif
+        // numbers that are none
+        {"./moleblend embed build/test_train.bin --model build/test_nan.safetensors -o "
+         "build/test.npy", 1, "layers.1.fc1.weight: number 3 is not finite"},
+        {"./moleblend predict build/test_train.bin --model build/test_meta.safetensors", 1,
+         "build/test_meta.safetensors: metadata label_std: expected 2 numbers"},
+    };
+    const char *meta = "{\"task\":\"regression\",\"task_names\":\"a\\nb\",\"label_mean\":"
+                       "\"0 0\",\"label_std\":\"1 2x\"}";
+    Model model;
+    Dataset d;
+    model_create(&model, (Config){2, 24, 20, 3, 12, 2}, 1);
+    model_init(&model, 9);
+    folders_flushed = 0;
+    model_write("build/test_meta.safetensors", &model, meta, NULL, 0, 0);
+    test_check(folders_flushed == 1, "the folder of an output is flushed %d times",
+               folders_flushed);
+    model.p.layer[1].ffn1_w[3] = NAN;
+    model_write("build/test_nan.safetensors", &model, meta, NULL, 0, 0);
+    model_free(&model);
+    for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
+        test_command(table[k].command, table[k].code, table[k].expected);
+    write_test_dataset("build/test_bad.bin", 400, 0);
+    dataset_open(&d, "build/test_bad.bin");
+    CHECK(truncate("build/test_bad.bin", 4096) == 0, "cannot cut build/test_bad.bin");
+    test_apart(read_last, &d, "build/test_bad.bin: was cut short while it was read");
+    dataset_close(&d);
+    size_t count = (size_t)1 << 50;
+    test_apart(ask_for_memory, &count, "MiB are needed, there are");
+}
+#endif
+
 // Damaged files: every byte position class gives one line and exit code 1, or is not used.
 static void test_damage(void) {
     size_t n;
@@ -1873,6 +2046,12 @@ static void test_reproducible(void) {
         test_command("./data_prep -o build/test_s.bin data/sample.sdf & "
                      "./data_prep -o build/test_s.bin data/sample.sdf; wait; "
                      "./moleblend info build/test_s.bin", 0, "dataset, 2000 molecules");
+    test_command("LC_ALL=C sed -e 's/moleblend.crc32/moleblend_crc32/' "
+                 "-e 's/\"step\":\"60/\"step\":\"6x/' build/test_k.safetensors.state > "
+                 "build/test_m.safetensors.state", 0, "");
+    line = xprintf("%s --resume -o build/test_m.safetensors", base);
+    test_command(line, 1, "metadata step: expected a number, found \"6x\"");
+    free(line);
     line = xprintf("%s --lr 0.5 --resume -o build/test_k.safetensors", base);
     test_command(line, 1, "--resume needs the same data and options");
     free(line);
@@ -1887,24 +2066,15 @@ static void test_reproducible(void) {
 #endif
 }
 
-// Quotas of control groups, both versions, as the kernel shows them.
+// A quota that goes unnoticed: of control groups (version 2), as the kernel shows them.
 static void test_quota(void) {
-    static const char *const setup =
-        "rm -rf build/v1 build/v2; mkdir -p build/v1/proc/self build/v2/proc/self "
-        "build/v1/sys/fs/cgroup/cpu/job build/v2/sys/fs/cgroup/a/b; "
-        "printf '5:cpuset:/\\n4:cpu,cpuacct:/job\\n0::/\\n' > build/v1/proc/self/cgroup; "
-        "echo 150000 > build/v1/sys/fs/cgroup/cpu/job/cpu.cfs_quota_us; "
-        "echo 100000 > build/v1/sys/fs/cgroup/cpu/job/cpu.cfs_period_us; "
-        "echo -1 > build/v1/sys/fs/cgroup/cpu/cpu.cfs_quota_us; "
-        "echo 100000 > build/v1/sys/fs/cgroup/cpu/cpu.cfs_period_us; "
-        "echo 0::/a/b > build/v2/proc/self/cgroup; "
-        "echo max 100000 > build/v2/sys/fs/cgroup/a/b/cpu.max; "
-        "echo 300000 100000 > build/v2/sys/fs/cgroup/a/cpu.max";
-    run_command(setup);
-    test_check(cpu_quota("build/v1") == 1.5, "quota of version 1: %g", cpu_quota("build/v1"));
-    test_check(cpu_quota("build/v2") == 3, "quota of version 2, of the group above: %g",
-               cpu_quota("build/v2"));
-    test_check(cpu_quota("build/none") == 0, "no control groups: no quota");
+    run_command("rm -rf build/v2; mkdir -p build/v2/proc/self build/v2/sys/fs/cgroup/a/b; "
+                "printf '4:cpu:/job\\n0::/a/b\\n' > build/v2/proc/self/cgroup; "
+                "echo max 100000 > build/v2/sys/fs/cgroup/a/b/cpu.max; "
+                "echo 300000 100000 > build/v2/sys/fs/cgroup/a/cpu.max");
+    test_check(group_limit("build/v2", "cpu.max") == 3, "quota of the group above: %g",
+               group_limit("build/v2", "cpu.max"));
+    test_check(group_limit("build/none", "cpu.max") == 0, "no control groups: no quota");
 }
 
 // Beside two busy processes a run must not all but stop: with the runtime's own spinning it took
@@ -2857,6 +3027,10 @@ int main(int argc, char **argv) {
                      {"checkpoint", test_checkpoint},
                      {"data_prep", test_data_prep},
                      {"messages", test_messages},
+#if MB_POSIX
+                     {"machine", test_machine},
+                     {"flipped bits", test_flips},
+#endif
                      {"worked example", test_example},
                      {"damaged files", test_damage},
                      {"damage together", test_damage_together},
