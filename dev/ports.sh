@@ -46,7 +46,7 @@ platform() {
     windows)  label="Windows, x86-64, under wine" compilers=(x86_64-w64-mingw32-gcc-posix)
               flags="-O3 -static" run="wine" end=.exe ;;
     tcc)      label="x86-64, no optimiser" compilers=(tcc) flags='' warn='' ;;
-    wasi)     label="WebAssembly (WASI), wasmtime" compilers=("$python -m ziglang cc -target wasm32-wasip1")
+    wasi)     label="WebAssembly (WASI), wasmtime" compilers=("$python -m ziglang cc -target wasm32-wasi")
               flags="-O2 -D_WASI_EMULATED_SIGNAL -Dsystem=puts" libs="-lm -lwasi-emulated-signal"
               run="$python $work/wasi.py" end=.wasm needs=wasmtime ;;
     macos)    label="macOS, ARM and x86-64" flags=-O2 run=none needs=ziglang
