@@ -122,7 +122,14 @@ static int more_electronegative(int z1, int z2) {
 // =================================================================================================
 // 2 Working memory. Everything a record needs while it is read and perceived comes from one arena,
 //   which is emptied before the next record: no malloc in the common case, nothing to free.
+//
+//   A record has one budget for work and memory, so that no file can hang a run or end it. Loops
+//   that could take long count their steps with spend() and end when there is nothing left; what
+//   they leave behind is incomplete but safe to work on, and the record is refused in the end, see
+//   convert_record(). Steps are counted, not timed: every machine refuses the same records.
 // =================================================================================================
+
+enum { BUDGET = 400000000, BYTE_STEPS = 4 };  // steps; of a byte of memory: at most 100 MB
 
 typedef struct ArenaOverflow {
     struct ArenaOverflow *next;
@@ -133,7 +140,11 @@ typedef struct {
     char *base;
     size_t used, room;
     ArenaOverflow *overflow;  // blocks that did not fit; the base grows by them at the next reset
+    int64_t left;             // of the record's budget
 } Arena;
+
+// Counts n steps of work. Returns whether there is something left of the budget.
+static inline int spend(Arena *arena, int64_t n) { return (arena->left -= n) > 0; }
 
 // A block of the heap for what the base has no room for.
 static void *arena_overflow(Arena *arena, size_t bytes) {
@@ -151,6 +162,7 @@ static inline void *arena_take(Arena *arena, size_t count, size_t size) {
     size_t bytes = mul_size(count, size);
     CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
     bytes = (bytes + 15) / 16 * 16;
+    spend(arena, BYTE_STEPS * (int64_t)bytes);
     if (bytes > arena->room - arena->used) return arena_overflow(arena, bytes);
     void *p = arena->base + arena->used;
     arena->used += bytes;
@@ -187,12 +199,13 @@ static void arena_reset(Arena *arena) {
     }
     if (missing || !arena->base) {
         free(arena->base);
-        arena->room += missing + (1 << 16);
+        arena->room = arena->used + missing + (1 << 16);
         arena->base = xmalloc(arena->room, 1);
     } else {
         memset(arena->base, 0, arena->used);
     }
     arena->used = 0;
+    arena->left = BUDGET;
 }
 
 // Gives the arena's memory back.
@@ -223,7 +236,6 @@ enum { HYBRID_SP, HYBRID_SP2, HYBRID_SP3, HYBRID_SP3D, HYBRID_SP3D2, HYBRID_MISC
 typedef struct {
     uint8_t z;              // atomic number, 0 = dummy
     int8_t charge;
-    uint8_t explicit_h;       // hydrogens that belong to the atom as written ([nH], valence fields)
     uint8_t radicals;
     uint8_t no_implicit;    // takes no hydrogens beyond the explicit ones
     uint8_t aromatic, chirality, hybrid;
@@ -232,6 +244,7 @@ typedef struct {
     uint8_t ring_stereo;    // its stereo depends on another centre of the same ring system
     char cip;               // 'R', 'S' or 0: not a centre with four different neighbours
     uint16_t isotope;
+    uint16_t explicit_h;    // hydrogens that belong to the atom as written ([nH], valence fields)
     int16_t implicit_h;     // -1: not computed yet
     int valence;            // sum of bond orders and explicit hydrogens, rounded as RDKit does
     int map;                // atom map number, -1 = none
@@ -583,7 +596,7 @@ static int parse_whole(Span s, int *value) {
 //   on hydrogens, rings or neighbours. They stand for many molecules, a dataset holds single ones.
 // =================================================================================================
 
-enum { RAW_ATOMS_MAX = 65535 };  // atoms of a record before hydrogens are removed
+enum { RAW_ATOMS_MAX = 65535, RAW_BONDS_MAX = 4 * RAW_ATOMS_MAX };  // before hydrogens are removed
 
 // A block being read; atoms and bonds go to m.
 typedef struct {
@@ -594,6 +607,8 @@ typedef struct {
     int *label_table;    // V3000: hash table from atom label to atom, see v3_atom_with_label()
     int *label_of;
     int table_size;
+    Span *tokens;        // of a V3000 line
+    int token_room;
 } MolBlock;
 
 // The fault of the line last read; returns -1.
@@ -889,13 +904,11 @@ static int v3_line(MolBlock *b, Span *out) {
     }
 }
 
-// Splits a line at blanks, except inside "..." and (...), into *tokens in the molecule's arena.
-// Returns their number.
+// Splits a line at blanks, except inside "..." and (...), into b->tokens. Returns their number.
 // RDKit: tokenizeV3000Line
-static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
-    int n = 0, room = 0, start = 0, quoted = 0, inside = 0;
+static int v3_tokens(MolBlock *b, Span line) {
+    int n = 0, start = 0, quoted = 0, inside = 0;
     line = trim(line);
-    *tokens = NULL;
     for (int pos = 0; pos <= line.n; pos++) {
         char c = pos < line.n ? line.p[pos] : 0;
         int cut_from = -1, cut_to = pos;
@@ -916,8 +929,9 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
             else quoted = 1;
         }
         if (cut_from >= 0) {
-            if (n == room) *tokens = arena_grow(&b->m->arena, *tokens, &room, sizeof **tokens);
-            (*tokens)[n++] = (Span){line.p + cut_from, cut_to - cut_from};
+            if (n == b->token_room)
+                b->tokens = arena_grow(&b->m->arena, b->tokens, &b->token_room, sizeof *b->tokens);
+            b->tokens[n++] = (Span){line.p + cut_from, cut_to - cut_from};
             start = pos + 1;
         }
     }
@@ -955,9 +969,9 @@ static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
         if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a radical of 0 to 3");
         if (v) a->radicals = v == 2 ? 1 : 2;
     } else if (word_is(name, "MASS")) {
-        v = whole ? v : (int)floor(parse_decimal(value));
-        if (v < 0) return v3_bad(b, token, "a mass");
-        if (a->z) a->isotope = (uint16_t)v;
+        double mass = whole ? v : floor(parse_decimal(value));
+        if (!(mass >= 0 && mass <= INT_MAX)) return v3_bad(b, token, "a mass");
+        if (a->z) a->isotope = (uint16_t)(int)mass;
     } else if (word_is(name, "CFG")) {
         if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a configuration of 0 to 3");
     } else if (word_is(name, "VAL")) {
@@ -973,7 +987,8 @@ static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
 // `add` >= 0 the label is entered for that atom first; the first of equal labels counts. -1: none.
 static int v3_atom_with_label(MolBlock *b, int label, int add) {
     unsigned mask = (unsigned)b->table_size - 1, slot = (unsigned)label * 2654435761u & mask;
-    while (b->label_table[slot] && b->label_of[slot] != label) slot = (slot + 1) & mask;
+    while (b->label_table[slot] && b->label_of[slot] != label && spend(&b->m->arena, 1))
+        slot = (slot + 1) & mask;
     if (add >= 0 && !b->label_table[slot]) {
         b->label_table[slot] = add + 1;
         b->label_of[slot] = label;
@@ -984,8 +999,8 @@ static int v3_atom_with_label(MolBlock *b, int label, int add) {
 // "index symbol x y z map NAME=value ...".
 // RDKit: ParseV3000AtomBlock
 static int v3_atom_line(MolBlock *b, Span line) {
-    Span *token;
-    int n = v3_tokens(b, line, &token);
+    int n = v3_tokens(b, line);
+    const Span *token = b->tokens;
     if (n > 1 && word_is(token[1], "NOT")) return not_supported(b, token[1]);
     if (n < 6)
         return MOL_FAULT(b, 0, "expected index, symbol, x, y, z and map number, found %d fields",
@@ -1004,8 +1019,9 @@ static int v3_atom_line(MolBlock *b, Span line) {
 // "index type atom1 atom2 NAME=value ...".
 // RDKit: ParseV3000BondBlock
 static int v3_bond_line(MolBlock *b, Span line) {
-    Span *token, name, value;
-    int n = v3_tokens(b, line, &token), end[2];
+    Span name, value;
+    int n = v3_tokens(b, line), end[2];
+    const Span *token = b->tokens;
     if (n < 4) return MOL_FAULT(b, 0, "expected index, type and two atoms, found %d fields", n);
     int type = leading_int(token[1], 0);
     for (int k = 0; k < 2; k++) {
@@ -1053,18 +1069,20 @@ static int v3_block(MolBlock *b, const char *begin, const char *end, int count,
 // Everything between the counts line of the header and `M  END`.
 // RDKit: ParseV3000CTAB
 static int v3_body(MolBlock *b) {
-    Span line, *token;
+    Span line;
     if (b->n_atoms || b->n_bonds)
         return MOL_FAULT(b, 1, "expected counts of 0 in the header of a V3000 block");
     if (v3_expect(b, "BEGIN CTAB", &line) || v3_expect(b, "COUNTS ", &line)) return -1;
-    int n = v3_tokens(b, line, &token);
+    int n = v3_tokens(b, line);
+    const Span *token = b->tokens;
     if (n < 3 || !parse_whole(token[1], &b->n_atoms) || !parse_whole(token[2], &b->n_bonds) ||
         b->n_atoms < 0 || b->n_bonds < 0)
         return v3_bad(b, line, "COUNTS atoms bonds");
-    if (b->n_atoms > RAW_ATOMS_MAX || b->n_bonds > 4 * RAW_ATOMS_MAX)
-        return fault_at(b->fault, b->in.line, 0, "too many atoms",
-                        "%d atoms, %d bonds (at most %d atoms can be read)", b->n_atoms, b->n_bonds,
-                        RAW_ATOMS_MAX);
+    if (b->n_atoms > RAW_ATOMS_MAX || b->n_bonds > RAW_BONDS_MAX)
+        return fault_at(b->fault, b->in.line, 0,
+                        b->n_atoms > RAW_ATOMS_MAX ? "too many atoms" : "too many bonds",
+                        "%d atoms, %d bonds (at most %d and %d can be read)", b->n_atoms,
+                        b->n_bonds, RAW_ATOMS_MAX, RAW_BONDS_MAX);
     for (b->table_size = 64; b->table_size < 2 * b->n_atoms; b->table_size *= 2) {}
     b->label_table = arena_ints(&b->m->arena, b->table_size);
     b->label_of = arena_ints(&b->m->arena, b->table_size);
@@ -1258,7 +1276,7 @@ static int smiles_bracket(SmilesReader *s) {
         count = 1;
         if (smiles_number(s, &count) < 0) return -1;
     }
-    a->explicit_h = (uint8_t)count;
+    a->explicit_h = (uint16_t)min_int(count, UINT16_MAX);
     if (smiles_charge(s, a)) return -1;
     if (smiles_take(s, ":")) {
         got = smiles_number(s, &map);
@@ -1322,12 +1340,15 @@ static int smiles_ring_number(SmilesReader *s) {
 static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     int column = s->pos, number = smiles_ring_number(s), degree = 0, i = s->active;
     if (number < 0) return -1;
+    if (s->n_marks == 2 * RAW_BONDS_MAX)
+        return fault_at(s->fault, 1, column + 1, "too many bonds", "more than %d ring numbers",
+                        2 * RAW_BONDS_MAX);
     if (s->n_marks == s->mark_room)
         s->marks = arena_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
     s->marks[s->n_marks++] = (RingMark){i, number, column, -1, symbol};
     ChemAtom *a = &s->m->atoms[i];
     if (i == s->m->n_atoms - 1 || a->chirality == CHI_NONE) return 0;
-    for (int b = s->m->n_bonds - 1; b >= 0; b--)
+    for (int b = s->m->n_bonds - 1; b >= 0 && spend(&s->m->arena, 1); b--)
         degree += s->m->bonds[b].begin == i || s->m->bonds[b].end == i;
     if (degree == 1 || (degree == 2 && i != 0) || (degree == 3 && i == 0))
         a->chirality = (uint8_t)invert_chirality(a->chirality);
@@ -1382,6 +1403,7 @@ static void smiles_fix_chirality(SmilesReader *s, int i) {
     ChemMol *m = s->m;
     ChemAtom *a = &m->atoms[i];
     int degree = mol_degree(m, i), n_closures = 0, swaps = 0, unsaturated = 0;
+    if (!spend(&m->arena, (int64_t)degree * (s->n_marks + degree))) return;
     int *where = arena_ints(&m->arena, degree);  // each bond stands in the text
     for (int q = 0; q < degree; q++) {  // atom before, ring numbers, atoms after
         const Link *l = &m->first[i][q];
@@ -1702,12 +1724,13 @@ static void remove_hydrogen(ChemMol *m, int i, int count_all) {
     ChemBond *gone = m->first[i]->bond;
     int heavy = m->first[i]->atom, behind = 0;
     ChemAtom *a = &m->atoms[heavy];
+    gone->dead = 1;
+    if (!spend(&m->arena, mol_degree(m, heavy))) return;
     if (must_count_hydrogen(m, heavy, count_all)) a->explicit_h++;
     for (Link *l = m->first[heavy + 1] - 1; l->bond != gone; l--) behind += !l->bond->dead;
     if (behind % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
     if (gone->direction == DIR_UNKNOWN && gone->begin == heavy) a->unknown_stereo = 1;
     if (is_sloped(gone->direction)) hand_over_direction(m, gone, heavy);
-    gone->dead = 1;
 }
 
 // Squeezes removed atoms and dead bonds out of the arrays; to[i] is an atom's new index or -1.
@@ -1764,10 +1787,14 @@ typedef struct {
     RingList some;           // of the last smallest_rings()
     RingList all;            // every distinct ring seen, its atoms in falling order
     int *degree;             // active bonds of each atom
+    int *covered;            // see pick_chain_atoms()
+    uint8_t *done;           // atoms that are trimmed or searched from
     uint8_t *active;         // per bond: not trimmed yet
     uint8_t *changed;        // atoms to look at again while trimming
     int *parent, *depth, *queue, *ring;  // of a breadth-first search
     uint8_t *colour;
+    int *degree_then;        // see search_behind_duplicates()
+    uint8_t *active_then;
 } RingSearch;
 
 // Size, atoms and bonds of ring r.
@@ -1802,10 +1829,11 @@ static void ring_copy(Arena *arena, RingList *to, const RingList *from, int r) {
 static int ring_is_new(RingSearch *s, const RingList *rings, int r, int *index) {
     const int *atoms = ring_atoms(rings, r), n = ring_size(rings, r);
     int *sorted = s->queue;  // free between searches
-    for (int i = 0, k; i < n; i++) {
+    for (int i = 0, k = 0; i < n && spend(&s->m->arena, i - k); i++) {
         for (k = i; k > 0 && sorted[k - 1] < atoms[i]; k--) sorted[k] = sorted[k - 1];
         sorted[k] = atoms[i];
     }
+    spend(&s->m->arena, s->all.n);
     for (*index = 0; *index < s->all.n; ++*index)
         if (ring_size(&s->all, *index) == n &&
             memcmp(ring_atoms(&s->all, *index), sorted, (size_t)n * sizeof(int)) == 0)
@@ -1819,6 +1847,7 @@ static int ring_is_new(RingSearch *s, const RingList *rings, int r, int *index) 
 // RDKit: FindRings::trimBonds
 static void trim_atom(RingSearch *s, int i) {
     ChemMol *m = s->m;
+    spend(&m->arena, mol_degree(m, i));
     for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
         if (!s->active[l->index]) continue;
         if (s->degree[l->atom] <= 2) s->changed[l->atom] = 1;
@@ -1831,22 +1860,23 @@ static void trim_atom(RingSearch *s, int i) {
 // Lowest atom marked in changed, unmarked; -1 if none is.
 static int pop_changed(RingSearch *s) {
     uint8_t *p = memchr(s->changed, 1, (size_t)s->m->n_atoms);
+    spend(&s->m->arena, s->m->n_atoms / 64);
     if (!p) return -1;
     *p = 0;
     return (int)(p - s->changed);
 }
 
 // Joins the two paths from the root that meet at the bond curr-next into s->ring, root first.
-// Returns the size, or 0 if the paths meet before the root.
+// Returns the size, or 0 if the paths meet before the root: at an atom of equal depth in both.
 // RDKit: FindRings::BFSWorkspace::smallestRingsBfs
 static int close_ring(RingSearch *s, int root, int curr, int next) {
     int n = 0, back = s->depth[curr] + 1;  // the way from the root to curr comes first
     int *ring = s->ring;
+    spend(&s->m->arena, back);
     for (int i = curr, k = back - 1; i != -1; i = s->parent[i], k--) ring[k] = i;
     n = back;
     for (int i = next; i != -1 && i != root; i = s->parent[i]) {
-        for (int k = 1; k < back; k++)
-            if (ring[k] == i) return 0;
+        if (s->depth[i] < back && ring[s->depth[i]] == i) return 0;
         ring[n++] = i;
     }
     return n;
@@ -1859,6 +1889,7 @@ static void keep_closed_ring(RingSearch *s, int n) {
     int *atoms = ring_atoms(&s->some, r), *bonds = ring_bonds(&s->some, r);
     for (int k = 0; k < n; k++) {
         atoms[k] = s->ring[k];
+        spend(&s->m->arena, mol_degree(s->m, atoms[k]));
         bonds[k] = bond_between(s->m, s->ring[k], s->ring[k + 1 < n ? k + 1 : 0]);
     }
 }
@@ -1871,6 +1902,7 @@ static void smallest_rings(RingSearch *s, int root, int avoid) {
     ChemMol *m = s->m;
     int head = 0, tail = 0, best = INT_MAX, n;
     s->some.n = s->some.used = 0;
+    spend(&m->arena, m->n_atoms / 16);
     memset(s->colour, WHITE, (size_t)m->n_atoms);
     if (avoid >= 0) s->colour[avoid] = BLACK;
     s->parent[root] = -1;
@@ -1880,7 +1912,7 @@ static void smallest_rings(RingSearch *s, int root, int avoid) {
         int curr = s->queue[head++];
         s->colour[curr] = BLACK;
         if (s->depth[curr] + 1 > best) return;
-        for (Link *l = m->first[curr]; l < m->first[curr + 1]; l++) {
+        for (Link *l = m->first[curr]; l < m->first[curr + 1] && spend(&m->arena, 1); l++) {
             int next = l->atom, seen = s->colour[next];
             if (!s->active[l->index] || seen == BLACK || s->parent[curr] == next) continue;
             if (seen == WHITE) {
@@ -1927,11 +1959,12 @@ static void flood(const ChemMol *m, const RingSearch *s, int root, int mark, int
 // Picks one atom of degree two from every chain of such atoms. Returns how many.
 // RDKit: FindRings::pickD2Nodes
 static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *picked) {
-    int n_picked = 0, *covered = arena_ints(&s->m->arena, s->m->n_atoms);
+    int n_picked = 0;
+    for (int f = 0; f < n; f++) s->covered[fragment[f]] = 0;
     for (int f = 0; f < n; f++) {
-        if (s->degree[fragment[f]] != 2 || covered[fragment[f]]) continue;
+        if (s->degree[fragment[f]] != 2 || s->covered[fragment[f]]) continue;
         picked[n_picked++] = fragment[f];
-        flood(s->m, s, fragment[f], 1, covered, s->queue);
+        flood(s->m, s, fragment[f], 1, s->covered, s->queue);
     }
     return n_picked;
 }
@@ -1952,8 +1985,8 @@ static int compare_atom_sets(const RingList *all, int r1, int r2) {
 // The distinct rings of the finds in rising order into rings; returns how many.
 static int distinct_rings(const RingSearch *s, const Find *finds, int n, int *rings) {
     int n_rings = 0;
-    for (int k = 0; k < n; k++) {
-        int at = 0;
+    for (int k = 0, at = 0; k < n && spend(&s->m->arena, n_rings + at); k++) {
+        at = 0;
         while (at < n_rings && compare_atom_sets(&s->all, rings[at], finds[k].ring) < 0) at++;
         if (at < n_rings && rings[at] == finds[k].ring) continue;
         memmove(rings + at + 1, rings + at, (size_t)(n_rings - at) * sizeof(int));
@@ -1970,18 +2003,16 @@ static int distinct_rings(const RingSearch *s, const Find *finds, int n, int *ri
 static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
     ChemMol *m = s->m;
     int *rings = arena_ints(&m->arena, n), n_rings = distinct_rings(s, finds, n, rings);
-    uint8_t *active = arena_flags(&m->arena, m->n_bonds);
-    int *degree = arena_ints(&m->arena, m->n_atoms);
-    memcpy(active, s->active, (size_t)m->n_bonds);
-    memcpy(degree, s->degree, (size_t)m->n_atoms * sizeof(int));
-    for (int r = 0; r < n_rings; r++) {
+    memcpy(s->active_then, s->active, (size_t)m->n_bonds);
+    memcpy(s->degree_then, s->degree, (size_t)m->n_atoms * sizeof(int));
+    for (int r = 0; r < n_rings && spend(&m->arena, n); r++) {
         RingList candidates = {0};
         int owners = 0, least = INT_MAX;
         for (int k = 0; k < n; k++) owners += finds[k].ring == rings[r];
         for (int k = 0; k < n && owners > 1; k++) {
-            if (finds[k].ring != rings[r]) continue;
+            if (finds[k].ring != rings[r] || !spend(&m->arena, n + m->n_atoms / 4)) continue;
             for (int a = 0; a < n; a++)
-                for (int b = 0; b < n && finds[a].atom == finds[k].atom; b++)
+                for (int b = 0; b < n && finds[a].atom == finds[k].atom && spend(&m->arena, 1); b++)
                     if (finds[b].ring == finds[a].ring && finds[b].atom != finds[k].atom)
                         trim_atom(s, finds[b].atom);
             smallest_rings(s, finds[k].atom, -1);
@@ -1989,8 +2020,8 @@ static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
                 if (ring_size(&s->some, c) < least) least = ring_size(&s->some, c);
                 ring_copy(&m->arena, &candidates, &s->some, c);
             }
-            memcpy(s->active, active, (size_t)m->n_bonds);
-            memcpy(s->degree, degree, (size_t)m->n_atoms * sizeof(int));
+            memcpy(s->active, s->active_then, (size_t)m->n_bonds);
+            memcpy(s->degree, s->degree_then, (size_t)m->n_atoms * sizeof(int));
         }
         keep_new_rings(s, &candidates, least);
     }
@@ -2003,7 +2034,7 @@ static void search_chain_atoms(RingSearch *s, const int *picked, int n_picked) {
     ChemMol *m = s->m;
     Find *finds = NULL;
     int n = 0, room = 0;
-    for (int p = 0; p < n_picked; p++) {
+    for (int p = 0; p < n_picked && spend(&m->arena, 1); p++) {
         smallest_rings(s, picked[p], -1);
         for (int r = 0; r < s->some.n; r++) {
             if (n == room) finds = arena_grow(&m->arena, finds, &room, sizeof *finds);
@@ -2060,7 +2091,7 @@ static void drop_surplus_rings(RingSearch *s, RingList *extra) {
     RingList all = s->found;
     int n = all.n, *sorted = arena_ints(&m->arena, n), *overlap = arena_ints(&m->arena, n);
     uint8_t *keep = arena_flags(&m->arena, n), *covered = arena_flags(&m->arena, m->n_bonds);
-    for (int r = 0; r < n; r++) {  // by size, equal ones in the order they were found
+    for (int r = 0; r < n && spend(&m->arena, r); r++) {  // by size, equal ones as found
         int k = r;
         for (; k > 0 && ring_size(&all, sorted[k - 1]) > ring_size(&all, r); k--)
             sorted[k] = sorted[k - 1];
@@ -2069,7 +2100,8 @@ static void drop_surplus_rings(RingSearch *s, RingList *extra) {
     for (int i = 0, end; i < n; i = end) {
         int size = ring_size(&all, sorted[i]);
         for (end = i; end < n && ring_size(&all, sorted[end]) == size;) end++;
-        for (int left = end - i, first = 1; left; left--) {
+        int64_t cost = (int64_t)(end - i) * size;
+        for (int left = end - i, first = 1; left && spend(&m->arena, cost); left--) {
             int best = -1;
             for (int j = i; j < end; j++) {
                 if (overlap[j] < 0) continue;  // decided
@@ -2095,15 +2127,15 @@ static void drop_surplus_rings(RingSearch *s, RingList *extra) {
 static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bonds,
                            RingList *extra) {
     ChemMol *m = s->m;
-    uint8_t *done = arena_flags(&m->arena, m->n_atoms);
     int *picked = arena_ints(&m->arena, n), n_done = 0;
     memset(s->changed, 0, (size_t)m->n_atoms);
+    spend(&m->arena, m->n_atoms / 16);
     s->found = (RingList){0};
     for (int f = 0; f < n; f++) s->changed[fragment[f]] = s->degree[fragment[f]] < 2;
-    while (n_done < n) {
+    while (n_done < n && spend(&m->arena, 2 * n)) {
         for (int i; (i = pop_changed(s)) >= 0;) {
-            n_done += !done[i];
-            done[i] = 1;
+            n_done += !s->done[i];
+            s->done[i] = 1;
             trim_atom(s, i);
         }
         int n_picked = pick_chain_atoms(s, fragment, n, picked);
@@ -2115,8 +2147,8 @@ static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bond
         }
         if (!n_picked) break;
         for (int p = 0; p < n_picked; p++) {
-            n_done += !done[picked[p]];
-            done[picked[p]] = 1;
+            n_done += !s->done[picked[p]];
+            s->done[picked[p]] = 1;
             trim_atom(s, picked[p]);
         }
     }
@@ -2138,7 +2170,7 @@ static void symmetrize_rings(ChemMol *m, const RingList *extra) {
     for (int e = 0; e < extra->n; e++) {
         int n = ring_size(extra, e), fits = 0;
         for (int k = 0; k < n; k++) in_extra[ring_bonds(extra, e)[k]] = e + 1;
-        for (int r = 0; r < n_basis && !fits; r++) {
+        for (int r = 0; r < n_basis && !fits && spend(&m->arena, ring_size(rings, r)); r++) {
             int shared = 0, replaces = ring_size(rings, r) == n;
             for (int k = rings->start[r]; k < rings->start[r + 1]; k++) {
                 int common = in_extra[rings->bonds[k]] == e + 1;
@@ -2170,10 +2202,13 @@ static void count_rings(ChemMol *m) {
 static RingSearch ring_search_begin(ChemMol *m) {
     Arena *arena = &m->arena;
     int n = m->n_atoms;
-    RingSearch s = {.m = m, .degree = arena_ints(arena, n), .changed = arena_flags(arena, n),
+    RingSearch s = {.m = m, .degree = arena_ints(arena, n), .covered = arena_ints(arena, n),
+                    .done = arena_flags(arena, n), .changed = arena_flags(arena, n),
                     .active = arena_flags(arena, m->n_bonds), .parent = arena_ints(arena, n),
                     .depth = arena_ints(arena, n), .queue = arena_ints(arena, n + 1),
-                    .ring = arena_ints(arena, n + 1), .colour = arena_flags(arena, n)};
+                    .ring = arena_ints(arena, n + 1), .colour = arena_flags(arena, n),
+                    .degree_then = arena_ints(arena, n),
+                    .active_then = arena_flags(arena, m->n_bonds)};
     memset(s.active, 1, (size_t)m->n_bonds);
     for (int i = 0; i < n; i++) s.degree[i] = mol_degree(m, i);
     return s;
@@ -2184,19 +2219,22 @@ static RingSearch ring_search_begin(ChemMol *m) {
 static int find_rings(ChemMol *m, Fault *fault) {
     RingList extra = {0};
     int n_fragments = 0, *fragment_of = arena_ints(&m->arena, m->n_atoms);
-    int *stack = arena_ints(&m->arena, m->n_atoms);
+    int *first = arena_ints(&m->arena, m->n_atoms + 1), *next = arena_ints(&m->arena, m->n_atoms);
     for (int i = 0; i < m->n_atoms; i++)
-        if (!fragment_of[i]) flood(m, NULL, i, ++n_fragments, fragment_of, stack);
+        if (!fragment_of[i]) flood(m, NULL, i, ++n_fragments, fragment_of, next);
+    for (int i = m->n_atoms - 1; i >= 0; i--) {  // chains of the atoms of a fragment, plus 1
+        next[i] = first[fragment_of[i]];
+        first[fragment_of[i]] = i + 1;
+    }
     m->rings = (RingList){0};
     if (m->n_bonds - m->n_atoms + n_fragments > 0) {
         RingSearch s = ring_search_begin(m);
         int *fragment = arena_ints(&m->arena, m->n_atoms);
-        for (int f = 1; f <= n_fragments; f++) {
+        for (int f = 1; f <= n_fragments && spend(&m->arena, 1); f++) {
             int n = 0, degrees = 0;
-            for (int i = 0; i < m->n_atoms; i++) {
-                if (fragment_of[i] != f) continue;
-                fragment[n++] = i;
-                degrees += mol_degree(m, i);
+            for (int i = first[f]; i; i = next[i - 1]) {
+                fragment[n++] = i - 1;
+                degrees += mol_degree(m, i - 1);
             }
             if (degrees / 2 < n) continue;
             if (!search_fragment(&s, fragment, n, degrees / 2, &extra))
@@ -2232,8 +2270,9 @@ static int stamped_bonds(const RingList *rings, int r, const int *stamp, int num
     return n;
 }
 
-// Neighbouring rings of each ring, in rising order: next[first[r]..first[r + 1]).
-typedef struct { int *first, *next; } RingNeighbours;
+// Neighbouring rings of each ring, in rising order: next[first[r]..first[r + 1]). The others are
+// working arrays of fused_system().
+typedef struct { int *first, *next, *path, *at; uint8_t *done; } RingNeighbours;
 
 // Rings that share a bond (max_shared = 0: any number of bonds; else at most so many), those larger
 // than max_size (0: no limit) left out. The result lives in the molecule's arena.
@@ -2241,9 +2280,10 @@ typedef struct { int *first, *next; } RingNeighbours;
 static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max_size,
                                       int max_shared) {
     Arena *arena = &m->arena;
-    RingNeighbours nb = {arena_ints(arena, rings->n + 1), NULL};
+    RingNeighbours nb = {arena_ints(arena, rings->n + 1), NULL, arena_ints(arena, rings->n),
+                         arena_ints(arena, rings->n), arena_flags(arena, rings->n)};
     int room = 0, used = 0, *stamp = arena_ints(arena, m->n_bonds);
-    for (int r = 0; r < rings->n; r++) {
+    for (int r = 0; r < rings->n && spend(arena, rings->used); r++) {
         nb.first[r] = used;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
         for (int q = 0; q < rings->n; q++) {
@@ -2260,27 +2300,26 @@ static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max
 }
 
 // The fused system of ring r in depth-first order into system, which has room for all rings; marks
-// its rings done. Returns how many there are.
+// its rings done. Returns how many there are, 0 if r was done before.
 // RDKit: RingUtils::pickFusedRings
-static int fused_system(ChemMol *m, const RingNeighbours *nb, int n_rings, int r, uint8_t *done,
-                        int *system) {
+static int fused_system(const RingNeighbours *nb, int r, int *system) {
     int n = 0, depth = 0;
-    int *path = arena_ints(&m->arena, n_rings), *at = arena_ints(&m->arena, n_rings);
-    path[0] = r;
-    at[0] = nb->first[r];
-    done[r] = 1;
+    if (nb->done[r]) return 0;
+    nb->path[0] = r;
+    nb->at[0] = nb->first[r];
+    nb->done[r] = 1;
     system[n++] = r;
     while (depth >= 0) {
-        if (at[depth] == nb->first[path[depth] + 1]) {
+        if (nb->at[depth] >= nb->first[nb->path[depth] + 1]) {
             depth--;
             continue;
         }
-        int next = nb->next[at[depth]++];
-        if (done[next]) continue;
-        done[next] = 1;
+        int next = nb->next[nb->at[depth]++];
+        if (nb->done[next]) continue;
+        nb->done[next] = 1;
         system[n++] = next;
-        path[++depth] = next;
-        at[depth] = nb->first[next];
+        nb->path[++depth] = next;
+        nb->at[depth] = nb->first[next];
     }
     return n;
 }
@@ -2402,7 +2441,7 @@ static int kekulize_system(KekuleSearch *s) {
     int backtracks = 0, unvisited = 0;
     s->n_choices = 0;
     s->head = s->tail = (BACKTRACKS_MAX + 1) * s->n;
-    while (s->n_done < s->n || s->head < s->tail) {
+    while ((s->n_done < s->n || s->head < s->tail) && spend(&m->arena, unvisited)) {
         int i, n;
         if (s->head < s->tail) {
             i = s->queue[s->head++];
@@ -2425,6 +2464,7 @@ static int kekulize_system(KekuleSearch *s) {
             take_partner(s, i, partners, n);
         } else {
             if (!s->n_choices || backtracks == BACKTRACKS_MAX) return 0;
+            spend(&m->arena, m->n_bonds);
             return_to_choice(s, s->choice[s->n_choices - 1]);
             backtracks++;
         }
@@ -2448,10 +2488,11 @@ static KekuleSearch kekule_begin(ChemMol *m) {
 
 // Whether a ring with a dummy atom is aromatic: all its real atoms are, one of them not because of
 // another ring. *dummies: it is made of dummy atoms only.
-static int is_dubious_ring(const ChemMol *m, int r, int *dummies) {
+static int is_dubious_ring(ChemMol *m, int r, int *dummies) {
     int n_real = 0, n_aromatic = 0, own = 0, n = ring_size(&m->rings, r);
     for (int k = 0; k < n; k++) {
         int i = ring_atoms(&m->rings, r)[k];
+        if (!spend(&m->arena, mol_degree(m, i))) break;
         n_real += m->atoms[i].z != 0;
         if (m->atoms[i].z == 0 || !is_aromatic_atom(m, i)) continue;
         n_aromatic++;
@@ -2474,12 +2515,12 @@ static int kekulize_rings(ChemMol *m, Fault *fault) {
     }
     RingNeighbours nb = ring_neighbours(m, &rings, 0, 0);
     KekuleSearch s = kekule_begin(m);
-    uint8_t *done = arena_flags(&m->arena, rings.n);
     int *system = arena_ints(&m->arena, rings.n);
-    for (int r = 0; r < rings.n; r++) {
-        if (done[r]) continue;
-        int n_rings = fused_system(m, &nb, rings.n, r, done, system), culprit = -1;
+    for (int r = 0; r < rings.n && spend(&m->arena, 1); r++) {
+        int n_rings = fused_system(&nb, r, system), culprit = INT_MAX;
+        if (!n_rings) continue;
         s.n = s.n_done = 0;
+        spend(&m->arena, (m->n_atoms + m->n_bonds) / 16);
         memset(s.inside, 0, (size_t)m->n_atoms);
         memset(s.is_done, 0, (size_t)m->n_atoms);
         memset(s.doubled, 0, (size_t)m->n_bonds);
@@ -2491,8 +2532,8 @@ static int kekulize_rings(ChemMol *m, Fault *fault) {
                 s.atoms[s.n++] = rings.atoms[k];
             }
         mark_wanting_atoms(&s);
-        for (int i = m->n_atoms - 1; i >= 0; i--)
-            if (s.inside[i] && s.wants[i]) culprit = i;
+        for (int k = 0; k < s.n; k++)
+            if (s.wants[s.atoms[k]]) culprit = min_int(culprit, s.atoms[k]);
         if (!kekulize_system(&s))
             return fault_at(fault, 0, 0, "no Kekule structure",
                             "the aromatic ring system of atom %d has no Kekule structure",
@@ -2638,7 +2679,7 @@ static int may_be_aromatic(const ChemMol *m, int i, Donor donor) {
     return n_multiple <= 1;
 }
 
-enum { FUSED_MAX = 6, FUSED_RING_MAX = 24, MANY_RINGS = 300, SUBSETS_MAX = 3000000 };
+enum { FUSED_MAX = 6, FUSED_RING_MAX = 24, MANY_RINGS = 300 };
 
 typedef struct {
     ChemMol *m;
@@ -2647,11 +2688,11 @@ typedef struct {
     Donor *donor;            // DONOR_NONE for atoms that may not be aromatic
     int *atom_count;         // rings of the current subset an atom is in
     int *bond_count;
+    int *counted;            // per bond: 1 + first ring of the last system that has it
     int n_done;              // bonds of the system that became aromatic
     int subset[FUSED_MAX];   // of its rings
     int *frontiers;          // see grow_subsets(), one after another
     uint8_t *seen;           // per ring: in the subset or a frontier
-    long budget;             // subsets still to be tried
 } AromaticSearch;
 
 // Hueckel's rule for the atoms of a subset of rings that are in one or two of them (an atom in
@@ -2680,6 +2721,7 @@ static int obeys_hueckel(const AromaticSearch *s, int n) {
 // RDKit: applyHuckelToFused, markAtomsBondsArom
 static void test_subset(AromaticSearch *s, int n) {
     ChemMol *m = s->m;
+    for (int q = 0; q < n; q++) spend(&m->arena, 3 * ring_size(&s->rings, s->subset[q]));
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[s->subset[q]]; k < s->rings.start[s->subset[q] + 1]; k++) {
             s->atom_count[s->rings.atoms[k]]++;
@@ -2708,11 +2750,10 @@ static void test_subset(AromaticSearch *s, int n) {
 // RDKit: checkFused; it tries all subsets and drops the unconnected ones
 static void grow_subsets(AromaticSearch *s, int n, int size, const int *frontier, int n_frontier) {
     int *next = s->frontiers + n * s->rings.n;
-    for (int f = 0; f < n_frontier && s->budget > 0; f++) {
+    for (int f = 0; f < n_frontier && spend(&s->m->arena, n > 0 ? n_frontier - f : 1); f++) {
         int ring = frontier[f], n_next = 0, n_old;
         s->subset[n] = ring;
         if (n + 1 == size) {
-            s->budget -= size > 2;
             test_subset(s, size);
             continue;
         }
@@ -2732,15 +2773,13 @@ static void grow_subsets(AromaticSearch *s, int n, int size, const int *frontier
 // Tests one fused system: single rings, then pairs, triples, ... until all its bonds are aromatic.
 // RDKit: applyHuckelToFused
 static void test_system(AromaticSearch *s, const int *system, int n) {
-    uint8_t *counted = arena_flags(&s->m->arena, s->m->n_bonds);
     int n_bonds = 0;
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[system[q]]; k < s->rings.start[system[q] + 1]; k++) {
-            n_bonds += !counted[s->rings.bonds[k]];
-            counted[s->rings.bonds[k]] = 1;
+            n_bonds += s->counted[s->rings.bonds[k]] != system[0] + 1;
+            s->counted[s->rings.bonds[k]] = system[0] + 1;
         }
     s->n_done = 0;
-    s->budget = SUBSETS_MAX;
     for (int size = 1; size <= FUSED_MAX && size <= n && s->n_done < n_bonds; size++) {
         if (size == 3 && n > MANY_RINGS) break;  // as RDKit does
         grow_subsets(s, 0, size, system, n);
@@ -2772,10 +2811,9 @@ static int assign_aromaticity(ChemMol *m) {
     s.bond_count = arena_ints(&m->arena, m->n_bonds);
     s.frontiers = arena_ints(&m->arena, FUSED_MAX * s.rings.n);
     s.seen = arena_flags(&m->arena, s.rings.n);
-    uint8_t *done = arena_flags(&m->arena, s.rings.n);
+    s.counted = arena_ints(&m->arena, m->n_bonds);
     int *system = arena_ints(&m->arena, s.rings.n);
-    for (int r = 0; r < s.rings.n; r++)
-        if (!done[r]) test_system(&s, system, fused_system(m, &s.nb, s.rings.n, r, done, system));
+    for (int r = 0; r < s.rings.n; r++) test_system(&s, system, fused_system(&s.nb, r, system));
     return 1;
 }
 
@@ -2857,7 +2895,7 @@ static void restore_hydrogens(ChemMol *m) {
         update_valence(m, i);
         int now = a->no_implicit ? 0 : a->implicit_h;
         if (now >= before) continue;
-        a->explicit_h = (uint8_t)(a->explicit_h + before - now);
+        a->explicit_h = (uint16_t)(a->explicit_h + before - now);
         set_valence(m, i);
     }
 }
@@ -3188,6 +3226,7 @@ static int set_directions(Directions *d, int double_bond, int *next) {
     int end[2] = {db->begin, db->end}, bond[2], other[2], n_next = 0;
     if (!d->open[double_bond]) return 0;
     d->open[double_bond] = 0;
+    if (!spend(&m->arena, mol_degree(m, end[0]) + mol_degree(m, end[1]))) return 0;
     for (int e = 0; e < 2; e++) {
         int state = controlling_bonds(d, double_bond, end[e], &bond[e], &other[e]);
         if (state == 0) db->direction = DIR_EITHER;
@@ -3206,7 +3245,7 @@ static int set_directions(Directions *d, int double_bond, int *next) {
         const ChemBond *b = &m->bonds[bond[e]];
         for (int x = 0; x < 2 && d->open[bond[e]]; x++) {
             int i = x ? b->end : b->begin;
-            for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+            for (Link *l = m->first[i]; l < m->first[i + 1] && spend(&m->arena, 1); l++)
                 if (d->candidate[l->index] && d->open[l->index]) next[n_next++] = l->index;
         }
     }
@@ -3247,7 +3286,7 @@ static int direction_candidates(Directions *d, WeightedBond *order) {
             continue;
         for (int e = 0; e < 2; e++) {
             int i = e ? bond->end : bond->begin;
-            for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            for (Link *l = m->first[i]; l < m->first[i + 1] && spend(&m->arena, 1); l++) {
                 if (!is_single_like(l->bond)) continue;
                 weight += l->index;
                 d->uses[l->index]++;
@@ -3315,6 +3354,8 @@ static void clear_wedges(ChemMol *m) {
 //   What is mirrored is the stereo perception RDKit calls legacy, its default in 2022.09.
 // =================================================================================================
 
+enum { SORT_STEPS = 16 };  // of the budget for sorting an entry, and for each member of its list
+
 // An atom with what it is compared by: an invariant, or its neighbours' ranks, highest first.
 typedef struct { int64_t value; int atom, n; const int *list; } CipEntry;
 
@@ -3346,14 +3387,14 @@ static void sort_entries(CipEntry *entries, int n) {
 // (once for the double bond of a phosphoryl group), highest first, then 0 for each hydrogen.
 // Returns its length.
 // RDKit: iterateCIPRanks
-static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
-    int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]);
-    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+static int neighbour_list(ChemMol *m, int i, const int *rank, int *list) {
+    int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]), at = 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1] && spend(&m->arena, n - at); l++) {
         int j = l->atom, count = twice_order(l->bond), degree = mol_degree(m, j);
         if (l->bond->order == ORDER_DOUBLE && m->atoms[j].z == 15 && (degree == 3 || degree == 4))
             count = 1;
-        int at = n;
-        for (; at > 0 && list[at - 1] < rank[j] + 1; at--) list[at - 1 + count] = list[at - 1];
+        for (at = n; at > 0 && list[at - 1] < rank[j] + 1; at--)
+            list[at - 1 + count] = list[at - 1];
         for (int q = 0; q < count; q++) list[at + q] = rank[j] + 1;
         n += count;
     }
@@ -3381,13 +3422,16 @@ static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
         entries[i].atom = i;
         room += atom_hydrogens(&m->atoms[i]);
     }
+    if (!spend(&m->arena, SORT_STEPS * n)) return;
     sort_entries(entries, n);
     n_ranks = assign_ranks(entries, n, rank);
     if (n_ranks == n) return;
     for (int b = 0; b < m->n_bonds; b++) room += 2 * twice_order(&m->bonds[b]);
     lists = arena_ints(&m->arena, room);
     for (int round = 0; round <= n / 2 && n_ranks < n && last < n_ranks; round++) {
+        if (!spend(&m->arena, n)) return;
         for (int k = 0, used = 0, end; k < n; k = end) {
+            int before = used;
             for (end = k; end < n && rank[entries[end].atom] == rank[entries[k].atom];) end++;
             for (int e = k; e < end; e++) {
                 CipEntry *entry = &entries[e];
@@ -3396,7 +3440,8 @@ static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
                 entry->n = end - k > 1 ? neighbour_list(m, entry->atom, rank, lists + used) : 0;
                 used += entry->n;
             }
-            if (end - k > 1) sort_entries(entries + k, end - k);
+            if (end - k > 1 && spend(&m->arena, SORT_STEPS * (int64_t)(end - k + used - before)))
+                sort_entries(entries + k, end - k);
         }
         last = n_ranks;
         n_ranks = assign_ranks(entries, n, rank);
@@ -3440,8 +3485,8 @@ static void next_cip_ranks(ChemMol *m, int *rank) {
 
 // Whether an atom is in a ring of this size.
 // RDKit: RingInfo::isAtomInRingOfSize
-static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
-    for (int r = 0; r < m->rings.n; r++)
+static int is_in_ring_of_size(ChemMol *m, int i, int size) {
+    for (int r = 0; r < m->rings.n && spend(&m->arena, 1); r++)
         if (ring_size(&m->rings, r) == size && ring_has(&m->rings, r, i)) return 1;
     return 0;
 }
@@ -3454,10 +3499,10 @@ static int is_bridgehead(ChemMol *m, int i) {
     for (Link *l = m->first[i]; l < m->first[i + 1]; l++) n += l->bond->rings > 0;
     if (n < 3) return 0;
     int *stamp = arena_ints(&m->arena, m->n_bonds);
-    for (int r = 0; r < rings->n; r++) {
+    for (int r = 0; r < rings->n && spend(&m->arena, ring_size(rings, r)); r++) {
         if (!ring_has(rings, r, i)) continue;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
-        for (int q = r + 1; q < rings->n; q++)
+        for (int q = r + 1; q < rings->n && spend(&m->arena, ring_size(rings, q)); q++)
             if (ring_has(rings, q, i) && stamped_bonds(rings, q, stamp, r + 1) >= 2) return 1;
     }
     return 0;
@@ -3650,7 +3695,7 @@ static int prepare_bond_stereo(ChemMol *m) {
         else if (b->stereo != STEREO_ANY) b->stereo = STEREO_NONE;
         for (int e = 0; e < 2; e++) {
             int i = e ? b->end : b->begin;
-            for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+            for (Link *l = m->first[i]; l < m->first[i + 1] && spend(&m->arena, 1); l++)
                 any |= is_sloped(l->bond->direction);
         }
     }
@@ -3688,7 +3733,7 @@ static void assign_stereo(ChemMol *m) {
         changed = 0;
         if (atoms) changed |= label_centres(m, rank, &atoms);
         if (bonds) changed |= label_double_bonds(m, rank, &bonds);
-        changed = changed && (atoms || bonds);
+        changed = changed && (atoms || bonds) && spend(&m->arena, m->n_atoms);
         if (changed) next_cip_ranks(m, rank);
     } while (changed);
     const uint8_t *special = find_ring_stereo(m, rank);
@@ -3739,7 +3784,7 @@ static void apply_valence_fields(ChemMol *m) {
         set_valence(m, i);
         int wanted = a->field_valence == 15 || a->field_valence == -1 ? 0 : a->field_valence;
         a->no_implicit = 1;
-        a->explicit_h = (uint8_t)max_int(wanted - a->valence, 0);
+        a->explicit_h = (uint16_t)min_int(max_int(wanted - a->valence, 0), UINT16_MAX);
     }
 }
 
@@ -3773,9 +3818,12 @@ static int perceive(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault)
     update_valences(m);
     if (m->is_3d) chirality_from_3d(m);
     if (!keep_hydrogens) remove_hydrogens(m, !m->has_xyz);
-    if (m->n_atoms > max_atoms || m->n_bonds > MAX_BONDS)
+    if (m->n_atoms > max_atoms)
         return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
                         max_atoms);
+    if (m->n_bonds > MAX_BONDS)
+        return fault_at(fault, 0, 0, "too many bonds", "%d bonds, a dataset takes at most %d",
+                        m->n_bonds, MAX_BONDS);
     if (sanitize(m, fault)) return -1;
     if (m->has_xyz) {
         clear_wedges(m);
@@ -4009,12 +4057,13 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
     for (int i = 0; i < kept; i++) {
         const ChemAtom *a = &m->atoms[i];
         uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->aromatic << 16;
-        label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)(uint32_t)(a->map + 1) << 32;
+        label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)((uint32_t)a->map + 1) << 32;
         start[i] = mix(label + 0x9E3779B97F4A7C15u);
     }
     int n_rounds = min_int(kept, 16);
     ScaffoldKey key = {graph_hash(m, start, -1, n_rounds, colour, next), 0};
-    for (int i = 0; i < kept; i++) key.b += graph_hash(m, start, i, n_rounds, colour, next);
+    for (int i = 0; i < kept && spend(arena, n_rounds * (kept + 2ll * m->n_bonds)); i++)
+        key.b += graph_hash(m, start, i, n_rounds, colour, next);
     return key;
 }
 
@@ -4387,8 +4436,8 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
 
 // Reads and perceives one record; on success o says where the encoded molecule is. `in` moves over
 // the lines of a mol block.
-static int convert_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
-                          Lines *in, Outcome *o) {
+static int build_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
+                        Lines *in, Outcome *o) {
     ChemMol *m = &w->mol;
     Span name = {"", 0}, smiles = {"", 0}, title = {"", 0};
     mol_clear(m);
@@ -4416,6 +4465,16 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
     if (store_molecule(w, o)) return -1;
     if (c->want_keys) o->key = scaffold_key(m);
     return 0;
+}
+
+// The same, but a record that has used up its budget is refused, whatever came of it.
+static int convert_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
+                          Lines *in, Outcome *o) {
+    int result = build_record(c, s, r, w, in, o);
+    if (w->mol.arena.left > 0) return result;
+    return fault_at(&o->fault, 0, 0, "too intricate",
+                    "%d atoms and %d bonds take more work or memory than one record may",
+                    w->mol.n_atoms, w->mol.n_bonds);
 }
 
 // Converts n records with all threads; one of them first reads the bytes that follow.
