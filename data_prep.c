@@ -637,7 +637,6 @@ static inline int column_int(Span line, int at, int width, int *value) {
     return 1;
 }
 
-
 // Whether a symbol is one of a search, not of an atom: "any atom", halogens, metals, R-groups.
 static int is_query_symbol(Span s) {
     static const char *const names[] = {"A", "AH", "Q", "QH", "X", "XH", "M", "MH", "L", "LP",
@@ -747,7 +746,6 @@ static ChemBond *add_typed_bond(MolBlock *b, int i, int j, int type) {
     }
     return mol_add_bond(b->m, i, j, orders[type]);
 }
-
 
 // A bond line: two atoms, type, stereo mark, (unused), topology, in three columns each.
 // RDKit: ParseMolFileBondLine
@@ -1339,10 +1337,7 @@ static int smiles_ring_number(SmilesReader *s) {
 // RDKit: SmilesParseOps::CheckRingClosureBranchStatus
 static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     int column = s->pos, number = smiles_ring_number(s), degree = 0, i = s->active;
-    if (number < 0) return -1;
-    if (s->n_marks == 2 * RAW_BONDS_MAX)
-        return fault_at(s->fault, 1, column + 1, "too many bonds", "more than %d ring numbers",
-                        2 * RAW_BONDS_MAX);
+    if (number < 0 || !spend(&s->m->arena, 1)) return -1;
     if (s->n_marks == s->mark_room)
         s->marks = arena_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
     s->marks[s->n_marks++] = (RingMark){i, number, column, -1, symbol};
@@ -2129,7 +2124,6 @@ static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bond
     ChemMol *m = s->m;
     int *picked = arena_ints(&m->arena, n), n_done = 0;
     memset(s->changed, 0, (size_t)m->n_atoms);
-    spend(&m->arena, m->n_atoms / 16);
     s->found = (RingList){0};
     for (int f = 0; f < n; f++) s->changed[fragment[f]] = s->degree[fragment[f]] < 2;
     while (n_done < n && spend(&m->arena, 2 * n)) {
@@ -2230,7 +2224,7 @@ static int find_rings(ChemMol *m, Fault *fault) {
     if (m->n_bonds - m->n_atoms + n_fragments > 0) {
         RingSearch s = ring_search_begin(m);
         int *fragment = arena_ints(&m->arena, m->n_atoms);
-        for (int f = 1; f <= n_fragments && spend(&m->arena, 1); f++) {
+        for (int f = 1; f <= n_fragments && spend(&m->arena, m->n_atoms / 16); f++) {
             int n = 0, degrees = 0;
             for (int i = first[f]; i; i = next[i - 1]) {
                 fragment[n++] = i - 1;
@@ -2463,8 +2457,8 @@ static int kekulize_system(KekuleSearch *s) {
         if (n) {
             take_partner(s, i, partners, n);
         } else {
-            if (!s->n_choices || backtracks == BACKTRACKS_MAX) return 0;
-            spend(&m->arena, m->n_bonds);
+            if (!s->n_choices || backtracks == BACKTRACKS_MAX || !spend(&m->arena, m->n_bonds))
+                return 0;
             return_to_choice(s, s->choice[s->n_choices - 1]);
             backtracks++;
         }
@@ -2885,7 +2879,6 @@ static int hybridization(const ChemMol *m, int i) {
     return HYBRID_SP3;
 }
 
-
 // An aromatic atom may have lost implicit hydrogens to its new bond orders: they become explicit.
 // RDKit: MolOps::adjustHs
 static void restore_hydrogens(ChemMol *m) {
@@ -2942,7 +2935,6 @@ static double angle_between(Point a, Point b) {
     double c = dot(a, b) / sqrt(dot(a, a) * dot(b, b));
     return c <= -1 ? PI : c >= 1 ? 0 : acos(c);
 }
-
 
 // Whether a bond counts as a neighbour direction of atom i in tetrahedral stereo.
 // RDKit: bondAffectsAtomChirality
@@ -3639,7 +3631,6 @@ static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     return !n_outside && ((n_inside == 4 && n_ranks == 3) || (n_inside == 3 && n_ranks == 2));
 }
 
-
 // Marks (in the result, and in ring_stereo) the unlabelled chiral ring atoms that have a partner in
 // their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans. From each such atom
 // ring bonds are walked breadth first, each bond once in all; only the first atom of a walk takes
@@ -4084,55 +4075,32 @@ typedef struct {
     FILE *file;
     Buffer now, next;        // records are taken from `now`; `next` is being filled
     int eof, starved, ready; // no whole record left in `now`; `next` can take its place
+    int skipping;            // what comes next is the rest of a record that was too long
     int64_t line;            // number of the line at now.begin, from 1
     int64_t bytes_done, bytes_total;  // total 0: unknown
     int n_columns;           // CSV: what the header says each column is
     int smiles_column, name_column, *task_of_column;
 } Source;
 
+enum { RECORD_FINE, RECORD_TOO_LONG, RECORD_REST };  // REST: what follows a beginning too long
+
 typedef struct {
     const char *text;
     size_t size;
-    int too_long;
+    int kind;
+    const char *quote;       // in the last line: opens and is never closed; NULL: none does
 } Record;
 
-// The format of a file ending or of --format, FORMAT_NONE if unknown.
-static Format format_by_name(const char *name) {
+// The format of a name that ends in an ending (or is one, like "sdf"), FORMAT_NONE if unknown.
+static Format format_by_name(const char *name, int n) {
     static const struct { const char *name; Format format; } known[] = {
         {"sdf", FORMAT_SDF}, {"sd", FORMAT_SDF}, {"mol", FORMAT_SDF}, {"mdl", FORMAT_SDF},
         {"smi", FORMAT_SMI}, {"smiles", FORMAT_SMI}, {"csv", FORMAT_CSV}, {"tsv", FORMAT_TSV}};
+    int start = n;
+    while (start > 0 && name[start - 1] != '.') start--;
     for (int k = 0; k < 8; k++)
-        if (word_is((Span){name, (int)strlen(name)}, known[k].name)) return known[k].format;
+        if (word_is((Span){name + start, n - start}, known[k].name)) return known[k].format;
     return FORMAT_NONE;
-}
-
-// Opens PATH ("-" is standard input); `format` may be NULL: then the file's ending decides.
-static void source_open(Source *s, const char *path, const char *format) {
-    int standard = strcmp(path, "-") == 0;
-    const char *dot = strrchr(path, '.');
-    *s = (Source){.path = path, .line = 1};
-    s->format = format_by_name(format ? format : dot ? dot + 1 : "");
-    CHECK(s->format, "%s: cannot tell the format%s%s; give --format sdf, smi, csv or tsv", path,
-          format ? " from --format " : "", format ? format : "");
-    s->file = standard ? stdin : fopen(path, "rb");
-    CHECK(s->file, "%s: cannot read: %s", path, strerror(errno));
-#if MB_POSIX
-    struct stat info;
-    if (fstat(fileno(s->file), &info) == 0) {
-        CHECK(!S_ISDIR(info.st_mode), "%s: cannot read: it is a directory", path);
-        if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
-    }
-#endif
-    s->now = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
-    s->next = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
-}
-
-// Closes the file and frees what the source owns.
-static void source_close(Source *s) {
-    if (s->file != stdin) fclose(s->file);
-    free(s->now.bytes);
-    free(s->next.bytes);
-    free(s->task_of_column);
 }
 
 // Fills the next buffer: what was not used of the other one, then the next bytes of the file. Runs
@@ -4158,6 +4126,59 @@ static void source_read_ahead(Source *s) {
     s->ready = 1;
 }
 
+// Looks at the first bytes. Dies if they are no text, saying what makes text of them; passes over
+// the byte order mark of UTF-8.
+static void check_first_bytes(Source *s, const char *format) {
+    static const struct { const char *bytes; size_t n; const char *what, *command; } known[] = {
+        {"\xEF\xBB\xBF", 3, NULL, NULL}, {"\x1F\x8B", 2, "compressed by gzip", "gzip -dc"},
+        {"\xFD" "7zXZ", 5, "compressed by xz", "xz -dc"},
+        {"BZh91AY&SY", 10, "compressed by bzip2", "bzip2 -dc"},
+        {"\x28\xB5\x2F\xFD", 4, "compressed by zstd", "zstd -dc"},
+        {"PK\3\4", 4, "a zip archive", "unzip -p"},
+        {"\xFF\xFE", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"},
+        {"\xFE\xFF", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"}};
+    static const char *const names[] = {"FORMAT", "sdf", "smi", "csv", "tsv"};
+    const char *dot = strrchr(s->path, '.');
+    Format guess = s->format ? s->format : format_by_name(s->path, dot ? (int)(dot - s->path) : 0);
+    for (int k = 0; k < 8; k++) {
+        if (s->next.end < known[k].n || memcmp(s->next.bytes, known[k].bytes, known[k].n)) continue;
+        CHECK(k == 0, "%s: is %s; type: %s %s | ./data_prep --format %s ... -", s->path,
+              known[k].what, known[k].command, s->file == stdin ? "FILE" : s->path,
+              format ? format : names[guess]);
+        s->next.begin = 3;
+    }
+}
+
+// Opens PATH ("-" is standard input); `format` may be NULL: then the file's ending decides.
+static void source_open(Source *s, const char *path, const char *format) {
+    int standard = strcmp(path, "-") == 0;
+    const char *name = format ? format : path;
+    *s = (Source){.path = path, .line = 1, .format = format_by_name(name, (int)strlen(name))};
+    s->file = standard ? stdin : fopen(path, "rb");
+    CHECK(s->file, "%s: cannot read: %s", path, strerror(errno));
+#if MB_POSIX
+    struct stat info;
+    if (fstat(fileno(s->file), &info) == 0) {
+        CHECK(!S_ISDIR(info.st_mode), "%s: cannot read: it is a directory", path);
+        if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
+    }
+#endif
+    s->now = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
+    s->next = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
+    source_read_ahead(s);
+    check_first_bytes(s, format);
+    CHECK(s->format, "%s: cannot tell the format%s%s; give --format sdf, smi, csv or tsv", path,
+          format ? " from --format " : "", format ? format : "");
+}
+
+// Closes the file and frees what the source owns.
+static void source_close(Source *s) {
+    if (s->file != stdin) fclose(s->file);
+    free(s->now.bytes);
+    free(s->next.bytes);
+    free(s->task_of_column);
+}
+
 // End of the SD record at p (just after the line of its $$$$), or NULL if it is not there yet.
 static const char *sd_record_end(const char *p, const char *end) {
     for (const char *q = p; (q = memchr(q, '$', (size_t)(end - q))); q++) {
@@ -4168,12 +4189,18 @@ static const char *sd_record_end(const char *p, const char *end) {
     return NULL;
 }
 
-// End of the CSV row at p: the first line break outside quotes. A quote opens only at the start
-// of a field.
-static const char *csv_row_end(const char *p, const char *end, char separator) {
+// The end of the line at p (just after its line break), or NULL if it is not there yet.
+static const char *line_end(const char *p, const char *end) {
     const char *stop = memchr(p, '\n', (size_t)(end - p));
-    if (!stop) return NULL;
-    if (!memchr(p, '"', (size_t)(stop - p))) return stop + 1;
+    return stop ? stop + 1 : NULL;
+}
+
+// End of the CSV row at p: the first line break outside quotes. A quote opens only at the start
+// of a field. *quote: the one that is open at the end, if that is not there.
+static const char *csv_row_end(const char *p, const char *end, char separator,
+                               const char **quote) {
+    const char *stop = line_end(p, end);
+    if (!stop || !memchr(p, '"', (size_t)(stop - p))) return stop;
     int quoted = 0, start = 1;
     for (const char *q = p; q < end; q++) {
         if (quoted) {
@@ -4183,9 +4210,11 @@ static const char *csv_row_end(const char *p, const char *end, char separator) {
             return q + 1;
         } else if (*q == '"' && start) {
             quoted = 1;
+            *quote = q;
         }
         start = !quoted && *q == separator;
     }
+    if (!quoted) *quote = NULL;
     return NULL;
 }
 
@@ -4193,17 +4222,18 @@ static const char *csv_row_end(const char *p, const char *end, char separator) {
 static int is_table(const Source *s) { return s->format == FORMAT_CSV || s->format == FORMAT_TSV; }
 static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
 
-static const char *record_end(const Source *s, const char *p, const char *end) {
+// End of the record at p, or of the rest of one that is skipped, or NULL if it is not there yet.
+static const char *record_end(const Source *s, const char *p, const char *end,
+                              const char **quote) {
     if (s->format == FORMAT_SDF) return sd_record_end(p, end);
-    if (is_table(s)) return csv_row_end(p, end, separator_of(s));
-    const char *stop = memchr(p, '\n', (size_t)(end - p));
-    return stop ? stop + 1 : NULL;
+    if (is_table(s) && !s->skipping) return csv_row_end(p, end, separator_of(s), quote);
+    return line_end(p, end);
 }
 
-// Whether there is nothing but blanks and line breaks.
-static int is_all_blank(const char *p, size_t n) {
-    while (n && is_blank(p[n - 1])) n--;
-    return n == 0;
+// The end of the last whole line from p on, NULL if there is none.
+static const char *whole_lines(const char *p, const char *end) {
+    while (end > p && end[-1] != '\n') end--;
+    return end > p ? end : NULL;
 }
 
 // The next records of the source, at most CHUNK_RECORDS; they stay valid until the next call.
@@ -4218,22 +4248,24 @@ static int next_records(Source *s, Record *records) {
             s->ready = 0;
         }
         while (n < CHUNK_RECORDS && now->begin < now->end) {
-            const char *p = now->bytes + now->begin, *end = now->bytes + now->end;
-            const char *stop = record_end(s, p, end);
-            if (!stop && s->eof) stop = end;
+            const char *p = now->bytes + now->begin, *end = now->bytes + now->end, *quote = NULL;
+            const char *stop = record_end(s, p, end, &quote);
+            int over = (size_t)(end - p) >= RECORD_BYTES_MAX, rest = s->skipping;
+            if (stop || !(over || s->eof)) quote = NULL;
+            if (quote) stop = line_end(quote, end);  // only that line is lost
+            s->skipping = !stop && !s->eof && (over || rest);
+            if (s->skipping) stop = whole_lines(p, end);
+            if (!stop && (over || s->eof)) stop = end;
             if (!stop) break;
-            records[n] = (Record){p, (size_t)(stop - p), 0};
-            now->begin += records[n].size;
-            if (stop == end && s->eof && is_all_blank(p, records[n].size)) continue;
+            size_t size = (size_t)(stop - p);
+            int too_long = s->skipping || size > RECORD_BYTES_MAX;
+            records[n] = (Record){p, size, rest ? RECORD_REST : too_long, quote};
+            now->begin += size;
+            if (stop == end && s->eof && trim((Span){p, (int)size}).n == 0) continue;
             n++;
         }
         s->starved = n < CHUNK_RECORDS && !s->eof;
         if (n || (now->begin == now->end && s->eof)) return n;
-        if (now->end - now->begin >= RECORD_BYTES_MAX) {
-            records[0] = (Record){now->bytes + now->begin, now->end - now->begin, 1};
-            now->begin = now->end;
-            return 1;  // the rest of it, up to its end, is another bad record
-        }
         source_read_ahead(s);
     }
 }
@@ -4261,7 +4293,8 @@ static int next_tag(Lines *in, Span *name, Span *value) {
     return 0;
 }
 
-// A label: a number, or missing (empty, nan, none, na, null). Returns 0 if it is neither.
+// A label: a number up to 1e30 in size, which leaves room to compute with it, or missing (empty,
+// nan, none, na, null). Returns 0 if it is neither.
 static int parse_label(Span s, float *label) {
     static const char *const missing[] = {"NAN", "NA", "N/A", "NONE", "NULL", "?"};
     char copy[64], *end;
@@ -4276,7 +4309,7 @@ static int parse_label(Span s, float *label) {
     for (int k = 0; k < s.n; k++)
         if (!strchr("+-.0123456789eE", copy[k])) return 0;  // no hexadecimal, no "inf"
     float v = strtof(copy, &end);
-    if (end != copy + s.n || isinf(v)) return 0;
+    if (end != copy + s.n || fabsf(v) > 1e30f) return 0;
     *label = v;
     return 1;
 }
@@ -4295,19 +4328,22 @@ static int csv_field(Arena *arena, const char **p, const char *end, char separat
         *p = stop ? stop + 1 : end + 1;
         return 1;
     }
-    char *copy = arena_take(arena, (size_t)(end - q) + 1, 1);
-    int n = 0, quoted = 1;
-    for (q++; q < end; q++) {
-        if (quoted && *q == '"' && q + 1 < end && q[1] == '"') {
-            copy[n++] = '"';
-            q++;
-        } else if (quoted && *q == '"') {
-            quoted = 0;
-        } else if (!quoted && *q == separator) {
-            break;
-        } else {
-            copy[n++] = *q;
+    char *copy = NULL;
+    int n, quoted;
+    for (int pass = 0; pass < 2; pass++) {  // first for its length
+        n = 0;
+        quoted = 1;
+        for (q = *p + 1; q < end; q++) {
+            if (!quoted && *q == separator) break;
+            if (quoted && *q == '"') {
+                quoted = q + 1 < end && q[1] == '"';
+                if (!quoted) continue;
+                q++;
+            }
+            if (copy) copy[n] = *q;
+            n++;
         }
+        if (!copy) copy = arena_take(arena, (size_t)n + 1, 1);
     }
     *field = (Span){copy, n};
     *p = q + 1;
@@ -4327,14 +4363,22 @@ static const char *row_end(const Record *r) {
 //   written in the order they were read. Nothing depends on the number of threads.
 // =================================================================================================
 
+// The command line.
+typedef struct {
+    const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
+    int64_t seed, max_atoms;
+    int keep_hydrogens, strict, help;
+} PrepOptions;
+
+enum { TASK_SLOTS = 1 << 17 };
+
 // What to do with every record.
 typedef struct {
     int n_tasks;
     char **task_names;
-    const char *name_tag;    // SD tag or CSV column of the name, or NULL
-    const char *smiles_name; // CSV column of the SMILES, or NULL
-    const char *labels;      // as given: NULL, "all" or "A,B,C"
-    int keep_hydrogens, max_atoms, principal, strict, want_keys;
+    int *slots;              // hash table of TASK_SLOTS: 1 + the task of a name, see find_task()
+    const PrepOptions *opt;
+    int want_keys;           // for a scaffold split
 } Conversion;
 
 // One thread's memory.
@@ -4388,13 +4432,28 @@ static int store_molecule(Worker *w, Outcome *o) {
     return 0;
 }
 
+// Where a name's task stands, or would stand, in the hash table.
+static int *find_slot(const Conversion *c, Span name) {
+    uint32_t at = 2166136261u;  // FNV-1a
+    for (int k = 0; k < name.n; k++) at = (at ^ (uint8_t)name.p[k]) * 16777619u;
+    at = (at ^ at >> 17) % TASK_SLOTS;
+    while (c->slots[at] && !span_is(name, c->task_names[c->slots[at] - 1]))
+        at = (at + 1) % TASK_SLOTS;
+    return &c->slots[at];
+}
+
+// The task of a name, or -1.
+static int find_task(const Conversion *c, Span name) {
+    return c->n_tasks ? *find_slot(c, name) - 1 : -1;
+}
+
 // Reads labels and, if a tag is asked for, the name from the data items of an SD record.
 static void read_tags(const Conversion *c, Lines in, float *labels, Span *name, Outcome *o) {
     Span tag, value;
     while (next_tag(&in, &tag, &value)) {
-        if (c->name_tag && span_is(tag, c->name_tag)) *name = value;
-        for (int t = 0; t < c->n_tasks; t++)
-            if (span_is(tag, c->task_names[t])) o->bad_labels += !parse_label(value, &labels[t]);
+        int task = find_task(c, tag);
+        if (c->opt->name && span_is(tag, c->opt->name)) *name = value;
+        if (task >= 0) o->bad_labels += !parse_label(value, &labels[task]);
     }
 }
 
@@ -4411,7 +4470,6 @@ static void split_smiles(Span line, Span *smiles, Span *name) {
                       : (Span){name->p, 0};
     }
 }
-
 
 // Reads the fields of a CSV row that matter.
 static int read_row(const Source *s, const Record *r, Worker *w, float *labels, Span *smiles,
@@ -4441,15 +4499,22 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
     ChemMol *m = &w->mol;
     Span name = {"", 0}, smiles = {"", 0}, title = {"", 0};
     mol_clear(m);
-    if (r->too_long)
+    if (r->kind == RECORD_TOO_LONG)
         return fault_at(&o->fault, 1, 0, "record too long", "the record is longer than %d MiB",
                         RECORD_BYTES_MAX >> 20);
+    if (r->quote) {
+        const char *line = r->text + r->size;  // the quote is in its last line
+        while (line > r->text && (line > r->quote || line[-1] != '\n')) line--;
+        return fault_at(&o->fault, 1 + (int)count_lines(r->text, r->quote),
+                        (int)(r->quote - line) + 1, "unclosed quote",
+                        "the quote that opens here is never closed: the row is given up");
+    }
     float *labels = arena_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
     for (int t = 0; t < c->n_tasks; t++) labels[t] = NAN;
     if (s->format == FORMAT_SDF) {
         if (read_mol_block(m, in, &title, &o->fault)) return -1;
         name = trim(title);
-        if (c->n_tasks || c->name_tag) read_tags(c, *in, labels, &name, o);
+        if (c->n_tasks || c->opt->name) read_tags(c, *in, labels, &name, o);
     } else {
         if (s->format == FORMAT_SMI) {
             split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &name);
@@ -4459,8 +4524,9 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
         if (read_smiles(m, smiles, &o->fault)) return -1;
         if (!name.n && s->name_column < 0) name = smiles;
     }
-    if (perceive(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
-    if (fill_molecule(m, &w->molecule, c->n_tasks, name, c->principal, &o->fault)) return -1;
+    int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
+    if (perceive(m, c->opt->keep_hydrogens, (int)c->opt->max_atoms, &o->fault)) return -1;
+    if (fill_molecule(m, &w->molecule, c->n_tasks, name, principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;
     if (c->want_keys) o->key = scaffold_key(m);
@@ -4480,17 +4546,11 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
 // Converts n records with all threads; one of them first reads the bytes that follow.
 static void convert_records(const Conversion *c, Source *s, const Record *records, int n,
                             Worker *workers, Outcome *outcomes) {
-#ifdef _OPENMP
 #pragma omp parallel
-#endif
     {
-#ifdef _OPENMP
 #pragma omp single nowait
-#endif
         if (s->starved) source_read_ahead(s);
-#ifdef _OPENMP
 #pragma omp for schedule(dynamic, 16)
-#endif
         for (int k = 0; k < n; k++) {
             Outcome *o = &outcomes[k];
             const Record *r = &records[k];
@@ -4507,21 +4567,38 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
 
 // Appends a task unless there is one of that name.
 static void add_task(Conversion *c, Span name) {
-    for (int t = 0; t < c->n_tasks; t++)
-        if (span_is(name, c->task_names[t])) return;
+    if (find_task(c, name) >= 0) return;
+    if (!c->slots) c->slots = xmalloc(TASK_SLOTS, sizeof *c->slots);
     CHECK(c->n_tasks < MAX_TASKS, "--labels: more than %d labels", MAX_TASKS);
     c->task_names = xrealloc(c->task_names, (size_t)c->n_tasks + 1, sizeof *c->task_names);
-    c->task_names[c->n_tasks++] = xprintf("%.*s", name.n, name.p);
+    c->task_names[c->n_tasks] = xprintf("%.*s", name.n, name.p);
+    *find_slot(c, name) = ++c->n_tasks;
+}
+
+// Frees the tasks.
+static void free_tasks(Conversion *c) {
+    for (int t = 0; t < c->n_tasks; t++) free(c->task_names[t]);
+    free(c->task_names);
+    free(c->slots);
+}
+
+// Says that --labels all takes a column or tag for no label, at which record (0: it is empty).
+static void say_left_out(Span name, int record, int *count) {
+    if (++*count == 11) fprintf(stderr, "... and more\n");
+    if (*count > 10) return;
+    fprintf(stderr, "--labels all leaves out \"%.*s\": ", min_int(name.n, 60), name.p);
+    if (record) fprintf(stderr, "no usable number in record %d\n", record);
+    else fprintf(stderr, "no values\n");
 }
 
 // Tasks from "A,B,C" as given.
 static void name_tasks(Conversion *c) {
-    const char *p = c->labels;
+    const char *p = c->opt->labels;
     if (!p || strcmp(p, "all") == 0) return;
     while (*p) {
         size_t n = strcspn(p, ",");
         Span name = trim((Span){p, (int)n});
-        CHECK(name.n, "--labels: expected names separated by commas, found \"%s\"", c->labels);
+        CHECK(name.n, "--labels: expected names separated by commas, found \"%s\"", c->opt->labels);
         add_task(c, name);
         p += n + (p[n] == ',');
     }
@@ -4530,28 +4607,29 @@ static void name_tasks(Conversion *c) {
 // --labels all, SDF: every tag whose values in the first records are numbers or missing.
 static void find_tag_tasks(Conversion *c, const Record *records, int n) {
     Conversion words = {0};  // tags with a value that is no number
+    int left_out = 0;
     for (int pass = 0; pass < 2; pass++)
         for (int k = 0; k < n && k < 1000; k++) {
             Lines in = {records[k].text, records[k].text + records[k].size, 0};
             Span tag, value;
             float label;
             while (next_tag(&in, &tag, &value)) {
-                int is_word = 0;
-                if (c->name_tag && span_is(tag, c->name_tag)) continue;
-                if (pass == 0 && !parse_label(value, &label)) add_task(&words, tag);
-                for (int t = 0; t < words.n_tasks; t++)
-                    is_word |= span_is(tag, words.task_names[t]);
-                if (pass == 1 && !is_word) add_task(c, tag);
+                if (c->opt->name && span_is(tag, c->opt->name)) continue;
+                if (find_task(&words, tag) >= 0) continue;
+                if (pass == 1) add_task(c, tag);
+                if (pass == 1 || parse_label(value, &label)) continue;
+                add_task(&words, tag);
+                say_left_out(tag, k + 1, &left_out);
             }
         }
-    for (int t = 0; t < words.n_tasks; t++) free(words.task_names[t]);
-    free(words.task_names);
+    free_tasks(&words);
 }
 
-// --labels all, CSV: marks the columns that hold numbers (or nothing) in the first rows, and at
-// least one number.
-static void find_number_columns(const Source *s, const Record *rows, int n, uint8_t *numbers) {
-    enum { EMPTY, NUMBERS, WORDS };
+enum { COLUMN_EMPTY, COLUMN_NUMBERS = -1 };
+
+// --labels all, CSV: what the columns hold in the first rows: nothing, nothing but numbers, or
+// (that row's number, from 1) something else.
+static void find_number_columns(const Source *s, const Record *rows, int n, int *content) {
     Arena arena = {0};
     for (int k = 0; k < n && k < 1000; k++) {
         const char *p = rows[k].text, *end = row_end(&rows[k]);
@@ -4560,12 +4638,19 @@ static void find_number_columns(const Source *s, const Record *rows, int n, uint
         arena_reset(&arena);
         for (int column = 0; csv_field(&arena, &p, end, separator_of(s), &field); column++) {
             if (column >= s->n_columns) break;
-            if (!parse_label(field, &label)) numbers[column] = WORDS;
-            else if (!isnan(label) && numbers[column] == EMPTY) numbers[column] = NUMBERS;
+            if (content[column] > 0) continue;
+            if (!parse_label(field, &label)) content[column] = k + 1;
+            else if (!isnan(label)) content[column] = COLUMN_NUMBERS;
         }
     }
-    for (int k = 0; k < s->n_columns; k++) numbers[k] = numbers[k] == NUMBERS;
     arena_free(&arena);
+}
+
+// Gives column k a role that only one can have.
+static void claim_column(const Source *s, int *column, int k, Span name) {
+    CHECK(*column < 0, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", s->path,
+          *column + 1, k + 1, min_int(name.n, 60), name.p);
+    *column = k;
 }
 
 // Reads the header of a CSV source: which column is the SMILES, the name, which task. `first`:
@@ -4574,37 +4659,46 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
                         int n_rows, int first) {
     Arena arena = {0};
     const char *p = header->text, *end = row_end(header);
-    Span names[4096];
-    int n = 0;
+    Span name, *names = NULL;
+    int n = 0, room = 0, left_out = 0;
+    CHECK(!header->quote && !header->kind, "%s:1: the header %s", s->path,
+          header->quote ? "has a quote that is never closed" : "is too long");
     arena_reset(&arena);
-    if (end - p >= 3 && memcmp(p, "\xEF\xBB\xBF", 3) == 0) p += 3;  // UTF-8 byte order mark
-    while (n < 4096 && csv_field(&arena, &p, end, separator_of(s), &names[n])) {
-        names[n] = trim(names[n]);
-        n++;
+    while (csv_field(&arena, &p, end, separator_of(s), &name)) {
+        if (n == room) names = arena_grow(&arena, names, &room, sizeof *names);
+        char *text = arena_take(&arena, (size_t)name.n + 1, 1);  // a name is one line
+        for (int k = 0; k < name.n; k++) text[k] = (unsigned char)name.p[k] < 32 ? ' ' : name.p[k];
+        names[n++] = trim((Span){text, name.n});
     }
     s->n_columns = n;
     s->smiles_column = s->name_column = -1;
     s->task_of_column = xmalloc((size_t)n, sizeof *s->task_of_column);
     for (int k = 0; k < n; k++) {
-        if (s->smiles_column < 0 && word_is(names[k], c->smiles_name ? c->smiles_name : "smiles"))
-            s->smiles_column = k;
-        if (c->name_tag && span_is(names[k], c->name_tag)) s->name_column = k;
-        s->task_of_column[k] = -1;
+        if (word_is(names[k], c->opt->smiles ? c->opt->smiles : "smiles"))
+            claim_column(s, &s->smiles_column, k, names[k]);
+        if (c->opt->name && span_is(names[k], c->opt->name))
+            claim_column(s, &s->name_column, k, names[k]);
     }
     CHECK(s->smiles_column >= 0, "%s:1: expected a column \"%s\"; name the SMILES column with "
-          "--smiles", s->path, c->smiles_name ? c->smiles_name : "smiles");
-    CHECK(!c->name_tag || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
-          c->name_tag);
-    uint8_t *numbers = arena_flags(&arena, n);
-    if (first) find_number_columns(s, rows, n_rows, numbers);
-    for (int k = 0; k < n; k++)
-        if (numbers[k] && k != s->smiles_column && k != s->name_column) add_task(c, names[k]);
-    for (int t = 0; t < c->n_tasks; t++) {
-        int found = 0;
-        for (int k = 0; k < n; k++)
-            if (span_is(names[k], c->task_names[t])) s->task_of_column[k] = t, found = 1;
-        CHECK(found, "%s:1: expected a column \"%s\" (--labels)", s->path, c->task_names[t]);
+          "--smiles", s->path, c->opt->smiles ? c->opt->smiles : "smiles");
+    CHECK(!c->opt->name || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
+          c->opt->name);
+    int *content = arena_ints(&arena, n);
+    if (first) find_number_columns(s, rows, n_rows, content);
+    for (int k = 0; k < n && first; k++) {
+        if (k == s->smiles_column || k == s->name_column) continue;
+        if (content[k] == COLUMN_NUMBERS) add_task(c, names[k]);
+        else say_left_out(names[k], content[k], &left_out);
     }
+    int *column = arena_ints(&arena, c->n_tasks);
+    for (int t = 0; t < c->n_tasks; t++) column[t] = -1;
+    for (int k = 0; k < n; k++) {
+        int t = s->task_of_column[k] = find_task(c, names[k]);
+        if (t >= 0) claim_column(s, &column[t], k, names[k]);
+    }
+    for (int t = 0; t < c->n_tasks; t++)
+        CHECK(column[t] >= 0, "%s:1: expected a column \"%s\" (--labels)", s->path,
+              c->task_names[t]);
     arena_free(&arena);
 }
 
@@ -4661,7 +4755,7 @@ static void print_summary(Summary *sum, int n_sources) {
         }
     }
     if (sum->bad_labels)
-        fprintf(stderr, "labels that are not numbers, taken as missing: %lld\n",
+        fprintf(stderr, "labels that are no numbers up to 1e30, taken as missing: %lld\n",
                 (long long)sum->bad_labels);
 }
 
@@ -4675,8 +4769,7 @@ enum { PARTS_MAX = 3 };
 static const char *const PART_NAMES[PARTS_MAX] = {"train", "valid", "test"};
 
 typedef struct {
-    OutFile file;
-    uint64_t *offset;        // (count + 1)
+    OutFile file;            // of records, each behind its size
     ScaffoldKey *key;        // (count), only for scaffold splits
     size_t count, room;
 } Pool;
@@ -4691,22 +4784,19 @@ static void pool_open(Pool *p, const char *path) {
 
 // Appends a record and, for scaffold splits, its key.
 static void pool_append(Pool *p, const uint8_t *record, size_t size, const ScaffoldKey *key) {
-    if (p->count + 2 > p->room) {
+    if (key && p->count == p->room) {
         p->room = p->room ? 2 * p->room : 4096;
-        p->offset = xrealloc(p->offset, p->room, sizeof *p->offset);
-        if (key) p->key = xrealloc(p->key, p->room, sizeof *p->key);
-        if (p->count == 0) p->offset[0] = 0;
+        p->key = xrealloc(p->key, p->room, sizeof *p->key);
     }
     if (key) p->key[p->count] = *key;
-    p->offset[p->count + 1] = p->offset[p->count] + size;
     p->count++;
+    out_write(&p->file, &size, sizeof size);
     out_write(&p->file, record, size);
 }
 
 // Closes and removes the temporary file.
 static void pool_close(Pool *p) {
     out_discard(&p->file);
-    free(p->offset);
     free(p->key);
 }
 
@@ -4790,7 +4880,7 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
                         const Conversion *c) {
     DatasetWriter writers[PARTS_MAX];
     uint8_t *record = NULL;
-    size_t room = 0;
+    size_t room = 0, size;
     CHECK(fflush(pool->file.file) == 0, "%s: write failed: %s", pool->file.tmp, strerror(errno));
     FILE *in = fopen(pool->file.tmp, "rb");
     CHECK(in, "%s: cannot read: %s", pool->file.tmp, strerror(errno));
@@ -4800,9 +4890,9 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
         free(path);
     }
     for (size_t i = 0; i < pool->count; i++) {
-        size_t size = (size_t)(pool->offset[i + 1] - pool->offset[i]);
-        if (size > room) record = xrealloc(record, room = 2 * size, 1);
-        CHECK(fread(record, 1, size, in) == size, "%s: read failed: %s", pool->file.tmp,
+        int whole = fread(&size, sizeof size, 1, in) == 1;
+        if (whole && size > room) record = xrealloc(record, room = 2 * size, 1);
+        CHECK(whole && fread(record, 1, size, in) == size, "%s: read failed: %s", pool->file.tmp,
               strerror(errno));
         dataset_append(&writers[part[i]], record, size);
     }
@@ -4884,20 +4974,15 @@ static void dump_dataset(const char *path, const char *range) {
     if (range) {
         char *end;
         from = strtoll(range, &end, 10);
-        CHECK(*end == ':' && from >= 0, "--range: expected A:B, found \"%s\"", range);
-        if (end[1]) {
-            to = strtoll(end + 1, &end, 10);
-            CHECK(*end == 0 && to >= from, "--range: expected A:B with A <= B, found \"%s\"",
-                  range);
-        }
+        int fits = *end == ':' && from >= 0;
+        if (fits && end[1]) to = strtoll(end + 1, &end, 10), fits = *end == 0 && to >= from;
+        CHECK(fits, "--range: expected A:B with A <= B, found \"%s\"", range);
     }
     dataset_open(&d, path);
     for (size_t i = (size_t)from; i < d.count && (long long)i < to; i++) {
         dataset_read(&d, i, &m);
         print_json(&m);
     }
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: write failed: %s",
-          strerror(errno));
     molecule_free(&m);
     dataset_close(&d);
 }
@@ -4905,14 +4990,6 @@ static void dump_dataset(const char *path, const char *range) {
 // =================================================================================================
 // 23 Options and main
 // =================================================================================================
-
-// The command line.
-typedef struct {
-    const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
-    int64_t seed, max_atoms;
-    int keep_hydrogens, strict, help;
-} PrepOptions;
-
 
 // Fractions "0.8,0.1,0.1" into f; returns how many. They must add up to 1.
 static int parse_fractions(const char *text, double *f) {
@@ -4943,9 +5020,9 @@ typedef struct {
     int open;
 } Output;
 
-
 // Splits if asked to, and gives the outputs their names.
-static void output_finish(Output *out, const PrepOptions *opt, const Conversion *c) {
+static void output_finish(Output *out, const Conversion *c) {
+    const PrepOptions *opt = c->opt;
     if (out->n_parts == 1) {
         fprintf(stderr, "%zu molecules -> %s\n", out->writer.count, opt->output);
         dataset_finish(&out->writer);
@@ -4992,27 +5069,30 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
                 pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
         } else {
-            if (c->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
+            if (c->opt->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
             count_fault(sum, s, s->line, &o->fault);
         }
         s->line += o->n_lines;
     }
 }
 
-// Records that are not molecules: comments and the header line of a .smi file, empty lines.
+// Records that are not molecules: rests of others, empty lines, comments and the header line of a
+// .smi file.
 static int is_no_record(const Source *s, const Record *r, int64_t line) {
+    if (r->kind == RECORD_REST) return 1;
     if (s->format == FORMAT_SDF) return 0;
-    if (is_all_blank(r->text, r->size)) return 1;
+    if (trim((Span){r->text, (int)r->size}).n == 0) return 1;
     if (s->format != FORMAT_SMI) return 0;
     Span text = trim((Span){r->text, r->size < 7 ? (int)r->size : 7});
     return r->text[0] == '#' || (line == 1 && starts_with_word(text, "SMILES"));
 }
 
 // Converts one source chunk by chunk.
-static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Output *out,
-                           Worker *workers, Record *records, Outcome *outcomes, Summary *sum) {
+static void convert_source(Source *s, Conversion *c, Output *out, Worker *workers,
+                           Record *records, Outcome *outcomes, Summary *sum) {
     Progress progress = progress_begin(0);
-    int find_tasks = !out->open && c->labels && strcmp(c->labels, "all") == 0, n, first_chunk = 1;
+    int find_tasks = !out->open && c->opt->labels && strcmp(c->opt->labels, "all") == 0;
+    int n, first_chunk = 1;
     s->name_column = -1;
     while ((n = next_records(s, records)) > 0) {
         int skip = 0;
@@ -5026,8 +5106,8 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
         first_chunk = 0;
         if (!out->open) {  // the tasks are known now
             sum->labelled = xmalloc((size_t)c->n_tasks, 1);
-            if (out->n_parts > 1) pool_open(&out->pool, opt->output);
-            else dataset_create(&out->writer, opt->output, c->n_tasks, c->task_names);
+            if (out->n_parts > 1) pool_open(&out->pool, c->opt->output);
+            else dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
             out->open = 1;
         }
         for (int t = 0; t < thread_count(); t++) workers[t].used = 0;
@@ -5075,7 +5155,6 @@ static const Option PREP_OPTION_TABLE[] = {
     FLAG("--help", help, "this text"),
 };
 
-
 enum { N_PREP_OPTIONS = sizeof PREP_OPTION_TABLE / sizeof PREP_OPTION_TABLE[0] };
 
 // Prints what the program is for, examples and options.
@@ -5107,7 +5186,6 @@ static void check_options(int n_inputs) {
           "-o: {} stands for a part's name; give --split too");
 }
 
-
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
     threads_calm(argv);
@@ -5117,17 +5195,15 @@ int main(int argc, char **argv) {
     if (prep_opt.help || prep_opt.dump) {
         if (prep_opt.help) print_help();
         else dump_dataset(prep_opt.dump, prep_opt.range);
+        stdout_check();
         free(inputs);
         return 0;
     }
     check_options(n_inputs);
     Output out = {.n_parts = prep_opt.split ? 0 : 1};
     if (prep_opt.split) out.n_parts = parse_fractions(prep_opt.split, out.fraction);
-    Conversion c = {.name_tag = prep_opt.name, .smiles_name = prep_opt.smiles,
-                    .labels = prep_opt.labels, .keep_hydrogens = prep_opt.keep_hydrogens,
-                    .max_atoms = (int)prep_opt.max_atoms, .strict = prep_opt.strict,
-                    .principal = strcmp(prep_opt.orient, "principal") == 0,
-                    .want_keys = out.n_parts > 1 && strcmp(prep_opt.split_by, "scaffold") == 0};
+    int want_keys = out.n_parts > 1 && strcmp(prep_opt.split_by, "scaffold") == 0;
+    Conversion c = {.opt = &prep_opt, .want_keys = want_keys};
     Worker *workers = xmalloc((size_t)thread_count(), sizeof *workers);
     Record *records = xmalloc(CHUNK_RECORDS, sizeof *records);
     Outcome *outcomes = xmalloc(CHUNK_RECORDS, sizeof *outcomes);
@@ -5136,18 +5212,17 @@ int main(int argc, char **argv) {
     for (int k = 0; k < n_inputs; k++) {
         Source source;
         source_open(&source, inputs[k], prep_opt.format);
-        convert_source(&source, &c, &prep_opt, &out, workers, records, outcomes, &sum);
+        convert_source(&source, &c, &out, workers, records, outcomes, &sum);
         source_close(&source);
     }
     print_summary(&sum, n_inputs);
     CHECK(sum.n_kept > 0, "%s: no molecule could be read", inputs[0]);
     for (int t = 0; t < c.n_tasks; t++)
         CHECK(sum.labelled[t], "--labels: no record has a value for \"%s\"", c.task_names[t]);
-    output_finish(&out, &prep_opt, &c);
+    output_finish(&out, &c);
     for (int t = 0; t < thread_count(); t++) worker_free(&workers[t]);
-    for (int t = 0; t < c.n_tasks; t++) free(c.task_names[t]);
+    free_tasks(&c);
     free(sum.labelled);
-    free(c.task_names);
     free(workers);
     free(records);
     free(outcomes);

@@ -1928,14 +1928,15 @@ static void test_busy(void) {
 // Converts one record of text. Returns 1 if it was kept: then w->molecule holds it.
 static int prep_convert(Worker *w, Format format, const char *text, size_t size, Outcome *o) {
     static int columns[4] = {-1, -1, 0, -1};
-    char *task = "y";
-    Conversion c = {.max_atoms = 512, .n_tasks = 1, .task_names = &task};
+    static PrepOptions opt = {.max_atoms = MAX_ATOMS};
+    static Conversion c = {.opt = &opt};
     Source s = {.path = "test", .format = format, .n_columns = 4, .smiles_column = 0,
                 .name_column = format == FORMAT_CSV ? 1 : -1, .task_of_column = columns};
-    Record r = {text, size, 0};
+    Record r = {text, size, 0, NULL};
     Lines in = {text, text + size, 0};
     *o = (Outcome){0};
     w->used = 0;
+    add_task(&c, (Span){"y", 1});
     return convert_record(&c, &s, &r, w, &in, o) == 0;
 }
 
@@ -2500,7 +2501,7 @@ static const struct {
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1\n", 6, 0,
      "expected COUNTS atoms bonds, found \"COUNTS 1\""},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 99999 0\n", 6, 0,
-     "99999 atoms, 0 bonds (at most 65535 atoms can be read)"},
+     "99999 atoms, 0 bonds (at most 65535 and 262140 can be read)"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0\n", 8, 0,
      "expected index, symbol, x, y, z and map number, found 4 fields"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 Zz 0 0 0 0\n", 8, 10,
@@ -2759,10 +2760,12 @@ static void test_threads(void) {
     static Record records[20 * N];
     static Outcome outcomes[20 * N];
     uint32_t crc[3];
-    Conversion c = {.max_atoms = 512};
+    PrepOptions opt = {.max_atoms = 512};
+    Conversion c = {.opt = &opt};
     Source s = {.path = "test", .format = FORMAT_SMI, .name_column = -1};
     for (int k = 0; k < 20 * N; k++)
-        records[k] = (Record){PREP_SMILES[k % N].smiles, strlen(PREP_SMILES[k % N].smiles), 0};
+        records[k] = (Record){PREP_SMILES[k % N].smiles, strlen(PREP_SMILES[k % N].smiles), 0,
+                              NULL};
     for (int t = 0; t < 3; t++) {
 #ifdef _OPENMP
         int before = omp_get_max_threads();
