@@ -1862,18 +1862,15 @@ static int pop_changed(RingSearch *s) {
 }
 
 // Joins the two paths from the root that meet at the bond curr-next into s->ring, root first.
-// Returns the size, or 0 if the paths meet before the root: at an atom of equal depth in both.
+// Returns the size, or 0 if the paths meet before the root.
 // RDKit: FindRings::BFSWorkspace::smallestRingsBfs
 static int close_ring(RingSearch *s, int root, int curr, int next) {
-    int n = 0, back = s->depth[curr] + 1;  // the way from the root to curr comes first
-    int *ring = s->ring;
-    spend(&s->m->arena, back);
-    for (int i = curr, k = back - 1; i != -1; i = s->parent[i], k--) ring[k] = i;
-    n = back;
-    for (int i = next; i != -1 && i != root; i = s->parent[i]) {
-        if (s->depth[i] < back && ring[s->depth[i]] == i) return 0;
-        ring[n++] = i;
-    }
+    int n = s->depth[curr] + 1, i = next, j = curr;  // the way from the root to curr comes first
+    if (s->depth[i] >= n) i = s->parent[i];
+    while (i != j && spend(&s->m->arena, 1)) i = s->parent[i], j = s->parent[j];
+    if (i != root || !spend(&s->m->arena, n)) return 0;
+    for (int k = n; k > 0; curr = s->parent[curr]) s->ring[--k] = curr;
+    for (; next != root; next = s->parent[next]) s->ring[n++] = next;
     return n;
 }
 
@@ -2006,10 +2003,12 @@ static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
         for (int k = 0; k < n; k++) owners += finds[k].ring == rings[r];
         for (int k = 0; k < n && owners > 1; k++) {
             if (finds[k].ring != rings[r] || !spend(&m->arena, n + m->n_atoms / 4)) continue;
-            for (int a = 0; a < n; a++)
-                for (int b = 0; b < n && finds[a].atom == finds[k].atom && spend(&m->arena, 1); b++)
+            for (int a = 0; a < n; a++) {
+                if (finds[a].atom != finds[k].atom || !spend(&m->arena, n / 2)) continue;
+                for (int b = 0; b < n; b++)
                     if (finds[b].ring == finds[a].ring && finds[b].atom != finds[k].atom)
                         trim_atom(s, finds[b].atom);
+            }
             smallest_rings(s, finds[k].atom, -1);
             for (int c = 0; c < s->some.n; c++) {
                 if (ring_size(&s->some, c) < least) least = ring_size(&s->some, c);
@@ -4145,7 +4144,7 @@ static void check_first_bytes(Source *s, const char *format) {
         CHECK(k == 0, "%s: is %s; type: %s %s | ./data_prep --format %s ... -", s->path,
               known[k].what, known[k].command, s->file == stdin ? "FILE" : s->path,
               format ? format : names[guess]);
-        s->next.begin = 3;
+        if (s->format != FORMAT_SDF) s->next.begin = 3;  // there it becomes part of the name
     }
 }
 
