@@ -2110,14 +2110,15 @@ static void test_busy(void) {
 // Converts one record of text. Returns 1 if it was kept: then w->molecule holds it.
 static int prep_convert(Worker *w, Format format, const char *text, size_t size, Outcome *o) {
     static int columns[4] = {-1, -1, 0, -1};
-    char *task = "y";
-    Conversion c = {.max_atoms = 512, .n_tasks = 1, .task_names = &task};
+    static PrepOptions opt = {.max_atoms = MAX_ATOMS};
+    static Conversion c = {.opt = &opt};
     Source s = {.path = "test", .format = format, .n_columns = 4, .smiles_column = 0,
                 .name_column = format == FORMAT_CSV ? 1 : -1, .task_of_column = columns};
-    Record r = {text, size, 0};
+    Record r = {text, size, 0, NULL};
     Lines in = {text, text + size, 0};
     *o = (Outcome){0};
     w->used = 0;
+    add_task(&c, (Span){"y", 1});
     return convert_record(&c, &s, &r, w, &in, o) == 0;
 }
 
@@ -2638,6 +2639,7 @@ static const struct {
     {FORMAT_SMI, "C%1", 1, 2, "expected % and two digits, found \"%\""},
     {FORMAT_SMI, "C%(", 1, 2, "expected %( up to five digits ), found \"%\""},
     {FORMAT_SMI, "C(C)(C)(C)(C)C", 0, 0, "atom 1 (C): valence 5 is greater than permitted"},
+    {FORMAT_SMI, "[CH260]", 0, 0, "atom 1 (C): valence 260 is greater than permitted"},  // was CH4
     {FORMAT_SMI, "c1cccc1", 0, 0, "the aromatic ring system of atom 1 has no Kekule structure"},
     {FORMAT_SMI, "cC", 0, 0, "atom 1 (C) is marked aromatic but in no ring"},
     {FORMAT_SMI, "*1cccc1", 0, 0, "the aromatic ring of atom 1 has a dummy atom"},
@@ -2682,11 +2684,13 @@ static const struct {
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1\n", 6, 0,
      "expected COUNTS atoms bonds, found \"COUNTS 1\""},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 99999 0\n", 6, 0,
-     "99999 atoms, 0 bonds (at most 65535 atoms can be read)"},
+     "99999 atoms, 0 bonds (at most 65535 and 262140 can be read)"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0\n", 8, 0,
      "expected index, symbol, x, y, z and map number, found 4 fields"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 Zz 0 0 0 0\n", 8, 10,
      "expected an element symbol, found \"Zz\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0 MASS=1e300\n", 8,
+     0, "expected a mass, found \"MASS=1e300\""},  // a cast that nothing defines
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 1\n" V3ATOM "M  V30 BEGIN BOND\nM  V30 1 1 1 2\n", 11, 14,
      "expected the index of an atom, found \"2\""},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\n" V3ATOM "M  END\n", 10, 1,
@@ -2713,6 +2717,141 @@ static void test_faults(Worker *w) {
     store_molecule(w, &o);
     test_check(w->used == used && strcmp(o.fault.text, "bond feature out of range") == 0,
                "an unreadable record was kept: \"%s\"", o.fault.text);
+}
+
+// Writes a pattern to *out up to its end or an unpaired }, and returns that place. {N|text} is text
+// N times, # in it the number of the time; such groups may be nested.
+static const char *prep_expand(const char *p, int number, char **out) {
+    for (; *p && *p != '}'; p++) {
+        if (*p == '#') {
+            *out += sprintf(*out, "%d", number);
+        } else if (*p == '{') {
+            char *end;
+            int count = (int)strtol(p + 1, &end, 10);
+            for (int k = 1; k <= count; k++) p = prep_expand(end + 1, k, out);
+        } else {
+            *(*out)++ = *p;
+        }
+    }
+    **out = 0;
+    return p;
+}
+
+enum { PREP_TEXT_MAX = 40 << 20 };
+
+// SMILES that took too long or too much memory once, or passed for something else, and what becomes
+// of them ("": kept) with so many MiB of memory.
+static const struct { const char *catches, *pattern, *kind; int most; } PREP_HOSTILE[] = {
+    {"hours for two atoms with 509 common neighbours", "[Fe]{509|(C%(#))}.[U]{509|%(#)}",
+     "too intricate", 10},
+    {"a minute for the CIP ranks of a long peptide", "N{13000|[C@@H](C)C(=O)N}",
+     "too intricate", 30},
+    {"memory that grows with the square of a ladder", "C1C{4000|C2C1C1C2}CC1", "", 10},
+    {"as much memory as there are ring numbers", "C{4000000|1}", "too intricate", 200},
+    {"ring numbers times neighbours of a centre", "[C@](F){50000|%(#)}{50000|.C%(#)}",
+     "too intricate", 20},
+    {"the square of the hydrogens of a centre", "[Fe@]{30000|([H])}C", "too intricate", 20},
+    {"the square of the double bonds of an atom", "[U]{30000|(=CC)}C", "too intricate", 30},
+    {"a ring sorted by insertion", "C1{65000|C}1", "too intricate", 30},
+    {"260 hydrogen atoms counted as 4", "C{260|([H])}", "valence too high", 10},
+    {"too many bonds called too many atoms", "[Fe]{40000|(C%(#))}.[U]{40000|%(#)}",
+     "too many bonds", 30},
+};
+
+// Catches records that hang the run, and a verdict that depends on what was converted before.
+static void test_hostile_records(void) {
+    char *text = xmalloc(PREP_TEXT_MAX, 1);
+    Outcome o;
+    for (size_t k = 0; k < sizeof PREP_HOSTILE / sizeof *PREP_HOSTILE; k++) {
+        Worker w = {0};
+        char *end = text;
+        prep_expand(PREP_HOSTILE[k].pattern, 0, &end);
+#if MB_POSIX
+        alarm(120);  // ends the test if this one hangs
+#endif
+        int kept = prep_convert(&w, FORMAT_SMI, text, (size_t)(end - text), &o);
+        int64_t left = w.mol.arena.left;
+        test_check(strcmp(kept ? "" : o.fault.kind, PREP_HOSTILE[k].kind) == 0, "%s: got \"%s\"",
+                   PREP_HOSTILE[k].catches, kept ? "" : o.fault.kind);
+        mol_clear(&w.mol);  // the base grows to what was needed
+        test_check(w.mol.arena.room >> 20 < (size_t)PREP_HOSTILE[k].most, "%s: %zu bytes",
+                   PREP_HOSTILE[k].catches, w.mol.arena.room);
+        if (kept) prep_convert(&w, FORMAT_SMI, text, (size_t)(end - text), &o);
+        test_check(!kept || left == w.mol.arena.left, "%s: the steps depend on the arena",
+                   PREP_HOSTILE[k].catches);
+        worker_free(&w);
+    }
+#if MB_POSIX
+    alarm(0);
+#endif
+    free(text);
+}
+
+#define NAMED "build/test_hostile."
+#define SD_HEAD "x\n\n\n  1  0  0     0  0            999 V2000\n" \
+                "    0.0000    0.0000    0.0000 C   0  0\nM  END\n"
+
+// Files that ended or misled a run: their ending, pattern, options for data_prep, its exit code and
+// what it says.
+static const struct { const char *ending, *pattern, *options; int code; const char *expected;
+} PREP_FILES[] = {
+    // 57 GiB for a row: every quoted field took room for all that follow it
+    {"csv", "smiles{4001|,c#}\nC{4000|,\"1\"},\"{15000000|x}\"\n", "--labels c1", 0, "1 molecules"},
+    // an open quote swallowed all rows behind it and was called a malformed SMILES
+    {"csv", "smiles,y,z\nC,1,a\nCC,2,\"oops\n{50|C},3,b\nCCC,4,c\n", "--labels y", 0,
+     NAMED "csv:3: column 6: the quote that opens here is never closed"},
+    {"csv", "smiles,z,y\nC,\"a\nb\",1\n\"CC,2\nCCC,4,c\n", "", 0, "csv:4: column 1: the quote"},
+    {"csv", "smiles,z,y\nC,\"a\nb\",1\n\"CC,2\nCCC,4,c\n", "", 0, "kept 2 (4 atoms)"},
+    {"csv", "smiles,\"y\nC,2\n", "", 1, "csv:1: the header has a quote that is never closed"},
+    // the rest of a line that is too long was a record of its own
+    {"smi", "C {30000000|x}\nCC\nC(\n", "", 0, "read 3 records from 1 file, kept 1"},
+    {"smi", "C {30000000|x}\nCC\nC(\n", "", 0, "smi:3: column 3: expected an atom, found the end"},
+    {"sdf", SD_HEAD "{3000000|> <y>\n1\n\n}$$$$\n" SD_HEAD "$$$$\n", "", 0, "read 2 records"},
+    // the last of two columns was taken
+    {"csv", "smiles,y,y\nC,1,2\n", "--labels y", 1, "columns 2 and 3 are both named \"y\"; rename"},
+    {"csv", "smiles,SMILES\nC,C\n", "", 1, "columns 1 and 2 are both named \"SMILES\"; rename"},
+    // a line break in a task's name shifted the columns of `predict`
+    {"csv", "smiles,\"a\nb\"\nC,1\n", "--labels 'a b'", 0, "1 molecules"},
+    // columns and labels went without a word
+    {"csv", "smiles,n,y,e\nC,7,1,\nCC,x,2,\n", "--labels all", 0,
+     "leaves out \"n\": no usable number in record 2\n--labels all leaves out \"e\": no values\n"},
+    {"sdf", SD_HEAD "> <n>\nx\n\n> <y>\n1\n\n$$$$\n", "--labels all", 0,
+     "leaves out \"n\": no usable number in record 1\n"},
+    {"csv", "smiles,y\nC,1e31\nCC,2\n", "--labels y", 0,
+     "labels that are no numbers up to 1e30, taken as missing: 1"},
+    // looked up every tag among all labels
+    {"sdf", "{300|" SD_HEAD "{4000|> <t#>\n1\n\n}$$$$\n}", "--labels all", 0, "300 molecules"},
+    // no text
+    {"sdf.gz", "\x1F\x8B\x08", "", 1, NAMED "sdf.gz: is compressed by gzip; type: gzip -dc " NAMED
+     "sdf.gz | ./data_prep --format sdf ... -"},
+    {"xz", "\xFD" "7zXZ", "", 1, "type: xz -dc " NAMED "xz | ./data_prep --format FORMAT ... -"},
+    {"csv", "PK\3\4", "", 1, "a zip archive; type: unzip -p " NAMED "csv"},
+    {"csv", "\xFF\xFEs", "", 1, "UTF-16 text; type: iconv -f UTF-16 -t UTF-8 " NAMED "csv"},
+    // a byte order mark was part of the SMILES
+    {"smi", "\xEF\xBB\xBF" "C\n", "", 0, "1 molecules"},
+};
+
+static void test_hostile_files(void) {
+    char *text = xmalloc(PREP_TEXT_MAX, 1), *end;
+    for (size_t k = 0; k < sizeof PREP_FILES / sizeof *PREP_FILES; k++) {
+        char *path = xprintf(NAMED "%s", PREP_FILES[k].ending);
+        FILE *f = fopen(path, "wb");
+        prep_expand(PREP_FILES[k].pattern, 0, (end = text, &end));
+        CHECK(f && fwrite(text, 1, (size_t)(end - text), f) == (size_t)(end - text) &&
+              fclose(f) == 0, "%s: cannot write", path);
+        char *command = xprintf("ulimit -t 30; ./data_prep -o build/test_hostile.bin %s %s",
+                                PREP_FILES[k].options, path);
+        test_command(command, PREP_FILES[k].code, PREP_FILES[k].expected);
+        remove(path);
+        free(command);
+        free(path);
+    }
+    free(text);
+    FILE *full = fopen("/dev/full", "wb");  // what is printed there is lost
+    if (!full) return;
+    fclose(full);
+    test_command("./data_prep --help > /dev/full", 1, "standard output: write failed");
+    test_command("./data_prep --dump train.bin --range 0:2 > /dev/full", 1, "write failed");
 }
 
 // Catches a number reader that rounds other than strtod.
@@ -2864,10 +3003,11 @@ static void test_scaffolds(Worker *w) {
         {"c1ccccc1Cc1ccccc1", "Cc1ccccc1C(C)c1ccccc1O", NULL, NULL},
         {"c1ccc2ccccc2c1", "Cc1ccc2ccccc2c1", NULL, NULL},
         {"C1CCC2CCCCC2C1", NULL, NULL, NULL}, {"C1CCCC1C1CCCC1", NULL, NULL, NULL},
-        {"c1cc[nH]c1", "Cn1cccc1", NULL, NULL}, {"n1ccccc1", NULL, NULL, NULL}};
-    ScaffoldKey key[10][4], all[10];
+        {"c1cc[nH]c1", "Cn1cccc1", NULL, NULL}, {"n1ccccc1", NULL, NULL, NULL},
+        {"C1CCCC[CH2:2147483647]1", NULL, NULL, NULL}};  // an overflow once
+    ScaffoldKey key[11][4], all[10];
     Outcome o;
-    for (int g = 0; g < 10; g++) {
+    for (int g = 0; g < 11; g++) {
         for (int k = 0; k < 4 && groups[g][k]; k++) {
             prep_convert(w, FORMAT_SMI, groups[g][k], strlen(groups[g][k]), &o);
             key[g][k] = scaffold_key(&w->mol);
@@ -2941,10 +3081,12 @@ static void test_threads(void) {
     static Record records[20 * N];
     static Outcome outcomes[20 * N];
     uint32_t crc[3];
-    Conversion c = {.max_atoms = 512};
+    PrepOptions opt = {.max_atoms = 512};
+    Conversion c = {.opt = &opt};
     Source s = {.path = "test", .format = FORMAT_SMI, .name_column = -1};
     for (int k = 0; k < 20 * N; k++)
-        records[k] = (Record){PREP_SMILES[k % N].smiles, strlen(PREP_SMILES[k % N].smiles), 0};
+        records[k] = (Record){PREP_SMILES[k % N].smiles, strlen(PREP_SMILES[k % N].smiles), 0,
+                              NULL};
     for (int t = 0; t < 3; t++) {
 #ifdef _OPENMP
         int before = omp_get_max_threads();
@@ -2972,6 +3114,8 @@ static void test_data_prep(void) {
     Worker w = {0};
     test_perception(&w);
     test_faults(&w);
+    test_hostile_records();
+    test_hostile_files();
     test_decimals();
     test_records();
     test_fields(&w);
