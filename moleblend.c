@@ -2885,7 +2885,11 @@ static const TensorEntry *tensor_load(float *arena, const TensorInfo *info, cons
     CHECK(t->rank == (info->rows ? 2 : 1) && rows == info->rows && columns == info->columns,
           "%s: tensor %s: expected shape (%zu, %zu), found rank %d (%zu, %zu)", f->path, name,
           info->rows, info->columns, t->rank, rows, columns);
-    for (size_t k = 0; k < t->count; k++) arena[info->offset + k] = tensor_value(t, k);
+    for (size_t k = 0; k < t->count; k++) {
+        arena[info->offset + k] = tensor_value(t, k);
+        CHECK(isfinite(arena[info->offset + k]), "%s: tensor %s: number %zu is not finite", f->path,
+              name, k);
+    }
     return t;
 }
 
@@ -2910,8 +2914,8 @@ static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *
     for (size_t y = 0; y < Y; y++) {
         char *end;
         out[y] = strtof(text, &end);
-        CHECK(end != text && isfinite(out[y]), "%s: metadata %s: expected %zu numbers", f->path,
-              key, Y);
+        CHECK(end != text && isfinite(out[y]) && *end == (y + 1 < Y ? ' ' : 0),
+              "%s: metadata %s: expected %zu numbers", f->path, key, Y);
         text = end;
     }
 }
@@ -3913,6 +3917,7 @@ static void visit_rows(Run *run, size_t first, size_t B, void *result) {
         printf("\n");
     }
     molecule_free(&m);
+    if (ferror(stdout)) mb_exit(EXIT_SUCCESS);  // which says so: no use to go on
 }
 
 static void command_predict(const char *path) {
@@ -3938,8 +3943,6 @@ static void command_predict(const char *path) {
     }
     printf("\n");
     visit_batches(&run, &run.test, SIZE_MAX, NULL, run.task.use, 1, visit_rows, NULL);
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write to standard output: %s",
-          strerror(errno));
     run_close(&run);
 }
 
@@ -3961,7 +3964,7 @@ static void visit_embed(Run *run, size_t first, size_t B, void *result) {
             for (size_t t = token; t < token + count; t++) sum += run->s.acts.out[t * C + c];
             e->row[c] = weight * sum;
         }
-        out_floats(&e->out, e->row, C);
+        out_floats(&e->out, e->row, C, 0);
     }
     progress_show(&e->progress, (double)(first + B), (double)e->count, (double)(first + B),
                   "molecules", "embedded", first + B == e->count);
@@ -4232,7 +4235,7 @@ static void check_options(void) {
 }
 
 int main(int argc, char **argv) {
-    threads_calm(argv);
+    program_begin(argv);
     const Command *command = NULL;
     for (int k = 0; k < N_COMMANDS && argc > 1; k++)
         if (strcmp(argv[1], COMMANDS[k].name) == 0) command = &COMMANDS[k];
@@ -4249,7 +4252,7 @@ int main(int argc, char **argv) {
                       option_given);
     if (opt.help) {
         print_help(named ? command : NULL);
-        return 0;
+        mb_exit(EXIT_SUCCESS);
     }
     CHECK(n_words == command->words, "expected ./moleblend %s%s; see --help",
           named ? xprintf("%s ", command->name) : "", command->usage);
@@ -4266,7 +4269,7 @@ int main(int argc, char **argv) {
         case SHOW: command_show(words[0], words[1]); break;
         default: file_info(words[0]); break;
     }
-    return 0;
+    mb_exit(EXIT_SUCCESS);
 }
 
 #endif  // MOLEBLEND_TEST
