@@ -122,7 +122,14 @@ static int more_electronegative(int z1, int z2) {
 // =================================================================================================
 // 2 Working memory. Everything a record needs while it is read and perceived comes from one arena,
 //   which is emptied before the next record: no malloc in the common case, nothing to free.
+//
+//   A record has one budget for work and memory, so that no file can hang a run or end it. Loops
+//   that could take long count their steps with spend() and end when there is nothing left; what
+//   they leave behind is incomplete but safe to work on, and the record is refused in the end, see
+//   convert_record(). Steps are counted, not timed: every machine refuses the same records.
 // =================================================================================================
+
+enum { BUDGET = 400000000, BYTE_STEPS = 4 };  // steps; of a byte of memory: at most 100 MB
 
 typedef struct ArenaOverflow {
     struct ArenaOverflow *next;
@@ -133,7 +140,11 @@ typedef struct {
     char *base;
     size_t used, room;
     ArenaOverflow *overflow;  // blocks that did not fit; the base grows by them at the next reset
+    int64_t left;             // of the record's budget
 } Arena;
+
+// Counts n steps of work. Returns whether there is something left of the budget.
+static inline int spend(Arena *arena, int64_t n) { return (arena->left -= n) > 0; }
 
 // A block of the heap for what the base has no room for.
 static void *arena_overflow(Arena *arena, size_t bytes) {
@@ -151,6 +162,7 @@ static inline void *arena_take(Arena *arena, size_t count, size_t size) {
     size_t bytes = mul_size(count, size);
     CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
     bytes = (bytes + 15) / 16 * 16;
+    spend(arena, BYTE_STEPS * (int64_t)bytes);
     if (bytes > arena->room - arena->used) return arena_overflow(arena, bytes);
     void *p = arena->base + arena->used;
     arena->used += bytes;
@@ -187,12 +199,13 @@ static void arena_reset(Arena *arena) {
     }
     if (missing || !arena->base) {
         free(arena->base);
-        arena->room += missing + (1 << 16);
+        arena->room = arena->used + missing + (1 << 16);
         arena->base = xmalloc(arena->room, 1);
     } else {
         memset(arena->base, 0, arena->used);
     }
     arena->used = 0;
+    arena->left = BUDGET;
 }
 
 // Gives the arena's memory back.
@@ -223,7 +236,6 @@ enum { HYBRID_SP, HYBRID_SP2, HYBRID_SP3, HYBRID_SP3D, HYBRID_SP3D2, HYBRID_MISC
 typedef struct {
     uint8_t z;              // atomic number, 0 = dummy
     int8_t charge;
-    uint8_t explicit_h;       // hydrogens that belong to the atom as written ([nH], valence fields)
     uint8_t radicals;
     uint8_t no_implicit;    // takes no hydrogens beyond the explicit ones
     uint8_t aromatic, chirality, hybrid;
@@ -232,6 +244,7 @@ typedef struct {
     uint8_t ring_stereo;    // its stereo depends on another centre of the same ring system
     char cip;               // 'R', 'S' or 0: not a centre with four different neighbours
     uint16_t isotope;
+    uint16_t explicit_h;    // hydrogens that belong to the atom as written ([nH], valence fields)
     int16_t implicit_h;     // -1: not computed yet
     int valence;            // sum of bond orders and explicit hydrogens, rounded as RDKit does
     int map;                // atom map number, -1 = none
@@ -586,7 +599,7 @@ static int parse_whole(Span s, int *value) {
 //   on hydrogens, rings or neighbours. They stand for many molecules, a dataset holds single ones.
 // =================================================================================================
 
-enum { RAW_ATOMS_MAX = 65535 };  // atoms of a record before hydrogens are removed
+enum { RAW_ATOMS_MAX = 65535, RAW_BONDS_MAX = 4 * RAW_ATOMS_MAX };  // before hydrogens are removed
 
 // A block being read; atoms and bonds go to m.
 typedef struct {
@@ -597,6 +610,8 @@ typedef struct {
     int *label_table;    // V3000: hash table from atom label to atom, see v3_atom_with_label()
     int *label_of;
     int table_size;
+    Span *tokens;        // of a V3000 line
+    int token_room;
 } MolBlock;
 
 // The fault of the line last read; returns -1.
@@ -624,7 +639,6 @@ static inline int column_int(Span line, int at, int width, int *value) {
     *value = leading_int((Span){line.p + at, from > stop ? line.n - at : width}, 1);
     return 1;
 }
-
 
 // Whether a symbol is one of a search, not of an atom: "any atom", halogens, metals, R-groups.
 static int is_query_symbol(Span s) {
@@ -735,7 +749,6 @@ static ChemBond *add_typed_bond(MolBlock *b, int i, int j, int type) {
     }
     return mol_add_bond(b->m, i, j, orders[type]);
 }
-
 
 // A bond line: two atoms, type, stereo mark, (unused), topology, in three columns each.
 // RDKit: ParseMolFileBondLine
@@ -892,13 +905,11 @@ static int v3_line(MolBlock *b, Span *out) {
     }
 }
 
-// Splits a line at blanks, except inside "..." and (...), into *tokens in the molecule's arena.
-// Returns their number.
+// Splits a line at blanks, except inside "..." and (...), into b->tokens. Returns their number.
 // RDKit: tokenizeV3000Line
-static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
-    int n = 0, room = 0, start = 0, quoted = 0, inside = 0;
+static int v3_tokens(MolBlock *b, Span line) {
+    int n = 0, start = 0, quoted = 0, inside = 0;
     line = trim(line);
-    *tokens = NULL;
     for (int pos = 0; pos <= line.n; pos++) {
         char c = pos < line.n ? line.p[pos] : 0;
         int cut_from = -1, cut_to = pos;
@@ -919,8 +930,9 @@ static int v3_tokens(MolBlock *b, Span line, Span **tokens) {
             else quoted = 1;
         }
         if (cut_from >= 0) {
-            if (n == room) *tokens = arena_grow(&b->m->arena, *tokens, &room, sizeof **tokens);
-            (*tokens)[n++] = (Span){line.p + cut_from, cut_to - cut_from};
+            if (n == b->token_room)
+                b->tokens = arena_grow(&b->m->arena, b->tokens, &b->token_room, sizeof *b->tokens);
+            b->tokens[n++] = (Span){line.p + cut_from, cut_to - cut_from};
             start = pos + 1;
         }
     }
@@ -958,9 +970,9 @@ static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
         if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a radical of 0 to 3");
         if (v) a->radicals = v == 2 ? 1 : 2;
     } else if (word_is(name, "MASS")) {
-        v = whole ? v : (int)floor(parse_decimal(value));
-        if (v < 0) return v3_bad(b, token, "a mass");
-        if (a->z) a->isotope = (uint16_t)v;
+        double mass = whole ? v : floor(parse_decimal(value));
+        if (!(mass >= 0 && mass <= INT_MAX)) return v3_bad(b, token, "a mass");
+        if (a->z) a->isotope = (uint16_t)(int)mass;
     } else if (word_is(name, "CFG")) {
         if (!whole || v < 0 || v > 3) return v3_bad(b, token, "a configuration of 0 to 3");
     } else if (word_is(name, "VAL")) {
@@ -976,7 +988,8 @@ static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
 // `add` >= 0 the label is entered for that atom first; the first of equal labels counts. -1: none.
 static int v3_atom_with_label(MolBlock *b, int label, int add) {
     unsigned mask = (unsigned)b->table_size - 1, slot = (unsigned)label * 2654435761u & mask;
-    while (b->label_table[slot] && b->label_of[slot] != label) slot = (slot + 1) & mask;
+    while (b->label_table[slot] && b->label_of[slot] != label && spend(&b->m->arena, 1))
+        slot = (slot + 1) & mask;
     if (add >= 0 && !b->label_table[slot]) {
         b->label_table[slot] = add + 1;
         b->label_of[slot] = label;
@@ -987,8 +1000,8 @@ static int v3_atom_with_label(MolBlock *b, int label, int add) {
 // "index symbol x y z map NAME=value ...".
 // RDKit: ParseV3000AtomBlock
 static int v3_atom_line(MolBlock *b, Span line) {
-    Span *token;
-    int n = v3_tokens(b, line, &token);
+    int n = v3_tokens(b, line);
+    const Span *token = b->tokens;
     if (n > 1 && word_is(token[1], "NOT")) return not_supported(b, token[1]);
     if (n < 6)
         return MOL_FAULT(b, 0, "expected index, symbol, x, y, z and map number, found %d fields",
@@ -1007,8 +1020,9 @@ static int v3_atom_line(MolBlock *b, Span line) {
 // "index type atom1 atom2 NAME=value ...".
 // RDKit: ParseV3000BondBlock
 static int v3_bond_line(MolBlock *b, Span line) {
-    Span *token, name, value;
-    int n = v3_tokens(b, line, &token), end[2];
+    Span name, value;
+    int n = v3_tokens(b, line), end[2];
+    const Span *token = b->tokens;
     if (n < 4) return MOL_FAULT(b, 0, "expected index, type and two atoms, found %d fields", n);
     int type = leading_int(token[1], 0);
     for (int k = 0; k < 2; k++) {
@@ -1056,18 +1070,20 @@ static int v3_block(MolBlock *b, const char *begin, const char *end, int count,
 // Everything between the counts line of the header and `M  END`.
 // RDKit: ParseV3000CTAB
 static int v3_body(MolBlock *b) {
-    Span line, *token;
+    Span line;
     if (b->n_atoms || b->n_bonds)
         return MOL_FAULT(b, 1, "expected counts of 0 in the header of a V3000 block");
     if (v3_expect(b, "BEGIN CTAB", &line) || v3_expect(b, "COUNTS ", &line)) return -1;
-    int n = v3_tokens(b, line, &token);
+    int n = v3_tokens(b, line);
+    const Span *token = b->tokens;
     if (n < 3 || !parse_whole(token[1], &b->n_atoms) || !parse_whole(token[2], &b->n_bonds) ||
         b->n_atoms < 0 || b->n_bonds < 0)
         return v3_bad(b, line, "COUNTS atoms bonds");
-    if (b->n_atoms > RAW_ATOMS_MAX || b->n_bonds > 4 * RAW_ATOMS_MAX)
-        return fault_at(b->fault, b->in.line, 0, "too many atoms",
-                        "%d atoms, %d bonds (at most %d atoms can be read)", b->n_atoms, b->n_bonds,
-                        RAW_ATOMS_MAX);
+    if (b->n_atoms > RAW_ATOMS_MAX || b->n_bonds > RAW_BONDS_MAX)
+        return fault_at(b->fault, b->in.line, 0,
+                        b->n_atoms > RAW_ATOMS_MAX ? "too many atoms" : "too many bonds",
+                        "%d atoms, %d bonds (at most %d and %d can be read)", b->n_atoms,
+                        b->n_bonds, RAW_ATOMS_MAX, RAW_BONDS_MAX);
     for (b->table_size = 64; b->table_size < 2 * b->n_atoms; b->table_size *= 2) {}
     b->label_table = arena_ints(&b->m->arena, b->table_size);
     b->label_of = arena_ints(&b->m->arena, b->table_size);
@@ -1261,7 +1277,7 @@ static int smiles_bracket(SmilesReader *s) {
         count = 1;
         if (smiles_number(s, &count) < 0) return -1;
     }
-    a->explicit_h = (uint8_t)count;
+    a->explicit_h = (uint16_t)min_int(count, UINT16_MAX);
     if (smiles_charge(s, a)) return -1;
     if (smiles_take(s, ":")) {
         got = smiles_number(s, &map);
@@ -1324,13 +1340,13 @@ static int smiles_ring_number(SmilesReader *s) {
 // RDKit: SmilesParseOps::CheckRingClosureBranchStatus
 static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     int column = s->pos, number = smiles_ring_number(s), degree = 0, i = s->active;
-    if (number < 0) return -1;
+    if (number < 0 || !spend(&s->m->arena, 1)) return -1;
     if (s->n_marks == s->mark_room)
         s->marks = arena_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
     s->marks[s->n_marks++] = (RingMark){i, number, column, -1, symbol};
     ChemAtom *a = &s->m->atoms[i];
     if (i == s->m->n_atoms - 1 || a->chirality == CHI_NONE) return 0;
-    for (int b = s->m->n_bonds - 1; b >= 0; b--)
+    for (int b = s->m->n_bonds - 1; b >= 0 && spend(&s->m->arena, 1); b--)
         degree += s->m->bonds[b].begin == i || s->m->bonds[b].end == i;
     if (degree == 1 || (degree == 2 && i != 0) || (degree == 3 && i == 0))
         a->chirality = (uint8_t)invert_chirality(a->chirality);
@@ -1385,6 +1401,7 @@ static void smiles_fix_chirality(SmilesReader *s, int i) {
     ChemMol *m = s->m;
     ChemAtom *a = &m->atoms[i];
     int degree = mol_degree(m, i), n_closures = 0, swaps = 0, unsaturated = 0;
+    if (!spend(&m->arena, (int64_t)degree * (s->n_marks + degree))) return;
     int *where = arena_ints(&m->arena, degree);  // each bond stands in the text
     for (int q = 0; q < degree; q++) {  // atom before, ring numbers, atoms after
         const Link *l = &m->first[i][q];
@@ -1705,12 +1722,13 @@ static void remove_hydrogen(ChemMol *m, int i, int count_all) {
     ChemBond *gone = m->first[i]->bond;
     int heavy = m->first[i]->atom, behind = 0;
     ChemAtom *a = &m->atoms[heavy];
+    gone->dead = 1;
+    if (!spend(&m->arena, mol_degree(m, heavy))) return;
     if (must_count_hydrogen(m, heavy, count_all)) a->explicit_h++;
     for (Link *l = m->first[heavy + 1] - 1; l->bond != gone; l--) behind += !l->bond->dead;
     if (behind % 2) a->chirality = (uint8_t)invert_chirality(a->chirality);
     if (gone->direction == DIR_UNKNOWN && gone->begin == heavy) a->unknown_stereo = 1;
     if (is_sloped(gone->direction)) hand_over_direction(m, gone, heavy);
-    gone->dead = 1;
 }
 
 // Squeezes removed atoms and dead bonds out of the arrays; to[i] is an atom's new index or -1.
@@ -1767,10 +1785,14 @@ typedef struct {
     RingList some;           // of the last smallest_rings()
     RingList all;            // every distinct ring seen, its atoms in falling order
     int *degree;             // active bonds of each atom
+    int *covered;            // see pick_chain_atoms()
+    uint8_t *done;           // atoms that are trimmed or searched from
     uint8_t *active;         // per bond: not trimmed yet
     uint8_t *changed;        // atoms to look at again while trimming
     int *parent, *depth, *queue, *ring;  // of a breadth-first search
     uint8_t *colour;
+    int *degree_then;        // see search_behind_duplicates()
+    uint8_t *active_then;
 } RingSearch;
 
 // Size, atoms and bonds of ring r.
@@ -1805,10 +1827,11 @@ static void ring_copy(Arena *arena, RingList *to, const RingList *from, int r) {
 static int ring_is_new(RingSearch *s, const RingList *rings, int r, int *index) {
     const int *atoms = ring_atoms(rings, r), n = ring_size(rings, r);
     int *sorted = s->queue;  // free between searches
-    for (int i = 0, k; i < n; i++) {
+    for (int i = 0, k = 0; i < n && spend(&s->m->arena, i - k); i++) {
         for (k = i; k > 0 && sorted[k - 1] < atoms[i]; k--) sorted[k] = sorted[k - 1];
         sorted[k] = atoms[i];
     }
+    spend(&s->m->arena, s->all.n);
     for (*index = 0; *index < s->all.n; ++*index)
         if (ring_size(&s->all, *index) == n &&
             memcmp(ring_atoms(&s->all, *index), sorted, (size_t)n * sizeof(int)) == 0)
@@ -1822,6 +1845,7 @@ static int ring_is_new(RingSearch *s, const RingList *rings, int r, int *index) 
 // RDKit: FindRings::trimBonds
 static void trim_atom(RingSearch *s, int i) {
     ChemMol *m = s->m;
+    spend(&m->arena, mol_degree(m, i));
     for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
         if (!s->active[l->index]) continue;
         if (s->degree[l->atom] <= 2) s->changed[l->atom] = 1;
@@ -1834,6 +1858,7 @@ static void trim_atom(RingSearch *s, int i) {
 // Lowest atom marked in changed, unmarked; -1 if none is.
 static int pop_changed(RingSearch *s) {
     uint8_t *p = memchr(s->changed, 1, (size_t)s->m->n_atoms);
+    spend(&s->m->arena, s->m->n_atoms / 64);
     if (!p) return -1;
     *p = 0;
     return (int)(p - s->changed);
@@ -1843,15 +1868,12 @@ static int pop_changed(RingSearch *s) {
 // Returns the size, or 0 if the paths meet before the root.
 // RDKit: FindRings::BFSWorkspace::smallestRingsBfs
 static int close_ring(RingSearch *s, int root, int curr, int next) {
-    int n = 0, back = s->depth[curr] + 1;  // the way from the root to curr comes first
-    int *ring = s->ring;
-    for (int i = curr, k = back - 1; i != -1; i = s->parent[i], k--) ring[k] = i;
-    n = back;
-    for (int i = next; i != -1 && i != root; i = s->parent[i]) {
-        for (int k = 1; k < back; k++)
-            if (ring[k] == i) return 0;
-        ring[n++] = i;
-    }
+    int n = s->depth[curr] + 1, i = next, j = curr;  // the way from the root to curr comes first
+    if (s->depth[i] >= n) i = s->parent[i];
+    while (i != j && spend(&s->m->arena, 1)) i = s->parent[i], j = s->parent[j];
+    if (i != root || !spend(&s->m->arena, n)) return 0;
+    for (int k = n; k > 0; curr = s->parent[curr]) s->ring[--k] = curr;
+    for (; next != root; next = s->parent[next]) s->ring[n++] = next;
     return n;
 }
 
@@ -1862,6 +1884,7 @@ static void keep_closed_ring(RingSearch *s, int n) {
     int *atoms = ring_atoms(&s->some, r), *bonds = ring_bonds(&s->some, r);
     for (int k = 0; k < n; k++) {
         atoms[k] = s->ring[k];
+        spend(&s->m->arena, mol_degree(s->m, atoms[k]));
         bonds[k] = bond_between(s->m, s->ring[k], s->ring[k + 1 < n ? k + 1 : 0]);
     }
 }
@@ -1874,6 +1897,7 @@ static void smallest_rings(RingSearch *s, int root, int avoid) {
     ChemMol *m = s->m;
     int head = 0, tail = 0, best = INT_MAX, n;
     s->some.n = s->some.used = 0;
+    spend(&m->arena, m->n_atoms / 16);
     memset(s->colour, WHITE, (size_t)m->n_atoms);
     if (avoid >= 0) s->colour[avoid] = BLACK;
     s->parent[root] = -1;
@@ -1883,7 +1907,7 @@ static void smallest_rings(RingSearch *s, int root, int avoid) {
         int curr = s->queue[head++];
         s->colour[curr] = BLACK;
         if (s->depth[curr] + 1 > best) return;
-        for (Link *l = m->first[curr]; l < m->first[curr + 1]; l++) {
+        for (Link *l = m->first[curr]; l < m->first[curr + 1] && spend(&m->arena, 1); l++) {
             int next = l->atom, seen = s->colour[next];
             if (!s->active[l->index] || seen == BLACK || s->parent[curr] == next) continue;
             if (seen == WHITE) {
@@ -1930,11 +1954,12 @@ static void flood(const ChemMol *m, const RingSearch *s, int root, int mark, int
 // Picks one atom of degree two from every chain of such atoms. Returns how many.
 // RDKit: FindRings::pickD2Nodes
 static int pick_chain_atoms(RingSearch *s, const int *fragment, int n, int *picked) {
-    int n_picked = 0, *covered = arena_ints(&s->m->arena, s->m->n_atoms);
+    int n_picked = 0;
+    for (int f = 0; f < n; f++) s->covered[fragment[f]] = 0;
     for (int f = 0; f < n; f++) {
-        if (s->degree[fragment[f]] != 2 || covered[fragment[f]]) continue;
+        if (s->degree[fragment[f]] != 2 || s->covered[fragment[f]]) continue;
         picked[n_picked++] = fragment[f];
-        flood(s->m, s, fragment[f], 1, covered, s->queue);
+        flood(s->m, s, fragment[f], 1, s->covered, s->queue);
     }
     return n_picked;
 }
@@ -1955,8 +1980,8 @@ static int compare_atom_sets(const RingList *all, int r1, int r2) {
 // The distinct rings of the finds in rising order into rings; returns how many.
 static int distinct_rings(const RingSearch *s, const Find *finds, int n, int *rings) {
     int n_rings = 0;
-    for (int k = 0; k < n; k++) {
-        int at = 0;
+    for (int k = 0, at = 0; k < n && spend(&s->m->arena, n_rings + at); k++) {
+        at = 0;
         while (at < n_rings && compare_atom_sets(&s->all, rings[at], finds[k].ring) < 0) at++;
         if (at < n_rings && rings[at] == finds[k].ring) continue;
         memmove(rings + at + 1, rings + at, (size_t)(n_rings - at) * sizeof(int));
@@ -1973,27 +1998,27 @@ static int distinct_rings(const RingSearch *s, const Find *finds, int n, int *ri
 static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
     ChemMol *m = s->m;
     int *rings = arena_ints(&m->arena, n), n_rings = distinct_rings(s, finds, n, rings);
-    uint8_t *active = arena_flags(&m->arena, m->n_bonds);
-    int *degree = arena_ints(&m->arena, m->n_atoms);
-    memcpy(active, s->active, (size_t)m->n_bonds);
-    memcpy(degree, s->degree, (size_t)m->n_atoms * sizeof(int));
-    for (int r = 0; r < n_rings; r++) {
+    memcpy(s->active_then, s->active, (size_t)m->n_bonds);
+    memcpy(s->degree_then, s->degree, (size_t)m->n_atoms * sizeof(int));
+    for (int r = 0; r < n_rings && spend(&m->arena, n); r++) {
         RingList candidates = {0};
         int owners = 0, least = INT_MAX;
         for (int k = 0; k < n; k++) owners += finds[k].ring == rings[r];
         for (int k = 0; k < n && owners > 1; k++) {
-            if (finds[k].ring != rings[r]) continue;
-            for (int a = 0; a < n; a++)
-                for (int b = 0; b < n && finds[a].atom == finds[k].atom; b++)
+            if (finds[k].ring != rings[r] || !spend(&m->arena, n + m->n_atoms / 4)) continue;
+            for (int a = 0; a < n; a++) {
+                if (finds[a].atom != finds[k].atom || !spend(&m->arena, n / 2)) continue;
+                for (int b = 0; b < n; b++)
                     if (finds[b].ring == finds[a].ring && finds[b].atom != finds[k].atom)
                         trim_atom(s, finds[b].atom);
+            }
             smallest_rings(s, finds[k].atom, -1);
             for (int c = 0; c < s->some.n; c++) {
                 if (ring_size(&s->some, c) < least) least = ring_size(&s->some, c);
                 ring_copy(&m->arena, &candidates, &s->some, c);
             }
-            memcpy(s->active, active, (size_t)m->n_bonds);
-            memcpy(s->degree, degree, (size_t)m->n_atoms * sizeof(int));
+            memcpy(s->active, s->active_then, (size_t)m->n_bonds);
+            memcpy(s->degree, s->degree_then, (size_t)m->n_atoms * sizeof(int));
         }
         keep_new_rings(s, &candidates, least);
     }
@@ -2006,7 +2031,7 @@ static void search_chain_atoms(RingSearch *s, const int *picked, int n_picked) {
     ChemMol *m = s->m;
     Find *finds = NULL;
     int n = 0, room = 0;
-    for (int p = 0; p < n_picked; p++) {
+    for (int p = 0; p < n_picked && spend(&m->arena, 1); p++) {
         smallest_rings(s, picked[p], -1);
         for (int r = 0; r < s->some.n; r++) {
             if (n == room) finds = arena_grow(&m->arena, finds, &room, sizeof *finds);
@@ -2063,7 +2088,7 @@ static void drop_surplus_rings(RingSearch *s, RingList *extra) {
     RingList all = s->found;
     int n = all.n, *sorted = arena_ints(&m->arena, n), *overlap = arena_ints(&m->arena, n);
     uint8_t *keep = arena_flags(&m->arena, n), *covered = arena_flags(&m->arena, m->n_bonds);
-    for (int r = 0; r < n; r++) {  // by size, equal ones in the order they were found
+    for (int r = 0; r < n && spend(&m->arena, r); r++) {  // by size, equal ones as found
         int k = r;
         for (; k > 0 && ring_size(&all, sorted[k - 1]) > ring_size(&all, r); k--)
             sorted[k] = sorted[k - 1];
@@ -2072,7 +2097,8 @@ static void drop_surplus_rings(RingSearch *s, RingList *extra) {
     for (int i = 0, end; i < n; i = end) {
         int size = ring_size(&all, sorted[i]);
         for (end = i; end < n && ring_size(&all, sorted[end]) == size;) end++;
-        for (int left = end - i, first = 1; left; left--) {
+        int64_t cost = (int64_t)(end - i) * size;
+        for (int left = end - i, first = 1; left && spend(&m->arena, cost); left--) {
             int best = -1;
             for (int j = i; j < end; j++) {
                 if (overlap[j] < 0) continue;  // decided
@@ -2098,15 +2124,14 @@ static void drop_surplus_rings(RingSearch *s, RingList *extra) {
 static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bonds,
                            RingList *extra) {
     ChemMol *m = s->m;
-    uint8_t *done = arena_flags(&m->arena, m->n_atoms);
     int *picked = arena_ints(&m->arena, n), n_done = 0;
     memset(s->changed, 0, (size_t)m->n_atoms);
     s->found = (RingList){0};
     for (int f = 0; f < n; f++) s->changed[fragment[f]] = s->degree[fragment[f]] < 2;
-    while (n_done < n) {
+    while (n_done < n && spend(&m->arena, 2 * n)) {
         for (int i; (i = pop_changed(s)) >= 0;) {
-            n_done += !done[i];
-            done[i] = 1;
+            n_done += !s->done[i];
+            s->done[i] = 1;
             trim_atom(s, i);
         }
         int n_picked = pick_chain_atoms(s, fragment, n, picked);
@@ -2118,8 +2143,8 @@ static int search_fragment(RingSearch *s, const int *fragment, int n, int n_bond
         }
         if (!n_picked) break;
         for (int p = 0; p < n_picked; p++) {
-            n_done += !done[picked[p]];
-            done[picked[p]] = 1;
+            n_done += !s->done[picked[p]];
+            s->done[picked[p]] = 1;
             trim_atom(s, picked[p]);
         }
     }
@@ -2141,7 +2166,7 @@ static void symmetrize_rings(ChemMol *m, const RingList *extra) {
     for (int e = 0; e < extra->n; e++) {
         int n = ring_size(extra, e), fits = 0;
         for (int k = 0; k < n; k++) in_extra[ring_bonds(extra, e)[k]] = e + 1;
-        for (int r = 0; r < n_basis && !fits; r++) {
+        for (int r = 0; r < n_basis && !fits && spend(&m->arena, ring_size(rings, r)); r++) {
             int shared = 0, replaces = ring_size(rings, r) == n;
             for (int k = rings->start[r]; k < rings->start[r + 1]; k++) {
                 int common = in_extra[rings->bonds[k]] == e + 1;
@@ -2173,10 +2198,13 @@ static void count_rings(ChemMol *m) {
 static RingSearch ring_search_begin(ChemMol *m) {
     Arena *arena = &m->arena;
     int n = m->n_atoms;
-    RingSearch s = {.m = m, .degree = arena_ints(arena, n), .changed = arena_flags(arena, n),
+    RingSearch s = {.m = m, .degree = arena_ints(arena, n), .covered = arena_ints(arena, n),
+                    .done = arena_flags(arena, n), .changed = arena_flags(arena, n),
                     .active = arena_flags(arena, m->n_bonds), .parent = arena_ints(arena, n),
                     .depth = arena_ints(arena, n), .queue = arena_ints(arena, n + 1),
-                    .ring = arena_ints(arena, n + 1), .colour = arena_flags(arena, n)};
+                    .ring = arena_ints(arena, n + 1), .colour = arena_flags(arena, n),
+                    .degree_then = arena_ints(arena, n),
+                    .active_then = arena_flags(arena, m->n_bonds)};
     memset(s.active, 1, (size_t)m->n_bonds);
     for (int i = 0; i < n; i++) s.degree[i] = mol_degree(m, i);
     return s;
@@ -2187,19 +2215,22 @@ static RingSearch ring_search_begin(ChemMol *m) {
 static int find_rings(ChemMol *m, Fault *fault) {
     RingList extra = {0};
     int n_fragments = 0, *fragment_of = arena_ints(&m->arena, m->n_atoms);
-    int *stack = arena_ints(&m->arena, m->n_atoms);
+    int *first = arena_ints(&m->arena, m->n_atoms + 1), *next = arena_ints(&m->arena, m->n_atoms);
     for (int i = 0; i < m->n_atoms; i++)
-        if (!fragment_of[i]) flood(m, NULL, i, ++n_fragments, fragment_of, stack);
+        if (!fragment_of[i]) flood(m, NULL, i, ++n_fragments, fragment_of, next);
+    for (int i = m->n_atoms - 1; i >= 0; i--) {  // chains of the atoms of a fragment, plus 1
+        next[i] = first[fragment_of[i]];
+        first[fragment_of[i]] = i + 1;
+    }
     m->rings = (RingList){0};
     if (m->n_bonds - m->n_atoms + n_fragments > 0) {
         RingSearch s = ring_search_begin(m);
         int *fragment = arena_ints(&m->arena, m->n_atoms);
-        for (int f = 1; f <= n_fragments; f++) {
+        for (int f = 1; f <= n_fragments && spend(&m->arena, m->n_atoms / 16); f++) {
             int n = 0, degrees = 0;
-            for (int i = 0; i < m->n_atoms; i++) {
-                if (fragment_of[i] != f) continue;
-                fragment[n++] = i;
-                degrees += mol_degree(m, i);
+            for (int i = first[f]; i; i = next[i - 1]) {
+                fragment[n++] = i - 1;
+                degrees += mol_degree(m, i - 1);
             }
             if (degrees / 2 < n) continue;
             if (!search_fragment(&s, fragment, n, degrees / 2, &extra))
@@ -2235,8 +2266,9 @@ static int stamped_bonds(const RingList *rings, int r, const int *stamp, int num
     return n;
 }
 
-// Neighbouring rings of each ring, in rising order: next[first[r]..first[r + 1]).
-typedef struct { int *first, *next; } RingNeighbours;
+// Neighbouring rings of each ring, in rising order: next[first[r]..first[r + 1]). The others are
+// working arrays of fused_system().
+typedef struct { int *first, *next, *path, *at; uint8_t *done; } RingNeighbours;
 
 // Rings that share a bond (max_shared = 0: any number of bonds; else at most so many), those larger
 // than max_size (0: no limit) left out. The result lives in the molecule's arena.
@@ -2244,9 +2276,10 @@ typedef struct { int *first, *next; } RingNeighbours;
 static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max_size,
                                       int max_shared) {
     Arena *arena = &m->arena;
-    RingNeighbours nb = {arena_ints(arena, rings->n + 1), NULL};
+    RingNeighbours nb = {arena_ints(arena, rings->n + 1), NULL, arena_ints(arena, rings->n),
+                         arena_ints(arena, rings->n), arena_flags(arena, rings->n)};
     int room = 0, used = 0, *stamp = arena_ints(arena, m->n_bonds);
-    for (int r = 0; r < rings->n; r++) {
+    for (int r = 0; r < rings->n && spend(arena, rings->used); r++) {
         nb.first[r] = used;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
         for (int q = 0; q < rings->n; q++) {
@@ -2263,27 +2296,26 @@ static RingNeighbours ring_neighbours(ChemMol *m, const RingList *rings, int max
 }
 
 // The fused system of ring r in depth-first order into system, which has room for all rings; marks
-// its rings done. Returns how many there are.
+// its rings done. Returns how many there are, 0 if r was done before.
 // RDKit: RingUtils::pickFusedRings
-static int fused_system(ChemMol *m, const RingNeighbours *nb, int n_rings, int r, uint8_t *done,
-                        int *system) {
+static int fused_system(const RingNeighbours *nb, int r, int *system) {
     int n = 0, depth = 0;
-    int *path = arena_ints(&m->arena, n_rings), *at = arena_ints(&m->arena, n_rings);
-    path[0] = r;
-    at[0] = nb->first[r];
-    done[r] = 1;
+    if (nb->done[r]) return 0;
+    nb->path[0] = r;
+    nb->at[0] = nb->first[r];
+    nb->done[r] = 1;
     system[n++] = r;
     while (depth >= 0) {
-        if (at[depth] == nb->first[path[depth] + 1]) {
+        if (nb->at[depth] >= nb->first[nb->path[depth] + 1]) {
             depth--;
             continue;
         }
-        int next = nb->next[at[depth]++];
-        if (done[next]) continue;
-        done[next] = 1;
+        int next = nb->next[nb->at[depth]++];
+        if (nb->done[next]) continue;
+        nb->done[next] = 1;
         system[n++] = next;
-        path[++depth] = next;
-        at[depth] = nb->first[next];
+        nb->path[++depth] = next;
+        nb->at[depth] = nb->first[next];
     }
     return n;
 }
@@ -2405,7 +2437,7 @@ static int kekulize_system(KekuleSearch *s) {
     int backtracks = 0, unvisited = 0;
     s->n_choices = 0;
     s->head = s->tail = (BACKTRACKS_MAX + 1) * s->n;
-    while (s->n_done < s->n || s->head < s->tail) {
+    while ((s->n_done < s->n || s->head < s->tail) && spend(&m->arena, unvisited)) {
         int i, n;
         if (s->head < s->tail) {
             i = s->queue[s->head++];
@@ -2427,7 +2459,8 @@ static int kekulize_system(KekuleSearch *s) {
         if (n) {
             take_partner(s, i, partners, n);
         } else {
-            if (!s->n_choices || backtracks == BACKTRACKS_MAX) return 0;
+            if (!s->n_choices || backtracks == BACKTRACKS_MAX || !spend(&m->arena, m->n_bonds))
+                return 0;
             return_to_choice(s, s->choice[s->n_choices - 1]);
             backtracks++;
         }
@@ -2451,10 +2484,11 @@ static KekuleSearch kekule_begin(ChemMol *m) {
 
 // Whether a ring with a dummy atom is aromatic: all its real atoms are, one of them not because of
 // another ring. *dummies: it is made of dummy atoms only.
-static int is_dubious_ring(const ChemMol *m, int r, int *dummies) {
+static int is_dubious_ring(ChemMol *m, int r, int *dummies) {
     int n_real = 0, n_aromatic = 0, own = 0, n = ring_size(&m->rings, r);
     for (int k = 0; k < n; k++) {
         int i = ring_atoms(&m->rings, r)[k];
+        if (!spend(&m->arena, mol_degree(m, i))) break;
         n_real += m->atoms[i].z != 0;
         if (m->atoms[i].z == 0 || !is_aromatic_atom(m, i)) continue;
         n_aromatic++;
@@ -2477,12 +2511,12 @@ static int kekulize_rings(ChemMol *m, Fault *fault) {
     }
     RingNeighbours nb = ring_neighbours(m, &rings, 0, 0);
     KekuleSearch s = kekule_begin(m);
-    uint8_t *done = arena_flags(&m->arena, rings.n);
     int *system = arena_ints(&m->arena, rings.n);
-    for (int r = 0; r < rings.n; r++) {
-        if (done[r]) continue;
-        int n_rings = fused_system(m, &nb, rings.n, r, done, system), culprit = -1;
+    for (int r = 0; r < rings.n && spend(&m->arena, 1); r++) {
+        int n_rings = fused_system(&nb, r, system), culprit = INT_MAX;
+        if (!n_rings) continue;
         s.n = s.n_done = 0;
+        spend(&m->arena, (m->n_atoms + m->n_bonds) / 16);
         memset(s.inside, 0, (size_t)m->n_atoms);
         memset(s.is_done, 0, (size_t)m->n_atoms);
         memset(s.doubled, 0, (size_t)m->n_bonds);
@@ -2494,8 +2528,8 @@ static int kekulize_rings(ChemMol *m, Fault *fault) {
                 s.atoms[s.n++] = rings.atoms[k];
             }
         mark_wanting_atoms(&s);
-        for (int i = m->n_atoms - 1; i >= 0; i--)
-            if (s.inside[i] && s.wants[i]) culprit = i;
+        for (int k = 0; k < s.n; k++)
+            if (s.wants[s.atoms[k]]) culprit = min_int(culprit, s.atoms[k]);
         if (!kekulize_system(&s))
             return fault_at(fault, 0, 0, "no Kekule structure",
                             "the aromatic ring system of atom %d has no Kekule structure",
@@ -2641,7 +2675,7 @@ static int may_be_aromatic(const ChemMol *m, int i, Donor donor) {
     return n_multiple <= 1;
 }
 
-enum { FUSED_MAX = 6, FUSED_RING_MAX = 24, MANY_RINGS = 300, SUBSETS_MAX = 3000000 };
+enum { FUSED_MAX = 6, FUSED_RING_MAX = 24, MANY_RINGS = 300 };
 
 typedef struct {
     ChemMol *m;
@@ -2650,11 +2684,11 @@ typedef struct {
     Donor *donor;            // DONOR_NONE for atoms that may not be aromatic
     int *atom_count;         // rings of the current subset an atom is in
     int *bond_count;
+    int *counted;            // per bond: 1 + first ring of the last system that has it
     int n_done;              // bonds of the system that became aromatic
     int subset[FUSED_MAX];   // of its rings
     int *frontiers;          // see grow_subsets(), one after another
     uint8_t *seen;           // per ring: in the subset or a frontier
-    long budget;             // subsets still to be tried
 } AromaticSearch;
 
 // Hueckel's rule for the atoms of a subset of rings that are in one or two of them (an atom in
@@ -2683,6 +2717,7 @@ static int obeys_hueckel(const AromaticSearch *s, int n) {
 // RDKit: applyHuckelToFused, markAtomsBondsArom
 static void test_subset(AromaticSearch *s, int n) {
     ChemMol *m = s->m;
+    for (int q = 0; q < n; q++) spend(&m->arena, 3 * ring_size(&s->rings, s->subset[q]));
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[s->subset[q]]; k < s->rings.start[s->subset[q] + 1]; k++) {
             s->atom_count[s->rings.atoms[k]]++;
@@ -2711,11 +2746,10 @@ static void test_subset(AromaticSearch *s, int n) {
 // RDKit: checkFused; it tries all subsets and drops the unconnected ones
 static void grow_subsets(AromaticSearch *s, int n, int size, const int *frontier, int n_frontier) {
     int *next = s->frontiers + n * s->rings.n;
-    for (int f = 0; f < n_frontier && s->budget > 0; f++) {
+    for (int f = 0; f < n_frontier && spend(&s->m->arena, n > 0 ? n_frontier - f : 1); f++) {
         int ring = frontier[f], n_next = 0, n_old;
         s->subset[n] = ring;
         if (n + 1 == size) {
-            s->budget -= size > 2;
             test_subset(s, size);
             continue;
         }
@@ -2735,15 +2769,13 @@ static void grow_subsets(AromaticSearch *s, int n, int size, const int *frontier
 // Tests one fused system: single rings, then pairs, triples, ... until all its bonds are aromatic.
 // RDKit: applyHuckelToFused
 static void test_system(AromaticSearch *s, const int *system, int n) {
-    uint8_t *counted = arena_flags(&s->m->arena, s->m->n_bonds);
     int n_bonds = 0;
     for (int q = 0; q < n; q++)
         for (int k = s->rings.start[system[q]]; k < s->rings.start[system[q] + 1]; k++) {
-            n_bonds += !counted[s->rings.bonds[k]];
-            counted[s->rings.bonds[k]] = 1;
+            n_bonds += s->counted[s->rings.bonds[k]] != system[0] + 1;
+            s->counted[s->rings.bonds[k]] = system[0] + 1;
         }
     s->n_done = 0;
-    s->budget = SUBSETS_MAX;
     for (int size = 1; size <= FUSED_MAX && size <= n && s->n_done < n_bonds; size++) {
         if (size == 3 && n > MANY_RINGS) break;  // as RDKit does
         grow_subsets(s, 0, size, system, n);
@@ -2775,10 +2807,9 @@ static int assign_aromaticity(ChemMol *m) {
     s.bond_count = arena_ints(&m->arena, m->n_bonds);
     s.frontiers = arena_ints(&m->arena, FUSED_MAX * s.rings.n);
     s.seen = arena_flags(&m->arena, s.rings.n);
-    uint8_t *done = arena_flags(&m->arena, s.rings.n);
+    s.counted = arena_ints(&m->arena, m->n_bonds);
     int *system = arena_ints(&m->arena, s.rings.n);
-    for (int r = 0; r < s.rings.n; r++)
-        if (!done[r]) test_system(&s, system, fused_system(m, &s.nb, s.rings.n, r, done, system));
+    for (int r = 0; r < s.rings.n; r++) test_system(&s, system, fused_system(&s.nb, r, system));
     return 1;
 }
 
@@ -2850,7 +2881,6 @@ static int hybridization(const ChemMol *m, int i) {
     return HYBRID_SP3;
 }
 
-
 // An aromatic atom may have lost implicit hydrogens to its new bond orders: they become explicit.
 // RDKit: MolOps::adjustHs
 static void restore_hydrogens(ChemMol *m) {
@@ -2860,7 +2890,7 @@ static void restore_hydrogens(ChemMol *m) {
         update_valence(m, i);
         int now = a->no_implicit ? 0 : a->implicit_h;
         if (now >= before) continue;
-        a->explicit_h = (uint8_t)(a->explicit_h + before - now);
+        a->explicit_h = (uint16_t)(a->explicit_h + before - now);
         set_valence(m, i);
     }
 }
@@ -2907,7 +2937,6 @@ static double angle_between(Point a, Point b) {
     double c = dot(a, b) / sqrt(dot(a, a) * dot(b, b));
     return c <= -1 ? PI : c >= 1 ? 0 : acos(c);
 }
-
 
 // Whether a bond counts as a neighbour direction of atom i in tetrahedral stereo.
 // RDKit: bondAffectsAtomChirality
@@ -3191,6 +3220,7 @@ static int set_directions(Directions *d, int double_bond, int *next) {
     int end[2] = {db->begin, db->end}, bond[2], other[2], n_next = 0;
     if (!d->open[double_bond]) return 0;
     d->open[double_bond] = 0;
+    if (!spend(&m->arena, mol_degree(m, end[0]) + mol_degree(m, end[1]))) return 0;
     for (int e = 0; e < 2; e++) {
         int state = controlling_bonds(d, double_bond, end[e], &bond[e], &other[e]);
         if (state == 0) db->direction = DIR_EITHER;
@@ -3209,7 +3239,7 @@ static int set_directions(Directions *d, int double_bond, int *next) {
         const ChemBond *b = &m->bonds[bond[e]];
         for (int x = 0; x < 2 && d->open[bond[e]]; x++) {
             int i = x ? b->end : b->begin;
-            for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+            for (Link *l = m->first[i]; l < m->first[i + 1] && spend(&m->arena, 1); l++)
                 if (d->candidate[l->index] && d->open[l->index]) next[n_next++] = l->index;
         }
     }
@@ -3250,7 +3280,7 @@ static int direction_candidates(Directions *d, WeightedBond *order) {
             continue;
         for (int e = 0; e < 2; e++) {
             int i = e ? bond->end : bond->begin;
-            for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+            for (Link *l = m->first[i]; l < m->first[i + 1] && spend(&m->arena, 1); l++) {
                 if (!is_single_like(l->bond)) continue;
                 weight += l->index;
                 d->uses[l->index]++;
@@ -3318,6 +3348,8 @@ static void clear_wedges(ChemMol *m) {
 //   What is mirrored is the stereo perception RDKit calls legacy, its default in 2022.09.
 // =================================================================================================
 
+enum { SORT_STEPS = 16 };  // of the budget for sorting an entry, and for each member of its list
+
 // An atom with what it is compared by: an invariant, or its neighbours' ranks, highest first.
 typedef struct { int64_t value; int atom, n; const int *list; } CipEntry;
 
@@ -3349,14 +3381,14 @@ static void sort_entries(CipEntry *entries, int n) {
 // (once for the double bond of a phosphoryl group), highest first, then 0 for each hydrogen.
 // Returns its length.
 // RDKit: iterateCIPRanks
-static int neighbour_list(const ChemMol *m, int i, const int *rank, int *list) {
-    int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]);
-    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
+static int neighbour_list(ChemMol *m, int i, const int *rank, int *list) {
+    int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]), at = 0;
+    for (Link *l = m->first[i]; l < m->first[i + 1] && spend(&m->arena, n - at); l++) {
         int j = l->atom, count = twice_order(l->bond), degree = mol_degree(m, j);
         if (l->bond->order == ORDER_DOUBLE && m->atoms[j].z == 15 && (degree == 3 || degree == 4))
             count = 1;
-        int at = n;
-        for (; at > 0 && list[at - 1] < rank[j] + 1; at--) list[at - 1 + count] = list[at - 1];
+        for (at = n; at > 0 && list[at - 1] < rank[j] + 1; at--)
+            list[at - 1 + count] = list[at - 1];
         for (int q = 0; q < count; q++) list[at + q] = rank[j] + 1;
         n += count;
     }
@@ -3384,13 +3416,16 @@ static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
         entries[i].atom = i;
         room += atom_hydrogens(&m->atoms[i]);
     }
+    if (!spend(&m->arena, SORT_STEPS * n)) return;
     sort_entries(entries, n);
     n_ranks = assign_ranks(entries, n, rank);
     if (n_ranks == n) return;
     for (int b = 0; b < m->n_bonds; b++) room += 2 * twice_order(&m->bonds[b]);
     lists = arena_ints(&m->arena, room);
     for (int round = 0; round <= n / 2 && n_ranks < n && last < n_ranks; round++) {
+        if (!spend(&m->arena, n)) return;
         for (int k = 0, used = 0, end; k < n; k = end) {
+            int before = used;
             for (end = k; end < n && rank[entries[end].atom] == rank[entries[k].atom];) end++;
             for (int e = k; e < end; e++) {
                 CipEntry *entry = &entries[e];
@@ -3399,7 +3434,8 @@ static void refine_cip_ranks(ChemMol *m, CipEntry *entries, int *rank) {
                 entry->n = end - k > 1 ? neighbour_list(m, entry->atom, rank, lists + used) : 0;
                 used += entry->n;
             }
-            if (end - k > 1) sort_entries(entries + k, end - k);
+            if (end - k > 1 && spend(&m->arena, SORT_STEPS * (int64_t)(end - k + used - before)))
+                sort_entries(entries + k, end - k);
         }
         last = n_ranks;
         n_ranks = assign_ranks(entries, n, rank);
@@ -3443,8 +3479,8 @@ static void next_cip_ranks(ChemMol *m, int *rank) {
 
 // Whether an atom is in a ring of this size.
 // RDKit: RingInfo::isAtomInRingOfSize
-static int is_in_ring_of_size(const ChemMol *m, int i, int size) {
-    for (int r = 0; r < m->rings.n; r++)
+static int is_in_ring_of_size(ChemMol *m, int i, int size) {
+    for (int r = 0; r < m->rings.n && spend(&m->arena, 1); r++)
         if (ring_size(&m->rings, r) == size && ring_has(&m->rings, r, i)) return 1;
     return 0;
 }
@@ -3457,10 +3493,10 @@ static int is_bridgehead(ChemMol *m, int i) {
     for (Link *l = m->first[i]; l < m->first[i + 1]; l++) n += l->bond->rings > 0;
     if (n < 3) return 0;
     int *stamp = arena_ints(&m->arena, m->n_bonds);
-    for (int r = 0; r < rings->n; r++) {
+    for (int r = 0; r < rings->n && spend(&m->arena, ring_size(rings, r)); r++) {
         if (!ring_has(rings, r, i)) continue;
         for (int k = rings->start[r]; k < rings->start[r + 1]; k++) stamp[rings->bonds[k]] = r + 1;
-        for (int q = r + 1; q < rings->n; q++)
+        for (int q = r + 1; q < rings->n && spend(&m->arena, ring_size(rings, q)); q++)
             if (ring_has(rings, q, i) && stamped_bonds(rings, q, stamp, r + 1) >= 2) return 1;
     }
     return 0;
@@ -3597,7 +3633,6 @@ static int may_have_ring_stereo(ChemMol *m, int i, const int *rank) {
     return !n_outside && ((n_inside == 4 && n_ranks == 3) || (n_inside == 3 && n_ranks == 2));
 }
 
-
 // Marks (in the result, and in ring_stereo) the unlabelled chiral ring atoms that have a partner in
 // their ring system: 1,4-dimethylcyclohexane has no R or S, but cis and trans. From each such atom
 // ring bonds are walked breadth first, each bond once in all; only the first atom of a walk takes
@@ -3653,7 +3688,7 @@ static int prepare_bond_stereo(ChemMol *m) {
         else if (b->stereo != STEREO_ANY) b->stereo = STEREO_NONE;
         for (int e = 0; e < 2; e++) {
             int i = e ? b->end : b->begin;
-            for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
+            for (Link *l = m->first[i]; l < m->first[i + 1] && spend(&m->arena, 1); l++)
                 any |= is_sloped(l->bond->direction);
         }
     }
@@ -3691,7 +3726,7 @@ static void assign_stereo(ChemMol *m) {
         changed = 0;
         if (atoms) changed |= label_centres(m, rank, &atoms);
         if (bonds) changed |= label_double_bonds(m, rank, &bonds);
-        changed = changed && (atoms || bonds);
+        changed = changed && (atoms || bonds) && spend(&m->arena, m->n_atoms);
         if (changed) next_cip_ranks(m, rank);
     } while (changed);
     const uint8_t *special = find_ring_stereo(m, rank);
@@ -3742,7 +3777,7 @@ static void apply_valence_fields(ChemMol *m) {
         set_valence(m, i);
         int wanted = a->field_valence == 15 || a->field_valence == -1 ? 0 : a->field_valence;
         a->no_implicit = 1;
-        a->explicit_h = (uint8_t)max_int(wanted - a->valence, 0);
+        a->explicit_h = (uint16_t)min_int(max_int(wanted - a->valence, 0), UINT16_MAX);
     }
 }
 
@@ -3776,9 +3811,12 @@ static int perceive(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault)
     update_valences(m);
     if (m->is_3d) chirality_from_3d(m);
     if (!keep_hydrogens) remove_hydrogens(m, !m->has_xyz);
-    if (m->n_atoms > max_atoms || m->n_bonds > MAX_BONDS)
+    if (m->n_atoms > max_atoms)
         return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
                         max_atoms);
+    if (m->n_bonds > MAX_BONDS)
+        return fault_at(fault, 0, 0, "too many bonds", "%d bonds, a dataset takes at most %d",
+                        m->n_bonds, MAX_BONDS);
     if (sanitize(m, fault)) return -1;
     if (m->has_xyz) {
         clear_wedges(m);
@@ -4012,12 +4050,13 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
     for (int i = 0; i < kept; i++) {
         const ChemAtom *a = &m->atoms[i];
         uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->aromatic << 16;
-        label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)(uint32_t)(a->map + 1) << 32;
+        label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)((uint32_t)a->map + 1) << 32;
         start[i] = mix(label + 0x9E3779B97F4A7C15u);
     }
     int n_rounds = min_int(kept, 16);
     ScaffoldKey key = {graph_hash(m, start, -1, n_rounds, colour, next), 0};
-    for (int i = 0; i < kept; i++) key.b += graph_hash(m, start, i, n_rounds, colour, next);
+    for (int i = 0; i < kept && spend(arena, n_rounds * (kept + 2ll * m->n_bonds)); i++)
+        key.b += graph_hash(m, start, i, n_rounds, colour, next);
     return key;
 }
 
@@ -4038,55 +4077,32 @@ typedef struct {
     FILE *file;
     Buffer now, next;        // records are taken from `now`; `next` is being filled
     int eof, starved, ready; // no whole record left in `now`; `next` can take its place
+    int skipping;            // what comes next is the rest of a record that was too long
     int64_t line;            // number of the line at now.begin, from 1
     int64_t bytes_done, bytes_total;  // total 0: unknown
     int n_columns;           // CSV: what the header says each column is
     int smiles_column, name_column, *task_of_column;
 } Source;
 
+enum { RECORD_FINE, RECORD_TOO_LONG, RECORD_REST };  // REST: what follows a beginning too long
+
 typedef struct {
     const char *text;
     size_t size;
-    int too_long;
+    int kind;
+    const char *quote;       // in the last line: opens and is never closed; NULL: none does
 } Record;
 
-// The format of a file ending or of --format, FORMAT_NONE if unknown.
-static Format format_by_name(const char *name) {
+// The format of a name that ends in an ending (or is one, like "sdf"), FORMAT_NONE if unknown.
+static Format format_by_name(const char *name, int n) {
     static const struct { const char *name; Format format; } known[] = {
         {"sdf", FORMAT_SDF}, {"sd", FORMAT_SDF}, {"mol", FORMAT_SDF}, {"mdl", FORMAT_SDF},
         {"smi", FORMAT_SMI}, {"smiles", FORMAT_SMI}, {"csv", FORMAT_CSV}, {"tsv", FORMAT_TSV}};
+    int start = n;
+    while (start > 0 && name[start - 1] != '.') start--;
     for (int k = 0; k < 8; k++)
-        if (word_is((Span){name, (int)strlen(name)}, known[k].name)) return known[k].format;
+        if (word_is((Span){name + start, n - start}, known[k].name)) return known[k].format;
     return FORMAT_NONE;
-}
-
-// Opens PATH ("-" is standard input); `format` may be NULL: then the file's ending decides.
-static void source_open(Source *s, const char *path, const char *format) {
-    int standard = strcmp(path, "-") == 0;
-    const char *dot = strrchr(path, '.');
-    *s = (Source){.path = path, .line = 1};
-    s->format = format_by_name(format ? format : dot ? dot + 1 : "");
-    CHECK(s->format, "%s: cannot tell the format%s%s; give --format sdf, smi, csv or tsv", path,
-          format ? " from --format " : "", format ? format : "");
-    s->file = standard ? stdin : fopen(path, "rb");
-    CHECK(s->file, "%s: cannot read: %s", path, strerror(errno));
-#if MB_POSIX
-    struct stat info;
-    if (fstat(fileno(s->file), &info) == 0) {
-        CHECK(!S_ISDIR(info.st_mode), "%s: cannot read: it is a directory", path);
-        if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
-    }
-#endif
-    s->now = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
-    s->next = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
-}
-
-// Closes the file and frees what the source owns.
-static void source_close(Source *s) {
-    if (s->file != stdin) fclose(s->file);
-    free(s->now.bytes);
-    free(s->next.bytes);
-    free(s->task_of_column);
 }
 
 // Fills the next buffer: what was not used of the other one, then the next bytes of the file. Runs
@@ -4112,6 +4128,59 @@ static void source_read_ahead(Source *s) {
     s->ready = 1;
 }
 
+// Looks at the first bytes. Dies if they are no text, saying what makes text of them; passes over
+// the byte order mark of UTF-8.
+static void check_first_bytes(Source *s, const char *format) {
+    static const struct { const char *bytes; size_t n; const char *what, *command; } known[] = {
+        {"\xEF\xBB\xBF", 3, NULL, NULL}, {"\x1F\x8B", 2, "compressed by gzip", "gzip -dc"},
+        {"\xFD" "7zXZ", 5, "compressed by xz", "xz -dc"},
+        {"BZh91AY&SY", 10, "compressed by bzip2", "bzip2 -dc"},
+        {"\x28\xB5\x2F\xFD", 4, "compressed by zstd", "zstd -dc"},
+        {"PK\3\4", 4, "a zip archive", "unzip -p"},
+        {"\xFF\xFE", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"},
+        {"\xFE\xFF", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"}};
+    static const char *const names[] = {"FORMAT", "sdf", "smi", "csv", "tsv"};
+    const char *dot = strrchr(s->path, '.');
+    Format guess = s->format ? s->format : format_by_name(s->path, dot ? (int)(dot - s->path) : 0);
+    for (int k = 0; k < 8; k++) {
+        if (s->next.end < known[k].n || memcmp(s->next.bytes, known[k].bytes, known[k].n)) continue;
+        CHECK(k == 0, "%s: is %s; type: %s %s | ./data_prep --format %s ... -", s->path,
+              known[k].what, known[k].command, s->file == stdin ? "FILE" : s->path,
+              format ? format : names[guess]);
+        if (s->format != FORMAT_SDF) s->next.begin = 3;  // there it becomes part of the name
+    }
+}
+
+// Opens PATH ("-" is standard input); `format` may be NULL: then the file's ending decides.
+static void source_open(Source *s, const char *path, const char *format) {
+    int standard = strcmp(path, "-") == 0;
+    const char *name = format ? format : path;
+    *s = (Source){.path = path, .line = 1, .format = format_by_name(name, (int)strlen(name))};
+    s->file = standard ? stdin : fopen(path, "rb");
+    CHECK(s->file, "%s: cannot read: %s", path, strerror(errno));
+#if MB_POSIX
+    struct stat info;
+    if (fstat(fileno(s->file), &info) == 0) {
+        CHECK(!S_ISDIR(info.st_mode), "%s: cannot read: it is a directory", path);
+        if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
+    }
+#endif
+    s->now = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
+    s->next = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
+    source_read_ahead(s);
+    check_first_bytes(s, format);
+    CHECK(s->format, "%s: cannot tell the format%s%s; give --format sdf, smi, csv or tsv", path,
+          format ? " from --format " : "", format ? format : "");
+}
+
+// Closes the file and frees what the source owns.
+static void source_close(Source *s) {
+    if (s->file != stdin) fclose(s->file);
+    free(s->now.bytes);
+    free(s->next.bytes);
+    free(s->task_of_column);
+}
+
 // End of the SD record at p (just after the line of its $$$$), or NULL if it is not there yet.
 static const char *sd_record_end(const char *p, const char *end) {
     for (const char *q = p; (q = memchr(q, '$', (size_t)(end - q))); q++) {
@@ -4122,12 +4191,18 @@ static const char *sd_record_end(const char *p, const char *end) {
     return NULL;
 }
 
-// End of the CSV row at p: the first line break outside quotes. A quote opens only at the start
-// of a field.
-static const char *csv_row_end(const char *p, const char *end, char separator) {
+// The end of the line at p (just after its line break), or NULL if it is not there yet.
+static const char *line_end(const char *p, const char *end) {
     const char *stop = memchr(p, '\n', (size_t)(end - p));
-    if (!stop) return NULL;
-    if (!memchr(p, '"', (size_t)(stop - p))) return stop + 1;
+    return stop ? stop + 1 : NULL;
+}
+
+// End of the CSV row at p: the first line break outside quotes. A quote opens only at the start
+// of a field. *quote: the one that is open at the end, if that is not there.
+static const char *csv_row_end(const char *p, const char *end, char separator,
+                               const char **quote) {
+    const char *stop = line_end(p, end);
+    if (!stop || !memchr(p, '"', (size_t)(stop - p))) return stop;
     int quoted = 0, start = 1;
     for (const char *q = p; q < end; q++) {
         if (quoted) {
@@ -4137,9 +4212,11 @@ static const char *csv_row_end(const char *p, const char *end, char separator) {
             return q + 1;
         } else if (*q == '"' && start) {
             quoted = 1;
+            *quote = q;
         }
         start = !quoted && *q == separator;
     }
+    if (!quoted) *quote = NULL;
     return NULL;
 }
 
@@ -4147,17 +4224,18 @@ static const char *csv_row_end(const char *p, const char *end, char separator) {
 static int is_table(const Source *s) { return s->format == FORMAT_CSV || s->format == FORMAT_TSV; }
 static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
 
-static const char *record_end(const Source *s, const char *p, const char *end) {
+// End of the record at p, or of the rest of one that is skipped, or NULL if it is not there yet.
+static const char *record_end(const Source *s, const char *p, const char *end,
+                              const char **quote) {
     if (s->format == FORMAT_SDF) return sd_record_end(p, end);
-    if (is_table(s)) return csv_row_end(p, end, separator_of(s));
-    const char *stop = memchr(p, '\n', (size_t)(end - p));
-    return stop ? stop + 1 : NULL;
+    if (is_table(s) && !s->skipping) return csv_row_end(p, end, separator_of(s), quote);
+    return line_end(p, end);
 }
 
-// Whether there is nothing but blanks and line breaks.
-static int is_all_blank(const char *p, size_t n) {
-    while (n && is_blank(p[n - 1])) n--;
-    return n == 0;
+// The end of the last whole line from p on, NULL if there is none.
+static const char *whole_lines(const char *p, const char *end) {
+    while (end > p && end[-1] != '\n') end--;
+    return end > p ? end : NULL;
 }
 
 // The next records of the source, at most CHUNK_RECORDS; they stay valid until the next call.
@@ -4172,22 +4250,24 @@ static int next_records(Source *s, Record *records) {
             s->ready = 0;
         }
         while (n < CHUNK_RECORDS && now->begin < now->end) {
-            const char *p = now->bytes + now->begin, *end = now->bytes + now->end;
-            const char *stop = record_end(s, p, end);
-            if (!stop && s->eof) stop = end;
+            const char *p = now->bytes + now->begin, *end = now->bytes + now->end, *quote = NULL;
+            const char *stop = record_end(s, p, end, &quote);
+            int over = (size_t)(end - p) >= RECORD_BYTES_MAX, rest = s->skipping;
+            if (stop || !(over || s->eof)) quote = NULL;
+            if (quote) stop = line_end(quote, end);  // only that line is lost
+            s->skipping = !stop && !s->eof && (over || rest);
+            if (s->skipping) stop = whole_lines(p, end);
+            if (!stop && (over || s->eof)) stop = end;
             if (!stop) break;
-            records[n] = (Record){p, (size_t)(stop - p), 0};
-            now->begin += records[n].size;
-            if (stop == end && s->eof && is_all_blank(p, records[n].size)) continue;
+            size_t size = (size_t)(stop - p);
+            int too_long = s->skipping || size > RECORD_BYTES_MAX;
+            records[n] = (Record){p, size, rest ? RECORD_REST : too_long, quote};
+            now->begin += size;
+            if (stop == end && s->eof && trim((Span){p, (int)size}).n == 0) continue;
             n++;
         }
         s->starved = n < CHUNK_RECORDS && !s->eof;
         if (n || (now->begin == now->end && s->eof)) return n;
-        if (now->end - now->begin >= RECORD_BYTES_MAX) {
-            records[0] = (Record){now->bytes + now->begin, now->end - now->begin, 1};
-            now->begin = now->end;
-            return 1;  // the rest of it, up to its end, is another bad record
-        }
         source_read_ahead(s);
     }
 }
@@ -4215,7 +4295,8 @@ static int next_tag(Lines *in, Span *name, Span *value) {
     return 0;
 }
 
-// A label: a number, or missing (empty, nan, none, na, null). Returns 0 if it is neither.
+// A label: a number up to 1e30 in size, which leaves room to compute with it, or missing (empty,
+// nan, none, na, null). Returns 0 if it is neither.
 static int parse_label(Span s, float *label) {
     static const char *const missing[] = {"NAN", "NA", "N/A", "NONE", "NULL", "?"};
     char copy[64], *end;
@@ -4230,7 +4311,7 @@ static int parse_label(Span s, float *label) {
     for (int k = 0; k < s.n; k++)
         if (!strchr("+-.0123456789eE", copy[k])) return 0;  // no hexadecimal, no "inf"
     float v = strtof(copy, &end);
-    if (end != copy + s.n || isinf(v)) return 0;
+    if (end != copy + s.n || fabsf(v) > 1e30f) return 0;
     *label = v;
     return 1;
 }
@@ -4249,19 +4330,22 @@ static int csv_field(Arena *arena, const char **p, const char *end, char separat
         *p = stop ? stop + 1 : end + 1;
         return 1;
     }
-    char *copy = arena_take(arena, (size_t)(end - q) + 1, 1);
-    int n = 0, quoted = 1;
-    for (q++; q < end; q++) {
-        if (quoted && *q == '"' && q + 1 < end && q[1] == '"') {
-            copy[n++] = '"';
-            q++;
-        } else if (quoted && *q == '"') {
-            quoted = 0;
-        } else if (!quoted && *q == separator) {
-            break;
-        } else {
-            copy[n++] = *q;
+    char *copy = NULL;
+    int n, quoted;
+    for (int pass = 0; pass < 2; pass++) {  // first for its length
+        n = 0;
+        quoted = 1;
+        for (q = *p + 1; q < end; q++) {
+            if (!quoted && *q == separator) break;
+            if (quoted && *q == '"') {
+                quoted = q + 1 < end && q[1] == '"';
+                if (!quoted) continue;
+                q++;
+            }
+            if (copy) copy[n] = *q;
+            n++;
         }
+        if (!copy) copy = arena_take(arena, (size_t)n + 1, 1);
     }
     *field = (Span){copy, n};
     *p = q + 1;
@@ -4281,14 +4365,22 @@ static const char *row_end(const Record *r) {
 //   written in the order they were read. Nothing depends on the number of threads.
 // =================================================================================================
 
+// The command line.
+typedef struct {
+    const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
+    int64_t seed, max_atoms;
+    int keep_hydrogens, strict, help;
+} PrepOptions;
+
+enum { TASK_SLOTS = 1 << 17 };
+
 // What to do with every record.
 typedef struct {
     int n_tasks;
     char **task_names;
-    const char *name_tag;    // SD tag or CSV column of the name, or NULL
-    const char *smiles_name; // CSV column of the SMILES, or NULL
-    const char *labels;      // as given: NULL, "all" or "A,B,C"
-    int keep_hydrogens, max_atoms, principal, strict, want_keys;
+    int *slots;              // hash table of TASK_SLOTS: 1 + the task of a name, see find_task()
+    const PrepOptions *opt;
+    int want_keys;           // for a scaffold split
 } Conversion;
 
 // One thread's memory.
@@ -4342,13 +4434,28 @@ static int store_molecule(Worker *w, Outcome *o) {
     return 0;
 }
 
+// Where a name's task stands, or would stand, in the hash table.
+static int *find_slot(const Conversion *c, Span name) {
+    uint32_t at = 2166136261u;  // FNV-1a
+    for (int k = 0; k < name.n; k++) at = (at ^ (uint8_t)name.p[k]) * 16777619u;
+    at = (at ^ at >> 17) % TASK_SLOTS;
+    while (c->slots[at] && !span_is(name, c->task_names[c->slots[at] - 1]))
+        at = (at + 1) % TASK_SLOTS;
+    return &c->slots[at];
+}
+
+// The task of a name, or -1.
+static int find_task(const Conversion *c, Span name) {
+    return c->n_tasks ? *find_slot(c, name) - 1 : -1;
+}
+
 // Reads labels and, if a tag is asked for, the name from the data items of an SD record.
 static void read_tags(const Conversion *c, Lines in, float *labels, Span *name, Outcome *o) {
     Span tag, value;
     while (next_tag(&in, &tag, &value)) {
-        if (c->name_tag && span_is(tag, c->name_tag)) *name = value;
-        for (int t = 0; t < c->n_tasks; t++)
-            if (span_is(tag, c->task_names[t])) o->bad_labels += !parse_label(value, &labels[t]);
+        int task = find_task(c, tag);
+        if (c->opt->name && span_is(tag, c->opt->name)) *name = value;
+        if (task >= 0) o->bad_labels += !parse_label(value, &labels[task]);
     }
 }
 
@@ -4365,7 +4472,6 @@ static void split_smiles(Span line, Span *smiles, Span *name) {
                       : (Span){name->p, 0};
     }
 }
-
 
 // Reads the fields of a CSV row that matter.
 static int read_row(const Source *s, const Record *r, Worker *w, float *labels, Span *smiles,
@@ -4390,20 +4496,27 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
 
 // Reads and perceives one record; on success o says where the encoded molecule is. `in` moves over
 // the lines of a mol block.
-static int convert_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
-                          Lines *in, Outcome *o) {
+static int build_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
+                        Lines *in, Outcome *o) {
     ChemMol *m = &w->mol;
     Span name = {"", 0}, smiles = {"", 0}, title = {"", 0};
     mol_clear(m);
-    if (r->too_long)
+    if (r->kind == RECORD_TOO_LONG)
         return fault_at(&o->fault, 1, 0, "record too long", "the record is longer than %d MiB",
                         RECORD_BYTES_MAX >> 20);
+    if (r->quote) {
+        const char *line = r->text + r->size;  // the quote is in its last line
+        while (line > r->text && (line > r->quote || line[-1] != '\n')) line--;
+        return fault_at(&o->fault, 1 + (int)count_lines(r->text, r->quote),
+                        (int)(r->quote - line) + 1, "unclosed quote",
+                        "the quote that opens here is never closed: the row is given up");
+    }
     float *labels = arena_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
     for (int t = 0; t < c->n_tasks; t++) labels[t] = NAN;
     if (s->format == FORMAT_SDF) {
         if (read_mol_block(m, in, &title, &o->fault)) return -1;
         name = trim(title);
-        if (c->n_tasks || c->name_tag) read_tags(c, *in, labels, &name, o);
+        if (c->n_tasks || c->opt->name) read_tags(c, *in, labels, &name, o);
     } else {
         if (s->format == FORMAT_SMI) {
             split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &name);
@@ -4413,28 +4526,33 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
         if (read_smiles(m, smiles, &o->fault)) return -1;
         if (!name.n && s->name_column < 0) name = smiles;
     }
-    if (perceive(m, c->keep_hydrogens, c->max_atoms, &o->fault)) return -1;
-    if (fill_molecule(m, &w->molecule, c->n_tasks, name, c->principal, &o->fault)) return -1;
+    int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
+    if (perceive(m, c->opt->keep_hydrogens, (int)c->opt->max_atoms, &o->fault)) return -1;
+    if (fill_molecule(m, &w->molecule, c->n_tasks, name, principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;
     if (c->want_keys) o->key = scaffold_key(m);
     return 0;
 }
 
+// The same, but a record that has used up its budget is refused, whatever came of it.
+static int convert_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
+                          Lines *in, Outcome *o) {
+    int result = build_record(c, s, r, w, in, o);
+    if (w->mol.arena.left > 0) return result;
+    return fault_at(&o->fault, 0, 0, "too intricate",
+                    "%d atoms and %d bonds take more work or memory than one record may",
+                    w->mol.n_atoms, w->mol.n_bonds);
+}
+
 // Converts n records with all threads; one of them first reads the bytes that follow.
 static void convert_records(const Conversion *c, Source *s, const Record *records, int n,
                             Worker *workers, Outcome *outcomes) {
-#ifdef _OPENMP
 #pragma omp parallel
-#endif
     {
-#ifdef _OPENMP
 #pragma omp single nowait
-#endif
         if (s->starved) source_read_ahead(s);
-#ifdef _OPENMP
 #pragma omp for schedule(dynamic, 16)
-#endif
         for (int k = 0; k < n; k++) {
             Outcome *o = &outcomes[k];
             const Record *r = &records[k];
@@ -4451,21 +4569,38 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
 
 // Appends a task unless there is one of that name.
 static void add_task(Conversion *c, Span name) {
-    for (int t = 0; t < c->n_tasks; t++)
-        if (span_is(name, c->task_names[t])) return;
+    if (find_task(c, name) >= 0) return;
+    if (!c->slots) c->slots = xmalloc(TASK_SLOTS, sizeof *c->slots);
     CHECK(c->n_tasks < MAX_TASKS, "--labels: more than %d labels", MAX_TASKS);
     c->task_names = xrealloc(c->task_names, (size_t)c->n_tasks + 1, sizeof *c->task_names);
-    c->task_names[c->n_tasks++] = xprintf("%.*s", name.n, name.p);
+    c->task_names[c->n_tasks] = xprintf("%.*s", name.n, name.p);
+    *find_slot(c, name) = ++c->n_tasks;
+}
+
+// Frees the tasks.
+static void free_tasks(Conversion *c) {
+    for (int t = 0; t < c->n_tasks; t++) free(c->task_names[t]);
+    free(c->task_names);
+    free(c->slots);
+}
+
+// Says that --labels all takes a column or tag for no label, at which record (0: it is empty).
+static void say_left_out(Span name, int record, int *count) {
+    if (++*count == 11) fprintf(stderr, "... and more\n");
+    if (*count > 10) return;
+    fprintf(stderr, "--labels all leaves out \"%.*s\": ", min_int(name.n, 60), name.p);
+    if (record) fprintf(stderr, "no usable number in record %d\n", record);
+    else fprintf(stderr, "no values\n");
 }
 
 // Tasks from "A,B,C" as given.
 static void name_tasks(Conversion *c) {
-    const char *p = c->labels;
+    const char *p = c->opt->labels;
     if (!p || strcmp(p, "all") == 0) return;
     while (*p) {
         size_t n = strcspn(p, ",");
         Span name = trim((Span){p, (int)n});
-        CHECK(name.n, "--labels: expected names separated by commas, found \"%s\"", c->labels);
+        CHECK(name.n, "--labels: expected names separated by commas, found \"%s\"", c->opt->labels);
         add_task(c, name);
         p += n + (p[n] == ',');
     }
@@ -4474,28 +4609,29 @@ static void name_tasks(Conversion *c) {
 // --labels all, SDF: every tag whose values in the first records are numbers or missing.
 static void find_tag_tasks(Conversion *c, const Record *records, int n) {
     Conversion words = {0};  // tags with a value that is no number
+    int left_out = 0;
     for (int pass = 0; pass < 2; pass++)
         for (int k = 0; k < n && k < 1000; k++) {
             Lines in = {records[k].text, records[k].text + records[k].size, 0};
             Span tag, value;
             float label;
             while (next_tag(&in, &tag, &value)) {
-                int is_word = 0;
-                if (c->name_tag && span_is(tag, c->name_tag)) continue;
-                if (pass == 0 && !parse_label(value, &label)) add_task(&words, tag);
-                for (int t = 0; t < words.n_tasks; t++)
-                    is_word |= span_is(tag, words.task_names[t]);
-                if (pass == 1 && !is_word) add_task(c, tag);
+                if (c->opt->name && span_is(tag, c->opt->name)) continue;
+                if (find_task(&words, tag) >= 0) continue;
+                if (pass == 1) add_task(c, tag);
+                if (pass == 1 || parse_label(value, &label)) continue;
+                add_task(&words, tag);
+                say_left_out(tag, k + 1, &left_out);
             }
         }
-    for (int t = 0; t < words.n_tasks; t++) free(words.task_names[t]);
-    free(words.task_names);
+    free_tasks(&words);
 }
 
-// --labels all, CSV: marks the columns that hold numbers (or nothing) in the first rows, and at
-// least one number.
-static void find_number_columns(const Source *s, const Record *rows, int n, uint8_t *numbers) {
-    enum { EMPTY, NUMBERS, WORDS };
+enum { COLUMN_EMPTY, COLUMN_NUMBERS = -1 };
+
+// --labels all, CSV: what the columns hold in the first rows: nothing, nothing but numbers, or
+// (that row's number, from 1) something else.
+static void find_number_columns(const Source *s, const Record *rows, int n, int *content) {
     Arena arena = {0};
     for (int k = 0; k < n && k < 1000; k++) {
         const char *p = rows[k].text, *end = row_end(&rows[k]);
@@ -4504,12 +4640,19 @@ static void find_number_columns(const Source *s, const Record *rows, int n, uint
         arena_reset(&arena);
         for (int column = 0; csv_field(&arena, &p, end, separator_of(s), &field); column++) {
             if (column >= s->n_columns) break;
-            if (!parse_label(field, &label)) numbers[column] = WORDS;
-            else if (!isnan(label) && numbers[column] == EMPTY) numbers[column] = NUMBERS;
+            if (content[column] > 0) continue;
+            if (!parse_label(field, &label)) content[column] = k + 1;
+            else if (!isnan(label)) content[column] = COLUMN_NUMBERS;
         }
     }
-    for (int k = 0; k < s->n_columns; k++) numbers[k] = numbers[k] == NUMBERS;
     arena_free(&arena);
+}
+
+// Gives column k a role that only one can have.
+static void claim_column(const Source *s, int *column, int k, Span name) {
+    CHECK(*column < 0, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", s->path,
+          *column + 1, k + 1, min_int(name.n, 60), name.p);
+    *column = k;
 }
 
 // Reads the header of a CSV source: which column is the SMILES, the name, which task. `first`:
@@ -4518,37 +4661,46 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
                         int n_rows, int first) {
     Arena arena = {0};
     const char *p = header->text, *end = row_end(header);
-    Span names[4096];
-    int n = 0;
+    Span name, *names = NULL;
+    int n = 0, room = 0, left_out = 0;
+    CHECK(!header->quote && !header->kind, "%s:1: the header %s", s->path,
+          header->quote ? "has a quote that is never closed" : "is too long");
     arena_reset(&arena);
-    if (end - p >= 3 && memcmp(p, "\xEF\xBB\xBF", 3) == 0) p += 3;  // UTF-8 byte order mark
-    while (n < 4096 && csv_field(&arena, &p, end, separator_of(s), &names[n])) {
-        names[n] = trim(names[n]);
-        n++;
+    while (csv_field(&arena, &p, end, separator_of(s), &name)) {
+        if (n == room) names = arena_grow(&arena, names, &room, sizeof *names);
+        char *text = arena_take(&arena, (size_t)name.n + 1, 1);  // a name is one line
+        for (int k = 0; k < name.n; k++) text[k] = (unsigned char)name.p[k] < 32 ? ' ' : name.p[k];
+        names[n++] = trim((Span){text, name.n});
     }
     s->n_columns = n;
     s->smiles_column = s->name_column = -1;
     s->task_of_column = xmalloc((size_t)n, sizeof *s->task_of_column);
     for (int k = 0; k < n; k++) {
-        if (s->smiles_column < 0 && word_is(names[k], c->smiles_name ? c->smiles_name : "smiles"))
-            s->smiles_column = k;
-        if (c->name_tag && span_is(names[k], c->name_tag)) s->name_column = k;
-        s->task_of_column[k] = -1;
+        if (word_is(names[k], c->opt->smiles ? c->opt->smiles : "smiles"))
+            claim_column(s, &s->smiles_column, k, names[k]);
+        if (c->opt->name && span_is(names[k], c->opt->name))
+            claim_column(s, &s->name_column, k, names[k]);
     }
     CHECK(s->smiles_column >= 0, "%s:1: expected a column \"%s\"; name the SMILES column with "
-          "--smiles", s->path, c->smiles_name ? c->smiles_name : "smiles");
-    CHECK(!c->name_tag || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
-          c->name_tag);
-    uint8_t *numbers = arena_flags(&arena, n);
-    if (first) find_number_columns(s, rows, n_rows, numbers);
-    for (int k = 0; k < n; k++)
-        if (numbers[k] && k != s->smiles_column && k != s->name_column) add_task(c, names[k]);
-    for (int t = 0; t < c->n_tasks; t++) {
-        int found = 0;
-        for (int k = 0; k < n; k++)
-            if (span_is(names[k], c->task_names[t])) s->task_of_column[k] = t, found = 1;
-        CHECK(found, "%s:1: expected a column \"%s\" (--labels)", s->path, c->task_names[t]);
+          "--smiles", s->path, c->opt->smiles ? c->opt->smiles : "smiles");
+    CHECK(!c->opt->name || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
+          c->opt->name);
+    int *content = arena_ints(&arena, n);
+    if (first) find_number_columns(s, rows, n_rows, content);
+    for (int k = 0; k < n && first; k++) {
+        if (k == s->smiles_column || k == s->name_column) continue;
+        if (content[k] == COLUMN_NUMBERS) add_task(c, names[k]);
+        else say_left_out(names[k], content[k], &left_out);
     }
+    int *column = arena_ints(&arena, c->n_tasks);
+    for (int t = 0; t < c->n_tasks; t++) column[t] = -1;
+    for (int k = 0; k < n; k++) {
+        int t = s->task_of_column[k] = find_task(c, names[k]);
+        if (t >= 0) claim_column(s, &column[t], k, names[k]);
+    }
+    for (int t = 0; t < c->n_tasks; t++)
+        CHECK(column[t] >= 0, "%s:1: expected a column \"%s\" (--labels)", s->path,
+              c->task_names[t]);
     arena_free(&arena);
 }
 
@@ -4605,7 +4757,7 @@ static void print_summary(Summary *sum, int n_sources) {
         }
     }
     if (sum->bad_labels)
-        fprintf(stderr, "labels that are not numbers, taken as missing: %lld\n",
+        fprintf(stderr, "labels that are no numbers up to 1e30, taken as missing: %lld\n",
                 (long long)sum->bad_labels);
 }
 
@@ -4619,8 +4771,7 @@ enum { PARTS_MAX = 3 };
 static const char *const PART_NAMES[PARTS_MAX] = {"train", "valid", "test"};
 
 typedef struct {
-    OutFile file;
-    uint64_t *offset;        // (count + 1)
+    OutFile file;            // of records, each behind its size
     ScaffoldKey *key;        // (count), only for scaffold splits
     size_t count, room;
 } Pool;
@@ -4635,22 +4786,19 @@ static void pool_open(Pool *p, const char *path) {
 
 // Appends a record and, for scaffold splits, its key.
 static void pool_append(Pool *p, const uint8_t *record, size_t size, const ScaffoldKey *key) {
-    if (p->count + 2 > p->room) {
+    if (key && p->count == p->room) {
         p->room = p->room ? 2 * p->room : 4096;
-        p->offset = xrealloc(p->offset, p->room, sizeof *p->offset);
-        if (key) p->key = xrealloc(p->key, p->room, sizeof *p->key);
-        if (p->count == 0) p->offset[0] = 0;
+        p->key = xrealloc(p->key, p->room, sizeof *p->key);
     }
     if (key) p->key[p->count] = *key;
-    p->offset[p->count + 1] = p->offset[p->count] + size;
     p->count++;
+    out_write(&p->file, &size, sizeof size);
     out_write(&p->file, record, size);
 }
 
 // Closes and removes the temporary file.
 static void pool_close(Pool *p) {
     out_discard(&p->file);
-    free(p->offset);
     free(p->key);
 }
 
@@ -4734,7 +4882,7 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
                         const Conversion *c) {
     DatasetWriter writers[PARTS_MAX];
     uint8_t *record = NULL;
-    size_t room = 0;
+    size_t room = 0, size;
     CHECK(fflush(pool->file.file) == 0, "%s: write failed: %s", pool->file.tmp, strerror(errno));
     FILE *in = fopen(pool->file.tmp, "rb");
     CHECK(in, "%s: cannot read: %s", pool->file.tmp, strerror(errno));
@@ -4744,9 +4892,9 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
         free(path);
     }
     for (size_t i = 0; i < pool->count; i++) {
-        size_t size = (size_t)(pool->offset[i + 1] - pool->offset[i]);
-        if (size > room) record = xrealloc(record, room = 2 * size, 1);
-        CHECK(fread(record, 1, size, in) == size, "%s: read failed: %s", pool->file.tmp,
+        int whole = fread(&size, sizeof size, 1, in) == 1;
+        if (whole && size > room) record = xrealloc(record, room = 2 * size, 1);
+        CHECK(whole && fread(record, 1, size, in) == size, "%s: read failed: %s", pool->file.tmp,
               strerror(errno));
         dataset_append(&writers[part[i]], record, size);
     }
@@ -4828,20 +4976,15 @@ static void dump_dataset(const char *path, const char *range) {
     if (range) {
         char *end;
         from = strtoll(range, &end, 10);
-        CHECK(*end == ':' && from >= 0, "--range: expected A:B, found \"%s\"", range);
-        if (end[1]) {
-            to = strtoll(end + 1, &end, 10);
-            CHECK(*end == 0 && to >= from, "--range: expected A:B with A <= B, found \"%s\"",
-                  range);
-        }
+        int fits = *end == ':' && from >= 0;
+        if (fits && end[1]) to = strtoll(end + 1, &end, 10), fits = *end == 0 && to >= from;
+        CHECK(fits, "--range: expected A:B with A <= B, found \"%s\"", range);
     }
     dataset_open(&d, path);
     for (size_t i = (size_t)from; i < d.count && (long long)i < to; i++) {
         dataset_read(&d, i, &m);
         print_json(&m);
     }
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: write failed: %s",
-          strerror(errno));
     molecule_free(&m);
     dataset_close(&d);
 }
@@ -4849,14 +4992,6 @@ static void dump_dataset(const char *path, const char *range) {
 // =================================================================================================
 // 23 Options and main
 // =================================================================================================
-
-// The command line.
-typedef struct {
-    const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
-    int64_t seed, max_atoms;
-    int keep_hydrogens, strict, help;
-} PrepOptions;
-
 
 // Fractions "0.8,0.1,0.1" into f; returns how many. They must add up to 1.
 static int parse_fractions(const char *text, double *f) {
@@ -4887,9 +5022,9 @@ typedef struct {
     int open;
 } Output;
 
-
 // Splits if asked to, and gives the outputs their names.
-static void output_finish(Output *out, const PrepOptions *opt, const Conversion *c) {
+static void output_finish(Output *out, const Conversion *c) {
+    const PrepOptions *opt = c->opt;
     if (out->n_parts == 1) {
         fprintf(stderr, "%zu molecules -> %s\n", out->writer.count, opt->output);
         dataset_finish(&out->writer);
@@ -4936,27 +5071,30 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
                 pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
         } else {
-            if (c->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
+            if (c->opt->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
             count_fault(sum, s, s->line, &o->fault);
         }
         s->line += o->n_lines;
     }
 }
 
-// Records that are not molecules: comments and the header line of a .smi file, empty lines.
+// Records that are not molecules: rests of others, empty lines, comments and the header line of a
+// .smi file.
 static int is_no_record(const Source *s, const Record *r, int64_t line) {
+    if (r->kind == RECORD_REST) return 1;
     if (s->format == FORMAT_SDF) return 0;
-    if (is_all_blank(r->text, r->size)) return 1;
+    if (trim((Span){r->text, (int)r->size}).n == 0) return 1;
     if (s->format != FORMAT_SMI) return 0;
     Span text = trim((Span){r->text, r->size < 7 ? (int)r->size : 7});
     return r->text[0] == '#' || (line == 1 && starts_with_word(text, "SMILES"));
 }
 
 // Converts one source chunk by chunk.
-static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Output *out,
-                           Worker *workers, Record *records, Outcome *outcomes, Summary *sum) {
+static void convert_source(Source *s, Conversion *c, Output *out, Worker *workers,
+                           Record *records, Outcome *outcomes, Summary *sum) {
     Progress progress = progress_begin(0);
-    int find_tasks = !out->open && c->labels && strcmp(c->labels, "all") == 0, n, first_chunk = 1;
+    int find_tasks = !out->open && c->opt->labels && strcmp(c->opt->labels, "all") == 0;
+    int n, first_chunk = 1;
     s->name_column = -1;
     while ((n = next_records(s, records)) > 0) {
         int skip = 0;
@@ -4970,8 +5108,8 @@ static void convert_source(Source *s, Conversion *c, const PrepOptions *opt, Out
         first_chunk = 0;
         if (!out->open) {  // the tasks are known now
             sum->labelled = xmalloc((size_t)c->n_tasks, 1);
-            if (out->n_parts > 1) pool_open(&out->pool, opt->output);
-            else dataset_create(&out->writer, opt->output, c->n_tasks, c->task_names);
+            if (out->n_parts > 1) pool_open(&out->pool, c->opt->output);
+            else dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
             out->open = 1;
         }
         for (int t = 0; t < thread_count(); t++) workers[t].used = 0;
@@ -5019,7 +5157,6 @@ static const Option PREP_OPTION_TABLE[] = {
     FLAG("--help", help, "this text"),
 };
 
-
 enum { N_PREP_OPTIONS = sizeof PREP_OPTION_TABLE / sizeof PREP_OPTION_TABLE[0] };
 
 // Prints what the program is for, examples and options.
@@ -5051,10 +5188,9 @@ static void check_options(int n_inputs) {
           "-o: {} stands for a part's name; give --split too");
 }
 
-
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
-    threads_calm(argv);
+    program_begin(argv);
     threads_set(0);
     const char **inputs = xmalloc((size_t)argc, sizeof *inputs);
     char given[N_PREP_OPTIONS] = {0};
@@ -5063,17 +5199,15 @@ int main(int argc, char **argv) {
     if (prep_opt.help || prep_opt.dump) {
         if (prep_opt.help) print_help();
         else dump_dataset(prep_opt.dump, prep_opt.range);
+        stdout_check();
         free(inputs);
-        return 0;
+        mb_exit(EXIT_SUCCESS);
     }
     check_options(n_inputs);
     Output out = {.n_parts = prep_opt.split ? 0 : 1};
     if (prep_opt.split) out.n_parts = parse_fractions(prep_opt.split, out.fraction);
-    Conversion c = {.name_tag = prep_opt.name, .smiles_name = prep_opt.smiles,
-                    .labels = prep_opt.labels, .keep_hydrogens = prep_opt.keep_hydrogens,
-                    .max_atoms = (int)prep_opt.max_atoms, .strict = prep_opt.strict,
-                    .principal = strcmp(prep_opt.orient, "principal") == 0,
-                    .want_keys = out.n_parts > 1 && strcmp(prep_opt.split_by, "scaffold") == 0};
+    int want_keys = out.n_parts > 1 && strcmp(prep_opt.split_by, "scaffold") == 0;
+    Conversion c = {.opt = &prep_opt, .want_keys = want_keys};
     Worker *workers = xmalloc((size_t)thread_count(), sizeof *workers);
     Record *records = xmalloc(CHUNK_RECORDS, sizeof *records);
     Outcome *outcomes = xmalloc(CHUNK_RECORDS, sizeof *outcomes);
@@ -5082,18 +5216,17 @@ int main(int argc, char **argv) {
     for (int k = 0; k < n_inputs; k++) {
         Source source;
         source_open(&source, inputs[k], prep_opt.format);
-        convert_source(&source, &c, &prep_opt, &out, workers, records, outcomes, &sum);
+        convert_source(&source, &c, &out, workers, records, outcomes, &sum);
         source_close(&source);
     }
     print_summary(&sum, n_inputs);
     CHECK(sum.n_kept > 0, "%s: no molecule could be read", inputs[0]);
     for (int t = 0; t < c.n_tasks; t++)
         CHECK(sum.labelled[t], "--labels: no record has a value for \"%s\"", c.task_names[t]);
-    output_finish(&out, &prep_opt, &c);
+    output_finish(&out, &c);
     for (int t = 0; t < thread_count(); t++) worker_free(&workers[t]);
-    for (int t = 0; t < c.n_tasks; t++) free(c.task_names[t]);
+    free_tasks(&c);
     free(sum.labelled);
-    free(c.task_names);
     free(workers);
     free(records);
     free(outcomes);

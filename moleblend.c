@@ -2885,7 +2885,11 @@ static const TensorEntry *tensor_load(float *arena, const TensorInfo *info, cons
     CHECK(t->rank == (info->rows ? 2 : 1) && rows == info->rows && columns == info->columns,
           "%s: tensor %s: expected shape (%zu, %zu), found rank %d (%zu, %zu)", f->path, name,
           info->rows, info->columns, t->rank, rows, columns);
-    for (size_t k = 0; k < t->count; k++) arena[info->offset + k] = tensor_value(t, k);
+    for (size_t k = 0; k < t->count; k++) {
+        arena[info->offset + k] = tensor_value(t, k);
+        CHECK(isfinite(arena[info->offset + k]), "%s: tensor %s: number %zu is not finite", f->path,
+              name, k);
+    }
     return t;
 }
 
@@ -2910,8 +2914,8 @@ static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *
     for (size_t y = 0; y < Y; y++) {
         char *end;
         out[y] = strtof(text, &end);
-        CHECK(end != text && isfinite(out[y]), "%s: metadata %s: expected %zu numbers", f->path,
-              key, Y);
+        CHECK(end != text && isfinite(out[y]) && *end == (y + 1 < Y ? ' ' : 0),
+              "%s: metadata %s: expected %zu numbers", f->path, key, Y);
         text = end;
     }
 }
@@ -3195,12 +3199,13 @@ static void visit_predictions(Run *run, size_t first, size_t B, void *result) {
                      ? out[k] * run->task.std[k % Y] + run->task.mean[k % Y] : run->scale * out[k];
 }
 
-// Predictions (n, Y) of a whole dataset and its labels (n, Y), in fresh memory.
+// Predictions (n, Y) of a whole dataset and its labels (n, its tasks), in fresh memory.
 static float *predict_all(float **labels, Run *run, const Dataset *data) {
     size_t Y = (size_t)run->s.model.config.tasks;
     float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
     visit_batches(run, data, SIZE_MAX, NULL, run->task.use, 1, visit_predictions, out);
     Molecule m = {0};
+    Y = (size_t)data->n_tasks;
     *labels = xmalloc(mul_size(data->count, Y), sizeof **labels);
     for (size_t i = 0; i < data->count; i++) {
         dataset_read(data, i, &m);
@@ -4127,7 +4132,7 @@ static void embed_row(Embedding *e, const float *x, size_t C, size_t token, size
         for (size_t t = token; t < token + count; t++) sum += x[t * C + c];
         e->row[c] = weight * sum;
     }
-    out_floats(&e->out, e->row, C);
+    out_floats(&e->out, e->row, C, 0);
     e->rows++;
 }
 
@@ -4593,7 +4598,7 @@ static int words_models(const char **models, const char **words, int *n_words) {
 }
 
 int main(int argc, char **argv) {
-    threads_calm(argv);
+    program_begin(argv);
     if (argc > 1 && strcmp(argv[1], "help") == 0) argv[1] = xprintf("--help");
     const Command *command = argc > 1 ? command_find(argv[1]) : NULL;
     int named = command != NULL;
@@ -4609,7 +4614,7 @@ int main(int argc, char **argv) {
                                 argc, option_given), n_models = opt.model != NULL;
     if (opt.version) printf("moleblend %s, vectors of %d floats\n", MB_VERSION, VEC);
     if (opt.help) print_help(named ? command : NULL);
-    if (opt.version || opt.help) mb_exit(0);
+    if (opt.version || opt.help) mb_exit(EXIT_SUCCESS);
     if (command->bit == PREDICT) n_models = words_models(models, words, &n_words);
     CHECK(n_words == command->words, "expected ./moleblend %s%s; see --help",
           named ? xprintf("%s ", command->name) : "", command->usage);
@@ -4626,7 +4631,7 @@ int main(int argc, char **argv) {
         default: file_info(words[0]); break;
     }
     free(words);
-    mb_exit(0);
+    mb_exit(EXIT_SUCCESS);
 }
 
 #endif  // MOLEBLEND_TEST

@@ -2,7 +2,7 @@
 //
 //   1 errors           DIE, CHECK: one line on stderr, exit 1, unfinished outputs removed
 //   2 memory           xmalloc, xrealloc: sizes are checked before they are multiplied
-//   3 output files     OutFile: written beside the target, renamed when complete
+//   3 files            OutFile: written beside the target, renamed when complete; files read whole
 //   4 being stopped    signals that ask for an orderly end; threads and CPU time on a busy machine
 //   5 random numbers   Philox4x32-10: a draw depends on nothing but its name
 //   6 options          one table drives parsing, range checks and --help
@@ -36,14 +36,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #include <fcntl.h>
 #include <sys/stat.h>
 #if defined(_WIN32)
 #include <io.h>
 #define isatty _isatty
+#define access _access
+#define F_OK 0
 #define fileno _fileno
 #else
 #include <unistd.h>
@@ -68,18 +67,31 @@
 
 #define MB_VERSION "1.0"
 
-#if !defined(_OPENMP) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__GNUC__) || defined(__clang__)
+#ifndef _OPENMP
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"  // without OpenMP its pragmas mean nothing
 #endif
-#ifdef _OPENMP
-#define MB_OPENMP 1
-#else
-#define MB_OPENMP 0
+#ifndef __MINGW_PRINTF_FORMAT
+#define __MINGW_PRINTF_FORMAT printf  // MinGW has one of its own
 #endif
-#if defined(__GNUC__) || defined(__clang__)
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define MB_PRINTF(fmt, first) __attribute__((format(__MINGW_PRINTF_FORMAT, fmt, first)))
+#define MB_NORETURN __attribute__((noreturn))
 #else
 #define ALWAYS_INLINE static inline
+#define MB_PRINTF(fmt, first)
+#define MB_NORETURN
+#endif
+
+#ifdef _OPENMP
+#include <omp.h>
+#define MB_OPENMP 1
+#else  // one thread
+#define MB_OPENMP 0
+static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_get_num_procs(void) { return 1; }
+static inline int omp_get_thread_num(void) { return 0; }
+static inline void omp_set_num_threads(int threads) { (void)threads; }
 #endif
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
@@ -95,18 +107,6 @@ static inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
 // There is no other way out of a program that failed.
 // =================================================================================================
 
-#if defined(__GNUC__) || defined(__clang__)
-#ifdef __MINGW_PRINTF_FORMAT
-#define MB_PRINTF(fmt, first) __attribute__((format(__MINGW_PRINTF_FORMAT, fmt, first)))
-#else
-#define MB_PRINTF(fmt, first) __attribute__((format(printf, fmt, first)))
-#endif
-#define MB_NORETURN __attribute__((noreturn))
-#else
-#define MB_PRINTF(fmt, first)
-#define MB_NORETURN
-#endif
-
 // A file being written: `tmp` until out_commit() renames it to `path`.
 typedef struct OutFile {
     FILE *file;
@@ -114,14 +114,22 @@ typedef struct OutFile {
     struct OutFile *next;  // list of unfinished outputs, see mb_unfinished
 } OutFile;
 
-static OutFile *mb_unfinished;  // outputs to remove when the program dies
+static OutFile *mb_unfinished;  // outputs to remove at exit, whoever calls that
 
-// Ends the program with this exit code; unfinished outputs are removed.
-MB_NORETURN static inline void mb_exit(int code) {
+static inline void outs_remove(void) {
     for (OutFile *out = mb_unfinished; out; out = out->next) {
-        if (MB_POSIX) remove(out->tmp);  // while its lock is held
-        if (out->file) fclose(out->file);
-        if (!MB_POSIX) remove(out->tmp);
+        if (!MB_POSIX && out->file) fclose(out->file);  // see out_discard()
+        remove(out->tmp);
+    }
+}
+
+// Ends the program with this exit code; success becomes failure if stdout could not be written.
+MB_NORETURN static inline void mb_exit(int code) {
+    errno = 0;
+    if (code == 0 && (fflush(stdout) != 0 || ferror(stdout))) {
+        fprintf(stderr, MB_PROGRAM ": standard output: write failed: %s\n",
+                strerror(errno ? errno : EIO));
+        code = EXIT_FAILURE;
     }
     exit(code);
 }
@@ -131,9 +139,7 @@ MB_NORETURN static inline void mb_exit(int code) {
 MB_NORETURN MB_PRINTF(1, 2) static inline void mb_die(const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
-#ifdef _OPENMP
 #pragma omp critical(mb_die)
-#endif
     {
         fflush(stdout);
         fputs(MB_PROGRAM ": ", stderr);
@@ -145,6 +151,12 @@ MB_NORETURN MB_PRINTF(1, 2) static inline void mb_die(const char *fmt, ...) {
 }
 #define DIE(...) mb_die(__VA_ARGS__)
 #define CHECK(cond, ...) do { if (!(cond)) DIE(__VA_ARGS__); } while (0)
+
+// Dies if something that was printed got lost, on a full disk for example.
+static inline void stdout_check(void) {
+    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: write failed: %s",
+          strerror(errno));
+}
 
 // =================================================================================================
 // 2 Memory
@@ -172,22 +184,40 @@ static inline void *xrealloc(void *p, size_t count, size_t size) {
     return p;
 }
 
+typedef struct { char *text; size_t length, room; } Text;  // a string that grows
+
+static inline void text_add_list(Text *t, const char *fmt, va_list args) {
+    va_list again;
+    va_copy(again, args);
+    int n = vsnprintf(NULL, 0, fmt, again);
+    va_end(again);
+    CHECK(n >= 0, "cannot format \"%s\"", fmt);
+    size_t need = t->length + (size_t)n + 1;
+    if (need > t->room) t->text = xrealloc(t->text, t->room = need + t->length, 1);
+    vsnprintf(t->text + t->length, (size_t)n + 1, fmt, args);
+    t->length += (size_t)n;
+}
+
+// printf to the end of a text, which starts zeroed. The caller frees t->text.
+MB_PRINTF(2, 3) static inline void text_add(Text *t, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    text_add_list(t, fmt, args);
+    va_end(args);
+}
+
 // printf into fresh memory. The caller frees.
 MB_PRINTF(1, 2) static inline char *xprintf(const char *fmt, ...) {
-    va_list args, again;
+    Text t = {0};
+    va_list args;
     va_start(args, fmt);
-    va_copy(again, args);
-    int n = vsnprintf(NULL, 0, fmt, args);
+    text_add_list(&t, fmt, args);
     va_end(args);
-    CHECK(n >= 0, "cannot format \"%s\"", fmt);
-    char *text = xmalloc((size_t)n + 1, 1);
-    vsnprintf(text, (size_t)n + 1, fmt, again);
-    va_end(again);
-    return text;
+    return t.text;
 }
 
 // =================================================================================================
-// 3 Output files. Whole or not at all: data goes to PATH.tmp, which out_commit() flushes to the
+// 3 Files. An output is whole or not there: data go to PATH.tmp, which out_commit() flushes to the
 //   disk and renames. Every write is checked; a full disk shows at the latest in out_commit().
 //   PATH may only be a regular file or nothing: to rename onto a device would remove it.
 //   PATH.tmp is locked while it is written, so two programs with one output never mix.
@@ -206,9 +236,10 @@ static inline FILE *out_lock(const char *tmp) {
             long holder = fcntl(fd, F_GETLK, &lock) == 0 ? (long)lock.l_pid : 0;
             DIE("%s: process %ld is writing it; wait for it, or give another -o", tmp, holder);
         }
-        if (fstat(fd, &mine) == 0 && stat(tmp, &named) == 0 && mine.st_ino == named.st_ino &&
-            ftruncate(fd, 0) == 0)
+        if (fstat(fd, &mine) == 0 && stat(tmp, &named) == 0 && mine.st_ino == named.st_ino) {
+            CHECK(ftruncate(fd, 0) == 0, "%s: cannot write: %s", tmp, strerror(errno));
             return fdopen(fd, "wb");
+        }
         close(fd);
     }
 }
@@ -216,6 +247,8 @@ static inline FILE *out_lock(const char *tmp) {
 
 // Opens PATH.tmp for writing. `out` must stay where it is until out_commit().
 static inline void out_open(OutFile *out, const char *path) {
+    static int hooked;
+    if (!hooked) hooked = atexit(outs_remove) == 0;
     struct stat info;
     CHECK(stat(path, &info) != 0 || S_ISREG(info.st_mode),
           "%s: cannot write: expected a regular file", path);
@@ -237,21 +270,31 @@ static inline void out_write(OutFile *out, const void *data, size_t size) {
           strerror(errno));
 }
 
-// Takes a closed file off the list of unfinished outputs.
-static inline void out_forget(OutFile *out) {
+// Writes over what is at `offset`.
+static inline void out_rewrite(OutFile *out, long offset, const void *data, size_t size) {
+    CHECK(fseek(out->file, offset, SEEK_SET) == 0, "%s: cannot seek: %s", out->tmp,
+          strerror(errno));
+    out_write(out, data, size);
+}
+
+// Closes the file, if it is open, and takes it off the list of unfinished outputs.
+static inline void out_close(OutFile *out) {
     OutFile **link = &mb_unfinished;
+    if (out->file) fclose(out->file);
     while (*link != out) link = &(*link)->next;
     *link = out->next;
     free(out->path);
     free(out->tmp);
 }
 
-// Closes the file and removes it: PATH stays as it was.
+// Removes the file: PATH stays as it was.
 static inline void out_discard(OutFile *out) {
-    if (MB_POSIX) remove(out->tmp);
-    fclose(out->file);
-    if (!MB_POSIX) remove(out->tmp);
-    out_forget(out);
+    if (!MB_POSIX) {  // an open file cannot be removed there
+        fclose(out->file);
+        out->file = NULL;
+    }
+    remove(out->tmp);
+    out_close(out);
 }
 
 // Dies now, not after hours of work, if PATH cannot be written.
@@ -274,8 +317,77 @@ static inline void out_commit(OutFile *out) {
     CHECK(!bad, "%s: write failed: %s", out->tmp, strerror(errno));
     CHECK(rename(out->tmp, out->path) == 0, "%s: cannot rename to %s: %s", out->tmp, out->path,
           strerror(errno));
-    if (out->file) fclose(out->file);
-    out_forget(out);
+#if MB_POSIX  // the folder holds the name; where it cannot be flushed, the system sees to it
+    const char *slash = strrchr(out->path, '/');
+    char *folder = xprintf("%.*s.", slash ? (int)(slash - out->path) + 1 : 0, out->path);
+    int fd = open(folder, O_RDONLY);
+    if (fd >= 0) fsync(fd);
+    if (fd >= 0) close(fd);
+    free(folder);
+#endif
+    out_close(out);
+}
+
+// ---- files that are read
+
+#if MB_POSIX
+static struct { const char *path; const uint8_t *bytes; size_t size; } mb_mapped[8];
+
+// SIGBUS: a page is not there. It comes of reading a file's bytes, so stdio may be used.
+static inline void mb_on_sigbus(int number, siginfo_t *info, void *context) {
+    uintptr_t at = (uintptr_t)info->si_addr;
+    (void)context;
+    for (int k = 0; k < 8; k++)
+        CHECK(at - (uintptr_t)mb_mapped[k].bytes >= mb_mapped[k].size,
+              "%s: was cut short while it was read, or its disk failed", mb_mapped[k].path);
+    signal(number, SIG_DFL);
+}
+#endif
+
+
+// The whole of a file, memory-mapped where the platform can, else read. Dies if it cannot. `path`
+// must live as long as the bytes.
+static inline const uint8_t *file_bytes(const char *path, size_t *size) {
+#if MB_POSIX
+    struct stat info;
+    struct sigaction action = {.sa_sigaction = mb_on_sigbus, .sa_flags = SA_SIGINFO};
+    int fd = open(path, O_RDONLY | O_NONBLOCK), k = 0;  // not to wait for a FIFO
+    CHECK(fd >= 0 && fstat(fd, &info) == 0, "%s: cannot read: %s", path, strerror(errno));
+    CHECK(S_ISREG(info.st_mode), "%s: cannot read: expected a regular file", path);
+    CHECK((uintmax_t)info.st_size <= SIZE_MAX, "%s: too large for this machine", path);
+    *size = (size_t)info.st_size;
+    void *map = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
+    CHECK(map != MAP_FAILED, "%s: cannot map: %s", path, strerror(errno));
+    close(fd);
+    while (k < 7 && mb_mapped[k].size) k++;
+    mb_mapped[k].path = path;
+    mb_mapped[k].bytes = map;
+    mb_mapped[k].size = *size;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGBUS, &action, NULL);
+    return map;
+#else
+    FILE *f = fopen(path, "rb");
+    CHECK(f, "%s: cannot read: %s", path, strerror(errno));
+    uint8_t *bytes = NULL;
+    size_t room = 0;
+    for (*size = 0; *size == room; *size += fread(bytes + *size, 1, room - *size, f))
+        bytes = xrealloc(bytes, room = 2 * room + 65536, 1);
+    CHECK(!ferror(f), "%s: read failed: %s", path, strerror(errno));
+    fclose(f);
+    return bytes;
+#endif
+}
+
+static inline void file_release(const uint8_t *bytes, size_t size) {
+#if MB_POSIX
+    for (int k = 0; k < 8; k++)
+        if (mb_mapped[k].bytes == bytes) mb_mapped[k].size = 0;
+    if (bytes) munmap((void *)(uintptr_t)bytes, size);
+#else
+    (void)size;
+    free((void *)(uintptr_t)bytes);
+#endif
 }
 
 // =================================================================================================
@@ -323,58 +435,42 @@ static inline void signals_catch(void) {
 #endif
 }
 
-// CPUs that the quotas of our control groups (Linux: containers, batch systems) allow, 0 if there
-// is none. `root` stands in front of every path; "" but in tests. Version 2 has "QUOTA PERIOD" or
-// "max ..." in cpu.max, version 1 two files; the quotas of the groups above hold too.
-static inline double cpu_quota(const char *root) {
-    double cpus = 0;
-    char line[1024], name[1200], *path = xprintf("%s/proc/self/cgroup", root);
-    FILE *groups = fopen(path, "r");  // lines NUMBER:CONTROLLERS:GROUP
+// The least that our control group and those above it allow (Linux: containers, batch systems;
+// version 2), 0 if there is no limit: of "cpu.max", which says "QUOTA PERIOD" or "max ...", CPUs,
+// of "memory.max" bytes. `root` stands in front of every path; "" but in tests.
+static inline double group_limit(const char *root, const char *file) {
+    double least = 0, number[2];
+    char line[1024], *path = xprintf("%s/proc/self/cgroup", root);
+    FILE *groups = fopen(path, "r");  // lines NUMBER:CONTROLLERS:GROUP, ours has 0 and none
     free(path);
     while (groups && fgets(line, sizeof line, groups)) {
-        char *kind = strchr(line, ':'), *group = kind ? strchr(kind + 1, ':') : NULL;
-        if (!group) continue;
-        *group++ = 0;
-        group[strcspn(group, "\n")] = 0;
-        snprintf(name, sizeof name, ",%s,", kind + 1);
-        if (kind[1] && !strstr(name, ",cpu,")) continue;
-        for (char *slash = group; slash;) {
-            double number[2] = {0, 0};  // quota, period
-            for (int k = 0; k < (kind[1] ? 2 : 1); k++) {
-                static const char *const files[] = {"cpu.cfs_quota_us", "cpu.cfs_period_us"};
-                path = xprintf("%s/sys/fs/cgroup%s%s/%s", root, kind[1] ? "/cpu" : "", group,
-                               kind[1] ? files[k] : "cpu.max");
-                FILE *f = fopen(path, "r");
-                if (f && fscanf(f, "%lf %lf", &number[k], &number[1]) < 1) number[k] = 0;
-                if (f) fclose(f);
-                free(path);
-            }
-            if (number[0] > 0 && number[1] > 0 && (cpus == 0 || number[0] / number[1] < cpus))
-                cpus = number[0] / number[1];
-            slash = strrchr(group, '/');
-            if (slash) *slash = 0;
+        if (strncmp(line, "0::/", 4) != 0) continue;
+        for (char *end = line + strcspn(line, "\n"); end; end = strrchr(line, '/')) {
+            *end = 0;
+            path = xprintf("%s/sys/fs/cgroup%s/%s", root, line + 3, file);
+            FILE *f = fopen(path, "r");
+            int n = f ? fscanf(f, "%lf %lf", &number[0], &number[1]) : 0;
+            double limit = n > 1 ? number[0] / number[1] : n > 0 ? number[0] : 0;
+            if (limit > 0 && (least == 0 || limit < least)) least = limit;
+            if (f) fclose(f);
+            free(path);
         }
     }
     if (groups) fclose(groups);
-    return cpus;
+    return least;
 }
 
 // Bytes that this process can still get, as far as the system says: memory that is free or can be
-// freed, the limit of a container (root: "" or, for tests, a folder), that of the address space.
-static inline double memory_available(const char *root) {
-    static const struct { const char *path, *line; double unit; } files[] = {
-        {"/proc/meminfo", "MemAvailable: %lf", 1024}, {"/sys/fs/cgroup/memory.max", "%lf", 1},
-        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "%lf", 1}};
-    double least = (double)INFINITY, number;
-    for (int k = 0; k < 3; k++) {
-        char line[128], *path = xprintf("%s%s", root, files[k].path);
-        FILE *f = fopen(path, "r");
-        while (f && fgets(line, sizeof line, f))
-            if (sscanf(line, files[k].line, &number) == 1)
-                least = fmin(least, files[k].unit * number);
-        if (f) fclose(f);
-        free(path);
-    }
+// freed, the limits of our control group and of the address space. root: see group_limit().
+static inline double memory_limit(const char *root) {
+    double least = group_limit(root, "memory.max"), kib;
+    char line[128], *path = xprintf("%s/proc/meminfo", root);
+    FILE *f = fopen(path, "r");
+    if (least == 0) least = (double)INFINITY;
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %lf", &kib) == 1) least = fmin(least, 1024 * kib);
+    if (f) fclose(f);
+    free(path);
 #if MB_POSIX
     struct rlimit limit;
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
@@ -385,7 +481,7 @@ static inline double memory_available(const char *root) {
 
 // Dies if `what` needs more memory than there is.
 static inline void memory_check(size_t bytes, const char *what, const char *hint) {
-    double there = memory_available("");
+    double there = memory_limit("");
     CHECK((double)bytes <= there, "%s needs %.1f GiB of memory, and %.1f GiB are free; try %s",
           what, (double)bytes / (1 << 30), there / (1 << 30), hint);
 }
@@ -396,33 +492,24 @@ static inline void memory_check(size_t bytes, const char *what, const char *hint
 //   is short, and steps that do not get the CPUs they ask for are done with fewer threads. That
 //   changes no result: threads share out results, never a sum.
 
-#ifdef _OPENMP
 static int mb_threads;   // most threads that we use; 0: threads_set() was not called
 static int mb_adapting;  // may that number be lowered?
-#endif
 
 // Threads to provide memory for.
-static inline int thread_count(void) {
-#ifdef _OPENMP
-    return mb_threads ? mb_threads : omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
+static inline int thread_count(void) { return mb_threads ? mb_threads : omp_get_max_threads(); }
+static inline int thread_id(void) { return omp_get_thread_num(); }
 
-static inline int thread_id(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
+// To be called first in main(). A write beyond `ulimit -f` shall fail, not kill, and no file be
+// opened in the place of a closed stdout or stderr. Waiting is made short: a hundredth of gcc's
+// default is as fast on an idle machine. gcc's runtime has read its environment before main()
+// begins, so the program begins again with another one.
+static inline void program_begin(char **argv) {
+#if MB_POSIX
+    signal(SIGXFSZ, SIG_IGN);
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", O_RDWR);
 #endif
-}
-
-// To be called first in main(): makes waiting short. A hundredth of gcc's default is as fast on an
-// idle machine. gcc's runtime has read its environment before main() begins, so the program begins
-// again with another one. On Windows: lines end as they do elsewhere.
-static inline void threads_calm(char **argv) {
-#ifdef _WIN32
+#ifdef _WIN32  // lines end as they do elsewhere
     _setmode(_fileno(stdin), _O_BINARY);
     _setmode(_fileno(stdout), _O_BINARY);
 #endif
@@ -443,21 +530,17 @@ static inline void threads_calm(char **argv) {
 // Sets the number of threads: `wanted`, or if that is 0 what the environment says, or as many as
 // there are CPUs that we may use, by affinity and by quota.
 static inline void threads_set(int64_t wanted) {
-#ifdef _OPENMP
-    double quota = cpu_quota("");
+    double quota = group_limit("", "cpu.max");
     mb_adapting = MB_POSIX && !wanted && getenv("MB_CALM") && !getenv("OMP_NUM_THREADS");
     if (!wanted && !getenv("OMP_NUM_THREADS") && quota > 0 && quota < omp_get_num_procs())
         wanted = quota < 1 ? 1 : (int64_t)(quota + 0.5);
     if (wanted) omp_set_num_threads((int)wanted);
     mb_threads = omp_get_max_threads();
-#endif
-    (void)wanted;
 }
 
 // To be called between steps. After two steps in which we got less than 0.6 CPUs a thread, the next
 // 25 have as many threads as we got CPUs; then all are tried again.
 static inline void threads_adapt(void) {
-#ifdef _OPENMP
     static double wall, cpu;
     static int poor, rest;
     double now = now_seconds(), used = (double)clock() / CLOCKS_PER_SEC;
@@ -474,7 +557,6 @@ static inline void threads_adapt(void) {
     }
     wall = now;
     cpu = used;
-#endif
 }
 
 // =================================================================================================
@@ -656,15 +738,14 @@ static inline char *option_value(const Option *o) {
 
 // "--name value", a line each, of all rows that belong to `commands`, in fresh memory.
 static inline char *options_describe(const Option *table, int n, unsigned commands) {
-    char *all = xprintf("%s", "");
+    Text all = {0};
     for (const Option *o = table; o < table + n; o++) {
         if (!o->name || !(o->commands & commands)) continue;
-        char *value = option_value(o), *longer = xprintf("%s%s %s\n", all, o->name, value);
-        free(all);
+        char *value = option_value(o);
+        text_add(&all, "%s %s\n", o->name, value);
         free(value);
-        all = longer;
     }
-    return all;
+    return all.text;
 }
 
 // Takes the values of an options_describe() text, as read from `path`, for all rows that are not
@@ -718,16 +799,11 @@ static inline void options_print(const Option *table, int n, unsigned command) {
 // valid.bin (or test.bin) beside train.bin: the same path with the last "train" replaced, if there
 // is such a file; else NULL. Lives as long as the program.
 static inline const char *sibling(const char *train_path, const char *part) {
-    static char paths[2][4096];
     const char *at = NULL;
     for (const char *s = train_path; (s = strstr(s, "train")); s++) at = s;
-    char *path = paths[part[0] == 't'];
-    if (!at || strlen(train_path) + 8 > sizeof paths[0]) return NULL;
-    snprintf(path, sizeof paths[0], "%.*s%s%s", (int)(at - train_path), train_path, part, at + 5);
-    FILE *f = fopen(path, "rb");
-    if (!f) return NULL;
-    fclose(f);
-    return path;
+    if (!at) return NULL;
+    char *path = xprintf("%.*s%s%s", (int)(at - train_path), train_path, part, at + 5);
+    return access(path, F_OK) == 0 ? path : NULL;  // not fopen(), which waits for a FIFO
 }
 
 // A field of a CSV row on stdout, quoted if it must be.
@@ -816,23 +892,18 @@ typedef struct {
 // owner calls molecule_free().
 static inline void molecule_resize(Molecule *m, int n_atoms, int n_bonds, int n_tasks,
                                    int name_length) {
-    if (n_atoms > m->atom_room || !m->atom_feat) {
-        m->atom_room = n_atoms;
-        m->atom_feat = xrealloc(m->atom_feat, (size_t)n_atoms, ATOM_FEATURES);
-        m->pos = xrealloc(m->pos, (size_t)n_atoms, 3 * sizeof(float));
-    }
-    if (n_bonds > m->bond_room || !m->bonds) {
-        m->bond_room = n_bonds;
-        m->bonds = xrealloc(m->bonds, (size_t)n_bonds, 2 * sizeof(uint16_t));
-        m->bond_code = xrealloc(m->bond_code, (size_t)n_bonds, 1);
-    }
-    if (n_tasks > m->task_room || !m->labels) {
-        m->task_room = n_tasks;
-        m->labels = xrealloc(m->labels, (size_t)n_tasks, sizeof(float));
-    }
-    if (name_length + 1 > m->name_room || !m->name) {
-        m->name_room = name_length + 1;
-        m->name = xrealloc(m->name, (size_t)name_length + 1, 1);
+    if (n_atoms > m->atom_room || n_bonds > m->bond_room || n_tasks > m->task_room ||
+        name_length >= m->name_room) {
+        m->atom_room = max_int(n_atoms, m->atom_room);
+        m->bond_room = max_int(n_bonds, m->bond_room);
+        m->task_room = max_int(n_tasks, m->task_room);
+        m->name_room = max_int(name_length + 1, m->name_room);
+        m->atom_feat = xrealloc(m->atom_feat, (size_t)m->atom_room, ATOM_FEATURES);
+        m->pos = xrealloc(m->pos, (size_t)m->atom_room, 3 * sizeof(float));
+        m->bonds = xrealloc(m->bonds, (size_t)m->bond_room, 2 * sizeof(uint16_t));
+        m->bond_code = xrealloc(m->bond_code, (size_t)m->bond_room, 1);
+        m->labels = xrealloc(m->labels, (size_t)m->task_room, sizeof(float));
+        m->name = xrealloc(m->name, (size_t)m->name_room, 1);
     }
     m->n_atoms = n_atoms;
     m->n_bonds = n_bonds;
@@ -901,37 +972,25 @@ static inline uint8_t *put_f32(uint8_t *p, float v) {
 }
 
 // CRC-32 (reflected polynomial 0xEDB88320) of more bytes; start with crc = 0. Eight half bytes at
-// once: table[k][x] is what x contributes if k more half bytes follow it.
+// once: table[k][x] is what x contributes if k more half bytes follow it. The table is linear: of
+// each row what the four bits do is enough.
+#define CRC_PAIR(x, a) (x), (x) ^ (a)
+#define CRC_QUAD(x, a, b) CRC_PAIR(x, a), CRC_PAIR((x) ^ (b), a)
+#define CRC_ROW(a, b, c, d) \
+    {CRC_QUAD(0, a, b), CRC_QUAD(c, a, b), CRC_QUAD(d, a, b), CRC_QUAD((c) ^ (d), a, b)}
 static inline uint32_t crc32_add(uint32_t crc, const uint8_t *p, size_t n) {
     static const uint32_t table[8][16] = {
-        {0x00000000, 0x1DB71064, 0x3B6E20C8, 0x26D930AC, 0x76DC4190, 0x6B6B51F4, 0x4DB26158,
-         0x5005713C, 0xEDB88320, 0xF00F9344, 0xD6D6A3E8, 0xCB61B38C, 0x9B64C2B0, 0x86D3D2D4,
-         0xA00AE278, 0xBDBDF21C},
-        {0x00000000, 0x77073096, 0xEE0E612C, 0x990951BA, 0x076DC419, 0x706AF48F, 0xE963A535,
-         0x9E6495A3, 0x0EDB8832, 0x79DCB8A4, 0xE0D5E91E, 0x97D2D988, 0x09B64C2B, 0x7EB17CBD,
-         0xE7B82D07, 0x90BF1D91},
-        {0x00000000, 0x4AC21251, 0x958424A2, 0xDF4636F3, 0xF0794F05, 0xBABB5D54, 0x65FD6BA7,
-         0x2F3F79F6, 0x3B83984B, 0x71418A1A, 0xAE07BCE9, 0xE4C5AEB8, 0xCBFAD74E, 0x8138C51F,
-         0x5E7EF3EC, 0x14BCE1BD},
-        {0x00000000, 0x191B3141, 0x32366282, 0x2B2D53C3, 0x646CC504, 0x7D77F445, 0x565AA786,
-         0x4F4196C7, 0xC8D98A08, 0xD1C2BB49, 0xFAEFE88A, 0xE3F4D9CB, 0xACB54F0C, 0xB5AE7E4D,
-         0x9E832D8E, 0x87981CCF},
-        {0x00000000, 0x1C26A370, 0x384D46E0, 0x246BE590, 0x709A8DC0, 0x6CBC2EB0, 0x48D7CB20,
-         0x54F16850, 0xE1351B80, 0xFD13B8F0, 0xD9785D60, 0xC55EFE10, 0x91AF9640, 0x8D893530,
-         0xA9E2D0A0, 0xB5C473D0},
-        {0x00000000, 0x01C26A37, 0x0384D46E, 0x0246BE59, 0x0709A8DC, 0x06CBC2EB, 0x048D7CB2,
-         0x054F1685, 0x0E1351B8, 0x0FD13B8F, 0x0D9785D6, 0x0C55EFE1, 0x091AF964, 0x08D89353,
-         0x0A9E2D0A, 0x0B5C473D},
-        {0x00000000, 0x5019579F, 0xA032AF3E, 0xF02BF8A1, 0x9B14583D, 0xCB0D0FA2, 0x3B26F703,
-         0x6B3FA09C, 0xED59B63B, 0xBD40E1A4, 0x4D6B1905, 0x1D724E9A, 0x764DEE06, 0x2654B999,
-         0xD67F4138, 0x866616A7},
-        {0x00000000, 0xB8BC6765, 0xAA09C88B, 0x12B5AFEE, 0x8F629757, 0x37DEF032, 0x256B5FDC,
-         0x9DD738B9, 0xC5B428EF, 0x7D084F8A, 0x6FBDE064, 0xD7018701, 0x4AD6BFB8, 0xF26AD8DD,
-         0xE0DF7733, 0x58631056}};
+        CRC_ROW(0x1DB71064, 0x3B6E20C8, 0x76DC4190, 0xEDB88320),
+        CRC_ROW(0x77073096, 0xEE0E612C, 0x076DC419, 0x0EDB8832),
+        CRC_ROW(0x4AC21251, 0x958424A2, 0xF0794F05, 0x3B83984B),
+        CRC_ROW(0x191B3141, 0x32366282, 0x646CC504, 0xC8D98A08),
+        CRC_ROW(0x1C26A370, 0x384D46E0, 0x709A8DC0, 0xE1351B80),
+        CRC_ROW(0x01C26A37, 0x0384D46E, 0x0709A8DC, 0x0E1351B8),
+        CRC_ROW(0x5019579F, 0xA032AF3E, 0x9B14583D, 0xED59B63B),
+        CRC_ROW(0xB8BC6765, 0xAA09C88B, 0x8F629757, 0xC5B428EF)};
     crc = ~crc;
     for (; n >= 4; p += 4, n -= 4) {
-        uint32_t x = crc ^ ((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 |
-                            (uint32_t)p[3] << 24);
+        uint32_t x = crc ^ get_u32(p);
         crc = table[7][x & 15] ^ table[6][x >> 4 & 15] ^ table[5][x >> 8 & 15] ^
               table[4][x >> 12 & 15] ^ table[3][x >> 16 & 15] ^ table[2][x >> 20 & 15] ^
               table[1][x >> 24 & 15] ^ table[0][x >> 28];
@@ -971,7 +1030,7 @@ static inline size_t record_encode(uint8_t *buf, const Molecule *m) {
     return (size_t)(p - buf);
 }
 
-// Reads a record of `size` bytes, whose checksum is not looked at, into m. Returns NULL, or what is
+// Reads a record of `size` bytes into m, without a look at its checksum. Returns NULL, or what is
 // wrong with it.
 static inline const char *record_content(Molecule *m, const uint8_t *p, size_t size, int n_tasks) {
     if (size < RECORD_HEADER) return "record is too short";
@@ -1010,41 +1069,26 @@ static inline const char *record_content(Molecule *m, const uint8_t *p, size_t s
     return NULL;
 }
 
-// The same, if the checksum is right.
-static inline const char *record_decode(Molecule *m, const uint8_t *p, size_t size, int n_tasks) {
-    if (size >= RECORD_HEADER && get_u32(p) != crc32_add(0, p + 4, size - 4))
-        return "record is damaged (checksum)";
-    return record_content(m, p, size, n_tasks);
-}
-
 // ---- writer
 typedef struct {
     OutFile out;
-    uint64_t *index;
-    size_t count, index_room;
+    uint8_t *head, *index;  // header and task names; 8 bytes a molecule
+    size_t head_size, count, room;
     uint64_t offset;
     uint32_t max_atoms, max_bonds;
     int n_tasks;
-    uint8_t *head;  // header and task names
-    size_t head_size;
 } DatasetWriter;
 
 // Starts a dataset file with these tasks (task_names may be NULL if n_tasks is 0).
 static inline void dataset_create(DatasetWriter *w, const char *path, int n_tasks,
                                   char *const *task_names) {
-    *w = (DatasetWriter){.n_tasks = n_tasks};
-    w->head_size = DATASET_HEADER;
+    *w = (DatasetWriter){.n_tasks = n_tasks, .head_size = DATASET_HEADER};
+    w->head = xmalloc(DATASET_HEADER, 1);
     for (int t = 0; t < n_tasks; t++) {
-        CHECK(strlen(task_names[t]) <= MAX_NAME, "%s: a task name is too long", path);
-        w->head_size += 2 + strlen(task_names[t]);
-    }
-    w->head = xmalloc(w->head_size, 1);
-    uint8_t *p = w->head + DATASET_HEADER;
-    for (int t = 0; t < n_tasks; t++) {
-        size_t length = strlen(task_names[t]);
-        p = put_u16(p, (uint32_t)length);
-        memcpy(p, task_names[t], length);
-        p += length;
+        size_t length = strlen(task_names[t]), at = w->head_size;
+        CHECK(length <= MAX_NAME, "%s: a task name is too long", path);
+        w->head = xrealloc(w->head, w->head_size += 2 + length, 1);
+        memcpy(put_u16(w->head + at, (uint32_t)length), task_names[t], length);
     }
     out_open(&w->out, path);
     out_write(&w->out, w->head, w->head_size);  // a placeholder; dataset_finish() fills it in
@@ -1054,13 +1098,10 @@ static inline void dataset_create(DatasetWriter *w, const char *path, int n_task
 // Appends a record made by record_encode().
 static inline void dataset_append(DatasetWriter *w, const uint8_t *record, size_t size) {
     uint32_t n_atoms = get_u16(record + 4), n_bonds = get_u16(record + 6);
-    if (w->count == w->index_room) {
-        w->index_room = w->index_room ? 2 * w->index_room : 1024;
-        w->index = xrealloc(w->index, w->index_room, sizeof *w->index);
-    }
+    if (w->count == w->room) w->index = xrealloc(w->index, w->room = 2 * w->room + 1024, 8);
     CHECK(w->offset < (uint64_t)1 << 47 && w->count < UINT32_MAX, "%s: dataset is too large",
           w->out.path);
-    w->index[w->count++] = w->offset << 16 | n_atoms;
+    put_u64(w->index + 8 * w->count++, w->offset << 16 | n_atoms);
     w->offset += size;
     if (n_atoms > w->max_atoms) w->max_atoms = n_atoms;
     if (n_bonds > w->max_bonds) w->max_bonds = n_bonds;
@@ -1069,17 +1110,10 @@ static inline void dataset_append(DatasetWriter *w, const uint8_t *record, size_
 
 // Writes index and header, and gives the file its name. Frees everything w owns.
 static inline void dataset_finish(DatasetWriter *w) {
-    uint32_t crc = 0;
-    for (size_t i = 0; i <= w->count; i++) {
-        uint8_t entry[8];
-        if (i < w->count) {
-            put_u64(entry, w->index[i]);
-            crc = crc32_add(crc, entry, 8);
-        } else {
-            put_u32(entry, crc);
-        }
-        out_write(&w->out, entry, i < w->count ? 8 : 4);
-    }
+    uint8_t crc[4];
+    put_u32(crc, crc32_add(0, w->index, 8 * w->count));
+    out_write(&w->out, w->index, 8 * w->count);
+    out_write(&w->out, crc, 4);
     memcpy(w->head, DATASET_MAGIC, 8);
     put_u32(w->head + 8, DATASET_VERSION);
     put_u32(w->head + 12, (uint32_t)w->n_tasks);
@@ -1089,8 +1123,7 @@ static inline void dataset_finish(DatasetWriter *w) {
     put_u32(w->head + 40, w->max_atoms);
     put_u32(w->head + 44, w->max_bonds);
     put_u32(w->head + 60, crc32_add(0, w->head, w->head_size));
-    CHECK(fseek(w->out.file, 0, SEEK_SET) == 0, "%s: cannot seek: %s", w->out.tmp, strerror(errno));
-    out_write(&w->out, w->head, w->head_size);
+    out_rewrite(&w->out, 0, w->head, w->head_size);
     out_commit(&w->out);
     free(w->head);
     free(w->index);
@@ -1104,61 +1137,12 @@ typedef struct {
     const uint8_t *index;
     int n_tasks, max_atoms, max_bonds;
     char **task_names;    // (n_tasks)
-    int mapped;
 } Dataset;
-
-// The whole of a file, memory-mapped where the platform can (*mapped), or read. Dies if it cannot.
-static inline const uint8_t *file_bytes(const char *path, size_t *size, int *mapped) {
-    *mapped = 0;
-#if MB_POSIX
-    struct stat info;
-    int fd = open(path, O_RDONLY);
-    CHECK(fd >= 0 && fstat(fd, &info) == 0, "%s: cannot read: %s", path, strerror(errno));
-    CHECK(S_ISREG(info.st_mode), "%s: cannot read: expected a regular file", path);
-    CHECK((uintmax_t)info.st_size <= SIZE_MAX, "%s: too large for this machine", path);
-    *size = (size_t)info.st_size;
-    if (*size > 0) {
-        void *map = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
-        *mapped = map != MAP_FAILED;
-        if (*mapped) {
-            close(fd);
-            return map;
-        }
-    }
-    close(fd);
-#endif
-    FILE *f = fopen(path, "rb");
-    CHECK(f, "%s: cannot read: %s", path, strerror(errno));
-    uint8_t *buf = NULL;
-    size_t room = 0, got = 0, n;
-    do {
-        room = room ? 2 * room : 1 << 16;
-        buf = xrealloc(buf, room, 1);
-        n = fread(buf + got, 1, room - got, f);
-        got += n;
-    } while (got == room);
-    CHECK(!ferror(f), "%s: read failed: %s", path, strerror(errno));
-    fclose(f);
-    *size = got;
-    return buf;
-}
-
-static inline void file_release(const uint8_t *data, size_t size, int mapped) {
-#if MB_POSIX
-    if (mapped) {
-        munmap((void *)(uintptr_t)data, size);
-        return;
-    }
-#endif
-    (void)size;
-    (void)mapped;
-    free((void *)(uintptr_t)data);
-}
 
 // Opens and checks header, task names and index. Dies with the reason if anything is wrong.
 static inline void dataset_open(Dataset *d, const char *path) {
     *d = (Dataset){.path = path};
-    d->data = file_bytes(path, &d->size, &d->mapped);
+    d->data = file_bytes(path, &d->size);
     const uint8_t *h = d->data;
     CHECK(d->size >= DATASET_HEADER && memcmp(h, DATASET_MAGIC, 8) == 0,
           "%s: not a dataset file (expected one made by data_prep)", path);
@@ -1201,7 +1185,7 @@ static inline void dataset_open(Dataset *d, const char *path) {
 }
 
 static inline void dataset_close(Dataset *d) {
-    file_release(d->data, d->size, d->mapped);
+    file_release(d->data, d->size);
     for (int t = 0; t < d->n_tasks; t++) free(d->task_names[t]);
     free(d->task_names);
 }
@@ -1226,10 +1210,13 @@ static inline uint32_t dataset_fingerprint(const Dataset *d) {
 
 // Reads molecule i into m (see Molecule for ownership). Returns NULL, or what is wrong with it.
 static inline const char *dataset_try(const Dataset *d, size_t i, Molecule *m) {
-    uint64_t begin = get_u64(d->index + 8 * i) >> 16;
-    uint64_t end = i + 1 < d->count ? get_u64(d->index + 8 * (i + 1)) >> 16
-                                    : (uint64_t)(d->index - d->data);
-    const char *wrong = record_decode(m, d->data + begin, (size_t)(end - begin), d->n_tasks);
+    uint64_t begin = get_u64(d->index + 8 * i) >> 16, end = (uint64_t)(d->index - d->data);
+    if (i + 1 < d->count) end = get_u64(d->index + 8 * (i + 1)) >> 16;
+    const uint8_t *record = d->data + begin;
+    size_t size = (size_t)(end - begin);  // at least RECORD_HEADER, says dataset_open()
+    if (get_u32(record) != crc32_add(0, record + 4, size - 4))
+        return "record is damaged (checksum)";
+    const char *wrong = record_content(m, record, size, d->n_tasks);
     if (!wrong && m->n_atoms != dataset_atoms(d, i)) wrong = "atom count differs from the index";
     if (!wrong && (m->n_atoms > d->max_atoms || m->n_bonds > d->max_bonds))
         wrong = "more atoms or bonds than the header allows";
@@ -1252,8 +1239,12 @@ static inline void dataset_same_tasks(const Dataset *a, const Dataset *b) {
 
 // =================================================================================================
 // 10 Tensor files (.safetensors): u64 length of the header, a JSON header {"name": {"dtype",
-//   "shape", "data_offsets"}, ..., "__metadata__": {...}}, raw little-endian data
+//   "shape", "data_offsets"}, ..., "__metadata__": {...}}, raw little-endian data. Ours say in the
+//   metadata, as eight hex digits, the CRC-32 of the whole file with zeros for these digits; it is
+//   checked on opening. A file without one is taken.
 // =================================================================================================
+
+#define TENSOR_CRC "moleblend.crc32"
 
 typedef struct {
     char *name;
@@ -1267,11 +1258,11 @@ typedef struct {
     const char *path;     // as given
     const uint8_t *bytes;
     size_t size;
-    int mapped;
     TensorEntry *entries;
     int count;
     char **meta;          // 2 * meta_count: key, value
     int meta_count;
+    const uint8_t *crc;   // the digits of the checksum; NULL if there is none
 } TensorFile;
 
 // Reads the JSON header: text between at and end.
@@ -1300,48 +1291,42 @@ static inline void json_expect(JsonReader *r, char c) {
 
 // A string, in fresh memory; \u escapes beyond ASCII become '?'.
 static inline char *json_string(JsonReader *r) {
+    static const char escaped[] = "bfnrt", meant[] = "\b\f\n\r\t";
     json_expect(r, '"');
-    size_t n = 0, room = 64;
-    char *text = xmalloc(room, 1);
-    while (r->at < r->end && *r->at != '"') {
-        char c = *r->at++;
-        if (c == '\\' && r->at < r->end) {
-            static const char from[] = "bfnrt", to[] = "\b\f\n\r\t";
-            c = *r->at++;
-            const char *known = strchr(from, c);
+    const char *close = r->at;
+    while (close < r->end && *close != '"') close += *close == '\\' ? 2 : 1;
+    if (close >= r->end) json_fail(r, "the end of a string");
+    char *text = xmalloc((size_t)(close - r->at) + 1, 1), *to = text;
+    for (; r->at < close; r->at++) {
+        char c = *r->at;
+        if (c == '\\') {
+            c = *++r->at;
+            const char *known = strchr(escaped, c);
             if (c == 'u') {
-                unsigned code = 0;
-                for (int digit = 0; digit < 4; digit++, r->at++) {
-                    if (r->at == r->end || !isxdigit((unsigned char)*r->at))
-                        json_fail(r, "\\uXXXX");
-                    int value = isdigit((unsigned char)*r->at) ? *r->at - '0'
-                                                               : tolower(*r->at) - 'a' + 10;
-                    code = code * 16 + (unsigned)value;
-                }
+                char digits[5] = {0}, *stop;
+                memcpy(digits, r->at + 1, close - r->at > 4 ? 4 : 0);
+                unsigned long code = strtoul(digits, &stop, 16);
+                if (stop != digits + 4) json_fail(r, "\\uXXXX");
                 c = code > 0 && code < 128 ? (char)code : '?';
+                r->at += 4;
             } else if (known && c) {
-                c = to[known - from];
+                c = meant[known - escaped];
             }
         }
-        if (n + 1 == room) text = xrealloc(text, room *= 2, 1);
-        text[n++] = c;
+        *to++ = c;
     }
-    text[n] = 0;
-    if (r->at == r->end) json_fail(r, "the end of a string");
     r->at++;
     return text;
 }
 
-static inline size_t json_size(JsonReader *r) {
-    json_take(r, ' ');
-    size_t value = 0;
-    const char *first = r->at;
-    for (; r->at < r->end && *r->at >= '0' && *r->at <= '9'; r->at++) {
-        if (value > SIZE_MAX / 10 - 1) json_fail(r, "a smaller number");
-        value = value * 10 + (size_t)(*r->at - '0');
-    }
-    if (r->at == first) json_fail(r, "a number");
-    return value;
+// The next key of an object, behind its brace or a value, in fresh memory; NULL at the end.
+static inline char *json_key(JsonReader *r) {
+    int first = r->at[-1] == '{';
+    if (json_take(r, '}')) return NULL;
+    if (!first) json_expect(r, ',');
+    char *key = json_string(r);
+    json_expect(r, ':');
+    return key;
 }
 
 // [a, b, ...] into values; returns how many, at most max.
@@ -1350,8 +1335,14 @@ static inline int json_sizes(JsonReader *r, size_t *values, int max) {
     json_expect(r, '[');
     if (json_take(r, ']')) return 0;
     do {
-        if (n == max) json_fail(r, "a shorter list");
-        values[n++] = json_size(r);
+        size_t value = 0, digits = 0;
+        json_take(r, ' ');
+        for (; r->at < r->end && *r->at >= '0' && *r->at <= '9'; r->at++, digits++) {
+            if (value > SIZE_MAX / 10 - 1) json_fail(r, "a smaller number");
+            value = value * 10 + (size_t)(*r->at - '0');
+        }
+        if (!digits || n == max) json_fail(r, digits ? "a shorter list" : "a number");
+        values[n++] = value;
     } while (json_take(r, ','));
     json_expect(r, ']');
     return n;
@@ -1372,9 +1363,7 @@ static inline void json_tensor(JsonReader *r, TensorEntry *t, const uint8_t *dat
                                size_t data_size) {
     size_t range[2] = {1, 0};
     json_expect(r, '{');
-    do {
-        char *key = json_string(r);
-        json_expect(r, ':');
+    for (char *key; (key = json_key(r)); free(key)) {
         if (strcmp(key, "dtype") == 0) {
             char *dtype = json_string(r);
             snprintf(t->dtype, sizeof t->dtype, "%.7s", dtype);
@@ -1386,9 +1375,7 @@ static inline void json_tensor(JsonReader *r, TensorEntry *t, const uint8_t *dat
         } else {
             json_fail(r, "dtype, shape or data_offsets");
         }
-        free(key);
-    } while (json_take(r, ','));
-    json_expect(r, '}');
+    }
     t->count = 1;
     for (int k = 0; k < t->rank; k++) t->count = mul_size(t->count, t->shape[k]);
     size_t size = dtype_size(t->dtype);
@@ -1403,31 +1390,36 @@ static inline void json_tensor(JsonReader *r, TensorEntry *t, const uint8_t *dat
 // {"key": "value", ...}
 static inline void json_metadata(JsonReader *r, TensorFile *f) {
     json_expect(r, '{');
-    if (json_take(r, '}')) return;
-    do {
-        if ((f->meta_count & (f->meta_count - 1)) == 0)
-            f->meta = xrealloc(f->meta, 2 * (2 * (size_t)f->meta_count + 1), sizeof *f->meta);
-        f->meta[2 * f->meta_count] = json_string(r);
-        json_expect(r, ':');
+    for (char *key; (key = json_key(r)); f->meta_count++) {
+        f->meta = xrealloc(f->meta, 2 * (size_t)f->meta_count + 2, sizeof *f->meta);
+        f->meta[2 * f->meta_count] = key;
         f->meta[2 * f->meta_count + 1] = json_string(r);
-        f->meta_count++;
-    } while (json_take(r, ','));
-    json_expect(r, '}');
+        if (strcmp(key, TENSOR_CRC) == 0) f->crc = (const uint8_t *)r->at - 9;  // and a quote
+    }
+}
+
+// Dies if the checksum is not that of the file.
+static inline void tensor_file_check(const TensorFile *f) {
+    char digits[9];
+    uint32_t crc = crc32_add(0, f->bytes, (size_t)(f->crc - f->bytes));
+    crc = crc32_add(crc, (const uint8_t *)"00000000", 8);
+    crc = crc32_add(crc, f->crc + 8, (size_t)(f->bytes + f->size - f->crc) - 8);
+    snprintf(digits, sizeof digits, "%08x", (unsigned)crc);
+    CHECK(memcmp(digits, f->crc, 8) == 0, "%s: damaged tensor file (%s does not fit; a program "
+          "that rewrites the file must leave it out)", f->path, TENSOR_CRC);
 }
 
 // Opens a .safetensors file; dies with the reason if it is not one. Call tensor_file_close().
 static inline void tensor_file_open(TensorFile *f, const char *path) {
     *f = (TensorFile){.path = path};
-    f->bytes = file_bytes(path, &f->size, &f->mapped);
+    f->bytes = file_bytes(path, &f->size);
     uint64_t length = f->size >= 8 ? get_u64(f->bytes) : UINT64_MAX;
     CHECK(length <= f->size - 8, "%s: not a .safetensors file (the header does not fit)", path);
     const char *text = (const char *)f->bytes + 8;
     JsonReader r = {path, text, text, text + length};
     const uint8_t *data = f->bytes + 8 + length;
     json_expect(&r, '{');
-    do {
-        char *name = json_string(&r);
-        json_expect(&r, ':');
+    for (char *name; (name = json_key(&r));) {
         if (strcmp(name, "__metadata__") == 0) {
             free(name);
             json_metadata(&r, f);
@@ -1437,8 +1429,8 @@ static inline void tensor_file_open(TensorFile *f, const char *path) {
             f->entries = xrealloc(f->entries, 2 * (size_t)f->count + 1, sizeof *f->entries);
         f->entries[f->count] = (TensorEntry){.name = name};
         json_tensor(&r, &f->entries[f->count++], data, f->size - 8 - (size_t)length);
-    } while (json_take(&r, ','));
-    json_expect(&r, '}');
+    }
+    if (f->crc) tensor_file_check(f);
 }
 
 static inline void tensor_file_close(TensorFile *f) {
@@ -1446,7 +1438,7 @@ static inline void tensor_file_close(TensorFile *f) {
     for (int k = 0; k < 2 * f->meta_count; k++) free(f->meta[k]);
     free(f->entries);
     free(f->meta);
-    file_release(f->bytes, f->size, f->mapped);
+    file_release(f->bytes, f->size);
     *f = (TensorFile){0};
 }
 
@@ -1487,21 +1479,6 @@ static inline const char *tensor_meta(const TensorFile *f, const char *key) {
 
 // ---- writing
 
-typedef struct { char *text; size_t length, room; } Text;
-
-MB_PRINTF(2, 3) static inline void text_add(Text *t, const char *fmt, ...) {
-    va_list args, again;
-    va_start(args, fmt);
-    va_copy(again, args);
-    size_t n = (size_t)vsnprintf(NULL, 0, fmt, args);
-    va_end(args);
-    if (t->length + n + 1 > t->room)
-        t->text = xrealloc(t->text, t->room = 2 * (t->length + n + 1), 1);
-    vsnprintf(t->text + t->length, n + 1, fmt, again);
-    va_end(again);
-    t->length += n;
-}
-
 // "key": "value", with what JSON needs escaped.
 static inline void text_add_meta(Text *t, const char *key, const char *value) {
     text_add(t, "%s\"%s\":\"", t->text[t->length - 1] == '{' ? "" : ",", key);
@@ -1516,13 +1493,16 @@ static inline void text_add_meta(Text *t, const char *key, const char *value) {
     text_add(t, "\"");
 }
 
-static inline void out_floats(OutFile *out, const float *x, size_t count) {
+// Writes numbers; returns `crc` continued over their bytes.
+static inline uint32_t out_floats(OutFile *out, const float *x, size_t count, uint32_t crc) {
     uint8_t chunk[4096];
     for (size_t i = 0; i < count; i += 1024) {
         size_t n = count - i < 1024 ? count - i : 1024;
         for (size_t k = 0; k < n; k++) put_f32(chunk + 4 * k, x[i + k]);
         out_write(out, chunk, 4 * n);
+        crc = crc32_add(crc, chunk, 4 * n);
     }
+    return crc;
 }
 
 // A matrix to be written, or with rows = 0 a vector.
@@ -1532,12 +1512,14 @@ typedef struct {
     const float *data;
 } TensorOut;
 
-// Writes n float32 tensors. meta: JSON text of the metadata.
+// Writes n float32 tensors. meta: a JSON object, not empty, of the metadata.
 static inline void tensor_file_write(const char *path, const TensorOut *tensors, size_t n,
-                              const char *meta) {
+                                     const char *meta) {
     Text head = {0};
     size_t offset = 0;
-    text_add(&head, "{\"__metadata__\":%s", meta);
+    text_add(&head, "{\"__metadata__\":{\"" TENSOR_CRC "\":\"");
+    size_t crc_at = 8 + head.length;
+    text_add(&head, "00000000\",%s", meta + 1);
     for (const TensorOut *t = tensors; t < tensors + n; t++) {
         size_t end = offset + 4 * max_size(t->rows, 1) * t->columns;
         text_add(&head, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t->name);
@@ -1549,12 +1531,16 @@ static inline void tensor_file_write(const char *path, const TensorOut *tensors,
     while (head.length % 8) text_add(&head, " ");
     OutFile out;
     uint8_t length[8];
+    char digits[9];
     out_open(&out, path);
     put_u64(length, head.length);
     out_write(&out, length, 8);
     out_write(&out, head.text, head.length);
+    uint32_t crc = crc32_add(crc32_add(0, length, 8), (const uint8_t *)head.text, head.length);
     for (const TensorOut *t = tensors; t < tensors + n; t++)
-        out_floats(&out, t->data, max_size(t->rows, 1) * t->columns);
+        crc = out_floats(&out, t->data, max_size(t->rows, 1) * t->columns, crc);
+    snprintf(digits, sizeof digits, "%08x", (unsigned)crc);
+    out_rewrite(&out, (long)crc_at, digits, 8);
     out_commit(&out);
     free(head.text);
 }
@@ -1605,10 +1591,9 @@ static inline void info_tensors(const char *path) {
 // Prints what is in a dataset or tensor file.
 static inline void file_info(const char *path) {
     size_t size;
-    int mapped;
-    const uint8_t *bytes = file_bytes(path, &size, &mapped);
+    const uint8_t *bytes = file_bytes(path, &size);
     int dataset = size >= 8 && memcmp(bytes, DATASET_MAGIC, 8) == 0;
-    file_release(bytes, size, mapped);
+    file_release(bytes, size);
     if (dataset) info_dataset(path);
     else info_tensors(path);
 }
@@ -1626,55 +1611,24 @@ static inline int scored_compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// The labelled predictions of task y, sorted by score, in fresh memory.
-static inline Scored *scored_sorted(size_t *count, const float *scores, const float *labels,
-                                    size_t n, size_t Y, size_t y) {
-    Scored *list = xmalloc(n, sizeof *list);
-    *count = 0;
-    for (size_t i = 0; i < n; i++)
-        if (!isnan(labels[i * Y + y]))
-            list[(*count)++] = (Scored){scores[i * Y + y], labels[i * Y + y]};
-    qsort(list, *count, sizeof *list, scored_compare);
-    return list;
-}
-
-// End of the run of equal scores that begins at i.
-static inline size_t tie_end(const Scored *list, size_t n, size_t i) {
-    size_t end = i + 1;
-    while (end < n && list[end].score == list[i].score) end++;
-    return end;
-}
-
-// Area under the ROC curve by the rank sum, tied scores sharing their mean rank; NaN if only one
-// class is there. Labels above 0.5 are positive.
-static inline double roc_auc(const Scored *sorted, size_t n) {
-    double positives = 0, rank_sum = 0;
-    for (size_t i = 0; i < n;) {
-        size_t end = tie_end(sorted, n, i);
-        double rank = 0.5 * (double)(i + 1 + end);
-        for (; i < end; i++) {
-            positives += sorted[i].label > 0.5f;
-            rank_sum += sorted[i].label > 0.5f ? rank : 0;
-        }
+// ROC-AUC by the rank sum, tied scores sharing their mean rank, NaN if only one class is there; and
+// average precision: the sum over thresholds of precision * step in recall, NaN without positives.
+// Labels above 0.5 are positive.
+static inline void ranking_metrics(double *auc, double *ap, const Scored *sorted, size_t n) {
+    double positives = 0, below = 0, rank_sum = 0, precision_sum = 0;
+    for (size_t i = 0; i < n; i++) positives += sorted[i].label > 0.5f;
+    for (size_t i = 0, end; i < n; i = end) {  // a run of equal scores
+        double here = 0;
+        end = i;
+        do here += sorted[end++].label > 0.5f;
+        while (end < n && sorted[end].score == sorted[i].score);
+        rank_sum += here * 0.5 * (double)(i + 1 + end);
+        precision_sum += here * (positives - below) / (double)(n - i);
+        below += here;
     }
-    double negatives = (double)n - positives;
-    if (positives == 0 || negatives == 0) return (double)NAN;
-    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives);
-}
-
-// Average precision: sum over thresholds of precision * step in recall; NaN without positives.
-static inline double average_precision(const Scored *sorted, size_t n) {
-    double total = 0, found = 0, sum = 0;
-    for (size_t i = 0; i < n; i++) total += sorted[i].label > 0.5f;
-    for (size_t end = n; end > 0;) {  // from the highest score down, ties together
-        size_t begin = end - 1;
-        while (begin > 0 && sorted[begin - 1].score == sorted[end - 1].score) begin--;
-        double before = found;
-        for (size_t i = begin; i < end; i++) found += sorted[i].label > 0.5f;
-        sum += (found - before) * found / (double)(n - begin);
-        end = begin;
-    }
-    return total > 0 ? sum / total : (double)NAN;
+    double pairs = positives * ((double)n - positives);
+    *auc = pairs > 0 ? (rank_sum - positives * (positives + 1) / 2) / pairs : (double)NAN;
+    *ap = positives > 0 ? precision_sum / positives : (double)NAN;
 }
 
 enum { METRIC_AUC, METRIC_AP, METRIC_RMSE, METRIC_MAE, METRIC_R2, METRICS };
@@ -1683,9 +1637,13 @@ static const char *const METRIC_NAMES[METRICS] = {"ROC-AUC", "AP", "RMSE", "MAE"
 // All metrics of task y that make sense for its kind, NaN for the others and where undefined.
 // scores (n, Y): logits (in float32 large probabilities are all 1), or predicted values.
 static inline void task_metrics(double metric[METRICS], TaskKind kind, const float *scores,
-                         const float *labels, size_t n, size_t Y, size_t y) {
-    size_t count;
-    Scored *list = scored_sorted(&count, scores, labels, n, Y, y);
+                                const float *labels, size_t n, size_t Y, size_t y) {
+    size_t count = 0;
+    Scored *list = xmalloc(n, sizeof *list);
+    for (size_t i = 0; i < n; i++)
+        if (!isnan(labels[i * Y + y]))
+            list[count++] = (Scored){scores[i * Y + y], labels[i * Y + y]};
+    qsort(list, count, sizeof *list, scored_compare);
     double square = 0, absolute = 0, mean = 0, variance = 0;
     int varied = 0;  // constant labels have a variance too, of rounding
     for (int k = 0; k < METRICS; k++) metric[k] = (double)NAN;
@@ -1698,8 +1656,7 @@ static inline void task_metrics(double metric[METRICS], TaskKind kind, const flo
         variance += ((double)list[i].label - mean) * ((double)list[i].label - mean);
     }
     if (kind == TASK_CLASSIFICATION) {
-        metric[METRIC_AUC] = roc_auc(list, count);
-        metric[METRIC_AP] = average_precision(list, count);
+        ranking_metrics(&metric[METRIC_AUC], &metric[METRIC_AP], list, count);
     } else if (count > 0) {
         metric[METRIC_RMSE] = sqrt(square / (double)count);
         metric[METRIC_MAE] = absolute / (double)count;
@@ -1711,7 +1668,7 @@ static inline void task_metrics(double metric[METRICS], TaskKind kind, const flo
 // Means over the tasks in which a metric is defined; NaN if there is none, and of errors in the
 // labels' units, which several tasks need not share.
 static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores,
-                         const float *labels, size_t n, size_t Y) {
+                                const float *labels, size_t n, size_t Y) {
     double sum[METRICS] = {0}, count[METRICS] = {0}, metric[METRICS];
     for (size_t y = 0; y < Y; y++) {
         task_metrics(metric, kind, scores, labels, n, Y, y);

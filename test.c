@@ -13,6 +13,21 @@
 #if defined(__GNUC__) || defined(__clang__)
 #pragma GCC diagnostic ignored "-Wunused-function"  // not every function has a test of its own
 #endif
+#define _POSIX_C_SOURCE 200809L
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static int folders_flushed;
+
+// fsync() that counts the folders it is asked for.
+static int counting_fsync(int fd) {
+    struct stat info;
+    folders_flushed += fstat(fd, &info) == 0 && S_ISDIR(info.st_mode);
+    return fsync(fd);
+}
+#define fsync counting_fsync
+#endif
 #define MB_PROGRAM "test"
 #define MOLEBLEND_TEST
 #define DATA_PREP_TEST
@@ -403,8 +418,10 @@ static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logi
             report_add(r, "losses of ten steps", relative_error(&ours, trace + s * columns + k, 1),
                        1e-4);
         }
+        // ten steps enlarge rounding: builds differ from the official norm by 6e-6 (x87) to 1.3e-4
+        // (every one that adds up in the order of the source)
         float norm = (float)adamw_step(&g->s.model, &g->adam, (int64_t)s + 1);
-        if (norms) report_add(r, "gradient norms", relative_error(&norm, norms + s, 1), 1e-4);
+        if (norms) report_add(r, "gradient norms", relative_error(&norm, norms + s, 1), 3e-4);
     }
     free(loss);
     free(trace);
@@ -1500,7 +1517,7 @@ static void test_dataset(void) {
                 isnan(m.labels[1]) == isnan(expected.labels[1]);
     }
     test_check(same == 40, "dataset round trip: %d of 40 molecules the same", same);
-    // any bytes behind a right checksum: an error or a molecule, never a crash
+    // any bytes, as if behind a right checksum: an error or a molecule, never a crash
     uint8_t record[4096];
     uint64_t begin = get_u64(d.index + 8 * 20) >> 16, end = get_u64(d.index + 8 * 21) >> 16;
     size_t size = (size_t)(end - begin);
@@ -1510,8 +1527,7 @@ static void test_dataset(void) {
         for (uint32_t change = 0; change < 1 + k % 3; change++)
             record[4 + rng_bits(k, 60, change, 0, 0) % (size - 4)] =
                 (uint8_t)rng_bits(k, 61, change, 0, 0);
-        put_u32(record, crc32_add(0, record + 4, size - 4));
-        refused += record_decode(&m, record, size, 2) != NULL;
+        refused += record_content(&m, record, size, 2) != NULL;
     }
     test_check(refused > 3000 && refused < 20000, "mutated records: %d of 20000 refused", refused);
     dataset_close(&d);
@@ -1532,7 +1548,7 @@ static void test_checkpoint(void) {
     tensor_file_open(&f, path);
     Config read = tensor_file_config(&f);
     test_check(memcmp(&c, &read, sizeof c) == 0, "sizes from a checkpoint's shapes");
-    test_check(f.meta_count == 2 && tensor_meta(&f, "quote\"d") &&
+    test_check(f.meta_count == 3 && tensor_meta(&f, "quote\"d") &&
                    !strcmp(tensor_meta(&f, "quote\"d"), "a\\b"),
                "metadata with escapes");
     model_create(&again, c, 0);
@@ -1608,7 +1624,8 @@ static void test_parameter_table(void) {
 
 // Runs a command with its output in build/test.out; returns the exit code.
 static int run_command(const char *command) {
-    char *line = xprintf("(%s\n) > build/test.out 2>&1", command);
+    char *line = xprintf("%s%s%s > build/test.out 2>&1", MB_POSIX ? "(" : "", command,
+                         MB_POSIX ? "\n)" : "");
     fflush(stdout);
     int status = system(line);
     free(line);
@@ -1637,9 +1654,11 @@ static int same_files(const char *a, const char *b) {
     return same;
 }
 
-// The command must end with this code, and its output contain this text.
+// The command must end with this code, and its output contain this text. Not run where there is no
+// Unix shell and it needs one.
 static void test_command(const char *command, int code, const char *expected) {
     size_t n;
+    if (!MB_POSIX && strpbrk(command, "|&;'")) return;
     int got = run_command(command);
     char *text = file_text("build/test.out", &n);
     test_check(got == code && strstr(text, expected),
@@ -1706,13 +1725,12 @@ static void test_messages(void) {
         {"./moleblend embed build/test_train.bin --model build/test_ft.safetensors -o "
          "build/test.npy", 0, "6 of 40 molecules have no positions"},
         {"printf 'smiles,a,b\\nC,0,1\\nCC,1,1\\nCCC,0,1\\n' | ./data_prep --format csv --labels "
-         "a,b -o build/test_class.bin -", 0, "3"},
-        {"./moleblend finetune build/test_class.bin --valid build/test_class.bin --size tiny", 1,
-         "task b: all labels are 1; expected both classes"},
+         "a,b -o build/test_class.bin - && ./moleblend finetune build/test_class.bin --valid "
+         "build/test_class.bin --size tiny", 1, "task b: all labels are 1; expected both classes"},
         {"printf 'smiles,a\\nC,0\\nCC,1\\nCCC,0\\n' | ./data_prep --format csv --labels a -o "
-         "build/test_class.bin -", 0, "3"},
-        {"./moleblend finetune build/test_class.bin --valid build/test_class.bin --size tiny "
-         "--epochs 1 -o build/test_ft2.safetensors", 0, "classification: the labels are all 0 and"},
+         "build/test_class.bin - && ./moleblend finetune build/test_class.bin --valid "
+         "build/test_class.bin --size tiny --epochs 1 -o build/test_ft2.safetensors", 0,
+         "classification: the labels are all 0 and"},
         {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors", 0,
          "name,logP,\"with,comma\"\nmol ,"},
         {"./data_prep --labels none -o build/test_bare.bin data/sample.sdf", 1, "--labels"},
@@ -1770,6 +1788,167 @@ static void test_example(void) {
                    written[k]);
     free(source);
 }
+
+#if MB_POSIX
+// Exit code of a process of its own that does run(argument); its stderr is build/test.out.
+static int run_apart(void (*run)(void *argument), void *argument) {
+    int status = -1;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        FILE *out = freopen("build/test.out", "w", stderr);
+        if (out) run(argument);
+        _exit(0);
+    }
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + status;
+}
+
+// run(argument) must end its process with code 1 and say this.
+static void test_apart(void (*run)(void *argument), void *argument, const char *expected) {
+    size_t n;
+    int code = run_apart(run, argument);
+    char *text = file_text("build/test.out", &n);
+    test_check(code == 1 && strstr(text, expected), "exit code %d, expected 1 and \"%s\" in: %s",
+               code, expected, text);
+    free(text);
+}
+
+// The model of a file, which must be that of `argument` if it is taken at all.
+static void load_damaged(void *argument) {
+    const Model *model = argument;
+    Model again;
+    TensorFile f;
+    tensor_file_open(&f, "build/test_bad.bin");
+    model_create(&again, tensor_file_config(&f), 1);
+    model_load(&again, again.params, &f, "");
+    model_load(&again, again.m, &f, "exp_avg.");
+    if (again.count != model->count ||
+        memcmp(again.params, model->params, sizeof(float) * model->count) != 0 ||
+        memcmp(again.m, model->m, sizeof(float) * model->count) != 0 ||
+        tensor_value(tensor_find(&f, "log"), 1) != 1)
+        _exit(2);
+    _exit(0);
+}
+
+// A flipped bit of a state that goes unnoticed and changes what is read: every bit of the start of
+// the header, some of the rest.
+static void test_flips(void) {
+    const float log[] = {0, 1, 2, 3};
+    Model model;
+    size_t n;
+    int wrong = 0, refused = 0, tried = 0;
+    model_create(&model, (Config){1, 8, 8, 2, 2, 0}, 1);
+    model_init(&model, 3);
+    for (size_t k = 0; k < model.count; k++) model.m[k] = 0.5f;
+    float *const arenas[ARENAS] = {model.params, model.m, model.v};
+    model_write("build/test_bad.bin", &model, arenas, &(TensorOut){"log", 2, 2, log}, 1,
+                "{\"step\":\"2\"}");
+    test_check(run_apart(load_damaged, &model) == 0, "the state without damage is read");
+    char *bytes = file_text("build/test_bad.bin", &n);
+    for (size_t k = 0; k < 560; k++, tried++) {
+        size_t bit = k < 416 ? k : rng_bits(1, 71, 0, 0, (uint32_t)k) % (8 * n);
+        FILE *f = fopen("build/test_bad.bin", "wb");
+        CHECK(f, "cannot write build/test_bad.bin");
+        bytes[bit / 8] = (char)(bytes[bit / 8] ^ 1 << bit % 8);
+        fwrite(bytes, 1, n, f);
+        fclose(f);
+        bytes[bit / 8] = (char)(bytes[bit / 8] ^ 1 << bit % 8);
+        int code = run_apart(load_damaged, &model);
+        refused += code == 1;
+        wrong += code != 0 && code != 1;
+    }
+    test_check(wrong == 0 && refused > tried - 130,
+               "flipped bits of a state: %d of %d refused, %d change what is read", refused, tried,
+               wrong);
+    free(bytes);
+    model_free(&model);
+}
+
+static void read_last(void *dataset) {
+    Dataset *d = dataset;
+    Molecule m = {0};
+    dataset_read(d, d->count - 1, &m);
+}
+
+static void ask_for_memory(void *count) {
+    memory_check(*(size_t *)count, "this", "less");
+}
+
+// A machine that gives less than was asked for: a crash, a hang, silence, or something left behind.
+static void test_machine(void) {
+    static const struct { const char *command; int code; const char *expected;
+    } table[] = {
+        // a full disk behind stdout
+        {"./moleblend --help > /dev/full", 1, "moleblend: standard output: write failed: No space"},
+        {"./moleblend info build/test_train.bin > /dev/full", 1, "standard output: write failed"},
+        {"./moleblend show build/test_train.bin 2 > /dev/full", 1, "standard output: write failed"},
+        {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors > /dev/full",
+         1, "standard output: write failed"},
+        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --epochs 1 "
+         "--size tiny -o build/test_ft2.safetensors > /dev/full", 1,
+         "standard output: write failed"},
+        {"./data_prep --dump build/test_train.bin > /dev/full", 1,
+         "data_prep: standard output: write failed"},
+        {"./data_prep --help > /dev/full", 1, "data_prep: standard output: write failed"},
+        // and behind an output
+        {"ln -sf /dev/full build/test_full.bin.tmp; timeout 9 ./data_prep -o build/test_full.bin "
+         "data/ethanol.sdf; c=$?; rm build/test_full.bin.tmp; exit $c", 1,
+         "build/test_full.bin.tmp: cannot write"},
+        {"./data_prep -o build/test_c.bin data/sample.sdf <&- 2>&- && ./moleblend info "
+         "build/test_c.bin", 0, "dataset, 2000 molecules"},
+        // files that are none
+        {"rm -f build/test_fifo*; mkfifo build/test_fifo; timeout 9 ./moleblend build/test_fifo", 1,
+         "build/test_fifo: cannot read: expected a regular file"},
+        {"timeout 9 ./moleblend info build/test_fifo", 1, "expected a regular file"},
+        {"timeout 9 ./moleblend show /dev/zero 0", 1, "/dev/zero: cannot read: expected a regular"},
+        {"mkfifo build/test_fifo_valid.bin; cp build/test_train.bin build/test_fifo_train.bin; "
+         "timeout 9 ./moleblend build/test_fifo_train.bin --size tiny -o build/test_x.safetensors",
+         1, "build/test_fifo_valid.bin: cannot read: expected a regular file"},
+        // ulimit -f, -v: the checkpoint of before stays, nothing else does
+        {"rm -f build/test_u.*; ./moleblend build/test_train.bin --size tiny --steps 1 -o "
+         "build/test_u.safetensors && cp build/test_u.safetensors build/test_u.copy && "
+         "(ulimit -f 2000; ./moleblend build/test_train.bin --size tiny --steps 2 -o "
+         "build/test_u.safetensors); c=$?; cmp build/test_u.safetensors build/test_u.copy && "
+         "! ls build/test_u.*.tmp && exit $c", 1, "write failed: File too large"},
+        {"(ulimit -f 20; ./data_prep -o build/test_u.bin data/sample.sdf); c=$?; "
+         "! ls build/test_u.*.tmp build/test_u.bin && exit $c", 1, "write failed: File too large"},
+#if !defined(__SANITIZE_ADDRESS__)
+        {"(ulimit -v 400000; ./moleblend build/test_train.bin --size base --threads 1 -o "
+         "build/test_u.safetensors); c=$?; cmp build/test_u.safetensors build/test_u.copy && "
+         "! ls build/test_u.*.tmp && exit $c", 1, "this model needs 0.7 GiB of memory, and 0.4"},
+#endif
+        // numbers that are none
+        {"./moleblend embed build/test_train.bin --model build/test_nan.safetensors -o "
+         "build/test.npy", 1, "layers.1.fc1.weight: number 3 is not finite"},
+        {"./moleblend predict build/test_train.bin --model build/test_meta.safetensors", 1,
+         "build/test_meta.safetensors: metadata label_std: expected 2 numbers"},
+    };
+    const char *meta = "{\"task\":\"regression\",\"task_names\":\"a\\nb\",\"label_mean\":"
+                       "\"0 0\",\"label_std\":\"1 2x\"}";
+    Model model;
+    Dataset d;
+    model_create(&model, (Config){2, 24, 20, 3, 12, 2}, 1);
+    model_init(&model, 9);
+    folders_flushed = 0;
+    float *const arenas[ARENAS] = {model.params};
+    model_write("build/test_meta.safetensors", &model, arenas, NULL, 0, meta);
+    test_check(folders_flushed == 1, "the folder of an output is flushed %d times",
+               folders_flushed);
+    model.p.layer[1].ffn1_w[3] = NAN;
+    model_write("build/test_nan.safetensors", &model, arenas, NULL, 0, meta);
+    model_free(&model);
+    for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
+        test_command(table[k].command, table[k].code, table[k].expected);
+    write_test_dataset("build/test_bad.bin", 400, 0);
+    dataset_open(&d, "build/test_bad.bin");
+    CHECK(truncate("build/test_bad.bin", 4096) == 0, "cannot cut build/test_bad.bin");
+    test_apart(read_last, &d, "build/test_bad.bin: was cut short while it was read");
+    dataset_close(&d);
+    size_t count = (size_t)1 << 50;
+    test_apart(ask_for_memory, &count, "GiB of memory, and ");
+}
+#endif
 
 // Damaged files: every byte position class gives one line and exit code 1, or is not used.
 static void test_damage(void) {
@@ -1874,6 +2053,12 @@ static void test_reproducible(void) {
         test_command("./data_prep -o build/test_s.bin data/sample.sdf & "
                      "./data_prep -o build/test_s.bin data/sample.sdf; wait; "
                      "./moleblend info build/test_s.bin", 0, "dataset, 2000 molecules");
+    test_command("LC_ALL=C sed -e 's/moleblend.crc32/moleblend_crc32/' "
+                 "-e 's/\"step\":\"60/\"step\":\"6x/' build/test_k.safetensors.state > "
+                 "build/test_m.safetensors.state", 0, "");
+    line = xprintf("%s --resume -o build/test_m.safetensors", base);
+    test_command(line, 1, "metadata step: expected a whole number, found \"6x\"");
+    free(line);
     // --resume takes the options from the state, names each that differs, and allows more steps
     line = xprintf("%s --lr 0.5 --clip 3 --resume -o build/test_k.safetensors", base);
     test_command(line, 1, "--lr: the run began with \"0.0003\", now it is \"0.5\"\n"
@@ -1942,30 +2127,20 @@ static void test_not_finite(void) {
                  "molecule 1: task a: label 1e+20 is beyond range");
 }
 
-// Quotas of control groups, both versions, as the kernel shows them.
+// A quota that goes unnoticed: of control groups (version 2), as the kernel shows them.
 static void test_quota(void) {
-    static const char *const setup =
-        "rm -rf build/v1 build/v2; mkdir -p build/v1/proc/self build/v2/proc/self "
-        "build/v1/sys/fs/cgroup/cpu/job build/v2/sys/fs/cgroup/a/b; "
-        "printf '5:cpuset:/\\n4:cpu,cpuacct:/job\\n0::/\\n' > build/v1/proc/self/cgroup; "
-        "echo 150000 > build/v1/sys/fs/cgroup/cpu/job/cpu.cfs_quota_us; "
-        "echo 100000 > build/v1/sys/fs/cgroup/cpu/job/cpu.cfs_period_us; "
-        "echo -1 > build/v1/sys/fs/cgroup/cpu/cpu.cfs_quota_us; "
-        "echo 100000 > build/v1/sys/fs/cgroup/cpu/cpu.cfs_period_us; "
-        "echo 0::/a/b > build/v2/proc/self/cgroup; "
-        "echo max 100000 > build/v2/sys/fs/cgroup/a/b/cpu.max; "
-        "echo 300000 100000 > build/v2/sys/fs/cgroup/a/cpu.max";
-    run_command(setup);
-    test_check(cpu_quota("build/v1") == 1.5, "quota of version 1: %g", cpu_quota("build/v1"));
-    test_check(cpu_quota("build/v2") == 3, "quota of version 2, of the group above: %g",
-               cpu_quota("build/v2"));
-    test_check(cpu_quota("build/none") == 0, "no control groups: no quota");
-    run_command("printf 'MemTotal: 9 kB\nMemAvailable: 3000 kB\n' > build/v2/proc/meminfo; "
-                "cp build/v2/proc/meminfo build/v1/proc/; "
-                "echo 1000000 > build/v2/sys/fs/cgroup/memory.max");
-    test_check(memory_available("build/v1") == 3072000 && memory_available("build/v2") == 1000000,
-               "memory: %g, in a container %g", memory_available("build/v1"),
-               memory_available("build/v2"));
+    if (!MB_POSIX) return;
+    run_command("rm -rf build/v2; mkdir -p build/v2/proc/self build/v2/sys/fs/cgroup/a/b; "
+                "printf '4:cpu:/job\\n0::/a/b\\n' > build/v2/proc/self/cgroup; "
+                "echo max 100000 > build/v2/sys/fs/cgroup/a/b/cpu.max; "
+                "echo 300000 100000 > build/v2/sys/fs/cgroup/a/cpu.max");
+    test_check(group_limit("build/v2", "cpu.max") == 3, "quota of the group above: %g",
+               group_limit("build/v2", "cpu.max"));
+    test_check(group_limit("build/none", "cpu.max") == 0, "no control groups: no quota");
+    run_command("printf 'MemTotal: 9 kB\nMemAvailable: 3000 kB\n' > build/v2/proc/meminfo");
+    test_check(memory_limit("build/v2") == 3072000, "memory: %g", memory_limit("build/v2"));
+    run_command("echo 2000000 > build/v2/sys/fs/cgroup/a/b/memory.max");
+    test_check(memory_limit("build/v2") == 2000000, "of a group: %g", memory_limit("build/v2"));
 #if MB_POSIX
     test_command("ulimit -v 3000000; ./moleblend build/test_train.bin --size base --batch-size 40 "
                  "--dim 2048 --ffn 8192 --layers 20 --heads 32", 1, "this model needs ");
@@ -2002,14 +2177,15 @@ static void test_busy(void) {
 // Converts one record of text. Returns 1 if it was kept: then w->molecule holds it.
 static int prep_convert(Worker *w, Format format, const char *text, size_t size, Outcome *o) {
     static int columns[4] = {-1, -1, 0, -1};
-    char *task = "y";
-    Conversion c = {.max_atoms = 512, .n_tasks = 1, .task_names = &task};
+    static PrepOptions opt = {.max_atoms = MAX_ATOMS};
+    static Conversion c = {.opt = &opt};
     Source s = {.path = "test", .format = format, .n_columns = 4, .smiles_column = 0,
                 .name_column = format == FORMAT_CSV ? 1 : -1, .task_of_column = columns};
-    Record r = {text, size, 0};
+    Record r = {text, size, 0, NULL};
     Lines in = {text, text + size, 0};
     *o = (Outcome){0};
     w->used = 0;
+    add_task(&c, (Span){"y", 1});
     return convert_record(&c, &s, &r, w, &in, o) == 0;
 }
 
@@ -2530,6 +2706,7 @@ static const struct {
     {FORMAT_SMI, "C%1", 1, 2, "expected % and two digits, found \"%\""},
     {FORMAT_SMI, "C%(", 1, 2, "expected %( up to five digits ), found \"%\""},
     {FORMAT_SMI, "C(C)(C)(C)(C)C", 0, 0, "atom 1 (C): valence 5 is greater than permitted"},
+    {FORMAT_SMI, "[CH260]", 0, 0, "atom 1 (C): valence 260 is greater than permitted"},  // was CH4
     {FORMAT_SMI, "c1cccc1", 0, 0, "the aromatic ring system of atom 1 has no Kekule structure"},
     {FORMAT_SMI, "cC", 0, 0, "atom 1 (C) is marked aromatic but in no ring"},
     {FORMAT_SMI, "*1cccc1", 0, 0, "the aromatic ring of atom 1 has a dummy atom"},
@@ -2574,11 +2751,13 @@ static const struct {
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1\n", 6, 0,
      "expected COUNTS atoms bonds, found \"COUNTS 1\""},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 99999 0\n", 6, 0,
-     "99999 atoms, 0 bonds (at most 65535 atoms can be read)"},
+     "99999 atoms, 0 bonds (at most 65535 and 262140 can be read)"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0\n", 8, 0,
      "expected index, symbol, x, y, z and map number, found 4 fields"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 Zz 0 0 0 0\n", 8, 10,
      "expected an element symbol, found \"Zz\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0 MASS=1e300\n", 8,
+     0, "expected a mass, found \"MASS=1e300\""},  // a cast that nothing defines
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 1\n" V3ATOM "M  V30 BEGIN BOND\nM  V30 1 1 1 2\n", 11, 14,
      "expected the index of an atom, found \"2\""},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\n" V3ATOM "M  END\n", 10, 1,
@@ -2605,6 +2784,141 @@ static void test_faults(Worker *w) {
     store_molecule(w, &o);
     test_check(w->used == used && strcmp(o.fault.text, "bond feature out of range") == 0,
                "an unreadable record was kept: \"%s\"", o.fault.text);
+}
+
+// Writes a pattern to *out up to its end or an unpaired }, and returns that place. {N|text} is text
+// N times, # in it the number of the time; such groups may be nested.
+static const char *prep_expand(const char *p, int number, char **out) {
+    for (; *p && *p != '}'; p++) {
+        if (*p == '#') {
+            *out += sprintf(*out, "%d", number);
+        } else if (*p == '{') {
+            char *end;
+            int count = (int)strtol(p + 1, &end, 10);
+            for (int k = 1; k <= count; k++) p = prep_expand(end + 1, k, out);
+        } else {
+            *(*out)++ = *p;
+        }
+    }
+    **out = 0;
+    return p;
+}
+
+enum { PREP_TEXT_MAX = 40 << 20 };
+
+// SMILES that took too long or too much memory once, or passed for something else, and what becomes
+// of them ("": kept) with so many MiB of memory.
+static const struct { const char *catches, *pattern, *kind; int most; } PREP_HOSTILE[] = {
+    {"hours for two atoms with 509 common neighbours", "[Fe]{509|(C%(#))}.[U]{509|%(#)}",
+     "too intricate", 10},
+    {"a minute for the CIP ranks of a long peptide", "N{13000|[C@@H](C)C(=O)N}",
+     "too intricate", 30},
+    {"memory that grows with the square of a ladder", "C1C{4000|C2C1C1C2}CC1", "", 10},
+    {"as much memory as there are ring numbers", "C{4000000|1}", "too intricate", 200},
+    {"ring numbers times neighbours of a centre", "[C@](F){50000|%(#)}{50000|.C%(#)}",
+     "too intricate", 20},
+    {"the square of the hydrogens of a centre", "[Fe@]{30000|([H])}C", "too intricate", 20},
+    {"the square of the double bonds of an atom", "[U]{30000|(=CC)}C", "too intricate", 30},
+    {"a ring sorted by insertion", "C1{65000|C}1", "too intricate", 30},
+    {"260 hydrogen atoms counted as 4", "C{260|([H])}", "valence too high", 10},
+    {"too many bonds called too many atoms", "[Fe]{40000|(C%(#))}.[U]{40000|%(#)}",
+     "too many bonds", 30},
+};
+
+// Catches records that hang the run, and a verdict that depends on what was converted before.
+static void test_hostile_records(void) {
+    char *text = xmalloc(PREP_TEXT_MAX, 1);
+    Outcome o;
+    for (size_t k = 0; k < sizeof PREP_HOSTILE / sizeof *PREP_HOSTILE; k++) {
+        Worker w = {0};
+        char *end = text;
+        prep_expand(PREP_HOSTILE[k].pattern, 0, &end);
+#if MB_POSIX
+        alarm(120);  // ends the test if this one hangs
+#endif
+        int kept = prep_convert(&w, FORMAT_SMI, text, (size_t)(end - text), &o);
+        int64_t left = w.mol.arena.left;
+        test_check(strcmp(kept ? "" : o.fault.kind, PREP_HOSTILE[k].kind) == 0, "%s: got \"%s\"",
+                   PREP_HOSTILE[k].catches, kept ? "" : o.fault.kind);
+        mol_clear(&w.mol);  // the base grows to what was needed
+        test_check(w.mol.arena.room >> 20 < (size_t)PREP_HOSTILE[k].most, "%s: %zu bytes",
+                   PREP_HOSTILE[k].catches, w.mol.arena.room);
+        if (kept) prep_convert(&w, FORMAT_SMI, text, (size_t)(end - text), &o);
+        test_check(!kept || left == w.mol.arena.left, "%s: the steps depend on the arena",
+                   PREP_HOSTILE[k].catches);
+        worker_free(&w);
+    }
+#if MB_POSIX
+    alarm(0);
+#endif
+    free(text);
+}
+
+#define NAMED "build/test_hostile."
+#define SD_HEAD "x\n\n\n  1  0  0     0  0            999 V2000\n" \
+                "    0.0000    0.0000    0.0000 C   0  0\nM  END\n"
+
+// Files that ended or misled a run: their ending, pattern, options for data_prep, its exit code and
+// what it says.
+static const struct { const char *ending, *pattern, *options; int code; const char *expected;
+} PREP_FILES[] = {
+    // 57 GiB for a row: every quoted field took room for all that follow it
+    {"csv", "smiles{4001|,c#}\nC{4000|,\"1\"},\"{15000000|x}\"\n", "--labels c1", 0, "1 molecules"},
+    // an open quote swallowed all rows behind it and was called a malformed SMILES
+    {"csv", "smiles,y,z\nC,1,a\nCC,2,\"oops\n{50|C},3,b\nCCC,4,c\n", "--labels y", 0,
+     NAMED "csv:3: column 6: the quote that opens here is never closed"},
+    {"csv", "smiles,z,y\nC,\"a\nb\",1\n\"CC,2\nCCC,4,c\n", "", 0, "csv:4: column 1: the quote"},
+    {"csv", "smiles,z,y\nC,\"a\nb\",1\n\"CC,2\nCCC,4,c\n", "", 0, "kept 2 (4 atoms)"},
+    {"csv", "smiles,\"y\nC,2\n", "", 1, "csv:1: the header has a quote that is never closed"},
+    // the rest of a line that is too long was a record of its own
+    {"smi", "C {30000000|x}\nCC\nC(\n", "", 0, "read 3 records from 1 file, kept 1"},
+    {"smi", "C {30000000|x}\nCC\nC(\n", "", 0, "smi:3: column 3: expected an atom, found the end"},
+    {"sdf", SD_HEAD "{3000000|> <y>\n1\n\n}$$$$\n" SD_HEAD "$$$$\n", "", 0, "read 2 records"},
+    // the last of two columns was taken
+    {"csv", "smiles,y,y\nC,1,2\n", "--labels y", 1, "columns 2 and 3 are both named \"y\"; rename"},
+    {"csv", "smiles,SMILES\nC,C\n", "", 1, "columns 1 and 2 are both named \"SMILES\"; rename"},
+    // a line break in a task's name shifted the columns of `predict`
+    {"csv", "smiles,\"a\nb\"\nC,1\n", "--labels 'a b'", 0, "1 molecules"},
+    // columns and labels went without a word
+    {"csv", "smiles,n,y,e\nC,7,1,\nCC,x,2,\n", "--labels all", 0,
+     "leaves out \"n\": no usable number in record 2\n--labels all leaves out \"e\": no values\n"},
+    {"sdf", SD_HEAD "> <n>\nx\n\n> <y>\n1\n\n$$$$\n", "--labels all", 0,
+     "leaves out \"n\": no usable number in record 1\n"},
+    {"csv", "smiles,y\nC,1e31\nCC,2\n", "--labels y", 0,
+     "labels that are no numbers up to 1e30, taken as missing: 1"},
+    // looked up every tag among all labels
+    {"sdf", "{300|" SD_HEAD "{4000|> <t#>\n1\n\n}$$$$\n}", "--labels all", 0, "300 molecules"},
+    // no text
+    {"sdf.gz", "\x1F\x8B\x08", "", 1, NAMED "sdf.gz: is compressed by gzip; type: gzip -dc " NAMED
+     "sdf.gz | ./data_prep --format sdf ... -"},
+    {"xz", "\xFD" "7zXZ", "", 1, "type: xz -dc " NAMED "xz | ./data_prep --format FORMAT ... -"},
+    {"csv", "PK\3\4", "", 1, "a zip archive; type: unzip -p " NAMED "csv"},
+    {"csv", "\xFF\xFEs", "", 1, "UTF-16 text; type: iconv -f UTF-16 -t UTF-8 " NAMED "csv"},
+    // a byte order mark was part of the SMILES
+    {"smi", "\xEF\xBB\xBF" "C\n", "", 0, "1 molecules"},
+};
+
+static void test_hostile_files(void) {
+    char *text = xmalloc(PREP_TEXT_MAX, 1), *end;
+    for (size_t k = 0; k < sizeof PREP_FILES / sizeof *PREP_FILES; k++) {
+        char *path = xprintf(NAMED "%s", PREP_FILES[k].ending);
+        FILE *f = fopen(path, "wb");
+        prep_expand(PREP_FILES[k].pattern, 0, (end = text, &end));
+        CHECK(f && fwrite(text, 1, (size_t)(end - text), f) == (size_t)(end - text) &&
+              fclose(f) == 0, "%s: cannot write", path);
+        char *command = xprintf("ulimit -t 30; ./data_prep -o build/test_hostile.bin %s %s",
+                                PREP_FILES[k].options, path);
+        test_command(command, PREP_FILES[k].code, PREP_FILES[k].expected);
+        remove(path);
+        free(command);
+        free(path);
+    }
+    free(text);
+    FILE *full = fopen("/dev/full", "wb");  // what is printed there is lost
+    if (!full) return;
+    fclose(full);
+    test_command("./data_prep --help > /dev/full", 1, "standard output: write failed");
+    test_command("./data_prep --dump train.bin --range 0:2 > /dev/full", 1, "write failed");
 }
 
 // Catches a number reader that rounds other than strtod.
@@ -2756,10 +3070,11 @@ static void test_scaffolds(Worker *w) {
         {"c1ccccc1Cc1ccccc1", "Cc1ccccc1C(C)c1ccccc1O", NULL, NULL},
         {"c1ccc2ccccc2c1", "Cc1ccc2ccccc2c1", NULL, NULL},
         {"C1CCC2CCCCC2C1", NULL, NULL, NULL}, {"C1CCCC1C1CCCC1", NULL, NULL, NULL},
-        {"c1cc[nH]c1", "Cn1cccc1", NULL, NULL}, {"n1ccccc1", NULL, NULL, NULL}};
-    ScaffoldKey key[10][4], all[10];
+        {"c1cc[nH]c1", "Cn1cccc1", NULL, NULL}, {"n1ccccc1", NULL, NULL, NULL},
+        {"C1CCCC[CH2:2147483647]1", NULL, NULL, NULL}};  // an overflow once
+    ScaffoldKey key[11][4], all[10];
     Outcome o;
-    for (int g = 0; g < 10; g++) {
+    for (int g = 0; g < 11; g++) {
         for (int k = 0; k < 4 && groups[g][k]; k++) {
             prep_convert(w, FORMAT_SMI, groups[g][k], strlen(groups[g][k]), &o);
             key[g][k] = scaffold_key(&w->mol);
@@ -2833,10 +3148,12 @@ static void test_threads(void) {
     static Record records[20 * N];
     static Outcome outcomes[20 * N];
     uint32_t crc[3];
-    Conversion c = {.max_atoms = 512};
+    PrepOptions opt = {.max_atoms = 512};
+    Conversion c = {.opt = &opt};
     Source s = {.path = "test", .format = FORMAT_SMI, .name_column = -1};
     for (int k = 0; k < 20 * N; k++)
-        records[k] = (Record){PREP_SMILES[k % N].smiles, strlen(PREP_SMILES[k % N].smiles), 0};
+        records[k] = (Record){PREP_SMILES[k % N].smiles, strlen(PREP_SMILES[k % N].smiles), 0,
+                              NULL};
     for (int t = 0; t < 3; t++) {
 #ifdef _OPENMP
         int before = omp_get_max_threads();
@@ -2864,6 +3181,8 @@ static void test_data_prep(void) {
     Worker w = {0};
     test_perception(&w);
     test_faults(&w);
+    test_hostile_records();
+    test_hostile_files();
     test_decimals();
     test_records();
     test_fields(&w);
@@ -2924,6 +3243,10 @@ int main(int argc, char **argv) {
                      {"checkpoint", test_checkpoint},
                      {"data_prep", test_data_prep},
                      {"messages", test_messages},
+#if MB_POSIX
+                     {"machine", test_machine},
+                     {"flipped bits", test_flips},
+#endif
                      {"worked example", test_example},
                      {"damaged files", test_damage},
                      {"damage together", test_damage_together},
