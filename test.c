@@ -2906,7 +2906,7 @@ static void test_hostile_files(void) {
         prep_expand(PREP_FILES[k].pattern, 0, (end = text, &end));
         CHECK(f && fwrite(text, 1, (size_t)(end - text), f) == (size_t)(end - text) &&
               fclose(f) == 0, "%s: cannot write", path);
-        char *command = xprintf("ulimit -t 30; ./data_prep -o build/test_hostile.bin %s %s",
+        char *command = xprintf("ulimit -t 10; ./data_prep -o build/test_hostile.bin %s %s",
                                 PREP_FILES[k].options, path);
         test_command(command, PREP_FILES[k].code, PREP_FILES[k].expected);
         remove(path);
