@@ -4356,7 +4356,7 @@ static const char *row_end(const Record *r) {
 typedef struct {
     const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
     int64_t seed, max_atoms;
-    int keep_hydrogens, strict, help;
+    int keep_hydrogens, strict, help, version;
 } PrepOptions;
 
 enum { TASK_SLOTS = 1 << 17 };
@@ -4390,7 +4390,8 @@ static void worker_free(Worker *w) {
 // What became of a record.
 typedef struct {
     int worker, ok, none, n_atoms, bad_labels;  // none: it is not a record after all
-    size_t offset, size;     // in the worker's bytes
+    size_t offset, size;     // of the record, or of its name if it is refused, in worker's bytes
+    Span name;
     int64_t n_lines;         // line breaks in the record
     ScaffoldKey key;
     Fault fault;
@@ -4403,15 +4404,19 @@ static int64_t count_lines(const char *p, const char *end) {
     return n;
 }
 
+// Room for `size` more bytes.
+static void worker_room(Worker *w, size_t size) {
+    if (w->room - w->used >= size) return;
+    w->room = 2 * w->room + size;
+    w->bytes = xrealloc(w->bytes, w->room, 1);
+}
+
 // Encodes the molecule at the end of the worker's bytes. One record that a reader refuses would
 // make the whole dataset useless, so the reader's own checks decide whether this one is kept.
 static int store_molecule(Worker *w, Outcome *o) {
     const Molecule *m = &w->molecule;
     size_t size = record_size(m->n_atoms, m->n_bonds, m->n_tasks, m->name_length, m->has_pos);
-    if (w->room - w->used < size) {
-        w->room = 2 * w->room + size;
-        w->bytes = xrealloc(w->bytes, w->room, 1);
-    }
+    worker_room(w, size);
     o->offset = w->used;
     o->size = record_encode(w->bytes + w->used, m);
     const char *wrong = record_content(&w->check, w->bytes + w->used, o->size, m->n_tasks);
@@ -4486,7 +4491,8 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
 static int build_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
                         Lines *in, Outcome *o) {
     ChemMol *m = &w->mol;
-    Span name = {"", 0}, smiles = {"", 0}, title = {"", 0};
+    Span smiles = {"", 0}, title = {"", 0};
+    o->name = (Span){"", 0};
     mol_clear(m);
     if (r->kind == RECORD_TOO_LONG)
         return fault_at(&o->fault, 1, 0, "record too long", "the record is longer than %d MiB",
@@ -4501,21 +4507,22 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
     float *labels = arena_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
     for (int t = 0; t < c->n_tasks; t++) labels[t] = NAN;
     if (s->format == FORMAT_SDF) {
-        if (read_mol_block(m, in, &title, &o->fault)) return -1;
-        name = trim(title);
-        if (c->n_tasks || c->opt->name) read_tags(c, *in, labels, &name, o);
+        int failed = read_mol_block(m, in, &title, &o->fault);
+        o->name = trim(title);
+        if (failed) return -1;
+        if (c->n_tasks || c->opt->name) read_tags(c, *in, labels, &o->name, o);
     } else {
         if (s->format == FORMAT_SMI) {
-            split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &name);
-        } else if (read_row(s, r, w, labels, &smiles, &name, o)) {
+            split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &o->name);
+        } else if (read_row(s, r, w, labels, &smiles, &o->name, o)) {
             return -1;
         }
+        if (!o->name.n && s->name_column < 0) o->name = smiles;
         if (read_smiles(m, smiles, &o->fault)) return -1;
-        if (!name.n && s->name_column < 0) name = smiles;
     }
     int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
     if (perceive(m, c->opt->keep_hydrogens, (int)c->opt->max_atoms, &o->fault)) return -1;
-    if (fill_molecule(m, &w->molecule, c->n_tasks, name, principal, &o->fault)) return -1;
+    if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;
     if (c->want_keys) o->key = scaffold_key(m);
@@ -4541,6 +4548,15 @@ static int is_no_record(const Source *s, const Record *r, int first) {
     return r->text[0] == '#' || (first && starts_with_word(text, "SMILES"));
 }
 
+// Keeps the name of a record that is refused; what it points to ends with the next record.
+static void keep_name(Worker *w, Outcome *o) {
+    o->size = (size_t)min_int(o->name.n, MAX_NAME);
+    worker_room(w, o->size);
+    memcpy(w->bytes + w->used, o->name.p, o->size);
+    o->offset = w->used;
+    w->used += o->size;
+}
+
 // Converts n records with all threads; one of them first reads the bytes that follow.
 static void convert_records(const Conversion *c, Source *s, const Record *records, int n,
                             Worker *workers, Outcome *outcomes) {
@@ -4557,6 +4573,7 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
             o->bad_labels = 0;
             o->none = is_no_record(s, r, s->line == 1 && k == 0);
             o->ok = !o->none && convert_record(c, s, r, &workers[o->worker], &in, o) == 0;
+            if (!o->ok && !o->none) keep_name(&workers[o->worker], o);
             o->n_lines = in.line + count_lines(in.at, in.end);
         }
     }
@@ -4766,13 +4783,14 @@ enum { PARTS_MAX = 3 };
 static const char *const PART_NAMES[PARTS_MAX] = {"train", "valid", "test"};
 
 typedef struct {
-    OutFile file;            // of records, each behind its size
+    OutFile file;            // of records, each behind its size and number
     ScaffoldKey *key;        // (count), only for scaffold splits
     size_t count, room;
 } Pool;
 
 // Appends a record and, for scaffold splits, its key.
-static void pool_append(Pool *p, const uint8_t *record, size_t size, const ScaffoldKey *key) {
+static void pool_append(Pool *p, const uint8_t *record, size_t size, uint32_t number,
+                        const ScaffoldKey *key) {
     if (key && p->count == p->room) {
         p->room = p->room ? 2 * p->room : 4096;
         p->key = xrealloc(p->key, p->room, sizeof *p->key);
@@ -4780,6 +4798,7 @@ static void pool_append(Pool *p, const uint8_t *record, size_t size, const Scaff
     if (key) p->key[p->count] = *key;
     p->count++;
     out_write(&p->file, &size, sizeof size);
+    out_write(&p->file, &number, sizeof number);
     out_write(&p->file, record, size);
 }
 
@@ -4873,11 +4892,13 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
         free(path);
     }
     for (size_t i = 0; i < pool->count; i++) {
-        int whole = fread(&size, sizeof size, 1, in) == 1;
+        uint32_t number;
+        int whole = fread(&size, sizeof size, 1, in) == 1 &&
+                    fread(&number, sizeof number, 1, in) == 1;
         if (whole && size > room) record = xrealloc(record, room = 2 * size, 1);
         CHECK(whole && fread(record, 1, size, in) == size, "%s: read failed: %s", pool->file.tmp,
               strerror(errno));
-        dataset_append(&writers[part[i]], record, size);
+        dataset_append(&writers[part[i]], record, size, number);
     }
     fclose(in);
     free(record);
@@ -5026,9 +5047,10 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
                            const Conversion *c, Summary *sum) {
     for (int k = 0; k < n; k++) {
         const Outcome *o = &outcomes[k];
+        const uint8_t *record = workers[o->worker].bytes + o->offset;
         sum->n_read += !o->none;
+        uint32_t number = (uint32_t)sum->n_read;
         if (o->ok) {
-            const uint8_t *record = workers[o->worker].bytes + o->offset;
             sum->n_kept++;
             sum->n_atoms += o->n_atoms;
             sum->bad_labels += o->bad_labels;
@@ -5037,11 +5059,13 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             for (int t = 0; t < c->n_tasks; t++, label += 4)
                 sum->labelled[t] |= !isnan(get_f32(label));
             if (out->n_parts > 1)
-                pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
-            else dataset_append(&out->writer, record, o->size);
+                pool_append(&out->pool, record, o->size, number, c->want_keys ? &o->key : NULL);
+            else dataset_append(&out->writer, record, o->size, number);
         } else if (!o->none) {
             if (c->opt->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
             count_fault(sum, s, s->line, &o->fault);
+            if (out->n_parts == 1)
+                dataset_skip(&out->writer, number, (const char *)record, o->size, o->fault.text);
         }
         s->line += o->n_lines;
     }
@@ -5110,6 +5134,7 @@ static const Option PREP_OPTION_TABLE[] = {
     TEXT("--dump", dump, "FILE.bin", "print its molecules as JSON, one a line"),
     TEXT("--range", range, "A:B", "only molecules A to B-1, counted from 0"),
     FLAG("--help", help, "this text"),
+    FLAG("--version", version, "which program this is"),
 };
 
 enum { N_PREP_OPTIONS = sizeof PREP_OPTION_TABLE / sizeof PREP_OPTION_TABLE[0] };
@@ -5139,6 +5164,8 @@ static void check_options(int n_inputs) {
     CHECK(strcmp(o->split_by, "scaffold") == 0 || strcmp(o->split_by, "random") == 0 ||
           strcmp(o->split_by, "order") == 0,
           "--split-by: expected scaffold, random or order, found \"%s\"", o->split_by);
+    CHECK(!o->split || strcmp(o->output, "-") != 0, "-o: standard output has room for one dataset; "
+          "leave out --split");
     CHECK(o->split || !strstr(o->output, "{}"),
           "-o: {} stands for a part's name; give --split too");
 }
@@ -5151,8 +5178,9 @@ int main(int argc, char **argv) {
     char given[N_PREP_OPTIONS] = {0};
     int n_inputs =
         options_parse(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0, argc, argv, inputs, argc, given);
-    if (prep_opt.help || prep_opt.dump) {
+    if (prep_opt.help || prep_opt.version || prep_opt.dump) {
         if (prep_opt.help) print_help();
+        else if (prep_opt.version) printf("data_prep %s\n", MB_VERSION);
         else dump_dataset(prep_opt.dump, prep_opt.range);
         stdout_check();
         free(inputs);

@@ -1995,6 +1995,26 @@ static double task_loss(float *dlogits, const float *logits, const Batch *batch,
     return count ? loss / (double)count : 0;
 }
 
+static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+// The number by which n logits must be multiplied so that the cross-entropy with the labels becomes
+// least (Guo et al. 2017: one over the temperature), from 0.1 to 10: Newton's method.
+static float calibration(const float *logits, const float *labels, size_t n) {
+    double scale = 1;
+    for (int round = 0; round < 30; round++) {
+        double slope = 0, curve = 1e-9;
+        for (size_t k = 0; k < n; k++) {
+            if (isnan(labels[k])) continue;
+            double x = (double)logits[k], q = 1 / (1 + exp(-scale * x));
+            slope += (q - (double)labels[k]) * x;
+            curve += q * (1 - q) * x * x;
+        }
+        double next = scale - slope / curve;
+        scale = fmin(fmax(fmin(fmax(next, scale / 2), scale * 2), 0.1), 10);
+    }
+    return (float)scale;
+}
+
 // =================================================================================================
 // 10 Fast arithmetic. What a porter replaces; each function is tested against its plain definition.
 // =================================================================================================
@@ -3252,26 +3272,6 @@ static void check_finite(Run *run, double value) {
 
 // ---- fine-tuning's choice of an epoch
 
-static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
-
-// The number by which n logits must be multiplied so that the cross-entropy with the labels is least
-// (Guo et al. 2017: one over the temperature), from 0.1 to 10: Newton's method.
-static float calibration(const float *logits, const float *labels, size_t n) {
-    double scale = 1;
-    for (int round = 0; round < 30; round++) {
-        double slope = 0, curve = 1e-9;
-        for (size_t k = 0; k < n; k++) {
-            if (isnan(labels[k])) continue;
-            double x = (double)logits[k], q = 1 / (1 + exp(-scale * x));
-            slope += (q - (double)labels[k]) * x;
-            curve += q * (1 - q) * x * x;
-        }
-        double next = scale - slope / curve;
-        scale = fmin(fmax(fmin(fmax(next, scale / 2), scale * 2), 0.1), 10);
-    }
-    return (float)scale;
-}
-
 // The number by which epochs are chosen, better when larger: the mean ROC-AUC, or minus the mean
 // RMSE in deviations of the training labels, so that no task's unit outweighs another's. Of classes
 // also the calibration().
@@ -3394,9 +3394,9 @@ static void log_write(Run *run) {
 // Where the best parameters of the seed at hand go if there are several: with the others they make
 // an ensemble for `predict`.
 static char *seed_path(const Run *run) {
-    int stem = (int)(strlen(run->log_path) - strlen(".log.csv"));
-    return xprintf("%.*s.seed%llu.safetensors", stem, run->log_path,
-                   (unsigned long long)run_seed(run));
+    char ending[64];
+    snprintf(ending, sizeof ending, ".seed%llu.safetensors", (unsigned long long)run_seed(run));
+    return path_with(opt.output, ".safetensors", ending);
 }
 
 // The arenas of a run's state.
@@ -3505,9 +3505,7 @@ static void run_open(Run *run, const char *train_path) {
     int64_t n = (int64_t)run->train.count, batch = run->finetuning ? DEFAULT_BATCH : PRETRAIN_BATCH;
     CHECK(n > 0, "%s: the dataset is empty", train_path);
     run->state_path = xprintf("%s.state", opt.output);
-    size_t stem = strlen(opt.output);
-    if (stem > 12 && strcmp(opt.output + stem - 12, ".safetensors") == 0) stem -= 12;
-    run->log_path = xprintf("%.*s.log.csv", (int)stem, opt.output);
+    run->log_path = path_with(opt.output, ".safetensors", ".log.csv");
     char *lock = xprintf("%s.run", opt.output);
     out_probe(opt.output);
     out_probe(run->state_path);
@@ -4028,7 +4026,7 @@ static void predict_add(Predictions *all, const char *path, const char *model) {
 // label; last, why a record was skipped.
 static void predict_row(FILE *out, const Predictions *all, size_t i, const Molecule *m) {
     size_t Y = (size_t)all->tasks;
-    fprintf(out, "%lu,", (unsigned long)m->record);
+    fprintf(out, "%lu,", (unsigned long)m->number);
     print_csv(out, m->name, (size_t)m->name_length);
     for (size_t y = 0, k = i * Y; y < Y; y++, k++) {
         double mean = all->sum[k] / all->models, n = all->models;
@@ -4043,14 +4041,13 @@ static void predict_row(FILE *out, const Predictions *all, size_t i, const Molec
 
 // The row of a record that data_prep skipped: no predictions, but the reason.
 static void predict_skipped(FILE *out, const Predictions *all, const Skipped *skipped) {
-    fprintf(out, "%lu,", (unsigned long)skipped->record);
+    fprintf(out, "%lu,", (unsigned long)skipped->number);
     print_csv(out, skipped->name, skipped->name_length);
     for (int y = 0; y < all->tasks; y++)
         fprintf(out, ",%s%s", all->models > 1 ? "," : "", all->column[y] < 0 ? "" : ",");
     fputc(',', out);
     print_csv(out, skipped->reason, skipped->reason_length);
-    fputc('
-', out);
+    fputc('\n', out);
 }
 
 // The metrics of every task that has labels, on stderr.
@@ -4086,13 +4083,16 @@ static void command_predict(const char *path, const char *const *models, int n_m
         }
     fprintf(file.file, ",skipped\n");
     dataset_open(&data, path);
-    for (size_t i = 0, k = 0; i < data.count || k < data.skipped;) {
-        Skipped skipped = {.record = UINT32_MAX};
-        m.record = UINT32_MAX;
+    Skipped skipped = {0};
+    const uint8_t *next = dataset_skipped(&skipped, &data, data.skips);
+    for (size_t i = 0; i < data.count || next;) {  // in the order of the input
         if (i < data.count) dataset_read(&data, i, &m);
-        if (k < data.skipped) skipped = dataset_skipped(&data, k);
-        if (i < data.count && m.record <= skipped.record) predict_row(file.file, &all, i++, &m);
-        else predict_skipped(file.file, &all, &skipped), k++;
+        if (i < data.count && (!next || m.number < skipped.number)) {
+            predict_row(file.file, &all, i++, &m);
+        } else {
+            predict_skipped(file.file, &all, &skipped);
+            next = dataset_skipped(&skipped, &data, next);
+        }
     }
     out_commit(&file);
     predict_metrics(&all, data.count);
@@ -4155,7 +4155,7 @@ static void visit_embed(Run *run, size_t first, size_t B, void *result) {
         }
         if (!e->names.file) continue;
         dataset_read(&run->test, first + b, &m);
-        fprintf(e->names.file, "%zu,%zu,%lu,", rows, e->rows - rows, (unsigned long)m.record);
+        fprintf(e->names.file, "%zu,%zu,%lu,", rows, e->rows - rows, (unsigned long)m.number);
         print_csv(e->names.file, m.name, (size_t)m.name_length);
         fputc('\n', e->names.file);
     }
@@ -4179,8 +4179,8 @@ static void command_embed(const char *path) {
     size_t rows = e.count;
     for (size_t i = 0; i < e.count && atoms; i++)
         rows += (size_t)dataset_atoms(&run.test, i) - 1;
-    char *names = sibling_name(opt.output, ".npy", ".csv");
-    char *index = sibling_name(opt.output, ".npy", ".index.npy");
+    char *names = path_with(opt.output, ".npy", ".csv");
+    char *index = path_with(opt.output, ".npy", ".index.npy");
     npy_begin(&e.out, opt.output, "<f4", rows, (size_t)c.dim);
     if (files) out_open(&e.names, names);
     if (files) fprintf(e.names.file, "row,rows,record,name\n");
@@ -4247,7 +4247,7 @@ static void show_matrix(Canvas *c, const Batch *batch, const char *title, int us
     printf("\n");
     for (int i = 0; i < N; i++) {
         const char *element = ELEMENTS + 3 * batch->atom_feat[i * ATOM_FEATURES];
-        char label[8];
+        char label[16];
         snprintf(label, sizeof label, "%d %.2s", i, element);
         if (c->svg) svg_cell(c, i, -1, "none", label);
         printf("%3d %.2s", i, element);
@@ -4295,7 +4295,7 @@ static void show_pairs(const Batch *batch) {
 // holds most likely and its probability, the bonds' classes, the direction.
 static void show_predictions(Step *s, const float *spd, const float *edge, const float *d3) {
     const Batch *batch = &s->batch;
-    printf("\npair    path length (truth)  probability   edge classes (truth)            direction\n");
+    printf("\npair    path length (truth)  probability   edge classes (truth)%12sdirection\n", "");
     for (int j = 0; j < batch->n_atoms[0]; j++) {
         float p[SPD_CLASSES];
         int best = 0;
@@ -4440,7 +4440,8 @@ static const Option OPTIONS[] = {
     WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", FINETUNE | SHAPES | GROWS),
     WHOLE("--patience", patience, 0, 1e6, "stop after N epochs without gain; 0: never",
           FINETUNE | SHAPES),
-    WHOLE("--seeds", seeds, 1, 1000, "repeat with N seeds: mean and deviation, and FILE.seedN.safetensors of each, an ensemble",
+    WHOLE("--seeds", seeds, 1, 1000,
+          "repeat with N seeds: mean, deviation; each keeps FILE.seedN.safetensors, an ensemble",
           FINETUNE | SHAPES | GROWS),
     WHOLE("--batch-size", batch, 1, 1e6,
           "molecules at a time (default: pretraining 12, else 64; at most all)",

@@ -119,7 +119,7 @@ static OutFile *mb_unfinished;  // outputs to remove at exit, whoever calls that
 static inline void outs_remove(void) {
     for (OutFile *out = mb_unfinished; out; out = out->next) {
         if (!MB_POSIX && out->file) fclose(out->file);  // see out_discard()
-        remove(out->tmp);
+        if (strcmp(out->path, "-") != 0) remove(out->tmp);
     }
 }
 
@@ -199,6 +199,13 @@ static inline void text_add_list(Text *t, const char *fmt, va_list args) {
 }
 
 // printf to the end of a text, which starts zeroed. The caller frees t->text.
+static inline void text_bytes(Text *t, const void *bytes, size_t n) {
+    size_t need = t->length + n + 1;
+    if (need > t->room) t->text = xrealloc(t->text, t->room = need + t->length, 1);
+    memcpy(t->text + t->length, bytes, n);
+    t->text[t->length += n] = 0;
+}
+
 MB_PRINTF(2, 3) static inline void text_add(Text *t, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
@@ -245,19 +252,21 @@ static inline FILE *out_lock(const char *tmp) {
 }
 #endif
 
-// Opens PATH.tmp for writing. `out` must stay where it is until out_commit().
+// Opens PATH.tmp for writing, or for "-" a file without name that out_commit() copies to stdout.
+// `out` must stay where it is until out_commit().
 static inline void out_open(OutFile *out, const char *path) {
     static int hooked;
     if (!hooked) hooked = atexit(outs_remove) == 0;
     struct stat info;
-    CHECK(stat(path, &info) != 0 || S_ISREG(info.st_mode),
+    int is_stdout = strcmp(path, "-") == 0;
+    CHECK(is_stdout || stat(path, &info) != 0 || S_ISREG(info.st_mode),
           "%s: cannot write: expected a regular file", path);
     out->path = xprintf("%s", path);
-    out->tmp = xprintf("%s.tmp", path);
+    out->tmp = is_stdout ? xprintf("standard output") : xprintf("%s.tmp", path);
 #if MB_POSIX
-    out->file = out_lock(out->tmp);
+    out->file = is_stdout ? tmpfile() : out_lock(out->tmp);
 #else
-    out->file = fopen(out->tmp, "wb");
+    out->file = is_stdout ? tmpfile() : fopen(out->tmp, "wb");
 #endif
     CHECK(out->file, "%s: cannot write: %s", out->tmp, strerror(errno));
     setvbuf(out->file, NULL, _IOFBF, 1 << 16);
@@ -306,6 +315,15 @@ static inline void out_probe(const char *path) {
 
 // Makes the file durable and gives it its name, before its lock ends with the file.
 static inline void out_commit(OutFile *out) {
+    if (strcmp(out->path, "-") == 0) {
+        char bytes[4096];
+        CHECK(fflush(out->file) == 0 && fseek(out->file, 0, SEEK_SET) == 0, "%s: write failed: %s",
+              out->tmp, strerror(errno));
+        for (size_t n; (n = fread(bytes, 1, sizeof bytes, out->file)) > 0;)
+            fwrite(bytes, 1, n, stdout);  // mb_exit() will see whether it came through
+        out_close(out);
+        return;
+    }
     int bad = fflush(out->file) != 0 || ferror(out->file);
 #if MB_POSIX
     bad = bad || (fsync(fileno(out->file)) != 0 && errno != EINVAL);  // EINVAL: not a disk file
@@ -345,9 +363,28 @@ static inline void mb_on_sigbus(int number, siginfo_t *info, void *context) {
 #endif
 
 
-// The whole of a file, memory-mapped where the platform can, else read. Dies if it cannot. `path`
-// must live as long as the bytes.
+// All bytes of a stream, in fresh memory.
+static inline uint8_t *stream_bytes(FILE *f, const char *path, size_t *size) {
+    uint8_t *bytes = NULL;
+    size_t room = 0;
+    CHECK(f, "%s: cannot read: %s", path, strerror(errno));
+    for (*size = 0; *size == room; *size += fread(bytes + *size, 1, room - *size, f))
+        bytes = xrealloc(bytes, room = 2 * room + 65536, 1);
+    CHECK(!ferror(f), "%s: read failed: %s", path, strerror(errno));
+    return bytes;
+}
+
+static uint8_t *mb_stdin;  // what was read from stdin, which can be asked for more than once
+
+// The whole of a file, memory-mapped where the platform can, else read; of stdin if path is "-".
+// Dies if it cannot. `path` must live as long as the bytes.
 static inline const uint8_t *file_bytes(const char *path, size_t *size) {
+    static size_t stdin_size;
+    if (strcmp(path, "-") == 0) {
+        if (!mb_stdin) mb_stdin = stream_bytes(stdin, "standard input", &stdin_size);
+        *size = stdin_size;
+        return mb_stdin;
+    }
 #if MB_POSIX
     struct stat info;
     struct sigaction action = {.sa_sigaction = mb_on_sigbus, .sa_flags = SA_SIGINFO};
@@ -368,22 +405,18 @@ static inline const uint8_t *file_bytes(const char *path, size_t *size) {
     return map;
 #else
     FILE *f = fopen(path, "rb");
-    CHECK(f, "%s: cannot read: %s", path, strerror(errno));
-    uint8_t *bytes = NULL;
-    size_t room = 0;
-    for (*size = 0; *size == room; *size += fread(bytes + *size, 1, room - *size, f))
-        bytes = xrealloc(bytes, room = 2 * room + 65536, 1);
-    CHECK(!ferror(f), "%s: read failed: %s", path, strerror(errno));
+    uint8_t *bytes = stream_bytes(f, path, size);
     fclose(f);
     return bytes;
 #endif
 }
 
 static inline void file_release(const uint8_t *bytes, size_t size) {
+    if (!bytes || bytes == mb_stdin) return;
 #if MB_POSIX
     for (int k = 0; k < 8; k++)
         if (mb_mapped[k].bytes == bytes) mb_mapped[k].size = 0;
-    if (bytes) munmap((void *)(uintptr_t)bytes, size);
+    munmap((void *)(uintptr_t)bytes, size);
 #else
     (void)size;
     free((void *)(uintptr_t)bytes);
@@ -692,7 +725,9 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
                                 const char **words, int max_words, char *given) {
     int n_words = 0;
     for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i];
+        const char *arg = strcmp(argv[i], "-h") == 0 ? "--help" : argv[i];
+        const char *value = arg[0] == '-' && arg[1] == '-' ? strchr(arg, '=') : NULL;
+        if (value) arg = xprintf("%.*s", (int)(value++ - arg), arg);
         if (arg[0] != '-' || arg[1] == 0) {
             CHECK(n_words < max_words, "unexpected argument \"%s\"; see --help", arg);
             words[n_words++] = arg;
@@ -714,10 +749,12 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
         CHECK(found, "unknown option %s; see --help", arg);
         given[found - table] = 1;
         if (found->kind == OPT_FLAG) {
+            CHECK(!value, "%s: expected no value", arg);
             *(int *)found->value = 1;
         } else {
-            CHECK(i + 1 < argc, "%s: expected a value (%s) after it", arg, found->argument);
-            option_store(found, argv[++i]);
+            CHECK(value || i + 1 < argc, "%s: expected a value (%s) after it", arg,
+                  found->argument);
+            option_store(found, value ? value : argv[++i]);
         }
     }
     return n_words;
@@ -806,16 +843,23 @@ static inline const char *sibling(const char *train_path, const char *part) {
     return access(path, F_OK) == 0 ? path : NULL;  // not fopen(), which waits for a FIFO
 }
 
-// A field of a CSV row on stdout, quoted if it must be.
-static inline void print_csv(const char *text, size_t length) {
+// A field of a CSV row, quoted if it must be.
+static inline void print_csv(FILE *out, const char *text, size_t length) {
     int quote = 0;
     for (size_t k = 0; k < length; k++) quote |= strchr(",\"\r\n", text[k]) != NULL;
-    if (quote) putchar('"');
+    if (quote) fputc('"', out);
     for (size_t k = 0; k < length; k++) {
-        if (text[k] == '"') putchar('"');
-        putchar(text[k]);
+        if (text[k] == '"') fputc('"', out);
+        fputc(text[k], out);
     }
-    if (quote) putchar('"');
+    if (quote) fputc('"', out);
+}
+
+// path with another ending in the place of `ending`, or behind it, in fresh memory.
+static inline char *path_with(const char *path, const char *ending, const char *other) {
+    size_t n = strlen(path), m = strlen(ending);
+    if (n > m && strcmp(path + n - m, ending) == 0) n -= m;
+    return xprintf("%.*s%s", (int)n, path, other);
 }
 
 // =================================================================================================
@@ -879,6 +923,7 @@ typedef struct {
     int n_atoms, n_bonds, n_tasks;
     int has_pos;           // positions are a property of the whole molecule
     int name_length;
+    uint32_t number;       // of its record in the input of data_prep, from 1 on
     uint8_t *atom_feat;    // (n_atoms, 9)
     uint16_t *bonds;       // (n_bonds, 2) atom indices; undirected, each bond once
     uint8_t *bond_code;    // (n_bonds)
@@ -927,23 +972,27 @@ static inline void molecule_free(Molecule *m) {
 //
 //   header, 64 bytes
 //      0  8  magic "MOLBLEND"          32  8  file size in bytes
-//      8  4  format version, 1         40  4  most atoms of a molecule
+//      8  4  format version, 2         40  4  most atoms of a molecule
 //     12  4  number of tasks           44  4  most bonds of a molecule
-//     16  8  number of molecules       48 12  zero
-//     24  8  offset of the index       60  4  CRC-32 of header (these four as 0) and task names
+//     16  8  number of molecules       48  8  number of skipped records
+//     24  8  offset of the index       56  4  zero
+//                                      60  4  CRC-32 of header (these four as 0) and task names
 //   task names     per task: u16 length, bytes
 //   records        one a molecule, in order:
 //     u32 CRC-32 of the rest of the record; u16 atoms; u16 bonds; u16 flags (1: has positions);
 //     u16 length of the name; u8 atom_feat[atoms][9]; u16 bonds[bonds][2]; u8 bond_code[bonds];
 //     f32 pos[atoms][3] if the flag is set; f32 labels[tasks]; name bytes
-//   index          u64 per molecule: offset << 16 | atoms; u32 CRC-32 of these
+//   skipped        a record of the input each that is no molecule here: u32 its number, from 1 on;
+//     u16 length of its name; u16 length of the reason; name bytes; reason bytes
+//   index          u64 per molecule: offset << 16 | atoms; then u32 per molecule: its number in the
+//     input; u64 offset of the skipped records; u32 CRC-32 of these and of the skipped records
 //
 // CRC-32 is zlib's. Header and index are checked on opening, a record whenever it is read, so a
 // dataset larger than memory opens at once and damage is still found before it is used.
 // =================================================================================================
 
 static const char DATASET_MAGIC[8] = {'M', 'O', 'L', 'B', 'L', 'E', 'N', 'D'};
-enum { DATASET_VERSION = 1, DATASET_HEADER = 64, RECORD_HEADER = 12 };
+enum { DATASET_VERSION = 2, DATASET_HEADER = 64, RECORD_HEADER = 12 };
 
 static inline uint32_t get_u16(const uint8_t *p) { return (uint32_t)p[0] | (uint32_t)p[1] << 8; }
 static inline uint32_t get_u32(const uint8_t *p) { return get_u16(p) | get_u16(p + 2) << 16; }
@@ -1073,7 +1122,9 @@ static inline const char *record_content(Molecule *m, const uint8_t *p, size_t s
 typedef struct {
     OutFile out;
     uint8_t *head, *index;  // header and task names; 8 bytes a molecule
-    size_t head_size, count, room;
+    uint32_t *number;       // (count) of the molecules' records in the input
+    Text skips;             // records that were skipped, as they will be in the file
+    size_t head_size, count, room, skipped;
     uint64_t offset;
     uint32_t max_atoms, max_bonds;
     int n_tasks;
@@ -1095,10 +1146,30 @@ static inline void dataset_create(DatasetWriter *w, const char *path, int n_task
     w->offset = w->head_size;
 }
 
-// Appends a record made by record_encode().
-static inline void dataset_append(DatasetWriter *w, const uint8_t *record, size_t size) {
+// Notes a record that is skipped: its number in the input, name and why.
+static inline void dataset_skip(DatasetWriter *w, uint32_t number, const char *name,
+                                size_t name_length, const char *reason) {
+    uint8_t head[8];
+    size_t length = strlen(reason);
+    if (name_length > MAX_NAME) name_length = MAX_NAME;
+    put_u32(head, number);
+    put_u16(head + 4, (uint32_t)name_length);
+    put_u16(head + 6, (uint32_t)length);
+    text_bytes(&w->skips, head, 8);
+    text_bytes(&w->skips, name, name_length);
+    text_bytes(&w->skips, reason, length);
+    w->skipped++;
+}
+
+// Appends a record made by record_encode(), which has this number in the input.
+static inline void dataset_append(DatasetWriter *w, const uint8_t *record, size_t size,
+                                  uint32_t number) {
     uint32_t n_atoms = get_u16(record + 4), n_bonds = get_u16(record + 6);
-    if (w->count == w->room) w->index = xrealloc(w->index, w->room = 2 * w->room + 1024, 8);
+    if (w->count == w->room) {
+        w->index = xrealloc(w->index, w->room = 2 * w->room + 1024, 8);
+        w->number = xrealloc(w->number, w->room, sizeof *w->number);
+    }
+    w->number[w->count] = number;
     CHECK(w->offset < (uint64_t)1 << 47 && w->count < UINT32_MAX, "%s: dataset is too large",
           w->out.path);
     put_u64(w->index + 8 * w->count++, w->offset << 16 | n_atoms);
@@ -1110,34 +1181,61 @@ static inline void dataset_append(DatasetWriter *w, const uint8_t *record, size_
 
 // Writes index and header, and gives the file its name. Frees everything w owns.
 static inline void dataset_finish(DatasetWriter *w) {
-    uint8_t crc[4];
-    put_u32(crc, crc32_add(0, w->index, 8 * w->count));
-    out_write(&w->out, w->index, 8 * w->count);
-    out_write(&w->out, crc, 4);
+    uint64_t index = w->offset + w->skips.length;
+    uint8_t end[12];
+    w->index = xrealloc(w->index, w->count, 12);
+    for (size_t i = 0; i < w->count; i++) put_u32(w->index + 8 * w->count + 4 * i, w->number[i]);
+    put_u64(end, w->offset);
+    uint32_t crc = crc32_add(crc32_add(0, w->index, 12 * w->count), end, 8);
+    put_u32(end + 8, crc32_add(crc, (const uint8_t *)w->skips.text, w->skips.length));
+    out_write(&w->out, w->skips.text, w->skips.length);
+    out_write(&w->out, w->index, 12 * w->count);
+    out_write(&w->out, end, 12);
     memcpy(w->head, DATASET_MAGIC, 8);
     put_u32(w->head + 8, DATASET_VERSION);
     put_u32(w->head + 12, (uint32_t)w->n_tasks);
     put_u64(w->head + 16, w->count);
-    put_u64(w->head + 24, w->offset);
-    put_u64(w->head + 32, w->offset + 8 * (uint64_t)w->count + 4);
+    put_u64(w->head + 24, index);
+    put_u64(w->head + 32, index + 12 * (uint64_t)w->count + 12);
     put_u32(w->head + 40, w->max_atoms);
     put_u32(w->head + 44, w->max_bonds);
+    put_u64(w->head + 48, w->skipped);
     put_u32(w->head + 60, crc32_add(0, w->head, w->head_size));
     out_rewrite(&w->out, 0, w->head, w->head_size);
     out_commit(&w->out);
     free(w->head);
     free(w->index);
+    free(w->number);
+    free(w->skips.text);
 }
 
 // ---- reader
 typedef struct {
     const char *path;     // as given to dataset_open(), which does not copy it
     const uint8_t *data;  // the whole file, mapped or read
-    size_t size, count;
-    const uint8_t *index;
+    size_t size, count, skipped;
+    const uint8_t *index, *skips;
     int n_tasks, max_atoms, max_bonds;
     char **task_names;    // (n_tasks)
 } Dataset;
+
+// A record of the input that is not in the dataset.
+typedef struct {
+    uint32_t number;
+    size_t name_length, reason_length;
+    const char *name, *reason;
+} Skipped;
+
+// Reads a skipped record at p, the first at d->skips; returns where the next stands, NULL if this
+// one is not whole.
+static inline const uint8_t *dataset_skipped(Skipped *s, const Dataset *d, const uint8_t *p) {
+    if (d->index - p < 8) return NULL;
+    *s = (Skipped){get_u32(p), get_u16(p + 4), get_u16(p + 6), NULL, NULL};
+    if ((size_t)(d->index - p) - 8 < s->name_length + s->reason_length) return NULL;
+    s->name = (const char *)p + 8;
+    s->reason = s->name + s->name_length;
+    return (const uint8_t *)s->reason + s->reason_length;
+}
 
 // Opens and checks header, task names and index. Dies with the reason if anything is wrong.
 static inline void dataset_open(Dataset *d, const char *path) {
@@ -1146,12 +1244,12 @@ static inline void dataset_open(Dataset *d, const char *path) {
     const uint8_t *h = d->data;
     CHECK(d->size >= DATASET_HEADER && memcmp(h, DATASET_MAGIC, 8) == 0,
           "%s: not a dataset file (expected one made by data_prep)", path);
-    CHECK(get_u32(h + 8) == DATASET_VERSION, "%s: expected format version %d, found %u", path,
-          DATASET_VERSION, (unsigned)get_u32(h + 8));
+    CHECK(get_u32(h + 8) == DATASET_VERSION, "%s: expected format version %d, found %u; make it "
+          "again with data_prep", path, DATASET_VERSION, (unsigned)get_u32(h + 8));
     CHECK(get_u64(h + 32) == d->size, "%s: truncated: expected %llu bytes, found %zu", path,
           (unsigned long long)get_u64(h + 32), d->size);
     uint64_t count = get_u64(h + 16), index = get_u64(h + 24);
-    CHECK(count <= UINT32_MAX && index <= d->size && d->size - index == 8 * count + 4 &&
+    CHECK(count <= UINT32_MAX && index <= d->size && d->size - index == 12 * count + 12 &&
           get_u32(h + 12) <= MAX_TASKS && get_u32(h + 40) <= MAX_ATOMS &&
           get_u32(h + 44) <= MAX_BONDS, "%s: damaged header (counts do not fit the file)", path);
     d->count = (size_t)count;
@@ -1173,12 +1271,22 @@ static inline void dataset_open(Dataset *d, const char *path) {
     uint32_t crc = crc32_add(crc32_add(0, head, DATASET_HEADER), h + DATASET_HEADER,
                              at - DATASET_HEADER);
     CHECK(crc == get_u32(h + 60), "%s: damaged header (checksum)", path);
-    CHECK(crc32_add(0, d->index, 8 * d->count) == get_u32(d->index + 8 * d->count),
-          "%s: damaged index (checksum)", path);
+    const uint8_t *end = d->index + 12 * d->count;
+    uint64_t skips = get_u64(end);
+    CHECK(skips >= at && skips <= index, "%s: damaged index (skipped records)", path);
+    d->skips = h + skips;
+    crc = crc32_add(crc32_add(0, d->index, 12 * d->count + 8), d->skips, (size_t)(index - skips));
+    CHECK(crc == get_u32(end + 8), "%s: damaged index (checksum)", path);
+    d->skipped = (size_t)get_u64(h + 48);
+    const uint8_t *p = d->skips;
+    Skipped skipped;
+    for (size_t k = 0; k < d->skipped; k++)
+        CHECK((p = dataset_skipped(&skipped, d, p)), "%s: damaged list of skipped records", path);
+    CHECK(p == d->index, "%s: damaged list of skipped records", path);
     for (size_t i = 0; i < d->count; i++) {
-        uint64_t entry = get_u64(d->index + 8 * i), begin = entry >> 16, next = index;
+        uint64_t entry = get_u64(d->index + 8 * i), begin = entry >> 16, next = skips;
         if (i + 1 < d->count) next = get_u64(d->index + 8 * (i + 1)) >> 16;
-        CHECK(begin >= at && next >= begin && next <= index &&
+        CHECK(begin >= at && next >= begin && next <= skips &&
                   next - begin >= RECORD_HEADER + (entry & 0xffff) * ATOM_FEATURES,
               "%s: damaged index (molecule %zu does not fit its record)", path, i);
     }
@@ -1202,7 +1310,7 @@ static inline int dataset_has_pos(const Dataset *d, size_t i) {
 
 // A number that tells datasets apart: of the index, and the checksums of up to 4096 records.
 static inline uint32_t dataset_fingerprint(const Dataset *d) {
-    uint32_t crc = get_u32(d->index + 8 * d->count);
+    uint32_t crc = get_u32(d->index + 12 * d->count + 8);
     for (size_t i = 0; i < d->count; i += d->count / 4096 + 1)
         crc = crc32_add(crc, d->data + (get_u64(d->index + 8 * i) >> 16), 4);
     return crc;
@@ -1210,13 +1318,18 @@ static inline uint32_t dataset_fingerprint(const Dataset *d) {
 
 // Reads molecule i into m (see Molecule for ownership). Returns NULL, or what is wrong with it.
 static inline const char *dataset_try(const Dataset *d, size_t i, Molecule *m) {
-    uint64_t begin = get_u64(d->index + 8 * i) >> 16, end = (uint64_t)(d->index - d->data);
+    uint64_t begin = get_u64(d->index + 8 * i) >> 16, end = (uint64_t)(d->skips - d->data);
     if (i + 1 < d->count) end = get_u64(d->index + 8 * (i + 1)) >> 16;
     const uint8_t *record = d->data + begin;
     size_t size = (size_t)(end - begin);  // at least RECORD_HEADER, says dataset_open()
     if (get_u32(record) != crc32_add(0, record + 4, size - 4))
         return "record is damaged (checksum)";
     const char *wrong = record_content(m, record, size, d->n_tasks);
+    m->number = get_u32(d->index + 8 * d->count + 4 * i);
+    if (!wrong && m->name_length == 0) {  // a record without name is known by its number
+        molecule_resize(m, m->n_atoms, m->n_bonds, m->n_tasks, 10);
+        m->name_length = snprintf(m->name, 11, "%lu", (unsigned long)m->number);
+    }
     if (!wrong && m->n_atoms != dataset_atoms(d, i)) wrong = "atom count differs from the index";
     if (!wrong && (m->n_atoms > d->max_atoms || m->n_bonds > d->max_bonds))
         wrong = "more atoms or bonds than the header allows";
@@ -1682,6 +1795,28 @@ static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float
         int units = Y > 1 && (k == METRIC_RMSE || k == METRIC_MAE);
         mean[k] = count[k] > 0 && !units ? sum[k] / count[k] : (double)NAN;
     }
+}
+
+// How far probabilities p of class 1 can be believed: the mean squared distance to the labels that
+// are there (Brier 1950), and how often class 1 was found where p was in each fifth of 0..1.
+static inline void print_reliability(FILE *out, const float *p, const float *labels, size_t n) {
+    double count[5] = {0}, said[5] = {0}, found[5] = {0}, brier = 0, all = 0;
+    for (size_t k = 0; k < n; k++) {
+        if (isnan(labels[k])) continue;
+        int bin = min_int((int)(p[k] * 5), 4);
+        double error = (double)p[k] - (double)labels[k];
+        count[bin] += 1;
+        said[bin] += (double)p[k];
+        found[bin] += (double)labels[k];
+        brier += error * error;
+        all += 1;
+    }
+    if (all == 0) return;
+    fprintf(out, "Brier score %.4f; where the probability is\n", brier / all);
+    for (int k = 0; k < 5; k++)
+        if (count[k] > 0)
+            fprintf(out, "  %.1f to %.1f, of %.0f: said %.2f, found %.2f\n", k / 5.0, (k + 1) / 5.0,
+                    count[k], said[k] / count[k], found[k] / count[k]);
 }
 
 #endif

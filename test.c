@@ -1487,7 +1487,7 @@ static void write_test_dataset(const char *path, int n, int moved) {
         if (moved) m.pos[0] += 1;
         size_t size = record_size(m.n_atoms, m.n_bonds, 2, m.name_length, m.has_pos);
         record = xrealloc(record, size, 1);
-        dataset_append(&w, record, record_encode(record, &m));
+        dataset_append(&w, record, record_encode(record, &m), (uint32_t)i + 1);
     }
     dataset_finish(&w);
     free(record);
@@ -1732,11 +1732,11 @@ static void test_messages(void) {
          "build/test_class.bin --size tiny --epochs 1 -o build/test_ft2.safetensors", 0,
          "classification: the labels are all 0 and"},
         {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors", 0,
-         "name,logP,\"with,comma\"\nmol ,"},
+         "record,name,logP,logP label,\"with,comma\",\"with,comma label\",skipped\n1,mol ,"},
         {"./data_prep --labels none -o build/test_bare.bin data/sample.sdf", 1, "--labels"},
         {"./data_prep -o build/test_bare.bin data/sample.sdf", 0, "2000 molecules"},
         {"./moleblend predict build/test_bare.bin --model build/test_ft.safetensors", 0,
-         "name,logP,\"with,comma\""},
+         "record,name,logP,\"with,comma\",skipped\n1,"},
         {"./moleblend embed build/test_bare.bin --model build/test_ft.safetensors -o "
          "build/test.npy",
          0, "embedded"},
@@ -1767,6 +1767,72 @@ static void test_messages(void) {
                  "./moleblend show build/big.bin 0; c=$?; rm build/big.bin; exit $c", 1,
                  "build/big.bin: not a dataset file");
 #endif
+}
+
+// Molecules to predictions, vectors and pictures: a row that is missing, or of another record.
+static void test_using(void) {
+    static const struct { const char *command; int code; const char *expected;
+    } table[] = {
+        // a pipe; a row for each record, also for those that are skipped; no name: the number
+        {"printf 'CCO ethanol\nC(C junk\nc1ccccc1 benzene\n' | ./data_prep --format smi -o - - | "
+         "./moleblend predict - --model build/test_ft.safetensors 2> /dev/null | "
+         "sed 's/,-*[0-9.e-]*[0-9]\\b/,#/g'", 0,
+         "record,name,logP,\"with,comma\",skipped\n1,ethanol,#,#,\n"
+         "2,junk,,,\"expected ), found the end\"\n3,benzene,#,#,\n"},
+        {"printf '\n x\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n    0.0000    0.0000    "
+         "0.0000 C   0  0\nM  END\n$$$$\n' | ./data_prep --format sdf -o - - | ./data_prep --dump -", 0,
+         "{\"name\":\"1\","},
+        {"./moleblend predict build/test_train.bin -o build/p.csv --model "
+         "build/test_ft.safetensors && wc -l < build/p.csv", 0, "RMSE"},
+        // an ensemble: mean and deviation of its members
+        {"./moleblend finetune build/test_class.bin --valid build/test_class.bin --size tiny "
+         "--epochs 1 --seeds 2 -o build/test_en.safetensors", 0, "Brier score"},
+        {"./moleblend predict build/test_class.bin --model build/test_en.seed1.safetensors "
+         "build/test_en.seed2.safetensors", 0, "record,name,a,a deviation,a label,skipped\n1,C,0."},
+        {"./moleblend predict build/test_class.bin --model build/test_en.seed1.safetensors "
+         "build/test_ft.safetensors", 1, "expected the tasks of the first model"},
+        {"./moleblend predict build/test_class.bin", 1, "--model: expected a checkpoint"},
+        // vectors of atoms, of a layer; whose they are
+        {"./moleblend embed build/test_class.bin --level atom --layer 1 --model "
+         "build/test_model.safetensors -o build/test_v.npy && cat build/test_v.csv", 0,
+         "row,rows,record,name\n0,1,1,C\n1,2,2,CC\n3,3,3,CCC\n"},
+        {"tail -c +11 build/test_v.npy | head -c 80", 0, "'shape': (6, 24)"},
+        {"tail -c +11 build/test_v.index.npy | head -c 80", 0,
+         "'<u4', 'fortran_order': False, 'shape': (6,)"},
+        {"./moleblend embed build/test_class.bin --layer 3 --model build/test_model.safetensors", 1,
+         "--layer: expected at most 2, found 3"},
+        {"./moleblend embed - -o - --model build/test_model.safetensors < build/test_class.bin 2> "
+         "/dev/null | wc -c", 0, "416"},
+        // what the model says of a pair; a picture
+        {"./moleblend show build/test_e.bin 0 --model build/test_model.safetensors", 0,
+         "path length (truth)  probability"},
+        {"./moleblend show build/test_e.bin 0 --model build/test_ft.safetensors", 1,
+         "expected a pretrained one"},
+        {"./moleblend show build/test_e.bin 0 --svg build/e.svg && grep -c rect build/e.svg", 0,
+         "\n49\n"},
+        // the command line as hands expect it
+        {"./moleblend -h", 0, "--batch-size N"},
+        {"./moleblend help", 0, "--batch-size N"},
+        {"./moleblend finetune --help", 0, "--beta2 X                AdamW (default 0.999)"},
+        {"./moleblend finetune --help", 0, "(default finetuned.safetensors)"},
+        {"./moleblend --version", 0, "moleblend 1."},
+        {"./data_prep --version", 0, "data_prep 1."},
+        {"./moleblend finetnue build/test_train.bin", 1, "did you mean finetune?"},
+        {"./moleblend build/test_train.bin --steps=x", 1, "found \"x\""},
+        {"./moleblend build/test_train.bin --resume=1", 1, "--resume: expected no value"},
+        {"./moleblend build/test_train.bin --epochs 2", 1, "unknown option --epochs"},
+        {"./moleblend build/test_train.bin --no-blend --pair-3d 0.5", 1,
+         "--no-blend shows everything"},
+        {"./moleblend show build/test_e.bin 0 --pair-3d 0.8", 0,
+         "sum to 1.2 and are taken as parts"},
+        {"./data_prep -o - --split 0.5,0.5 data/sample.sdf", 1, "room for one dataset"},
+    };
+    for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
+        test_command(table[k].command, table[k].code, table[k].expected);
+    const float logits[] = {4, -4, 4, -4, 4, -4, 4, -4}, labels[] = {1, 0, 1, 0, 1, 0, 0, 1};
+    // three of four are right: sigmoid(4 s) = 3/4
+    test_check(fabsf(calibration(logits, labels, 8) - 0.27465f) < 1e-4f, "calibration: %g",
+               (double)calibration(logits, labels, 8));
 }
 
 // The worked example: what `show` prints of ethanol is what the comments in moleblend.c say.
@@ -3251,6 +3317,7 @@ int main(int argc, char **argv) {
                      {"damaged files", test_damage},
                      {"damage together", test_damage_together},
                      {"reproducible", test_reproducible},
+                     {"using", test_using},
                      {"resumed tuning", test_finetune_resume},
                      {"not finite", test_not_finite},
                      {"quotas", test_quota},
