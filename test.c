@@ -1780,28 +1780,30 @@ static void test_using(void) {
          "record,name,logP,\"with,comma\",skipped\n1,ethanol,#,#,\n"
          "2,junk,,,\"expected ), found the end\"\n3,benzene,#,#,\n"},
         {"printf '\n x\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n    0.0000    0.0000    "
-         "0.0000 C   0  0\nM  END\n$$$$\n' | ./data_prep --format sdf -o - - | ./data_prep --dump -", 0,
-         "{\"name\":\"1\","},
+         "0.0000 C   0  0\nM  END\n$$$$\n' | ./data_prep --format sdf -o - - | ./data_prep "
+         "--dump -", 0, "{\"name\":\"1\","},
         {"./moleblend predict build/test_train.bin -o build/p.csv --model "
          "build/test_ft.safetensors && wc -l < build/p.csv", 0, "RMSE"},
+        {"printf 'smiles,a\\nC,0\\nCC,1\\nCCC,0\\n' | ./data_prep --format csv --labels a -o "
+         "build/test_u.bin -", 0, "3"},
         // an ensemble: mean and deviation of its members
-        {"./moleblend finetune build/test_class.bin --valid build/test_class.bin --size tiny "
+        {"./moleblend finetune build/test_u.bin --valid build/test_u.bin --size tiny "
          "--epochs 1 --seeds 2 -o build/test_en.safetensors", 0, "Brier score"},
-        {"./moleblend predict build/test_class.bin --model build/test_en.seed1.safetensors "
+        {"./moleblend predict build/test_u.bin --model build/test_en.seed1.safetensors "
          "build/test_en.seed2.safetensors", 0, "record,name,a,a deviation,a label,skipped\n1,C,0."},
-        {"./moleblend predict build/test_class.bin --model build/test_en.seed1.safetensors "
+        {"./moleblend predict build/test_u.bin --model build/test_en.seed1.safetensors "
          "build/test_ft.safetensors", 1, "expected the tasks of the first model"},
-        {"./moleblend predict build/test_class.bin", 1, "--model: expected a checkpoint"},
+        {"./moleblend predict build/test_u.bin", 1, "--model: expected a checkpoint"},
         // vectors of atoms, of a layer; whose they are
-        {"./moleblend embed build/test_class.bin --level atom --layer 1 --model "
+        {"./moleblend embed build/test_u.bin --level atom --layer 1 --model "
          "build/test_model.safetensors -o build/test_v.npy && cat build/test_v.csv", 0,
          "row,rows,record,name\n0,1,1,C\n1,2,2,CC\n3,3,3,CCC\n"},
         {"tail -c +11 build/test_v.npy | head -c 80", 0, "'shape': (6, 24)"},
         {"tail -c +11 build/test_v.index.npy | head -c 80", 0,
          "'<u4', 'fortran_order': False, 'shape': (6,)"},
-        {"./moleblend embed build/test_class.bin --layer 3 --model build/test_model.safetensors", 1,
+        {"./moleblend embed build/test_u.bin --layer 3 --model build/test_model.safetensors", 1,
          "--layer: expected at most 2, found 3"},
-        {"./moleblend embed - -o - --model build/test_model.safetensors < build/test_class.bin 2> "
+        {"./moleblend embed - -o - --model build/test_model.safetensors < build/test_u.bin 2> "
          "/dev/null | wc -c", 0, "416"},
         // what the model says of a pair; a picture
         {"./moleblend show build/test_e.bin 0 --model build/test_model.safetensors", 0,
