@@ -2633,15 +2633,9 @@ static int multiple_bond_to(const ChemMol *m, int i, int ring) {
     return -1;
 }
 
-// Whether an atom's bonds use more valence than it has neighbours.
-// RDKit: incidentMultipleBond
-static int has_multiple_bond(const ChemMol *m, int i) {
-    return m->atoms[i].valence != mol_degree(m, i) + m->atoms[i].explicit_h - zero_bonds(m, i);
-}
-
 // What atom i offers a ring. A multiple bond to outside the ring takes an electron along if its
 // other atom is the more electronegative one (C=O), and shares it otherwise (C=C).
-// RDKit: getAtomDonorTypeArom
+// RDKit: getAtomDonorTypeArom, incidentMultipleBond
 static Donor donor_type(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
     int n = pi_electrons(m, i), outside = multiple_bond_to(m, i, 0);
@@ -2654,7 +2648,7 @@ static Donor donor_type(const ChemMol *m, int i) {
     }
     if (n == 1) {
         if (outside >= 0) return stolen ? DONOR_VACANT : DONOR_ONE;
-        if (has_multiple_bond(m, i)) return DONOR_ONE;
+        if (a->valence != mol_degree(m, i) + a->explicit_h - zero_bonds(m, i)) return DONOR_ONE;
         return a->charge == 1 ? DONOR_VACANT : DONOR_NONE;  // tropylium, cyclopropenylium
     }
     return (n - stolen) % 2 == 1 ? DONOR_ONE : DONOR_TWO;
@@ -3781,20 +3775,14 @@ static void apply_valence_fields(ChemMol *m) {
     }
 }
 
-// Common first steps: adjacency, and no more heavy atoms than wanted.
-static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
-    int heavy = 0, bad;
+// Common first steps: adjacency, and whether anything is aromatic.
+static int first_steps(ChemMol *m, Fault *fault) {
+    int bad;
     if (m->n_atoms == 0) return fault_at(fault, 0, 0, "no atoms", "the molecule has no atoms");
     m->any_aromatic = 0;
-    for (int i = 0; i < m->n_atoms; i++) {
-        heavy += m->atoms[i].z != 1;
-        m->any_aromatic |= m->atoms[i].aromatic;
-    }
+    for (int i = 0; i < m->n_atoms; i++) m->any_aromatic |= m->atoms[i].aromatic;
     for (int b = 0; b < m->n_bonds; b++)
         m->any_aromatic |= m->bonds[b].aromatic || m->bonds[b].order == ORDER_AROMATIC;
-    if (heavy > max_atoms || m->n_atoms > RAW_ATOMS_MAX)
-        return fault_at(fault, 0, 0, "too many atoms", "%d heavy atoms, --max-atoms is %d", heavy,
-                        max_atoms);
     if ((bad = find_bad_bond(m)) >= 0)
         return fault_at(fault, 0, 0, "impossible bond",
                         "atoms %d and %d: a second bond, or one to itself",
@@ -3805,7 +3793,7 @@ static int connect_and_count(ChemMol *m, int max_atoms, Fault *fault) {
 // Perceives a molecule as read. One without coordinates is from SMILES: directions are given there.
 // RDKit: finishMolProcessing, SmilesToMol
 static int perceive(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
-    if (connect_and_count(m, max_atoms, fault)) return -1;
+    if (first_steps(m, fault)) return -1;
     if (m->has_xyz) apply_valence_fields(m);
     if (!m->is_3d && m->wedged && chirality_from_wedges(m, fault)) return -1;
     update_valences(m);
@@ -4181,20 +4169,19 @@ static void source_close(Source *s) {
     free(s->task_of_column);
 }
 
-// End of the SD record at p (just after the line of its $$$$), or NULL if it is not there yet.
-static const char *sd_record_end(const char *p, const char *end) {
-    for (const char *q = p; (q = memchr(q, '$', (size_t)(end - q))); q++) {
-        if (end - q < 4 || memcmp(q, "$$$$", 4) != 0 || (q > p && q[-1] != '\n')) continue;
-        const char *stop = memchr(q, '\n', (size_t)(end - q));
-        return stop ? stop + 1 : NULL;
-    }
-    return NULL;
-}
-
 // The end of the line at p (just after its line break), or NULL if it is not there yet.
 static const char *line_end(const char *p, const char *end) {
     const char *stop = memchr(p, '\n', (size_t)(end - p));
     return stop ? stop + 1 : NULL;
+}
+
+// End of the SD record at p (just after the line of its $$$$), or NULL if it is not there yet.
+static const char *sd_record_end(const char *p, const char *end) {
+    for (const char *q = p; (q = memchr(q, '$', (size_t)(end - q))); q++) {
+        if (end - q < 4 || memcmp(q, "$$$$", 4) != 0 || (q > p && q[-1] != '\n')) continue;
+        return line_end(q, end);
+    }
+    return NULL;
 }
 
 // End of the CSV row at p: the first line break outside quotes. A quote opens only at the start
@@ -4402,7 +4389,7 @@ static void worker_free(Worker *w) {
 
 // What became of a record.
 typedef struct {
-    int worker, ok, n_atoms, bad_labels;
+    int worker, ok, none, n_atoms, bad_labels;  // none: it is not a record after all
     size_t offset, size;     // in the worker's bytes
     int64_t n_lines;         // line breaks in the record
     ScaffoldKey key;
@@ -4545,6 +4532,15 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
                     w->mol.n_atoms, w->mol.n_bonds);
 }
 
+// Records that are not molecules: rests of others, empty lines, comments and the header line of a
+// .smi file. `first`: it is the first of its file.
+static int is_no_record(const Source *s, const Record *r, int first) {
+    if (r->kind == RECORD_REST || s->format == FORMAT_SDF) return r->kind == RECORD_REST;
+    Span text = trim((Span){r->text, (int)r->size});
+    if (text.n == 0 || s->format != FORMAT_SMI) return text.n == 0;
+    return r->text[0] == '#' || (first && starts_with_word(text, "SMILES"));
+}
+
 // Converts n records with all threads; one of them first reads the bytes that follow.
 static void convert_records(const Conversion *c, Source *s, const Record *records, int n,
                             Worker *workers, Outcome *outcomes) {
@@ -4559,7 +4555,8 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
             Lines in = {r->text, r->text + r->size, 0};
             o->worker = thread_id();
             o->bad_labels = 0;
-            o->ok = convert_record(c, s, r, &workers[o->worker], &in, o) == 0;
+            o->none = is_no_record(s, r, s->line == 1 && k == 0);
+            o->ok = !o->none && convert_record(c, s, r, &workers[o->worker], &in, o) == 0;
             o->n_lines = in.line + count_lines(in.at, in.end);
         }
     }
@@ -4627,10 +4624,8 @@ static void find_tag_tasks(Conversion *c, const Record *records, int n) {
     free_tasks(&words);
 }
 
-enum { COLUMN_EMPTY, COLUMN_NUMBERS = -1 };
-
-// --labels all, CSV: what the columns hold in the first rows: nothing, nothing but numbers, or
-// (that row's number, from 1) something else.
+// --labels all, CSV: what the columns hold in the first rows: nothing (0), numbers (-1), or else
+// the number of a row, from 1, that has something else.
 static void find_number_columns(const Source *s, const Record *rows, int n, int *content) {
     Arena arena = {0};
     for (int k = 0; k < n && k < 1000; k++) {
@@ -4642,7 +4637,7 @@ static void find_number_columns(const Source *s, const Record *rows, int n, int 
             if (column >= s->n_columns) break;
             if (content[column] > 0) continue;
             if (!parse_label(field, &label)) content[column] = k + 1;
-            else if (!isnan(label)) content[column] = COLUMN_NUMBERS;
+            else if (!isnan(label)) content[column] = -1;
         }
     }
     arena_free(&arena);
@@ -4689,7 +4684,7 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
     if (first) find_number_columns(s, rows, n_rows, content);
     for (int k = 0; k < n && first; k++) {
         if (k == s->smiles_column || k == s->name_column) continue;
-        if (content[k] == COLUMN_NUMBERS) add_task(c, names[k]);
+        if (content[k] == -1) add_task(c, names[k]);
         else say_left_out(names[k], content[k], &left_out);
     }
     int *column = arena_ints(&arena, c->n_tasks);
@@ -4776,14 +4771,6 @@ typedef struct {
     size_t count, room;
 } Pool;
 
-// Opens the temporary file beside the outputs.
-static void pool_open(Pool *p, const char *path) {
-    char *name = xprintf("%s.records", path);
-    *p = (Pool){0};
-    out_open(&p->file, name);
-    free(name);
-}
-
 // Appends a record and, for scaffold splits, its key.
 static void pool_append(Pool *p, const uint8_t *record, size_t size, const ScaffoldKey *key) {
     if (key && p->count == p->room) {
@@ -4794,12 +4781,6 @@ static void pool_append(Pool *p, const uint8_t *record, size_t size, const Scaff
     p->count++;
     out_write(&p->file, &size, sizeof size);
     out_write(&p->file, record, size);
-}
-
-// Closes and removes the temporary file.
-static void pool_close(Pool *p) {
-    out_discard(&p->file);
-    free(p->key);
 }
 
 // Parts by position in `order` (NULL: input order): first fraction[0], then fraction[1], ...
@@ -4995,21 +4976,12 @@ static void dump_dataset(const char *path, const char *range) {
 
 // Fractions "0.8,0.1,0.1" into f; returns how many. They must add up to 1.
 static int parse_fractions(const char *text, double *f) {
-    int n = 0;
+    int used = 0, n = sscanf(text, "%lf%n,%lf%n,%lf%n", f, &used, f + 1, &used, f + 2, &used);
     double sum = 0;
-    for (const char *p = text;; p++) {
-        char *end;
-        CHECK(n < PARTS_MAX, "--split: expected at most %d fractions, found \"%s\"", PARTS_MAX,
-              text);
-        f[n] = strtod(p, &end);
-        CHECK(end != p && f[n] >= 0 && f[n] <= 1 && (*end == ',' || *end == 0),
-              "--split: expected fractions such as 0.8,0.1,0.1, found \"%s\"", text);
-        sum += f[n++];
-        p = end;
-        if (*p == 0) break;
-    }
-    CHECK(n >= 2 && fabs(sum - 1) < 1e-6, "--split: expected 2 or 3 fractions that add up to 1, "
-          "found \"%s\"", text);
+    for (int k = 0; k < n; k++) sum += f[k] >= 0 ? f[k] : 2;
+    CHECK(n >= 2 && text[used] == 0 && fabs(sum - 1) < 1e-6,
+          "--split: expected 2 or 3 fractions that add up to 1, such as 0.8,0.1,0.1, found \"%s\"",
+          text);
     return n;
 }
 
@@ -5043,15 +5015,10 @@ static void output_finish(Output *out, const Conversion *c) {
         split_by_order(part, n, order, out->fraction, out->n_parts);
     }
     write_parts(&out->pool, part, out->n_parts, opt->output, c);
-    pool_close(&out->pool);
+    out_discard(&out->pool.file);
+    free(out->pool.key);
     free(order);
     free(part);
-}
-
-// Label t of n_tasks of an encoded record, in which labels and name come last.
-static float record_label(const uint8_t *record, size_t size, int n_tasks, int t) {
-    size_t name_length = get_u16(record + 10);
-    return get_f32(record + size - name_length - 4 * (size_t)(n_tasks - t));
 }
 
 // Counts the outcomes of a chunk and writes what was kept.
@@ -5059,34 +5026,25 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
                            const Conversion *c, Summary *sum) {
     for (int k = 0; k < n; k++) {
         const Outcome *o = &outcomes[k];
-        sum->n_read++;
+        sum->n_read += !o->none;
         if (o->ok) {
             const uint8_t *record = workers[o->worker].bytes + o->offset;
             sum->n_kept++;
             sum->n_atoms += o->n_atoms;
             sum->bad_labels += o->bad_labels;
-            for (int t = 0; t < c->n_tasks; t++)
-                sum->labelled[t] |= !isnan(record_label(record, o->size, c->n_tasks, t));
+            // labels and name come last
+            const uint8_t *label = record + o->size - get_u16(record + 10) - 4 * (size_t)c->n_tasks;
+            for (int t = 0; t < c->n_tasks; t++, label += 4)
+                sum->labelled[t] |= !isnan(get_f32(label));
             if (out->n_parts > 1)
                 pool_append(&out->pool, record, o->size, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size);
-        } else {
+        } else if (!o->none) {
             if (c->opt->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
             count_fault(sum, s, s->line, &o->fault);
         }
         s->line += o->n_lines;
     }
-}
-
-// Records that are not molecules: rests of others, empty lines, comments and the header line of a
-// .smi file.
-static int is_no_record(const Source *s, const Record *r, int64_t line) {
-    if (r->kind == RECORD_REST) return 1;
-    if (s->format == FORMAT_SDF) return 0;
-    if (trim((Span){r->text, (int)r->size}).n == 0) return 1;
-    if (s->format != FORMAT_SMI) return 0;
-    Span text = trim((Span){r->text, r->size < 7 ? (int)r->size : 7});
-    return r->text[0] == '#' || (line == 1 && starts_with_word(text, "SMILES"));
 }
 
 // Converts one source chunk by chunk.
@@ -5108,18 +5066,15 @@ static void convert_source(Source *s, Conversion *c, Output *out, Worker *worker
         first_chunk = 0;
         if (!out->open) {  // the tasks are known now
             sum->labelled = xmalloc((size_t)c->n_tasks, 1);
-            if (out->n_parts > 1) pool_open(&out->pool, c->opt->output);
+            char *name = xprintf("%s.records", c->opt->output);
+            if (out->n_parts > 1) out_open(&out->pool.file, name);
             else dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
             out->open = 1;
+            free(name);
         }
         for (int t = 0; t < thread_count(); t++) workers[t].used = 0;
-        for (int k = skip, run; k < n; k = run) {  // runs of records between blank lines
-            for (run = k; run < n && !is_no_record(s, &records[run], s->line + run - k);) run++;
-            convert_records(c, s, records + k, run - k, workers, outcomes);
-            write_outcomes(s, outcomes, run - k, workers, out, c, sum);
-            for (; run < n && is_no_record(s, &records[run], s->line); run++)
-                s->line += count_lines(records[run].text, records[run].text + records[run].size);
-        }
+        convert_records(c, s, records + skip, n - skip, workers, outcomes);
+        write_outcomes(s, outcomes, n - skip, workers, out, c, sum);
         progress_show(&progress, (double)s->bytes_done, (double)s->bytes_total, (double)sum->n_read,
                       "records", s->path, 0);
     }
@@ -5199,7 +5154,6 @@ int main(int argc, char **argv) {
     if (prep_opt.help || prep_opt.dump) {
         if (prep_opt.help) print_help();
         else dump_dataset(prep_opt.dump, prep_opt.range);
-        stdout_check();
         free(inputs);
         mb_exit(EXIT_SUCCESS);
     }

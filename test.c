@@ -2906,7 +2906,7 @@ static void test_hostile_files(void) {
         prep_expand(PREP_FILES[k].pattern, 0, (end = text, &end));
         CHECK(f && fwrite(text, 1, (size_t)(end - text), f) == (size_t)(end - text) &&
               fclose(f) == 0, "%s: cannot write", path);
-        char *command = xprintf("ulimit -t 30; ./data_prep -o build/test_hostile.bin %s %s",
+        char *command = xprintf("ulimit -t 10; ./data_prep -o build/test_hostile.bin %s %s",
                                 PREP_FILES[k].options, path);
         test_command(command, PREP_FILES[k].code, PREP_FILES[k].expected);
         remove(path);
@@ -2914,11 +2914,6 @@ static void test_hostile_files(void) {
         free(path);
     }
     free(text);
-    FILE *full = fopen("/dev/full", "wb");  // what is printed there is lost
-    if (!full) return;
-    fclose(full);
-    test_command("./data_prep --help > /dev/full", 1, "standard output: write failed");
-    test_command("./data_prep --dump train.bin --range 0:2 > /dev/full", 1, "write failed");
 }
 
 // Catches a number reader that rounds other than strtod.
