@@ -803,7 +803,9 @@ static inline const char *sibling(const char *train_path, const char *part) {
     for (const char *s = train_path; (s = strstr(s, "train")); s++) at = s;
     if (!at) return NULL;
     char *path = xprintf("%.*s%s%s", (int)(at - train_path), train_path, part, at + 5);
-    return access(path, F_OK) == 0 ? path : NULL;  // not fopen(), which waits for a FIFO
+    if (access(path, F_OK) == 0) return path;  // not fopen(), which waits for a FIFO
+    free(path);
+    return NULL;
 }
 
 // A field of a CSV row on stdout, quoted if it must be.
