@@ -5199,7 +5199,6 @@ int main(int argc, char **argv) {
     if (prep_opt.help || prep_opt.dump) {
         if (prep_opt.help) print_help();
         else dump_dataset(prep_opt.dump, prep_opt.range);
-        stdout_check();
         free(inputs);
         mb_exit(EXIT_SUCCESS);
     }

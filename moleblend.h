@@ -152,12 +152,6 @@ MB_NORETURN MB_PRINTF(1, 2) static inline void mb_die(const char *fmt, ...) {
 #define DIE(...) mb_die(__VA_ARGS__)
 #define CHECK(cond, ...) do { if (!(cond)) DIE(__VA_ARGS__); } while (0)
 
-// Dies if something that was printed got lost, on a full disk for example.
-static inline void stdout_check(void) {
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: write failed: %s",
-          strerror(errno));
-}
-
 // =================================================================================================
 // 2 Memory
 // =================================================================================================
