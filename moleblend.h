@@ -649,11 +649,9 @@ static inline int edit_distance(const char *a, const char *b) {
         int diagonal = row[0];
         row[0] = i;
         for (int j = 1; j <= n; j++) {
-            int above = row[j], best = diagonal + (a[i - 1] != b[j - 1]);
-            if (above + 1 < best) best = above + 1;
-            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            int above = row[j];
+            row[j] = min_int(min_int(above, row[j - 1]) + 1, diagonal + (a[i - 1] != b[j - 1]));
             diagonal = above;
-            row[j] = best;
         }
     }
     return row[n] < 99 ? row[n] : 99;
@@ -692,26 +690,24 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
             words[n_words++] = arg;
             continue;
         }
-        const Option *found = NULL, *nearest = NULL;
-        int nearest_distance = 99;
+        const Option *nearest = NULL;
+        int least = 99;
         for (const Option *o = table; o < table + n; o++) {
             if (!o->name || (o->commands && command && !(o->commands & command))) continue;
             int distance = edit_distance(arg, o->name);
-            if (distance == 0) found = o;
-            if (distance < nearest_distance) {
-                nearest_distance = distance;
+            if (distance < least) {
+                least = distance;
                 nearest = o;
             }
         }
-        CHECK(found || !nearest || nearest_distance > 4, "unknown option %s; did you mean %s?", arg,
-              nearest->name);
-        CHECK(found, "unknown option %s; see --help", arg);
-        given[found - table] = 1;
-        if (found->kind == OPT_FLAG) {
-            *(int *)found->value = 1;
+        CHECK(least > 4 || least == 0, "unknown option %s; did you mean %s?", arg, nearest->name);
+        CHECK(least == 0, "unknown option %s; see --help", arg);
+        given[nearest - table] = 1;
+        if (nearest->kind == OPT_FLAG) {
+            *(int *)nearest->value = 1;
         } else {
-            CHECK(i + 1 < argc, "%s: expected a value (%s) after it", arg, found->argument);
-            option_store(found, argv[++i]);
+            CHECK(i + 1 < argc, "%s: expected a value (%s) after it", arg, nearest->argument);
+            option_store(nearest, argv[++i]);
         }
     }
     return n_words;
@@ -723,11 +719,11 @@ static inline char *option_value(const Option *o) {
     if (o->kind == OPT_INT) return xprintf("%lld", (long long)*(int64_t *)o->value);
     if (o->kind == OPT_TEXT)
         return xprintf("%s", *(const char **)o->value ? *(const char **)o->value : "");
-    char *text = xprintf("%g", *(double *)o->value);
-    if (strtod(text, NULL) >= *(double *)o->value && strtod(text, NULL) <= *(double *)o->value)
-        return text;
+    double number = *(double *)o->value;
+    char *text = xprintf("%g", number);
+    if (strtod(text, NULL) == number) return text;
     free(text);
-    return xprintf("%.17g", *(double *)o->value);
+    return xprintf("%.17g", number);
 }
 
 // "--name value", a line each, of all rows that belong to `commands`, in fresh memory.
@@ -797,7 +793,9 @@ static inline const char *sibling(const char *train_path, const char *part) {
     for (const char *s = train_path; (s = strstr(s, "train")); s++) at = s;
     if (!at) return NULL;
     char *path = xprintf("%.*s%s%s", (int)(at - train_path), train_path, part, at + 5);
-    return access(path, F_OK) == 0 ? path : NULL;  // not fopen(), which waits for a FIFO
+    if (access(path, F_OK) == 0) return path;  // not fopen(), which waits for a FIFO
+    free(path);
+    return NULL;
 }
 
 // A field of a CSV row on stdout, quoted if it must be.
