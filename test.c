@@ -1945,8 +1945,10 @@ static void test_machine(void) {
     CHECK(truncate("build/test_bad.bin", 4096) == 0, "cannot cut build/test_bad.bin");
     test_apart(read_last, &d, "build/test_bad.bin: was cut short while it was read");
     dataset_close(&d);
+#if SIZE_MAX > UINT32_MAX
     size_t count = (size_t)1 << 50;
     test_apart(ask_for_memory, &count, "GiB of memory, and ");
+#endif
 }
 #endif
 
