@@ -1099,7 +1099,7 @@ enum { TOKEN_ROWS = ATOM_FEATURES + 2 };
 static int token_rows(size_t at[TOKEN_ROWS], float *scale, const Model *m, const Batch *batch,
                       size_t t) {
     View v = batch_view(batch, (size_t)batch->molecule[t]);
-    size_t C = (size_t)m->config.dim, i = t - v.b - 1;
+    size_t C = (size_t)m->config.dim, i = t > v.token ? t - v.b - 1 : 0;
     const uint8_t *feature = batch->atom_feat + i * ATOM_FEATURES;
     int n = 0, use = t > v.token ? batch->atom_use[i] : 0;
     *scale = use & USE_3D ? STRUCTURE_SCALE : 0.0f;
