@@ -54,6 +54,7 @@ static size_t memory_used;
 static FILE *files[FILES_MAX];
 static FILE *said;  // what programs say goes to /dev/null
 static jmp_buf run_end;
+static void (*at_exit)(void);  // what the program wants done then
 
 #define UNCHECKED __attribute__((no_sanitize("address")))
 
@@ -128,6 +129,7 @@ _Noreturn static void fuzz_exit(int code) { longjmp(run_end, code + 1); }
 #define fsync(fd) 0
 #define munmap(p, size) fuzz_free(p)
 #define exit(code) fuzz_exit(code)
+#define atexit(function) (at_exit = (function), 0)
 #undef stderr
 #define stderr said
 
@@ -149,8 +151,9 @@ typedef Options ProgramOptions;
 #endif
 #undef main
 
-// Gives back what a run that ended early still holds.
+// What the end of a process does; gives back what a run that ended early still holds.
 static void clean_up_run(void) {
+    if (at_exit) at_exit();
     mb_unfinished = NULL;
     while (all_blocks) fuzz_free(all_blocks + 1);
     for (int k = 0; k < FILES_MAX; k++)
