@@ -1,5 +1,6 @@
 // fuzz.c - libFuzzer's entry point: whole runs of a program, inside one process, on files that the
-// fuzzer makes up. run.sh compiles it once a kind of file, with -DTARGET=SDF and so on.
+// fuzzer makes up. run.sh compiles it with -DDATA_PREP for that program, without for moleblend. The
+// name that it is called by says which kind of file is to be made up: a target of run.sh.
 //
 // The program's main() is called as a function. What would end the process or outlive a run is
 // caught by macros: exit() is a jump back to the harness, memory and files are given back there,
@@ -24,15 +25,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include <sanitizer/asan_interface.h>
-
-// Values of TARGET: the kinds of files. Those before DATASET are data_prep's.
-#define SDF 0
-#define V3000 1
-#define SMILES 2
-#define CSV 3
-#define DATASET 4
-#define TENSORS 5
-#define STATE 6
 
 enum { MEMORY_MAX = 256 << 20, FILES_MAX = 16 };
 
@@ -138,7 +130,7 @@ _Noreturn static void fuzz_exit(int code) { longjmp(run_end, code + 1); }
 // =================================================================================================
 
 #define main program_main
-#if TARGET < DATASET
+#ifdef DATA_PREP
 #include "data_prep.c"
 typedef PrepOptions ProgramOptions;
 #define program_options prep_opt
@@ -160,18 +152,19 @@ static void clean_up_run(void) {
         if (files[k]) fuzz_fclose(files[k]);
 }
 
-// Runs the program with these words as its command line; returns its exit code.
-static int run_program(const char *const *words) {
+// Runs the program with this command line; returns its exit code.
+static int run_program(const char *command) {
     static ProgramOptions first;
     static int begun;
-    char text[32][64], *argv[33] = {0};
+    char text[512], *argv[40] = {0};
     int argc = 0;
     if (!begun) first = program_options;
     if (!begun) said = (fopen)("/dev/null", "w");
     begun = 1;
     program_options = first;
     mb_signal = 0;
-    for (; words[argc]; argc++) argv[argc] = strcpy(text[argc], words[argc]);
+    snprintf(text, sizeof text, "%s", command);
+    for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
     int code = setjmp(run_end);
     if (code == 0) {
         code = 1 + program_main(argc, argv);
@@ -186,61 +179,71 @@ static int run_program(const char *const *words) {
 //   has put a dataset and a model.
 // =================================================================================================
 
-// What is done to it: one of these, drawn by a hash of the input.
-#define TINY "--layers", "1", "--dim", "8", "--ffn", "8", "--heads", "2", "--kernels", "3"
-static const char *const RUNS[][24] = {
-#if TARGET < DATASET
-#define PREP "data_prep", "-o", "out.bin", "--format", FORMAT, "input"
-#define SPLIT "data_prep", "-o", "out.{}.bin", "--format", FORMAT, "input", "--split", "0.5,0.5"
-#if TARGET == SDF || TARGET == V3000
-#define FORMAT "sdf"
-    {PREP}, {PREP, "--labels", "all", "--orient", "principal"}, {PREP, "--keep-hydrogens"},
-    {SPLIT, "--name", "id", "--labels", "a,b", "--max-atoms", "20"},
-#elif TARGET == SMILES
-#define FORMAT "smi"
-    {PREP}, {SPLIT}, {PREP, "--keep-hydrogens"}, {PREP, "--strict", "--max-atoms", "20"},
+// What is done to it: one of its target's command lines, drawn by a hash of the input.
+static const struct { const char *targets, *command; } RUNS[] = {
+#ifdef DATA_PREP
+    {"sdf v3000", "data_prep -o out.bin --format sdf input"},
+    {"sdf v3000", "data_prep -o out.bin --format sdf input --labels all --orient principal"},
+    {"sdf v3000", "data_prep -o out.bin --format sdf input --keep-hydrogens"},
+    {"sdf v3000", "data_prep -o out.{}.bin --format sdf input --split 0.5,0.5 "
+                  "--name id --labels a"},
+    {"smiles", "data_prep -o out.bin --format smi input"},
+    {"smiles", "data_prep -o out.bin --format smi input --keep-hydrogens"},
+    {"smiles", "data_prep -o out.bin --format smi input --strict --max-atoms 20"},
+    {"smiles", "data_prep -o out.{}.bin --format smi input --split 0.5,0.5"},
+    {"csv", "data_prep -o out.bin --format csv input"},
+    {"csv", "data_prep -o out.bin --format csv input --labels all"},
+    {"csv", "data_prep -o out.bin --format csv input --labels a,b --name id"},
+    {"csv", "data_prep -o out.{}.bin --format csv input --labels all --split 0.5,0.5 --split-by "
+            "random"},
 #else
-#define FORMAT "csv"
-    {PREP}, {PREP, "--labels", "all"}, {PREP, "--labels", "a,b", "--name", "id"},
-    {SPLIT, "--labels", "all", "--split-by", "random"},
-#endif
-#elif TARGET == DATASET
-    {"moleblend", "show", "input", "0"},
-    {"moleblend", "input", TINY, "--steps", "1", "-o", "out.safetensors"},
-    {"moleblend", "predict", "input", "--model", "model.safetensors"},
-    {"moleblend", "finetune", "input", "--valid", "input", TINY, "--epochs", "1", "-o",
-     "out.safetensors"},
-#elif TARGET == TENSORS
-    {"moleblend", "embed", "data.bin", "--model", "input"},
-    {"moleblend", "finetune", "data.bin", "--valid", "data.bin", "--init", "input", "--epochs",
-     "1", "-o", "out.safetensors"},
-    {"moleblend", "data.bin", "--init", "input", "--steps", "1", "-o", "out.safetensors"},
-    {"moleblend", "predict", "data.bin", "--model", "input"},
-#else
-    {"moleblend", "data.bin", TINY, "--steps", "2", "--resume", "-o", "input"},
+#define TINY " --layers 1 --dim 8 --ffn 8 --heads 2 --kernels 3 -o "
+    {"dataset", "moleblend show input 0"},
+    {"dataset", "moleblend predict input --model model.safetensors"},
+    {"dataset", "moleblend input --steps 1" TINY "out.safetensors"},
+    {"dataset", "moleblend finetune input --valid input --epochs 1" TINY "out.safetensors"},
+    {"tensors", "moleblend embed data.bin --model input"},
+    {"tensors", "moleblend predict data.bin --model input"},
+    {"tensors", "moleblend data.bin --steps 1 --init input -o out.safetensors"},
+    {"tensors", "moleblend finetune data.bin --valid data.bin --epochs 1 --init input -o "
+                "out.safetensors"},
+    {"state", "moleblend data.bin --steps 2 --resume" TINY "input"},
 #endif
 };
-// And before, of what `info` can read.
-static const char *const FIRST_RUN[] = {"moleblend", "info", "input", NULL};
 enum { N_RUNS = sizeof RUNS / sizeof RUNS[0] };
 
-// Writes the input where the commands look for it.
+static const char *target;
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    const char *slash = strrchr((*argv)[0], '/');
+    (void)argc;
+    target = slash ? slash + 1 : (*argv)[0];
+    return 0;
+}
+
+static int target_is(const char *name) { return strcmp(target, name) == 0; }
+
+// Writes the input where the commands look for it; of V3000 only what is behind COUNTS is made up.
 static void write_input(const uint8_t *data, size_t size) {
     static const char v3000[] = "\n  x                   3D\n\n"
                                 "  0  0  0     0  0            999 V3000\n"
                                 "M  V30 BEGIN CTAB\nM  V30 COUNTS ";
-    size_t n = TARGET == V3000 ? sizeof v3000 - 1 : 0;
-    int fd = open(TARGET == STATE ? "input.state" : "input", O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    const char *path = target_is("state") ? "input.state" : "input";
+    size_t n = target_is("v3000") ? sizeof v3000 - 1 : 0;
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
     if (fd < 0 || write(fd, v3000, n) != (ssize_t)n || write(fd, data, size) != (ssize_t)size ||
         close(fd) != 0)
         FINDING("cannot write the input");
 }
 
-// A number that any change of the input changes.
-static unsigned hash_input(const uint8_t *data, size_t size) {
-    unsigned hash = 0;
+// The command line for an input. Any change of the input may change it.
+static const char *draw_command(const uint8_t *data, size_t size) {
+    unsigned hash = 0, n = 0, which[N_RUNS] = {0};
     for (size_t k = 0; k < size; k++) hash = hash * 31 + data[k];
-    return hash >> 3;
+    for (unsigned k = 0; k < N_RUNS; k++)
+        if (strstr(RUNS[k].targets, target)) which[n++] = k;
+    if (n == 0) FINDING("%s: no target of that name", target);
+    return RUNS[which[(hash >> 3) % n]].command;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
@@ -248,16 +251,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
                                              "out.train.bin.tmp", "out.valid.bin.tmp",
                                              "out.safetensors.tmp", "out.safetensors.run.tmp",
                                              "out.safetensors.state.tmp", "input.run.tmp"};
-    int k = (int)(hash_input(data, size) % N_RUNS);
+    const char *command = draw_command(data, size);
     write_input(data, size);
-    int code = TARGET < DATASET || TARGET == STATE ? 0 : run_program(FIRST_RUN);
-    if (code == 0) code = run_program(RUNS[k]);
-    for (size_t u = 0; u < sizeof unfinished / sizeof *unfinished; u++)
-        if (access(unfinished[u], F_OK) == 0) FINDING("%s left behind", unfinished[u]);
-#if TARGET < DATASET
-    static const char *const dump[] = {"data_prep", "--dump", "out.bin", NULL};
-    int whole = !strcmp(RUNS[k][2], "out.bin");
-    if (code == 0 && whole && run_program(dump) != 0) FINDING("data_prep cannot read its dataset");
+    int code = 0;
+    if (target_is("dataset") || target_is("tensors")) code = run_program("moleblend info input");
+    if (code == 0) code = run_program(command);
+    for (size_t k = 0; k < sizeof unfinished / sizeof *unfinished; k++)
+        if (access(unfinished[k], F_OK) == 0) FINDING("%s left behind", unfinished[k]);
+#ifdef DATA_PREP
+    if (code == 0 && strstr(command, "out.bin") && run_program("data_prep --dump out.bin") != 0)
+        FINDING("data_prep cannot read its dataset");
 #endif
     return 0;
 }
@@ -266,16 +269,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 // 4 Mutations that keep sizes consistent, without which hardly any would get beyond the first check
 // =================================================================================================
 
-#if TARGET >= DATASET
+#ifndef DATA_PREP
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
 
 // Of a tensor file mostly the header is changed, and its length with it.
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed) {
     static uint8_t rest[1 << 20];
     uint64_t length = size >= 8 ? get_u64(data) : 0;
-    if (TARGET == DATASET || seed % 8 == 0 || size < 8 || length > size - 8) {
+    if (target_is("dataset") || seed % 8 == 0 || size < 8 || length > size - 8) {
         size = LLVMFuzzerMutate(data, size, max_size);
-        if (TARGET == DATASET && size >= DATASET_HEADER && seed % 8) put_u64(data + 32, size);
+        if (target_is("dataset") && size >= DATASET_HEADER && seed % 8) put_u64(data + 32, size);
         return size;
     }
     size_t n = size - 8 - length;

@@ -33,10 +33,11 @@ copy moleblend.c 'PAIR_WIDTH = 32' 'PAIR_WIDTH = 4'
 
 flags="-std=c11 -g -O1 -I $work"
 sanitizers="-fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all"
+clang $flags $sanitizers -DDATA_PREP dev/fuzz/fuzz.c -o "$work/fuzz_data_prep" -lm
+clang $flags $sanitizers dev/fuzz/fuzz.c -o "$work/fuzz_moleblend" -lm
+for target in sdf v3000 smiles csv; do ln -sf fuzz_data_prep "$work/$target"; done
+for target in dataset tensors state; do ln -sf fuzz_moleblend "$work/$target"; done
 for program in data_prep moleblend; do clang $flags "$work/$program.c" -o "$work/$program" -lm; done
-for target in $targets; do
-    clang $flags $sanitizers -DTARGET="${target^^}" dev/fuzz/fuzz.c -o "$work/$target" -lm
-done
 
 # ---- seeds: small pieces of real files
 
@@ -44,7 +45,9 @@ rm -rf "$work/scratch"
 mkdir "$work/scratch"
 cd "$work/scratch"
 tiny="--layers 1 --dim 8 --ffn 8 --heads 2 --kernels 3"
-for target in $targets; do mkdir -p "$work/$target.corpus" "$work/$target.found"; done
+for target in sdf v3000 smiles csv dataset tensors state; do
+    mkdir -p "$work/$target.corpus" "$work/$target.found"
+done
 
 # Molecules of the sample as V2000 in 3D, as V2000 drawn flat, and as V3000 from behind COUNTS on.
 seeds_mol_blocks() {
