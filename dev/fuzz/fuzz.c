@@ -107,7 +107,10 @@ static void *fuzz_mmap(int fd, size_t size) {
     return bytes;
 }
 
-_Noreturn static void fuzz_exit(int code) { longjmp(run_end, code + 1); }
+_Noreturn static void fuzz_exit(int code) {
+    if (at_exit) at_exit();
+    longjmp(run_end, code + 1);
+}
 
 #define malloc(size) fuzz_malloc(size)
 #define calloc(count, size) fuzz_calloc(count, size)
@@ -143,9 +146,8 @@ typedef Options ProgramOptions;
 #endif
 #undef main
 
-// What the end of a process does; gives back what a run that ended early still holds.
+// Gives back what a run that ended early still holds.
 static void clean_up_run(void) {
-    if (at_exit) at_exit();
     mb_unfinished = NULL;
     while (all_blocks) fuzz_free(all_blocks + 1);
     for (int k = 0; k < FILES_MAX; k++)
@@ -168,6 +170,7 @@ static int run_program(const char *command) {
     int code = setjmp(run_end);
     if (code == 0) {
         code = 1 + program_main(argc, argv);
+        if (at_exit) at_exit();
         if (all_blocks) FINDING("%zu bytes not freed", memory_used);
     }
     clean_up_run();
