@@ -170,7 +170,8 @@ for target in $targets; do
     "$work/$target" "$work/$target.corpus" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 \
         -max_len="${longest[$target]}" -dict="$target.words" -close_fd_mask=1 -print_final_stats=1 \
         -artifact_prefix="$work/$target.found/" > "$log" 2>&1 || failed=1
-    awk -v target="$target" -v found="$(ls "$work/$target.found" | wc -l)" '
+    found=$(find "$work/$target.found" -type f -newer "$memory/data.bin" | wc -l)
+    awk -v target="$target" -v found="$found" '
         / cov: / { for (k = 1; k < NF; k++) value[$k] = $(k + 1); cov = value["cov:"]; ft = value["ft:"] }
         /number_of_executed_units/ { n = $2 }
         END { printf "%-10s %12d %8d %10d %9d\n", target, n, cov, ft, found }' "$log"
