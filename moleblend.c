@@ -3604,9 +3604,10 @@ static void finetune_after_step(Run *run, int terminal) {
 
 // Have enough epochs passed without gain?
 static int is_enough(const Run *run) {
-    const float *best = best_epoch(run), *last = run->history + (run->epochs - 1) * EPOCH_COLUMNS;
-    return best && opt.patience > 0 &&
-           (int64_t)(last[EPOCH_NUMBER] - best[EPOCH_NUMBER]) >= opt.patience;
+    const float *best = best_epoch(run);
+    if (!best || opt.patience <= 0) return 0;
+    const float *last = run->history + (run->epochs - 1) * EPOCH_COLUMNS;
+    return (int64_t)(last[EPOCH_NUMBER] - best[EPOCH_NUMBER]) >= opt.patience;
 }
 
 // Updates run->done..run->steps-1, or as far as a signal lets it come; ends the program, saved, if
