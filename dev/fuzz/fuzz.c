@@ -149,6 +149,7 @@ typedef Options ProgramOptions;
 // Gives back what a run that ended early still holds.
 static void clean_up_run(void) {
     mb_unfinished = NULL;
+    memset(mb_mapped, 0, sizeof mb_mapped);
     while (all_blocks) fuzz_free(all_blocks + 1);
     for (int k = 0; k < FILES_MAX; k++)
         if (files[k]) fuzz_fclose(files[k]);
