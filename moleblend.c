@@ -3343,7 +3343,8 @@ static void log_write(Run *run) {
         fprintf(run->csv, run->finetuning ? "\n" : ",lr,gradient_norm,molecules_per_second\n");
     }
     for (; run->shown < end; run->shown++) {
-        const float *row = run->history + run->shown * EPOCH_COLUMNS;
+        const float *row = run->finetuning ? run->history + run->shown * EPOCH_COLUMNS
+                                           : run->log + run->shown * LOG_COLUMNS;
         if (run->finetuning) {
             fprintf(run->csv, "%lld,%.0f,%.6g,%.6g,%.0f\n", (long long)opt.seed +
                     (long long)row[EPOCH_SEED], (double)row[EPOCH_NUMBER], (double)row[EPOCH_LOSS],
@@ -3351,8 +3352,7 @@ static void log_write(Run *run) {
             continue;
         }
         fprintf(run->csv, "%lld", (long long)run->shown + 1);
-        for (int k = 0; k < LOG_COLUMNS; k++)
-            fprintf(run->csv, ",%.6g", (double)run->log[run->shown * LOG_COLUMNS + k]);
+        for (int k = 0; k < LOG_COLUMNS; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
         fprintf(run->csv, "\n");
     }
     CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
