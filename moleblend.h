@@ -1405,8 +1405,9 @@ static inline void tensor_file_check(const TensorFile *f) {
 static inline void tensor_file_open(TensorFile *f, const char *path) {
     *f = (TensorFile){.path = path};
     f->bytes = file_bytes(path, &f->size);
-    uint64_t length = f->size >= 8 ? get_u64(f->bytes) : UINT64_MAX;
-    CHECK(length <= f->size - 8, "%s: not a .safetensors file (the header does not fit)", path);
+    uint64_t length = f->size >= 8 ? get_u64(f->bytes) : 0;
+    CHECK(f->size >= 8 && length <= f->size - 8,
+          "%s: not a .safetensors file (the header does not fit)", path);
     const char *text = (const char *)f->bytes + 8;
     JsonReader r = {path, text, text, text + length};
     const uint8_t *data = f->bytes + 8 + length;

@@ -1705,6 +1705,8 @@ static void test_messages(void) {
         {"./moleblend info build/test_train.bin", 0, "dataset, 40 molecules"},
         {"./moleblend info data/mini.safetensors", 0, "tensor file"},
         {"./moleblend info README.md", 1, "README.md: not a .safetensors file"},
+        // a length read from fewer than eight bytes once reached beyond the file
+        {"printf 1234567 > build/x; ./moleblend info build/x", 1, "build/x: not a .safetensors"},
         {"./moleblend show build/test_train.bin 2", 0, "one blend"},
         {"./moleblend show build/test_train.bin 40", 1,
          "expected the index of one of its 40 molecules"},
