@@ -5182,7 +5182,6 @@ int main(int argc, char **argv) {
         if (prep_opt.help) print_help();
         else if (prep_opt.version) printf("data_prep %s\n", MB_VERSION);
         else dump_dataset(prep_opt.dump, prep_opt.range);
-        stdout_check();
         free(inputs);
         mb_exit(EXIT_SUCCESS);
     }

@@ -1099,7 +1099,7 @@ enum { TOKEN_ROWS = ATOM_FEATURES + 2 };
 static int token_rows(size_t at[TOKEN_ROWS], float *scale, const Model *m, const Batch *batch,
                       size_t t) {
     View v = batch_view(batch, (size_t)batch->molecule[t]);
-    size_t C = (size_t)m->config.dim, i = t - v.b - 1;
+    size_t C = (size_t)m->config.dim, i = t > v.token ? t - v.b - 1 : 0;
     const uint8_t *feature = batch->atom_feat + i * ATOM_FEATURES;
     int n = 0, use = t > v.token ? batch->atom_use[i] : 0;
     *scale = use & USE_3D ? STRUCTURE_SCALE : 0.0f;
@@ -3375,7 +3375,8 @@ static void log_write(Run *run) {
         fprintf(run->csv, run->finetuning ? "\n" : ",lr,gradient_norm,molecules_per_second\n");
     }
     for (; run->shown < end; run->shown++) {
-        const float *row = run->history + run->shown * EPOCH_COLUMNS;
+        const float *row = run->finetuning ? run->history + run->shown * EPOCH_COLUMNS
+                                           : run->log + run->shown * LOG_COLUMNS;
         if (run->finetuning) {
             fprintf(run->csv, "%lld,%.0f,%.6g,%.6g,%.0f\n", (long long)opt.seed +
                     (long long)row[EPOCH_SEED], (double)row[EPOCH_NUMBER], (double)row[EPOCH_LOSS],
@@ -3383,8 +3384,7 @@ static void log_write(Run *run) {
             continue;
         }
         fprintf(run->csv, "%lld", (long long)run->shown + 1);
-        for (int k = 0; k < LOG_COLUMNS; k++)
-            fprintf(run->csv, ",%.6g", (double)run->log[run->shown * LOG_COLUMNS + k]);
+        for (int k = 0; k < LOG_COLUMNS; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
         fprintf(run->csv, "\n");
     }
     CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
@@ -3648,9 +3648,10 @@ static void finetune_after_step(Run *run, int terminal) {
 
 // Have enough epochs passed without gain?
 static int is_enough(const Run *run) {
-    const float *best = best_epoch(run), *last = run->history + (run->epochs - 1) * EPOCH_COLUMNS;
-    return best && opt.patience > 0 &&
-           (int64_t)(last[EPOCH_NUMBER] - best[EPOCH_NUMBER]) >= opt.patience;
+    const float *best = best_epoch(run);
+    if (!best || opt.patience <= 0) return 0;
+    const float *last = run->history + (run->epochs - 1) * EPOCH_COLUMNS;
+    return (int64_t)(last[EPOCH_NUMBER] - best[EPOCH_NUMBER]) >= opt.patience;
 }
 
 // Updates run->done..run->steps-1, or as far as a signal lets it come; ends the program, saved, if

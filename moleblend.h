@@ -152,12 +152,6 @@ MB_NORETURN MB_PRINTF(1, 2) static inline void mb_die(const char *fmt, ...) {
 #define DIE(...) mb_die(__VA_ARGS__)
 #define CHECK(cond, ...) do { if (!(cond)) DIE(__VA_ARGS__); } while (0)
 
-// Dies if something that was printed got lost, on a full disk for example.
-static inline void stdout_check(void) {
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: write failed: %s",
-          strerror(errno));
-}
-
 // =================================================================================================
 // 2 Memory
 // =================================================================================================
@@ -688,11 +682,9 @@ static inline int edit_distance(const char *a, const char *b) {
         int diagonal = row[0];
         row[0] = i;
         for (int j = 1; j <= n; j++) {
-            int above = row[j], best = diagonal + (a[i - 1] != b[j - 1]);
-            if (above + 1 < best) best = above + 1;
-            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            int above = row[j];
+            row[j] = min_int(min_int(above, row[j - 1]) + 1, diagonal + (a[i - 1] != b[j - 1]));
             diagonal = above;
-            row[j] = best;
         }
     }
     return row[n] < 99 ? row[n] : 99;
@@ -733,28 +725,26 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
             words[n_words++] = arg;
             continue;
         }
-        const Option *found = NULL, *nearest = NULL;
-        int nearest_distance = 99;
+        const Option *nearest = NULL;
+        int least = 99;
         for (const Option *o = table; o < table + n; o++) {
             if (!o->name || (o->commands && command && !(o->commands & command))) continue;
             int distance = edit_distance(arg, o->name);
-            if (distance == 0) found = o;
-            if (distance < nearest_distance) {
-                nearest_distance = distance;
+            if (distance < least) {
+                least = distance;
                 nearest = o;
             }
         }
-        CHECK(found || !nearest || nearest_distance > 4, "unknown option %s; did you mean %s?", arg,
-              nearest->name);
-        CHECK(found, "unknown option %s; see --help", arg);
-        given[found - table] = 1;
-        if (found->kind == OPT_FLAG) {
+        CHECK(least > 4 || least == 0, "unknown option %s; did you mean %s?", arg, nearest->name);
+        CHECK(least == 0, "unknown option %s; see --help", arg);
+        given[nearest - table] = 1;
+        if (nearest->kind == OPT_FLAG) {
             CHECK(!value, "%s: expected no value", arg);
-            *(int *)found->value = 1;
+            *(int *)nearest->value = 1;
         } else {
             CHECK(value || i + 1 < argc, "%s: expected a value (%s) after it", arg,
-                  found->argument);
-            option_store(found, value ? value : argv[++i]);
+                  nearest->argument);
+            option_store(nearest, value ? value : argv[++i]);
         }
     }
     return n_words;
@@ -766,11 +756,11 @@ static inline char *option_value(const Option *o) {
     if (o->kind == OPT_INT) return xprintf("%lld", (long long)*(int64_t *)o->value);
     if (o->kind == OPT_TEXT)
         return xprintf("%s", *(const char **)o->value ? *(const char **)o->value : "");
-    char *text = xprintf("%g", *(double *)o->value);
-    if (strtod(text, NULL) >= *(double *)o->value && strtod(text, NULL) <= *(double *)o->value)
-        return text;
+    double number = *(double *)o->value;
+    char *text = xprintf("%g", number);
+    if (strtod(text, NULL) == number) return text;
     free(text);
-    return xprintf("%.17g", *(double *)o->value);
+    return xprintf("%.17g", number);
 }
 
 // "--name value", a line each, of all rows that belong to `commands`, in fresh memory.
@@ -840,7 +830,9 @@ static inline const char *sibling(const char *train_path, const char *part) {
     for (const char *s = train_path; (s = strstr(s, "train")); s++) at = s;
     if (!at) return NULL;
     char *path = xprintf("%.*s%s%s", (int)(at - train_path), train_path, part, at + 5);
-    return access(path, F_OK) == 0 ? path : NULL;  // not fopen(), which waits for a FIFO
+    if (access(path, F_OK) == 0) return path;  // not fopen(), which waits for a FIFO
+    free(path);
+    return NULL;
 }
 
 // A field of a CSV row, quoted if it must be.
@@ -1526,8 +1518,9 @@ static inline void tensor_file_check(const TensorFile *f) {
 static inline void tensor_file_open(TensorFile *f, const char *path) {
     *f = (TensorFile){.path = path};
     f->bytes = file_bytes(path, &f->size);
-    uint64_t length = f->size >= 8 ? get_u64(f->bytes) : UINT64_MAX;
-    CHECK(length <= f->size - 8, "%s: not a .safetensors file (the header does not fit)", path);
+    uint64_t length = f->size >= 8 ? get_u64(f->bytes) : 0;
+    CHECK(f->size >= 8 && length <= f->size - 8,
+          "%s: not a .safetensors file (the header does not fit)", path);
     const char *text = (const char *)f->bytes + 8;
     JsonReader r = {path, text, text, text + length};
     const uint8_t *data = f->bytes + 8 + length;

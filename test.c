@@ -1705,6 +1705,8 @@ static void test_messages(void) {
         {"./moleblend info build/test_train.bin", 0, "dataset, 40 molecules"},
         {"./moleblend info data/mini.safetensors", 0, "tensor file"},
         {"./moleblend info README.md", 1, "README.md: not a .safetensors file"},
+        // a length read from fewer than eight bytes once reached beyond the file
+        {"printf 1234567 > build/x; ./moleblend info build/x", 1, "build/x: not a .safetensors"},
         {"./moleblend show build/test_train.bin 2", 0, "one blend"},
         {"./moleblend show build/test_train.bin 40", 1,
          "expected the index of one of its 40 molecules"},
@@ -2013,8 +2015,10 @@ static void test_machine(void) {
     CHECK(truncate("build/test_bad.bin", 4096) == 0, "cannot cut build/test_bad.bin");
     test_apart(read_last, &d, "build/test_bad.bin: was cut short while it was read");
     dataset_close(&d);
+#if SIZE_MAX > UINT32_MAX
     size_t count = (size_t)1 << 50;
     test_apart(ask_for_memory, &count, "GiB of memory, and ");
+#endif
 }
 #endif
 
@@ -2982,11 +2986,6 @@ static void test_hostile_files(void) {
         free(path);
     }
     free(text);
-    FILE *full = fopen("/dev/full", "wb");  // what is printed there is lost
-    if (!full) return;
-    fclose(full);
-    test_command("./data_prep --help > /dev/full", 1, "standard output: write failed");
-    test_command("./data_prep --dump train.bin --range 0:2 > /dev/full", 1, "write failed");
 }
 
 // Catches a number reader that rounds other than strtod.
