@@ -129,7 +129,7 @@ static int more_electronegative(int z1, int z2) {
 //   convert_record(). Steps are counted, not timed: every machine refuses the same records.
 // =================================================================================================
 
-enum { BUDGET = 400000000, BYTE_STEPS = 4 };  // steps; of a byte of memory: at most 100 MB
+enum { BUDGET = 600000000, BYTE_STEPS = 6 };  // steps; of a byte of memory: at most 100 MB
 
 typedef struct ArenaOverflow {
     struct ArenaOverflow *next;
@@ -910,7 +910,7 @@ static int v3_line(MolBlock *b, Span *out) {
 static int v3_tokens(MolBlock *b, Span line) {
     int n = 0, start = 0, quoted = 0, inside = 0;
     line = trim(line);
-    for (int pos = 0; pos <= line.n; pos++) {
+    for (int pos = 0; pos <= line.n && spend(&b->m->arena, 1); pos++) {
         char c = pos < line.n ? line.p[pos] : 0;
         int cut_from = -1, cut_to = pos;
         if (pos == line.n) {
@@ -1155,6 +1155,7 @@ typedef struct {
     int n_branches, branch_room, *branches;
     int n_marks, mark_room;
     RingMark *marks;        // as written, later by number
+    int *columns;           // of a ring bond at its two atoms: begin, end; plus 1
 } SmilesReader;
 
 // The fault of a character that is not what was expected.
@@ -1401,16 +1402,13 @@ static void smiles_fix_chirality(SmilesReader *s, int i) {
     ChemMol *m = s->m;
     ChemAtom *a = &m->atoms[i];
     int degree = mol_degree(m, i), n_closures = 0, swaps = 0, unsaturated = 0;
-    if (!spend(&m->arena, (int64_t)degree * (s->n_marks + degree))) return;
+    if (!spend(&m->arena, (int64_t)degree * degree)) return;
     int *where = arena_ints(&m->arena, degree);  // each bond stands in the text
     for (int q = 0; q < degree; q++) {  // atom before, ring numbers, atoms after
         const Link *l = &m->first[i][q];
-        where[q] = l->atom < i ? -1 : s->n + q;
-        for (int k = 0; k < s->n_marks; k++) {
-            if (s->marks[k].atom != i || s->marks[k].bond != l->index) continue;
-            where[q] = s->marks[k].column;
-            n_closures++;
-        }
+        int column = s->columns[2 * l->index + (l->bond->begin != i)];
+        where[q] = column ? column - 1 : l->atom < i ? -1 : s->n + q;
+        n_closures += column > 0;
         for (int p = 0; p < q; p++) swaps += where[p] > where[q];
         unsaturated |= twice_order(l->bond) > 2;
     }
@@ -1469,6 +1467,9 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
         b->aromatic = m->atoms[b->begin].aromatic && m->atoms[b->end].aromatic;
         b->order = b->aromatic ? ORDER_AROMATIC : ORDER_SINGLE;
     }
+    s.columns = arena_ints(&m->arena, 2 * m->n_bonds);
+    for (RingMark *r = s.marks; r < s.marks + s.n_marks; r++)
+        s.columns[2 * r->bond + (m->bonds[r->bond].begin != r->atom)] = r->column + 1;
     for (int i = 0; i < m->n_atoms; i++)
         if (m->atoms[i].chirality != CHI_NONE) smiles_fix_chirality(&s, i);
     return 0;
@@ -1791,8 +1792,9 @@ typedef struct {
     uint8_t *changed;        // atoms to look at again while trimming
     int *parent, *depth, *queue, *ring;  // of a breadth-first search
     uint8_t *colour;
-    int *degree_then;        // see search_behind_duplicates()
+    int *degree_then;        // see search_behind_duplicates(): before the cuts
     uint8_t *active_then;
+    int *stamp, stamp_room, n_stamps;  // per ring of `all`: last time it was one of those in hand
 } RingSearch;
 
 // Size, atoms and bonds of ring r.
@@ -1998,6 +2000,8 @@ static int distinct_rings(const RingSearch *s, const Find *finds, int n, int *ri
 static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
     ChemMol *m = s->m;
     int *rings = arena_ints(&m->arena, n), n_rings = distinct_rings(s, finds, n, rings);
+    while (s->stamp_room < s->all.n)
+        s->stamp = arena_grow(&m->arena, s->stamp, &s->stamp_room, sizeof(int));
     memcpy(s->active_then, s->active, (size_t)m->n_bonds);
     memcpy(s->degree_then, s->degree, (size_t)m->n_atoms * sizeof(int));
     for (int r = 0; r < n_rings && spend(&m->arena, n); r++) {
@@ -2005,13 +2009,13 @@ static void search_behind_duplicates(RingSearch *s, const Find *finds, int n) {
         int owners = 0, least = INT_MAX;
         for (int k = 0; k < n; k++) owners += finds[k].ring == rings[r];
         for (int k = 0; k < n && owners > 1; k++) {
-            if (finds[k].ring != rings[r] || !spend(&m->arena, n + m->n_atoms / 4)) continue;
-            for (int a = 0; a < n; a++) {
-                if (finds[a].atom != finds[k].atom || !spend(&m->arena, n / 2)) continue;
-                for (int b = 0; b < n; b++)
-                    if (finds[b].ring == finds[a].ring && finds[b].atom != finds[k].atom)
-                        trim_atom(s, finds[b].atom);
-            }
+            if (finds[k].ring != rings[r] || !spend(&m->arena, 2 * n + m->n_atoms / 4)) continue;
+            s->n_stamps++;
+            for (int a = 0; a < n; a++)
+                if (finds[a].atom == finds[k].atom) s->stamp[finds[a].ring] = s->n_stamps;
+            for (int b = 0; b < n; b++)
+                if (s->stamp[finds[b].ring] == s->n_stamps && finds[b].atom != finds[k].atom)
+                    trim_atom(s, finds[b].atom);
             smallest_rings(s, finds[k].atom, -1);
             for (int c = 0; c < s->some.n; c++) {
                 if (ring_size(&s->some, c) < least) least = ring_size(&s->some, c);
@@ -3342,7 +3346,7 @@ static void clear_wedges(ChemMol *m) {
 //   What is mirrored is the stereo perception RDKit calls legacy, its default in 2022.09.
 // =================================================================================================
 
-enum { SORT_STEPS = 16 };  // of the budget for sorting an entry, and for each member of its list
+enum { SORT_STEPS = 4 };  // of the budget for sorting an entry, and for each member of its list
 
 // An atom with what it is compared by: an invariant, or its neighbours' ranks, highest first.
 typedef struct { int64_t value; int atom, n; const int *list; } CipEntry;
