@@ -37,6 +37,7 @@
 //    query features, R-groups, rare properties  of mol blocks: they describe no single molecule
 //    rare chirality classes                     @AL, @SP, @TB, @OH in SMILES
 //    rings too intricate                        cages whose rings need RDKit's fallback searches
+//    too intricate                              more work or memory than one record may take
 //    dummy atoms in aromatic rings              *1cccc1 has no Kekule structure to be sure of
 #ifndef MB_PROGRAM
 #define MB_PROGRAM "data_prep"
