@@ -1469,8 +1469,10 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
         b->order = b->aromatic ? ORDER_AROMATIC : ORDER_SINGLE;
     }
     s.columns = arena_ints(&m->arena, 2 * m->n_bonds);
-    for (RingMark *r = s.marks; r < s.marks + s.n_marks; r++)
+    for (int k = 0; k < s.n_marks; k++) {
+        const RingMark *r = &s.marks[k];
         s.columns[2 * r->bond + (m->bonds[r->bond].begin != r->atom)] = r->column + 1;
+    }
     for (int i = 0; i < m->n_atoms; i++)
         if (m->atoms[i].chirality != CHI_NONE) smiles_fix_chirality(&s, i);
     return 0;
