@@ -1761,7 +1761,6 @@ static void test_messages(void) {
         {"./data_prep --help", 0, "--split"},
         {"./data_prep no_such.sdf -o build/x.bin", 1, "data_prep: no_such.sdf"},
     };
-    write_test_dataset("build/test_train.bin", 40, 0);
     for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
         test_command(table[k].command, table[k].code, table[k].expected);
 #if MB_POSIX  // catches a 32-bit program that cannot open files over 2 GiB
@@ -3324,6 +3323,7 @@ int main(int argc, char **argv) {
                      {"quotas", test_quota},
                      {"busy machine", test_busy},
                      {"golden files", test_bundled_golden}};
+        write_test_dataset("build/test_train.bin", 40, 0);  // several groups use it
         for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {
             if (!test_wanted(tests[k].name, argc, argv)) continue;
             int passed = tests_passed, failed = tests_failed;

@@ -9,7 +9,7 @@
 # than 1e-4 is a failure. The exit code is 1 if anything failed. Logs: build/ports/PLATFORM-N/log.
 #
 #   PORTS_GROUPS=all|quick   all groups of tests, or without the slow ones (default: quick where
-#                            an emulator does the arithmetic)
+#                            arithmetic is slow: by an emulator, by x87, by tcc)
 #   PORTS_PYTHON=python3     with the packages ziglang and wasmtime, for WASI and macOS
 # Debian: apt-get install clang libomp-dev musl-tools tcc qemu-user-static wine64 wine
 #   gcc-12-multilib gcc-mingw-w64-x86-64-posix gcc-arm-linux-gnueabihf
@@ -21,13 +21,12 @@ python=${PORTS_PYTHON:-python3}
 export OMP_WAIT_POLICY=passive WINEDEBUG=-all WINEPREFIX=$work/wine
 names="sse2 avx2 avx512 plain musl i386 i386-gnu aarch64 armhf riscv64 ppc64le s390x windows tcc wasi macos"
 slow=(heads geometry attention model bias "500 atoms" messages machine "flipped bits" reproducible)
-warn="-Wall -Wextra"
 fast="-ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd"
 m32="gcc -m32 -I/usr/include/x86_64-linux-gnu"  # Debian's gcc-12-multilib leaves the path to us
 
 # What a platform is: compilers (one directory each), flags, what runs its programs, what they end in.
 platform() {
-    compilers=() flags=-O3 std=-std=c11 run='' end='' needs='' libs=-lm tests=${PORTS_GROUPS:-all} refused=''
+    compilers=() flags=-O3 warn='-Wall -Wextra' std=-std=c11 run='' end='' needs='' libs=-lm tests=${PORTS_GROUPS:-all} refused=''
     case $1 in
     sse2)     label="x86-64, SSE2" compilers=(gcc clang) flags="-O3 -fopenmp" ;;
     avx2)     label="x86-64, AVX2" compilers=(gcc clang) flags="-O3 -fopenmp -march=x86-64-v3" ;;
@@ -35,17 +34,17 @@ platform() {
               grep -q avx512vl /proc/cpuinfo || run=none ;;
     plain)    label="x86-64, \`-DPLAIN_C\`" compilers=(gcc clang) flags="-O3 -DPLAIN_C" ;;
     musl)     label="x86-64, musl, static" compilers=(musl-gcc) flags="-O3 -static" ;;
-    i386)     label="32-bit x86 (x87)" compilers=("$m32") ;;
+    i386)     label="32-bit x86 (x87)" compilers=("$m32") tests=${PORTS_GROUPS:-quick} ;;
     i386-gnu) label="32-bit x86 without \`-std=c11\`: x87 refused, SSE2" compilers=("$m32") std=''
               refused="$m32 -fsyntax-only moleblend.c" flags="-O3 -msse2 -mfpmath=sse" ;;
-    aarch64)  label="ARM, 64-bit" emulated aarch64 aarch64-linux-gnu ;;
-    armhf)    label="ARM, 32-bit" emulated arm arm-linux-gnueabihf ;;
-    riscv64)  label="RISC-V, 64-bit" emulated riscv64 riscv64-linux-gnu ;;
-    ppc64le)  label="POWER, 64-bit" emulated ppc64le powerpc64le-linux-gnu ;;
-    s390x)    label="s390x, 64-bit, big-endian" emulated s390x s390x-linux-gnu ;;
+    aarch64)  label="ARM, 64-bit"; emulated aarch64 aarch64-linux-gnu ;;
+    armhf)    label="ARM, 32-bit"; emulated arm arm-linux-gnueabihf ;;
+    riscv64)  label="RISC-V, 64-bit"; emulated riscv64 riscv64-linux-gnu ;;
+    ppc64le)  label="POWER, 64-bit"; emulated ppc64le powerpc64le-linux-gnu ;;
+    s390x)    label="s390x, 64-bit, big-endian"; emulated s390x s390x-linux-gnu ;;
     windows)  label="Windows, x86-64, under wine" compilers=(x86_64-w64-mingw32-gcc-posix)
               flags="-O3 -static" run="wine" end=.exe ;;
-    tcc)      label="x86-64, no optimiser" compilers=(tcc) flags='' warn='' ;;
+    tcc)      label="x86-64, no optimiser" compilers=(tcc) flags='' warn='' tests=${PORTS_GROUPS:-quick} ;;
     wasi)     label="WebAssembly (WASI), wasmtime" compilers=("$python -m ziglang cc -target wasm32-wasi")
               flags="-O2 -D_WASI_EMULATED_SIGNAL -D_WASI_EMULATED_PROCESS_CLOCKS -Dsystem=puts"
               libs="-lm -lwasi-emulated-signal -lwasi-emulated-process-clocks"
