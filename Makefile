@@ -41,6 +41,11 @@ all: moleblend data_prep train.bin valid.bin
 moleblend: moleblend.c moleblend.h Makefile
 	$(CC) $(ALL) moleblend.c -o $@ $(LIBS)
 
+# For clusters: one program on many machines, `mpirun -n 4 ./moleblend_mpi train.bin --micro-batch 32`
+mpi: moleblend_mpi
+moleblend_mpi: moleblend.c moleblend.h Makefile
+	OMPI_CC="$(CC)" mpicc $(ALL) -DMB_MPI moleblend.c -o $@ $(LIBS)
+
 data_prep: data_prep.c moleblend.h Makefile
 	$(CC) $(ALL) data_prep.c -o $@ $(LIBS)
 
@@ -83,9 +88,9 @@ debug:
 	$(CC) $(WARN) -O0 -g $(OMPFLAGS) data_prep.c -o data_prep $(LIBS)
 
 clean:
-	rm -rf build moleblend data_prep test train.bin valid.bin
+	rm -rf build moleblend moleblend_mpi data_prep test train.bin valid.bin
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-.PHONY: all test bench asan tsan debug clean help
+.PHONY: mpi all test bench asan tsan debug clean help

@@ -338,6 +338,8 @@ static void batch_count(Batch *batch) {
         for (size_t e = 0; e < PATH_BONDS; e++)
             count[LOSS_EDGE] += batch->edge_target[p * PATH_BONDS + e] >= 0;
     }
+    for (size_t k = 0; k < batch->B * (size_t)batch->Y; k++)  // fine-tuning has but this one
+        count[LOSS_TOTAL] += !isnan(batch->labels[k]);
     for (size_t b = 0; b < batch->B; b++) {
         View v = batch_view(batch, b);
         count[LOSS_3D] += batch->dir_pairs[b] > 0;
@@ -776,7 +778,11 @@ typedef struct {
     Draws draws;
     Dropout drop;
     LossWeights weights;
-    float *logits[LOSSES];  // for tests: a relation head's outputs go there too, if not NULL
+    const struct Task *task;  // of fine-tuning, section 9; NULL: pretraining
+    size_t part;            // molecules at a time, see batch_gradients(); 0: all
+    float *part_sum;        // of the gradients of parts
+    float *logits[LOSSES];  // a relation head's outputs go there too, if not NULL; fine-tuning: the
+                            // first has (2, B, Y), the logits and their gradients
 } Step;
 
 // ---- edge paths (paper 3.1): b_edge(i, j) = sum over slots e of path_bias[e][code_e], divided by
@@ -1851,49 +1857,43 @@ static double learning_rate(double peak, int64_t step, int64_t warmup, int64_t s
     return 0.5 * peak * (1 + cos(3.141592653589793 * x));
 }
 
-typedef enum { READ_CLS, READ_MEAN, READ_SUM } Readout;
-
-// What a fine-tuned model needs besides its parameters.
-typedef struct {
-    TaskKind kind;
-    Readout readout;
-    int use;              // USE_ bits of the relations it is given
-    const float *mean, *std;  // (Y) of the training labels; regression: prediction = out std + mean
-    int label_units;      // regression: the loss is in the labels' units, not in deviations
-} Task;
-
-// The fine-tuning head, in the place of the four heads: section 9.
-static void task_head_forward(float *logits, Step *s, Readout readout);
-static double task_loss(float *dlogits, const float *logits, const Batch *batch, const Task *task);
-static void task_head_backward(Step *s, const float *dlogits, Readout readout);
-
-// Forward and backward pass of the batch in s: mean losses (of pretraining if task is NULL; else
-// loss[LOSS_TOTAL] alone) and all gradients. logits (2, B, Y): scratch of fine-tuning.
-static void gradients(double loss[LOSSES], Step *s, const Task *task, float *logits) {
-    size_t outputs = s->batch.B * (size_t)s->batch.Y;
+// Forward and backward pass of the batch in s: mean losses and all gradients.
+static void gradients(double loss[LOSSES], Step *s) {
     double sum[LOSSES];
     memset(s->model.grads, 0, sizeof(float) * s->model.table_count);  // the rest is stored
     encoder_forward(s);
-    if (task) {
-        task_head_forward(logits, s, task->readout);
-        loss[LOSS_TOTAL] = task_loss(logits + outputs, logits, &s->batch, task);
-        task_head_backward(s, logits + outputs, task->readout);
-    } else {
-        pretrain_heads(sum, s, 1);  // forward and backward
-        loss_means(loss, sum, s->batch.count, &s->weights);
-    }
+    pretrain_heads(sum, s, 1);  // forward and backward
+    loss_means(loss, sum, s->batch.count, &s->weights);
     encoder_backward(s);
 }
 
-// The training step: molecules ids[0..B) of a dataset, blended (if that is NULL: as the task wants
-// them), their losses, gradients, and update t = 1, 2, ...; adam has the learning_rate() of this
-// update. Returns the gradient norm.
-static double training_step(double loss[LOSSES], Step *s, const Dataset *data, const uint32_t *ids,
-                            size_t B, const Blend *blend, const Task *task, float *logits,
-                            const Adam *adam, const Draws *draws, int64_t t) {
-    s->draws = *draws;
-    batch_load(&s->batch, data, ids, B, blend, task ? task->use : 0, draws);
-    gradients(loss, s, task, logits);
+// Molecules ids[...] of a dataset, blended, or, if that is NULL, with the fixed relations `use`.
+typedef struct {
+    const Dataset *data;
+    const uint32_t *ids;
+    const Blend *blend;
+    int use;
+    Draws draws;
+} Given;
+
+// Puts B of them, from `first` on, into s->batch.
+static void load_given(Step *s, size_t first, size_t B, const void *given) {
+    const Given *g = given;
+    s->draws = g->draws;
+    s->draws.first_slot += (uint32_t)first;
+    batch_load(&s->batch, g->data, g->ids + first, B, g->blend, g->use, &s->draws);
+}
+
+// gradients() (of fine-tuning: section 9) of B molecules that load() puts into s->batch: of all at
+// once, or in parts of s->part, one after another or each on another machine. Section 11.
+typedef void Load(Step *s, size_t first, size_t B, const void *given);
+static void batch_gradients(double loss[LOSSES], Step *s, size_t B, Load *load, const void *given);
+
+// The training step: B molecules, their losses, gradients, and update t = 1, 2, ...; adam has the
+// learning_rate() of this update. Returns the gradient norm.
+static double training_step(double loss[LOSSES], Step *s, size_t B, const Given *given,
+                            const Adam *adam, int64_t t) {
+    batch_gradients(loss, s, B, load_given, given);
     return adamw_step(&s->model, adam, t);
 }
 
@@ -1917,6 +1917,17 @@ static double training_step(double loss[LOSSES], Step *s, const Dataset *data, c
 // 9 The fine-tuning head (paper 4): out = W2 gelu(W1 x + b1) + b2 on a token, read out as that of
 //   the graph token, or as the mean or sum over the atoms
 // =================================================================================================
+
+typedef enum { READ_CLS, READ_MEAN, READ_SUM } Readout;
+
+// What a fine-tuned model needs besides its parameters.
+typedef struct Task {
+    TaskKind kind;
+    Readout readout;
+    int use;              // USE_ bits of the relations it is given
+    const float *mean, *std;  // (Y) of the training labels; regression: prediction = out std + mean
+    int label_units;      // regression: the loss is in the labels' units, not in deviations
+} Task;
 
 // Tokens of a molecule that are read out: from the first of them on, how many, and their weight.
 static float readout_tokens(size_t *first, size_t *count, const View *v, Readout readout) {
@@ -1969,13 +1980,12 @@ static void task_head_backward(Step *s, const float *dlogits, Readout readout) {
     memset(a->dattn_bias, 0, sizeof(float) * s->batch.bias_size * (size_t)s->model.config.heads);
 }
 
-// Mean loss over the labels present: binary cross-entropy with logits, or the squared error of
+// Mean loss over the labels present in the whole batch: cross-entropy with logits, or the square of
 // out std + mean, over std^2 unless label_units (the release), so that every task counts alike.
 // dlogits (B, Y) is its gradient, 0 where a label is missing.
 static double task_loss(float *dlogits, const float *logits, const Batch *batch, const Task *task) {
-    size_t count = 0, Y = (size_t)batch->Y;
-    double loss = 0;
-    for (size_t k = 0; k < batch->B * Y; k++) count += !isnan(batch->labels[k]);
+    size_t Y = (size_t)batch->Y;
+    double loss = 0, count = batch->count[LOSS_TOTAL];
     for (size_t k = 0; k < batch->B * Y; k++) {
         double x = (double)logits[k], label = (double)batch->labels[k];
         dlogits[k] = 0;
@@ -1984,15 +1994,26 @@ static double task_loss(float *dlogits, const float *logits, const Batch *batch,
             double exp_minus = exp(-fabs(x));  // log(1 + e^-|x|) does not overflow
             loss += fmax(x, 0) - x * label + log1p(exp_minus);
             double sigmoid = x >= 0 ? 1 / (1 + exp_minus) : exp_minus / (1 + exp_minus);
-            dlogits[k] = (float)((sigmoid - label) / (double)count);
+            dlogits[k] = (float)((sigmoid - label) / count);
         } else {
             double std = (double)task->std[k % Y], unit = task->label_units ? std : 1;
             double error = unit * (x - (label - (double)task->mean[k % Y]) / std);
             loss += error * error;
-            dlogits[k] = (float)(2 * error * unit / (double)count);
+            dlogits[k] = (float)(2 * error * unit / count);
         }
     }
-    return count ? loss / (double)count : 0;
+    return count > 0 ? loss / count : 0;
+}
+
+// Forward and backward pass of fine-tuning: gradients() with one head in the place of the four.
+static void task_gradients(double loss[LOSSES], Step *s) {
+    float *logits = s->logits[LOSS_TOTAL], *dlogits = logits + s->batch.B * (size_t)s->batch.Y;
+    memset(s->model.grads, 0, sizeof(float) * s->model.table_count);
+    encoder_forward(s);
+    task_head_forward(logits, s, s->task->readout);
+    loss[LOSS_TOTAL] = task_loss(dlogits, logits, &s->batch, s->task);
+    task_head_backward(s, dlogits, s->task->readout);
+    encoder_backward(s);
 }
 
 static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
@@ -2818,6 +2839,145 @@ static void model_init(Model *model, uint64_t seed) {
     for (int i = 0; i < model->n_tensors; i++) tensor_init(model, i, seed);
 }
 
+// ---- a batch in parts. Part k is made by rank k mod ranks. Its gradients are added to the sum of
+//   the parts before it, and the sum goes on to the rank of part k + 1: ((g0 + g1) + g2) + ..., the
+//   same bits for any number of ranks. It travels in pieces, so that all ranks add at once.
+
+#ifdef MB_MPI  // all that knows of MPI; without it there is one rank
+#include <mpi.h>
+#include <sys/wait.h>
+
+enum { PIECE = 1 << 18, MOST_PIECES = 1 << 12 };  // floats
+static int my_rank, all_ranks = 1, ranks_done, rank_stderr;
+static MPI_Request piece_request[MOST_PIECES];
+static int pieces_sent;
+
+// At exit. A rank that fails ends the job, with one message: that of rank 0 if it fails too.
+static void ranks_end(void) {
+    char text[4096] = "", *line = text;
+    if (ranks_done) {
+        MPI_Finalize();
+        return;
+    }
+    if (my_rank > 0) {
+        sleep(1);
+        fflush(stderr);
+        lseek(2, -(off_t)sizeof text + 1, SEEK_END);
+        ssize_t n = read(2, text, sizeof text - 1);
+        for (ssize_t k = 0; k + 1 < n; k++) line = text[k] == '\n' ? text + k + 1 : line;
+        dprintf(rank_stderr, "rank %d: %s", my_rank, line);
+    }
+    MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
+}
+
+// Only rank 0 speaks; what the others would say goes to a file without name.
+static void ranks_begin(void) {
+    MPI_Init(NULL, NULL);
+    MPI_Comm_rank(MPI_COMM_WORLD, &my_rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &all_ranks);
+    atexit(ranks_end);
+    if (my_rank == 0) return;
+    FILE *nowhere = tmpfile();
+    rank_stderr = dup(2);
+    CHECK(nowhere && dup2(fileno(nowhere), 1) >= 0 && dup2(fileno(nowhere), 2) >= 0,
+          "cannot open a temporary file: %s", strerror(errno));
+}
+
+// The program ends well.
+static void ranks_finish(void) { ranks_done = 1; }
+
+// x = its sum over the ranks: of whole numbers, or of numbers that all ranks but one leave 0, which
+// is exact in any order.
+static void ranks_sum(double *x, size_t n) {
+    for (size_t k = 0; k < n; k += PIECE)
+        MPI_Allreduce(MPI_IN_PLACE, x + k, (int)(n - k < PIECE ? n - k : PIECE), MPI_DOUBLE,
+                      MPI_SUM, MPI_COMM_WORLD);
+}
+
+static void ranks_sum_floats(float *x, size_t n) {
+    for (size_t k = 0; k < n; k += PIECE)
+        MPI_Allreduce(MPI_IN_PLACE, x + k, (int)(n - k < PIECE ? n - k : PIECE), MPI_FLOAT, MPI_SUM,
+                      MPI_COMM_WORLD);
+}
+
+// Waits until the sum that was sent on has left, then receives piece by piece that of part k - 1.
+static void piece_receive(float *sum, size_t n, size_t k) {
+    if (all_ranks == 1) return;
+    MPI_Recv(sum, (int)n, MPI_FLOAT, (int)((k - 1) % (size_t)all_ranks), 0, MPI_COMM_WORLD,
+             MPI_STATUS_IGNORE);
+}
+
+static void piece_send(const float *sum, size_t n, size_t k) {
+    if (all_ranks == 1) return;
+    CHECK(pieces_sent < MOST_PIECES, "a model too large for MOST_PIECES");
+    MPI_Isend(sum, (int)n, MPI_FLOAT, (int)((k + 1) % (size_t)all_ranks), 0, MPI_COMM_WORLD,
+              &piece_request[pieces_sent++]);
+}
+
+static void pieces_wait(void) {
+    MPI_Waitall(pieces_sent, piece_request, MPI_STATUSES_IGNORE);
+    pieces_sent = 0;
+}
+
+// All ranks get what the one of the last part has.
+static void piece_share(float *x, size_t n, size_t last) {
+    MPI_Bcast(x, (int)n, MPI_FLOAT, (int)(last % (size_t)all_ranks), MPI_COMM_WORLD);
+}
+#else
+enum { PIECE = 1 << 18, my_rank = 0, all_ranks = 1 };
+static void ranks_sum(double *x, size_t n) { (void)x, (void)n; }
+static inline void ranks_sum_floats(float *x, size_t n) { (void)x, (void)n; }
+static void piece_receive(float *sum, size_t n, size_t k) { (void)sum, (void)n, (void)k; }
+static void piece_send(const float *sum, size_t n, size_t k) { (void)sum, (void)n, (void)k; }
+static void pieces_wait(void) {}
+static inline void ranks_begin(void) {}
+static inline void ranks_finish(void) {}
+static void piece_share(float *x, size_t n, size_t last) { (void)x, (void)n, (void)last; }
+#endif
+
+// Adds the gradients of part k to the sum; after the last part they are the sum, on all ranks.
+static void part_add(Step *s, size_t k, size_t parts) {
+    float *sum = s->part_sum, *grads = s->model.grads;
+    pieces_wait();
+    for (size_t first = 0; first < s->model.count; first += PIECE) {
+        size_t n = s->model.count - first < PIECE ? s->model.count - first : PIECE;
+        if (k > 0) piece_receive(sum + first, n, k);
+#pragma omp parallel for simd schedule(static)
+        for (size_t i = first; i < first + n; i++) sum[i] = k > 0 ? sum[i] + grads[i] : grads[i];
+        if (k + 1 < parts) piece_send(sum + first, n, k);
+        else memcpy(grads + first, sum + first, sizeof(float) * n);
+    }
+}
+
+static void batch_gradients(double loss[LOSSES], Step *s, size_t B, Load *load, const void *given) {
+    size_t M = s->part && s->part < B ? s->part : B, parts = (B + M - 1) / M, loaded = parts;
+    double count[LOSSES] = {0}, *part_loss = xmalloc(parts, LOSSES * sizeof *part_loss);
+    if (parts > 1 && !s->part_sum) s->part_sum = floats_alloc(s->model.count, "a smaller model");
+    for (size_t k = (size_t)my_rank; k < parts; k += (size_t)all_ranks) {  // the counts
+        load(s, k * M, B - k * M < M ? B - k * M : M, given);
+        for (int l = 0; l < LOSSES; l++) count[l] += s->batch.count[l];
+        loaded = k;
+    }
+    ranks_sum(count, LOSSES);
+    for (size_t k = (size_t)my_rank; k < parts; k += (size_t)all_ranks) {
+        if (k != loaded) load(s, k * M, B - k * M < M ? B - k * M : M, given);
+        loaded = k;
+        memcpy(s->batch.count, count, sizeof count);
+        if (s->task) task_gradients(part_loss + k * LOSSES, s);
+        else gradients(part_loss + k * LOSSES, s);
+        if (parts > 1) part_add(s, k, parts);
+    }
+    if (parts > 1) pieces_wait();
+    for (size_t first = 0; first < s->model.count && all_ranks > 1; first += PIECE)
+        piece_share(s->model.grads + first,
+                    s->model.count - first < PIECE ? s->model.count - first : PIECE, parts - 1);
+    ranks_sum(part_loss, parts * LOSSES);
+    for (int l = 0; l < LOSSES; l++) loss[l] = 0;
+    for (size_t k = 0; k < parts; k++)
+        for (int l = 0; l < LOSSES; l++) loss[l] += part_loss[k * LOSSES + l];
+    free(part_loss);
+}
+
 // =================================================================================================
 // 12 Checkpoints: a model's tensors under the official names, as a tensor file (moleblend.h, 10).
 //   The state for --resume holds also Adam's moments, under a prefix, and the log.
@@ -3000,6 +3160,7 @@ enum { DEFAULT_BATCH = 64, PRETRAIN_BATCH = 12 };
 typedef struct {
     const char *size, *output, *valid, *test, *init, *model, *task, *readout, *modality;
     const char *loss_units, *level, *svg;
+    int64_t part;                              // --micro-batch; 0: the whole batch
     int64_t layers, dim, ffn, heads, kernels;  // 0: from `size`
     int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds, layer;
     int resume, help, version;
@@ -3087,9 +3248,7 @@ typedef struct {
     Step s;
     Dataset train, valid, test;  // opened if their path is set
     Task task;                   // of fine-tuning
-    const Task *finetuning;      // &task, or NULL: pretraining
     float *statistics;           // (2, Y) mean and deviation of the training labels
-    float *logits;               // (2, B, Y)
     float scale;                 // of logits, by calibration(); 1 while training
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
     int64_t epoch, done, steps, warmup;  // updates done, and in all
@@ -3107,11 +3266,19 @@ typedef struct {
 // Names the draws of a run.
 static uint64_t run_seed(const Run *run) { return (uint64_t)(opt.seed + run->nth); }
 
-// Makes `need` large enough for B molecules of a dataset.
+// Molecules that are computed with at once, of B.
+static size_t part_size(size_t B) {
+    return opt.part && (size_t)opt.part < B ? (size_t)opt.part : B;
+}
+
+// Makes `need` large enough for every part of B molecules of a dataset.
 static void sizes_need(Sizes *need, const Dataset *data, const uint32_t *ids, size_t B) {
     Sizes batch = {0};
-    for (size_t b = 0; b < B; b++) sizes_add(&batch, dataset_atoms(data, ids[b]));
-    *need = sizes_max(*need, batch);
+    for (size_t b = 0; b < B; b++) {
+        if (b % part_size(B) == 0) batch = (Sizes){0};
+        sizes_add(&batch, dataset_atoms(data, ids[b]));
+        *need = sizes_max(*need, batch);
+    }
 }
 
 // Makes activations and batch that large; memory only grows.
@@ -3143,12 +3310,14 @@ static void run_ids(Run *run, int64_t step) {
 typedef void Visit(Run *run, size_t first, size_t B, void *result);
 
 // Goes through at most `most` molecules of a dataset, batch by batch, in order and without dropout.
-// Blend and noise of molecule i depend only on the seed and i, so that results can be compared.
+// Blend and noise of molecule i depend only on the seed and i, so that results can be compared. The
+// ranks share the batches; what they find is for the caller to add.
 static void visit_batches(Run *run, const Dataset *data, size_t most, const Blend *blend, int use,
                           int encode, Visit *visit, void *result) {
-    size_t n = data->count < most ? data->count : most;
+    size_t n = data->count < most ? data->count : most, room = part_size((size_t)opt.batch);
     for (size_t i = 0, B; i < n; i += B) {
-        B = n - i < (size_t)opt.batch ? n - i : (size_t)opt.batch;
+        B = n - i < room ? n - i : room;
+        if (i / room % (size_t)all_ranks != (size_t)my_rank) continue;
         for (size_t b = 0; b < B; b++) run->ids[b] = (uint32_t)(i + b);
         threads_adapt();
         Sizes need = {0};
@@ -3161,18 +3330,24 @@ static void visit_batches(Run *run, const Dataset *data, size_t most, const Blen
     }
 }
 
-typedef struct { double sum[LOSSES], count[LOSSES]; } LossSums;
-
+// result: (batches, 2, LOSSES) sums and counts.
 static void visit_losses(Run *run, size_t first, size_t B, void *result) {
-    LossSums *all = result;
-    double sum[LOSSES];
-    (void)first;
+    double *sum = (double *)result + first / part_size((size_t)opt.batch) * 2 * LOSSES;
     (void)B;
     pretrain_heads(sum, &run->s, 0);
-    for (int k = 1; k < LOSSES; k++) {
-        all->sum[k] += sum[k];
-        all->count[k] += run->s.batch.count[k];
-    }
+    sum[LOSS_TOTAL] = 0;  // is not set
+    memcpy(sum + LOSSES, run->s.batch.count, LOSSES * sizeof *sum);
+}
+
+// Mean losses on a dataset.
+static void mean_losses(double loss[LOSSES], Run *run, const Dataset *data) {
+    size_t batches = data->count / part_size((size_t)opt.batch) + 1;
+    double *sums = xmalloc(batches, 2 * LOSSES * sizeof *sums), all[2 * LOSSES] = {0};
+    visit_batches(run, data, SIZE_MAX, &opt.blend, 0, 1, visit_losses, sums);
+    ranks_sum(sums, batches * 2 * LOSSES);
+    for (size_t k = 0; k < batches * 2 * LOSSES; k++) all[k % (2 * LOSSES)] += sums[k];
+    loss_means(loss, all, all + LOSSES, &opt.weights);
+    free(sums);
 }
 
 // How often each class occurs: those of path lengths, then those of the path slots, slot by slot.
@@ -3196,6 +3371,8 @@ static void chance_losses(double chance[LOSSES], Run *run, const Dataset *data) 
     double sum[LOSSES] = {0, 1, 0, 0, 1}, count[LOSSES] = {0, 1, 0, 0, 1};
     visit_batches(run, &run->train, 4096, NULL, USE_SPD, 0, visit_classes, known);
     visit_batches(run, data, 4096, NULL, USE_SPD, 0, visit_classes, seen);
+    ranks_sum(known, SPD_CLASSES + EDGE_OUTPUTS);
+    ranks_sum(seen, SPD_CLASSES + EDGE_OUTPUTS);
     for (int group = 0; group <= PATH_BONDS; group++) {  // 0: SPD, then a slot each
         int first = group ? SPD_CLASSES + (group - 1) * EDGE_CLASSES : 0;
         int end = SPD_CLASSES + group * EDGE_CLASSES, loss = group ? LOSS_EDGE : LOSS_SPD;
@@ -3224,6 +3401,7 @@ static float *predict_all(float **labels, Run *run, const Dataset *data) {
     size_t Y = (size_t)run->s.model.config.tasks;
     float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
     visit_batches(run, data, SIZE_MAX, NULL, run->task.use, 1, visit_predictions, out);
+    ranks_sum_floats(out, data->count * Y);
     Molecule m = {0};
     Y = (size_t)data->n_tasks;
     *labels = xmalloc(mul_size(data->count, Y), sizeof **labels);
@@ -3327,7 +3505,7 @@ static char *run_meta(const Run *run, int of_state) {
                                 "fingerprint", "valid_fingerprint", "seeds_done"};
     const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
                                 (long long)run->train.count, dataset_fingerprint(&run->train),
-                                run->finetuning ? dataset_fingerprint(&run->valid) : 0, run->nth};
+                                run->s.task ? dataset_fingerprint(&run->valid) : 0, run->nth};
     text_add(&t, "{");
     text_add_meta(&t, "format", "pt");
     for (size_t k = 0; k < sizeof keys / sizeof keys[0]; k++) {
@@ -3338,12 +3516,12 @@ static char *run_meta(const Run *run, int of_state) {
     char *options = options_text(of_state);
     text_add_meta(&t, "run", options);
     free(options);
-    for (int y = 0; run->finetuning && y < c.tasks; y++) {
+    for (int y = 0; run->s.task && y < c.tasks; y++) {
         text_add(&names, "%s%s", y ? "\n" : "", run->train.task_names[y]);
         text_add(&mean, "%s%.9g", y ? " " : "", (double)run->task.mean[y]);
         text_add(&std, "%s%.9g", y ? " " : "", (double)run->task.std[y]);
     }
-    if (run->finetuning) {
+    if (run->s.task) {
         text_add_meta(&t, "task", KIND_NAMES[run->task.kind]);
         text_add_meta(&t, "readout", READOUT_NAMES[run->task.readout]);
         text_add_meta(&t, "modality", opt.modality);
@@ -3365,19 +3543,20 @@ static char *run_meta(const Run *run, int of_state) {
 
 // Adds the rows to the CSV that it has not yet: of fine-tuning an epoch each, else a step each.
 static void log_write(Run *run) {
-    int64_t end = run->finetuning ? run->epochs : run->done;
+    int64_t end = run->s.task ? run->epochs : run->done;
+    if (my_rank > 0) return;
     if (!run->csv) {
         run->csv = fopen(run->log_path, "w");
         CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
-        fprintf(run->csv, "%s", run->finetuning ? "seed,epoch,loss,valid,best_epoch" : "step");
-        for (int k = 0; k < LOSSES && !run->finetuning; k++)
+        fprintf(run->csv, "%s", run->s.task ? "seed,epoch,loss,valid,best_epoch" : "step");
+        for (int k = 0; k < LOSSES && !run->s.task; k++)
             fprintf(run->csv, ",%s", LOSS_NAMES[k]);
-        fprintf(run->csv, run->finetuning ? "\n" : ",lr,gradient_norm,molecules_per_second\n");
+        fprintf(run->csv, run->s.task ? "\n" : ",lr,gradient_norm,molecules_per_second\n");
     }
     for (; run->shown < end; run->shown++) {
-        const float *row = run->finetuning ? run->history + run->shown * EPOCH_COLUMNS
+        const float *row = run->s.task ? run->history + run->shown * EPOCH_COLUMNS
                                            : run->log + run->shown * LOG_COLUMNS;
-        if (run->finetuning) {
+        if (run->s.task) {
             fprintf(run->csv, "%lld,%.0f,%.6g,%.6g,%.0f\n", (long long)opt.seed +
                     (long long)row[EPOCH_SEED], (double)row[EPOCH_NUMBER], (double)row[EPOCH_LOSS],
                     shown_metric(run, row[EPOCH_VALID]), (double)row[EPOCH_BEST]);
@@ -3422,10 +3601,10 @@ static void run_save(Run *run) {
          row += EPOCH_COLUMNS)
         better = is_better(best[EPOCH_VALID], row[EPOCH_VALID]);
     run_arenas(arenas, run);
-    model_write(run->state_path, &run->s.model, arenas, tables, n_tables, meta);
-    if (!run->finetuning || better)
+    if (my_rank == 0) model_write(run->state_path, &run->s.model, arenas, tables, n_tables, meta);
+    if (my_rank == 0 && (!run->s.task || better))
         model_write(opt.output, &run->s.model, output, NULL, 0, short_meta);
-    if (best && opt.seeds > 1) {
+    if (my_rank == 0 && best && opt.seeds > 1) {
         char *path = seed_path(run);
         model_write(path, &run->s.model, output, NULL, 0, short_meta);
         free(path);
@@ -3455,7 +3634,7 @@ static void run_load(Run *run) {
     float *arenas[ARENAS];
     run->nth = meta_whole(f, "seeds_done");
     run->done = table_load(run->log, run->steps, LOG_COLUMNS, f, "log");
-    if (run->finetuning)
+    if (run->s.task)
         run->epochs = table_load(run->history, opt.epochs * opt.seeds, EPOCH_COLUMNS, f, "history");
     CHECK(run->done == meta_whole(f, "step"), "%s: damaged state: the log does not fit the step",
           f->path);
@@ -3502,16 +3681,18 @@ static void run_open_state(Run *run) {
 // it is found out whether it can be written.
 static void run_open(Run *run, const char *train_path) {
     dataset_open(&run->train, train_path);
-    int64_t n = (int64_t)run->train.count, batch = run->finetuning ? DEFAULT_BATCH : PRETRAIN_BATCH;
+    int64_t n = (int64_t)run->train.count, batch = run->s.task ? DEFAULT_BATCH : PRETRAIN_BATCH;
     CHECK(n > 0, "%s: the dataset is empty", train_path);
     run->state_path = xprintf("%s.state", opt.output);
     run->log_path = path_with(opt.output, ".safetensors", ".log.csv");
-    char *lock = xprintf("%s.run", opt.output);
-    out_probe(opt.output);
-    out_probe(run->state_path);
-    out_probe(run->log_path);
-    out_open(&run->lock, lock);
-    free(lock);
+    if (my_rank == 0) {
+        char *lock = xprintf("%s.run", opt.output);
+        out_probe(opt.output);
+        out_probe(run->state_path);
+        out_probe(run->log_path);
+        out_open(&run->lock, lock);
+        free(lock);
+    }
     if (opt.resume) run_open_state(run);
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
@@ -3523,9 +3704,10 @@ static void run_open(Run *run, const char *train_path) {
     run->order = xmalloc(run->train.count, sizeof *run->order);
     run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
     run->s.drop = opt.drop;
+    run->s.part = (size_t)opt.part;
     run->s.weights = opt.weights;
-    run->steps = run->finetuning ? (opt.epochs * n + opt.batch - 1) / opt.batch : opt.steps;
-    run->warmup = opt.warmup >= 0 ? opt.warmup : run->steps / (run->finetuning ? 10 : 12) + 1;
+    run->steps = run->s.task ? (opt.epochs * n + opt.batch - 1) / opt.batch : opt.steps;
+    run->warmup = opt.warmup >= 0 ? opt.warmup : run->steps / (run->s.task ? 10 : 12) + 1;
     run->log = xmalloc((size_t)run->steps, LOG_COLUMNS * sizeof *run->log);
 }
 
@@ -3569,7 +3751,8 @@ static void run_close(Run *run) {
     acts_free(&run->s.acts);
     batch_free(&run->s.batch);
     if (run->csv) fclose(run->csv);
-    void *const memory[] = {run->order, run->ids, run->log, run->history, run->best, run->logits,
+    void *const memory[] = {run->order, run->ids, run->log, run->history, run->best,
+                            run->s.part_sum, run->s.logits[LOSS_TOTAL],
                             run->statistics, run->state_path, run->log_path};
     for (size_t k = 0; k < sizeof memory / sizeof memory[0]; k++) free(memory[k]);
 }
@@ -3587,10 +3770,9 @@ static void run_step(Run *run) {
     Sizes need = {0};
     sizes_need(&need, &run->train, run->ids, (size_t)opt.batch);
     run_reserve(run, &run->train, need);
-    Draws draws = {run_seed(run), (uint32_t)run->done, 0, 1};
-    double norm = training_step(loss, s, &run->train, run->ids, (size_t)opt.batch,
-                                run->finetuning ? NULL : &opt.blend, run->finetuning, run->logits,
-                                &adam, &draws, run->done + 1);
+    Given given = {&run->train, run->ids, run->s.task ? NULL : &opt.blend,
+                   run->s.task ? run->task.use : 0, {run_seed(run), (uint32_t)run->done, 0, 1}};
+    double norm = training_step(loss, s, (size_t)opt.batch, &given, &adam, run->done + 1);
     check_finite(run, loss[LOSS_TOTAL] + norm);
     float *row = run->log + run->done * LOG_COLUMNS;
     for (int k = 0; k < LOSSES; k++) row[k] = (float)loss[k];
@@ -3626,7 +3808,7 @@ static void pretrain_after_step(const Run *run, int terminal) {
 // kept if they are the best on the validation set.
 static void finetune_after_step(Run *run, int terminal) {
     int64_t n = (int64_t)run->train.count, epoch = run->done * opt.batch / n;
-    if (epoch == (run->done - 1) * opt.batch / n || mb_signal) return;
+    if (epoch == (run->done - 1) * opt.batch / n) return;
     double mean[LOG_COLUMNS];
     const float *best = best_epoch(run);
     float scale, valid = selection_metric(&scale, run, &run->valid);
@@ -3654,31 +3836,40 @@ static int is_enough(const Run *run) {
     return (int64_t)(last[EPOCH_NUMBER] - best[EPOCH_NUMBER]) >= opt.patience;
 }
 
+// Has a signal asked a rank to stop?
+static int is_stopped(void) {
+    double signals = mb_signal != 0;
+    ranks_sum(&signals, 1);
+    return signals > 0;
+}
+
 // Updates run->done..run->steps-1, or as far as a signal lets it come; ends the program, saved, if
 // there was one.
 static void run_train(Run *run) {
     Progress progress = progress_begin((double)run->done);
     int64_t first = run->done;
+    int stopped = 0;
     char text[96];
     signals_catch();
-    while (run->done < run->steps && !mb_signal && !is_enough(run)) {
+    while (run->done < run->steps && !is_enough(run) && !(stopped = is_stopped())) {
         run_step(run);
-        if (run->finetuning) finetune_after_step(run, progress.terminal);
+        if (run->s.task) finetune_after_step(run, progress.terminal);
         else pretrain_after_step(run, progress.terminal);
         log_write(run);
         if (run->done < run->steps && run->done % opt.save_every == 0) run_save(run);
         snprintf(text, sizeof text, "step %lld of %lld%s", (long long)run->done,
-                 (long long)run->steps, run->finetuning ? " of this seed" : "");
+                 (long long)run->steps, run->s.task ? " of this seed" : "");
         progress_show(&progress, (double)run->done, (double)run->steps,
                       (double)(run->done - first) * (double)opt.batch, "molecules", text,
-                      run->finetuning && run->done == run->steps);
+                      run->s.task && run->done == run->steps);
     }
     if (progress.terminal) fprintf(stderr, "\r\033[K");
     run_save(run);  // also when all steps were done: the run may have been killed while saving
-    if (!mb_signal) return;
+    if (!stopped) return;
     fprintf(stderr, "stopped by a signal and saved after step %lld; to go on, give the same "
             "command with --resume\n", (long long)run->done);
-    mb_exit(128 + mb_signal);
+    ranks_finish();
+    mb_exit(128 + (mb_signal ? mb_signal : SIGTERM));
 }
 
 // =================================================================================================
@@ -3721,12 +3912,10 @@ static void pretrain_open(Run *run, const char *train_path) {
 // The result: each loss at the start and the end, on the validation set, and by chance.
 static void pretrain_report(Run *run) {
     double start[LOG_COLUMNS], end[LOG_COLUMNS], valid[LOSSES], chance[LOSSES];
-    LossSums all = {0};
     int64_t window = run->steps / 50 + 1;
     log_mean(start, run, 0, 1);
     log_mean(end, run, run->done > window ? run->done - window : 0, run->done);
-    visit_batches(run, &run->valid, SIZE_MAX, &opt.blend, 0, 1, visit_losses, &all);
-    loss_means(valid, all.sum, all.count, &opt.weights);
+    mean_losses(valid, run, &run->valid);
     chance_losses(chance, run, run->valid.count ? &run->valid : &run->train);
     printf("\nloss        start     end   valid  by chance\n");
     for (int k = 1; k <= LOSSES; k++) {
@@ -3803,7 +3992,7 @@ static void label_statistics(Run *run) {
 
 // Opens what fine-tuning needs, and says what will be done. Returns 1 if it goes on from a state.
 static int finetune_open(Run *run, const char *train_path) {
-    run->finetuning = &run->task;
+    run->s.task = &run->task;
     run_open(run, train_path);
     CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
     size_t Y = (size_t)run->train.n_tasks;
@@ -3827,7 +4016,7 @@ static int finetune_open(Run *run, const char *train_path) {
     model_create(&run->s.model, c, 1);
     run->history = xmalloc(mul_size((size_t)opt.epochs, (size_t)opt.seeds),
                            EPOCH_COLUMNS * sizeof *run->history);
-    run->logits = xmalloc(2 * mul_size((size_t)opt.batch, Y), sizeof *run->logits);
+    run->s.logits[LOSS_TOTAL] = xmalloc(2 * mul_size((size_t)opt.batch, Y), sizeof(float));
     run->best = xmalloc(run->s.model.count, sizeof *run->best);
     run_prepare(run);
     fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n",
@@ -4447,6 +4636,9 @@ static const Option OPTIONS[] = {
     WHOLE("--batch-size", batch, 1, 1e6,
           "molecules at a time (default: pretraining 12, else 64; at most all)",
           TRAIN | READ | SHAPES),
+    WHOLE("--micro-batch", part, 0, 1e6,
+          "molecules at once: less memory; with MPI each rank takes some; 0: the whole batch",
+          TRAIN | SHAPES),
     NUMBER("--lr", adam.lr, 0, 10, "peak learning rate", TRAIN | SHAPES),
     WHOLE("--warmup", warmup, -1, 1e9, "steps; -1: 1/12 (finetune: 1/10) of all", TRAIN | SHAPES),
     NUMBER("--hold", hold, 0, 1, "part of the steps at the peak, before the cosine to 0",
@@ -4623,6 +4815,7 @@ int main(int argc, char **argv) {
     check_options();
     if (!opt.valid && command->bit & TRAIN) opt.valid = sibling(words[0], "valid");
     if (!opt.test && command->bit & FINETUNE) opt.test = sibling(words[0], "test");
+    if (command->bit & TRAIN) ranks_begin();
     threads_set(opt.threads);
     switch (command->bit) {
         case PRETRAIN: command_pretrain(words[0]); break;
@@ -4633,6 +4826,7 @@ int main(int argc, char **argv) {
         default: file_info(words[0]); break;
     }
     free(words);
+    ranks_finish();
     mb_exit(EXIT_SUCCESS);
 }
 

@@ -231,31 +231,24 @@ typedef struct {
     Adam adam;
 } Golden;
 
-// Lays out the batch of a golden file, with its blend and noise.
-static void golden_batch(Golden *g) {
-    size_t B = (size_t)meta_number(&g->file, "n_mols");
+// Puts molecules first..first+B-1 of a golden file into its batch, with their blend and noise.
+static void golden_load(Step *s, size_t first, size_t B, const void *given) {
+    Golden *g = (Golden *)(uintptr_t)given;
     int Y = g->s.model.config.tasks;
-    Sizes room = {0};
-    for (size_t b = 0; b < B; b++) {
-        const TensorEntry *t = golden_tensor(&g->file, "mol", b, "atom_feat");
-        CHECK(t, "%s: molecule %zu is missing", g->file.path, b);
-        sizes_add(&room, (int)t->shape[0]);
-    }
-    batch_alloc(&g->s.batch, room, Y);
-    acts_alloc(&g->s.acts, g->s.model.config, room);
     for (size_t b = 0; b < B; b++)
-        g->s.batch.n_atoms[b] = (int)golden_tensor(&g->file, "mol", b, "atom_feat")->shape[0];
-    batch_layout(&g->s.batch, B);
+        s->batch.n_atoms[b] =
+            (int)golden_tensor(&g->file, "mol", first + b, "atom_feat")->shape[0];
+    batch_layout(&s->batch, B);
     float *labels = Y ? tensor_floats(&g->file, "labels", NULL) : NULL;
     Molecule m = {0};
     for (size_t b = 0; b < B; b++) {
-        golden_molecule(&m, &g->file, b);
+        golden_molecule(&m, &g->file, first + b);
         molecule_resize(&m, m.n_atoms, m.n_bonds, Y, 0);
-        if (Y) memcpy(m.labels, labels + b * (size_t)Y, sizeof(float) * (size_t)Y);
+        if (Y) memcpy(m.labels, labels + (first + b) * (size_t)Y, sizeof(float) * (size_t)Y);
         batch_set(&g->s.batch, b, &m, &g->s.batch.reader[0]);
-        const TensorEntry *noise = golden_tensor(&g->file, "mol", b, "noise");
-        const TensorEntry *blend = golden_tensor(&g->file, "mol", b, "blend");
-        const TensorEntry *feat_blend = golden_tensor(&g->file, "mol", b, "feat_blend");
+        const TensorEntry *noise = golden_tensor(&g->file, "mol", first + b, "noise");
+        const TensorEntry *blend = golden_tensor(&g->file, "mol", first + b, "blend");
+        const TensorEntry *feat_blend = golden_tensor(&g->file, "mol", first + b, "feat_blend");
         size_t a0 = g->s.batch.atom_start[b], p0 = g->s.batch.pair_start[b];
         if (g->finetune) batch_use(&g->s.batch, b, g->task.use);
         for (size_t k = 0; blend && k < blend->count; k++)
@@ -269,6 +262,20 @@ static void golden_batch(Golden *g) {
     batch_count(&g->s.batch);
     molecule_free(&m);
     free(labels);
+}
+
+// Memory for a golden file's molecules, and its whole batch.
+static void golden_batch(Golden *g) {
+    size_t B = (size_t)meta_number(&g->file, "n_mols");
+    Sizes room = {0};
+    for (size_t b = 0; b < B; b++) {
+        const TensorEntry *t = golden_tensor(&g->file, "mol", b, "atom_feat");
+        CHECK(t, "%s: molecule %zu is missing", g->file.path, b);
+        sizes_add(&room, (int)t->shape[0]);
+    }
+    batch_alloc(&g->s.batch, room, g->s.model.config.tasks);
+    acts_alloc(&g->s.acts, g->s.model.config, room);
+    golden_load(&g->s, 0, B, g);
 }
 
 static int meta_is(const TensorFile *f, const char *key, const char *value) {
@@ -400,7 +407,7 @@ static void golden_gradients(Report *r, const Golden *g, int print) {
 }
 
 // The first losses and ten steps of AdamW on the same batch.
-static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logits) {
+static void golden_steps(Report *r, Golden *g, double first[LOSSES]) {
     size_t steps = 0, columns = g->finetune ? 1 : LOSSES;
     float *loss = tensor_floats(&g->file, "loss", NULL);
     float *trace = tensor_floats(&g->file, "train/losses", &steps);
@@ -412,7 +419,8 @@ static void golden_steps(Report *r, Golden *g, double first[LOSSES], float *logi
     }
     for (size_t s = 0; s < steps / columns; s++) {
         double now[LOSSES];
-        gradients(now, &g->s, g->finetune ? &g->task : NULL, logits);
+        if (g->finetune) task_gradients(now, &g->s);
+        else gradients(now, &g->s);
         for (size_t k = 0; k < columns; k++) {
             float ours = (float)now[order[k]];
             report_add(r, "losses of ten steps", relative_error(&ours, trace + s * columns + k, 1),
@@ -436,11 +444,12 @@ static void test_golden(const char *path, int print) {
     if (print) printf("%s\n", path);
     size_t B = g.s.batch.B, Y = (size_t)g.s.model.config.tasks;
     double loss[LOSSES] = {0};
-    float *logits = xmalloc(2 * B * Y, sizeof *logits);
+    float *logits = g.s.logits[LOSS_TOTAL] = xmalloc(2 * B * Y, sizeof *logits);
     if (g.finetune) {
+        g.s.task = &g.task;
         size_t count = 0;
         float *expected = tensor_floats(&g.file, "out/logits", &count);
-        gradients(loss, &g.s, &g.task, logits);
+        task_gradients(loss, &g.s);
         report_add(&report, "logits", relative_error(logits, expected, count), 1e-5);
         free(expected);
     } else {
@@ -464,11 +473,19 @@ static void test_golden(const char *path, int print) {
         free(edge);
         free(d3);
         g.s.logits[LOSS_SPD] = g.s.logits[LOSS_EDGE] = g.s.logits[LOSS_3D] = NULL;
-        gradients(loss, &g.s, NULL, NULL);
+        gradients(loss, &g.s);
     }
     golden_encoder(&report, &g);
     golden_gradients(&report, &g, 1);
-    golden_steps(&report, &g, loss, logits);
+    double part_loss[LOSSES];
+    for (g.s.part = 1; g.s.part < B; g.s.part++) {  // the batch in parts: the same sums
+        batch_gradients(part_loss, &g.s, B, golden_load, &g);
+        report_add(&report, "loss in parts", fabs(part_loss[LOSS_TOTAL] / loss[LOSS_TOTAL] - 1),
+                   1e-5);
+        golden_gradients(&report, &g, 1);
+    }
+    golden_load(&g.s, 0, B, &g);
+    golden_steps(&report, &g, loss);
     report_finish(&report, path, print);
     free(logits);
     golden_close(&g);
@@ -1251,7 +1268,7 @@ static void test_model(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
     double loss[LOSSES];
-    gradients(loss, &rig, NULL, NULL);
+    gradients(loss, &rig);
     double norm = gradient_norm(&rig.model);
     float numeric[512], analytic[512];
     int count = 0;
@@ -1325,7 +1342,7 @@ static void test_large(void) {
     }
     batch_count(&s.batch);
     double loss[LOSSES];
-    gradients(loss, &s, NULL, NULL);
+    gradients(loss, &s);
     double norm = gradient_norm(&s.model);
     test_check(isfinite(loss[LOSS_TOTAL]) && isfinite(norm) && norm > 0,
                "500 atoms: loss %g, gradient %g", loss[LOSS_TOTAL], norm);
@@ -1378,7 +1395,7 @@ static void test_edges(void) {
     // two tasks, the second a thousand times the first: the same share in loss and gradient
     static const float mean[2] = {1, 1000}, std[2] = {2, 2000}, logits[2] = {0.3f, 0.3f};
     float labels[2] = {3, 3000}, d[2], unscaled[2];
-    Batch one = {.B = 1, .Y = 2, .labels = labels};
+    Batch one = {.B = 1, .Y = 2, .labels = labels, .count = {2}};
     Task task = {.kind = TASK_REGRESSION, .mean = mean, .std = std};
     double loss = task_loss(d, logits, &one, &task);
     task.label_units = 1;
@@ -1437,7 +1454,7 @@ static void test_sensitivity(const char *golden_path) {
     Golden g;
     double loss[LOSSES];
     golden_open(&g, golden_path);
-    gradients(loss, &g.s, NULL, NULL);
+    gradients(loss, &g.s);
     int quiet = tests_failed, noticed = 0, tensors = 0;
     for (int i = 0; i < g.s.model.n_tensors; i++) {
         const TensorInfo *t = &g.s.model.info[i];
