@@ -1266,9 +1266,10 @@ static int smiles_bracket(SmilesReader *s) {
         if (!got || z > Z_MAX) return smiles_fault(s, s->pos, "an atomic number up to 118");
         i = mol_add_atom(s->m, z);
     } else {
-        int quoted = smiles_take(s, "'");  // some programs write ['Db']
+        int at = s->pos, quoted = smiles_take(s, "'");  // some programs write ['Db']
         i = smiles_element(s, 1);
-        if (i < 0) return smiles_fault(s, s->pos, "an element symbol");
+        if (i < 0 || (quoted && s->m->atoms[i].z < 104))
+            return smiles_fault(s, quoted ? at : s->pos, "an element symbol");
         if (quoted && !smiles_take(s, "'")) return smiles_fault(s, s->pos, "'");
     }
     ChemAtom *a = &s->m->atoms[i];

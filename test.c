@@ -1653,6 +1653,11 @@ static int run_command(const char *command) {
 #endif
 }
 
+static void write_bytes(const char *path, const void *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    CHECK(f && fwrite(bytes, 1, n, f) == n && fclose(f) == 0, "%s: cannot write", path);
+}
+
 // The first bytes of a file, as text, in fresh memory; empty if it cannot be read.
 static char *file_text(const char *path, size_t *size) {
     FILE *f = fopen(path, "rb");
@@ -1694,6 +1699,13 @@ static void test_messages(void) {
         {"./moleblend build/test_train.bin --steps x", 1,
          "--steps: expected a whole number from 1"},
         {"./moleblend build/test_train.bin --steps", 1, "--steps: expected a value (N) after it"},
+        {"./moleblend build/test_train.bin --steps 0", 1, "expected a whole number from 1 to"},
+        {"./moleblend build/test_train.bin --steps 99999999999999999999", 1, "from 1 to"},
+        {"./moleblend build/test_train.bin --lr 1x", 1, "expected a number from 0 to 10"},
+        {"./moleblend build/test_train.bin --lr -1", 1, "expected a number from 0 to 10"},
+        {"./moleblend build/test_train.bin a b c", 1, "unexpected argument \"b\"; see --help"},
+        {"./moleblend --option-of-more-than-63-letters-that-is-like-no-other-option-and-too-long",
+         1, "unknown option --option-of-more"},
         {"./moleblend build/test_train.bin --lr nan", 1,
          "--lr: expected a number from 0 to 10, found \"nan\""},
         {"./moleblend build/test_train.bin --size huge", 1, "--size: expected tiny, small or base"},
@@ -1774,7 +1786,8 @@ static void test_messages(void) {
          "not a MoleBLEND model: expected a tensor"},
         {"./moleblend build/test_train.bin --init build/test_ft.safetensors --steps 1", 1,
          "is missing"},
-        {"./data_prep", 1, "data_prep: "},
+        {"./data_prep", 1, "data_prep: no input; see --help"},
+        {"./data_prep data/ethanol.sdf", 1, "-o: expected the dataset to write"},
         {"./data_prep --help", 0, "--split"},
         {"./data_prep no_such.sdf -o build/x.bin", 1, "data_prep: no_such.sdf"},
     };
@@ -1934,11 +1947,8 @@ static void test_flips(void) {
     char *bytes = file_text("build/test_bad.bin", &n);
     for (size_t k = 0; k < 560; k++, tried++) {
         size_t bit = k < 416 ? k : rng_bits(1, 71, 0, 0, (uint32_t)k) % (8 * n);
-        FILE *f = fopen("build/test_bad.bin", "wb");
-        CHECK(f, "cannot write build/test_bad.bin");
         bytes[bit / 8] = (char)(bytes[bit / 8] ^ 1 << bit % 8);
-        fwrite(bytes, 1, n, f);
-        fclose(f);
+        write_bytes("build/test_bad.bin", bytes, n);
         bytes[bit / 8] = (char)(bytes[bit / 8] ^ 1 << bit % 8);
         int code = run_apart(load_damaged, &model);
         refused += code == 1;
@@ -2046,11 +2056,8 @@ static void test_damage(void) {
     for (size_t k = 0; k < 40; k++) {
         size_t at = k < 16 ? 4 * k : rng_bits(1, 70, 0, 0, (uint32_t)k) % n;
         int cut = k % 4 == 3;
-        FILE *f = fopen("build/test_bad.bin", "wb");
-        CHECK(f, "cannot write build/test_bad.bin");
         bytes[at] ^= 0x41;
-        fwrite(bytes, 1, cut ? at : n, f);
-        fclose(f);
+        write_bytes("build/test_bad.bin", bytes, cut ? at : n);
         bytes[at] ^= 0x41;
         int code = run_command("./moleblend info build/test_bad.bin");
         quiet += code == 0;
@@ -2062,6 +2069,97 @@ static void test_damage(void) {
     free(bytes);
 }
 
+// A field of a dataset that is believed because the checksums are right.
+static void test_dataset_fields(void) {
+    enum { HEAD, INDEX, RECORD };  // of the second of two molecules, C and CO
+    static const struct { int where, at, size; uint64_t value; const char *message; } table[] = {
+        {HEAD, 8, 4, 2, "expected format version 1, found 2"},
+        {HEAD, 12, 4, 70000, "damaged header (counts"},
+        {HEAD, 12, 4, 60000, "damaged task names"},
+        {HEAD, 16, 8, 3, "damaged header (counts"},
+        {HEAD, 16, 8, UINT64_MAX, "damaged header (counts"},
+        {HEAD, 24, 8, 1 << 20, "damaged header (counts"},
+        {HEAD, 32, 8, 1, "truncated: expected 1 bytes"},
+        {HEAD, 40, 4, 70000, "damaged header (counts"},
+        {HEAD, 44, 4, 70000, "damaged header (counts"},
+        {HEAD, 64, 2, 60000, "damaged task names"},
+        {HEAD, 40, 4, 1, "molecule 1: more atoms or bonds than the header allows"},
+        {HEAD, 44, 4, 0, "molecule 1: more atoms or bonds than the header allows"},
+        {INDEX, 8, 8, 0, "damaged index (molecule 0 does not fit"},
+        {INDEX, 0, 8, 0, "damaged index (molecule 0 does not fit"},
+        {INDEX, 8, 8, (uint64_t)1 << 40, "damaged index (molecule 0 does not fit"},
+        {INDEX, 8, 2, 50, "damaged index (molecule 1 does not fit"},
+        {INDEX, 8, 2, 1, "molecule 1: atom count differs from the index"},
+        {RECORD, 4, 2, 0, "molecule 1: molecule without atoms"},
+        {RECORD, 6, 2, 9, "molecule 1: record size does not fit its counts"},
+        {RECORD, 8, 2, 2, "molecule 1: unknown record flags"},
+        {RECORD, 12, 1, 119, "molecule 1: atom feature out of range"},
+        {RECORD, 30, 2, 7, "molecule 1: bond to an atom that is not there"},
+        {RECORD, 32, 2, 7, "molecule 1: bond to an atom that is not there"},
+        {RECORD, 32, 2, 0, "molecule 1: bond to an atom that is not there"},
+        {RECORD, 34, 1, 60, "molecule 1: bond feature out of range"},
+        {RECORD, 35, 4, 0x7f800000, "molecule 1: label is infinite"}};
+    write_bytes("build/test_h.csv", "smiles,a\nC,1\nCO,2\n", 20);
+    test_command("./data_prep -o build/test_h.bin --labels a build/test_h.csv", 0, "2 molecules");
+    size_t n, head = DATASET_HEADER + 3;
+    uint8_t *bytes = (uint8_t *)file_text("build/test_h.bin", &n), copy[256];
+    size_t index = get_u64(bytes + 24), record = get_u64(bytes + index + 8) >> 16;
+    for (size_t k = 0; k < sizeof table / sizeof *table; k++) {
+        size_t at = (const size_t[]){0, index, record}[table[k].where];
+        memcpy(copy, bytes, n);
+        for (int i = 0; i < table[k].size; i++)
+            copy[at + (size_t)(table[k].at + i)] = (uint8_t)(table[k].value >> 8 * i);
+        put_u32(copy + record, crc32_add(0, copy + record + 4, index - record - 4));
+        put_u32(copy + index + 16, crc32_add(0, copy + index, 16));
+        put_u32(copy + 60, 0);
+        put_u32(copy + 60, crc32_add(0, copy, head));
+        write_bytes("build/test_bad.bin", copy, n);
+        test_command("./moleblend info build/test_bad.bin", 1, table[k].message);
+    }
+    bytes[n - 1] ^= 1;
+    write_bytes("build/test_bad.bin", bytes, n);
+    test_command("./moleblend info build/test_bad.bin", 1, "damaged index (checksum)");
+    free(bytes);
+}
+
+#define F32 "{\"a\":{\"dtype\":\"F32\",\"shape\":"
+// A header of a tensor file that is misread, or believed though it cannot be.
+static void test_tensor_headers(void) {
+    static const struct { const char *header; int code; const char *expected; } table[] = {
+        {"{\"a\" :\t{\"dtype\":\"F32\" ,\r\n \"shape\":[ 1 , 2 ],\"data_offsets\":[0,8]} }", 0,
+         "F32 (1, 2)"},
+        {F32 "[],\"data_offsets\":[4,8]}}", 0, "F32 ()"},
+        {"{\"\\u0041\\u00e9\\\"\\q\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}", 0,
+         "  A?\"q "},
+        {"{\"__metadata__\":{},\"a\":{\"dtype\":\"I16\",\"shape\":[4],\"data_offsets\":[0,8]}}", 0,
+         "I16 (4)"},
+        {"{\"__metadata__\":{\"k\":\"v\\n\"},\"a\":{\"dtype\":\"I8\",\"shape\":[8],"
+         "\"data_offsets\":[0,8]}}", 0, "k: v"},
+        {"{\"\\u00\":", 1, "expected \\uXXXX at byte"},
+        {"{\"\\u00zz\":", 1, "expected \\uXXXX at byte"},
+        {"{\"abc", 1, "expected the end of a string"},
+        {"{\"abc\\", 1, "expected the end of a string"},
+        {"", 1, "expected '{' at byte 0"}, {"[", 1, "expected '{' at byte 0"},
+        {"{\"a\"", 1, "expected ':' at byte"}, {"{\"a\":{\"dtype\":\"F32\"", 1, "at byte 19"},
+        {"{\"a\":{\"type\":\"F32\"}}", 1, "expected dtype, shape or data_offsets"},
+        {"{\"a\":{\"dtype\":\"F31\",\"shape\":[1],\"data_offsets\":[0,4]}}", 1, "unknown type"},
+        {F32 "[1,1,1,1,1]", 1, "expected a shorter list"}, {F32 "[x]", 1, "expected a number"},
+        {F32 "[1", 1, "expected ']'"},
+        {F32 "[99999999999999999999]", 1, "expected a smaller number"},
+        {F32 "[1],\"data_offsets\":[0]}}", 1, "expected two offsets"},
+        {F32 "[1],\"data_offsets\":[4,0]}}", 1, "the data of a does not fit its shape"},
+        {F32 "[1],\"data_offsets\":[0,8]}}", 1, "the data of a does not fit its shape"},
+        {F32 "[3],\"data_offsets\":[0,12]}}", 1, "the data of a does not fit its shape"}};
+    for (size_t k = 0; k < sizeof table / sizeof *table; k++) {
+        uint8_t bytes[512] = {0};
+        size_t length = strlen(table[k].header);
+        put_u64(bytes, length);
+        memcpy(bytes + 8, table[k].header, length);
+        write_bytes("build/test_h.safetensors", bytes, length + 16);
+        test_command("./moleblend info build/test_h.safetensors", table[k].code, table[k].expected);
+    }
+}
+
 // Records damaged side by side, read by several threads: one message, about the first of them.
 static void test_damage_together(void) {
     size_t n;
@@ -2071,10 +2169,7 @@ static void test_damage_together(void) {
     dataset_open(&d, "build/test_train.bin");
     for (size_t i = 3; i < 40; i++) bytes[(get_u64(d.index + 8 * i) >> 16) + 20] ^= 1;
     dataset_close(&d);
-    FILE *f = fopen("build/test_bad.bin", "wb");
-    CHECK(f, "cannot write build/test_bad.bin");
-    fwrite(bytes, 1, n, f);
-    fclose(f);
+    write_bytes("build/test_bad.bin", bytes, n);
     for (int k = 0; k < 20; k++) {
         size_t length;
         int code = run_command("./moleblend embed build/test_bad.bin --threads 4 -o build/bad.npy "
@@ -2550,6 +2645,152 @@ static const struct { const char *rule, *smiles, *expected; } PREP_SMILES[] = {
      "C03510101 C03510101 C03500111 C03510111 C03510111 C03510111 C03500111 C03510111 "
      "C03510111 C03510111 C03500111 C03500111 0-1:101 1-2:001 2-3:301 3-4:301 4-5:301 5-6:301 "
      "6-7:301 7-8:301 8-9:301 9-10:301 10-11:301 10-0:001 11-2:301 11-6:301"},
+    {"hydride of charge -2", "[H-2]",
+     "H00300500"},
+    {"chlorite", "OCl=O",
+     "O02510200 Cl02600200 O01400200 0-1:000 1-2:000"},
+    {"iodyl", "CI(=O)=O",
+     "C04530200 I03500200 O01500100 O01500100 0-1:000 1-2:100 1-3:100"},
+    {"half a direction", "C/C=C",
+     "C04530200 C03510100 C03520100 0-1:000 1-2:100"},
+    {"heavy element in quotes", "['Db']",
+     "Db00500500"},
+    {"only a heavy element in quotes", "['Fe']",
+     "refused"},
+    {"bond order at one ring mark", "C=1CC1",
+     "C03510101 C04520201 C03510101 0-1:000 1-2:000 0-2:100"},
+    {"dative bond at a ring mark", "N<-1.[Fe]1",
+     "N03520200 Fe01500300 1-0:400"},
+    {"dative ring", "C1->[Fe]<-N1",
+     "C05530301 Fe02500301 N04520301 0-1:400 2-1:400 2-0:000"},
+    {"phosphole", "Cp1cccc1",
+     "C04530200 P03500111 C03510111 C03510111 C03510111 C03510111 0-1:000 1-2:301 2-3:301 "
+     "3-4:301 4-5:301 5-1:301"},
+    {"pentavalent phosphinine", "Cp1(C)ccccc1",
+     "C04530200 P04500201 C04530200 C03510101 C03510101 C03510101 C03510101 C03510101 0-1:000 "
+     "1-2:000 1-3:101 3-4:001 4-5:101 5-6:001 6-7:101 7-1:000"},
+    {"phosphine keeps its hydrogen's place", "C[P@H]CC",
+     "C04530200 P23510200 C04520200 C04530200 0-1:000 1-2:000 2-3:000"},
+    {"no chirality at a thiol", "C[S@H]CC",
+     "C04530200 S03511200 C04520200 C04530200 0-1:000 1-2:000 2-3:000"},
+    {"arsine", "C[As@](CC)CCC",
+     "C04530200 As23500200 C04520200 C04530200 C04520200 C04520200 C04530200 0-1:000 1-2:000 "
+     "2-3:000 1-4:000 4-5:000 5-6:000"},
+    {"selenoxide", "C[Se@](=O)CC",
+     "C04530200 Se23500200 O01500100 C04520200 C04530200 0-1:000 1-2:100 1-3:000 3-4:000"},
+    {"phosphorus clean-up needs a carbon chain", "CC=P(=O)C",
+     "C04530200 C03510100 P03600100 O01400200 C04530200 0-1:000 1-2:100 2-3:000 2-4:000"},
+    {"phosphorus clean-up, nitrogen", "N=P(=O)C",
+     "N02510100 P03500100 O01500100 C04530200 0-1:100 1-2:100 1-3:000"},
+    {"no clean-up with a charge", "C=[P+](=O)C",
+     "C03520100 P03601100 O01500100 C04530200 0-1:100 1-2:100 1-3:000"},
+    {"nitrogen clean-up with a charged neighbour", "CN(=[N-])=O",
+     "C04530200 N03600100 N01400100 O01400100 0-1:000 1-2:101 1-3:001"},
+    {"thiophene S-oxide, aromatic in the text", "O=s1cccc1",
+     "O01500100 S03500201 C03510101 C03510101 C03510101 C03510101 0-1:100 1-2:000 2-3:101 "
+     "3-4:001 4-5:101 5-1:000"},
+    {"selenophene oxide", "O=[se]1cccc1",
+     "O01500100 Se03500201 C03510101 C03510101 C03510101 C03510101 0-1:100 1-2:000 2-3:101 "
+     "3-4:001 4-5:101 5-1:000"},
+    {"tellurophene", "c1cc[te]c1",
+     "C03510111 C03510111 C03510111 Te02500111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 "
+     "4-0:301"},
+    {"aromatic radical", "[c]1ccccc1",
+     "C02501111 C03510111 C03510111 C03510111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 "
+     "3-4:301 4-5:301 5-0:301"},
+    {"pyrrolyl radical", "[N]1C=CC=C1",
+     "N02501101 C03510101 C03510101 C03510101 C03510101 0-1:001 1-2:101 2-3:001 3-4:101 "
+     "4-0:001"},
+    {"cyclopropenyl cation", "C1=C[CH+]1",
+     "C03510111 C03510111 C03610111 0-1:301 1-2:301 2-0:301"},
+    {"ring of dummies", "*1:*:*:*:*:*:1",
+     "*02500501 *02500501 *02500501 *02500501 *02500501 *02500501 0-1:300 1-2:300 2-3:300 "
+     "3-4:300 4-5:300 5-0:300"},
+    {"alkyne in a ring", "C1=CCC#CC1",
+     "C03510101 C03510101 C04520201 C02500001 C02500001 C04520201 0-1:100 1-2:000 2-3:000 "
+     "3-4:200 4-5:000 5-0:000"},
+    {"cumulene in a ring", "C1=CCC=C=C1",
+     "C03510101 C03510101 C04520201 C03510101 C02500001 C03510101 0-1:101 1-2:000 2-3:000 "
+     "3-4:101 4-5:101 5-0:001"},
+    {"bridged alkyne", "C1#CC2CC1C2",
+     "C02500001 C02500001 C04510201 C04520201 C04510201 C04520201 0-1:200 1-2:000 2-3:000 "
+     "3-4:000 4-5:000 4-0:000 5-2:000"},
+    {"uranyl", "O=[U+2]=O",
+     "O01500100 U02700000 O01500100 0-1:100 1-2:100"},
+    {"isothiocyanate", "CN=C=S",
+     "C04530200 N02500100 C02500000 S01500100 0-1:000 1-2:101 2-3:101"},
+    {"oxide and hydrogens on phosphorus", "[O-][PH3+]",
+     "O01400200 P04630200 0-1:000"},
+    {"hydrogens at both ends", "[H]/C=C/[H]",
+     "H01500500 C03510100 C03510100 H01500500 0-1:000 1-2:120 2-3:000"},
+    {"hydrogen hands on a backward direction", "F/C=C(\\[H])C",
+     "F01500200 C03510100 C03510100 C04530200 0-1:000 1-2:120 2-3:000"},
+    {"hydrogen inside the branch", "C(/[H])(/F)=C/F",
+     "C03510100 F01500200 C03510100 F01500200 0-1:000 0-2:110 2-3:000"},
+    {"directions that contradict", "C/C(\\F)=C/F",
+     "C04530200 C03500100 F01500200 C03510100 F01500200 0-1:000 1-2:000 1-3:100 3-4:000"},
+    {"long cumulene", "C/C=C=C=C/C=C/C",
+     "C04530200 C03510100 C02500000 C02500000 C03510100 C03510100 C03510100 C04530200 0-1:000 "
+     "1-2:101 2-3:101 3-4:101 4-5:001 5-6:121 6-7:000"},
+    {"direction at a ring", "CN1CC(=CCC1)\\C=N\\OC",
+     "C04530200 N03500201 C04520201 C03500101 C03510101 C04520201 C04520201 C03510100 "
+     "N02500100 O02500100 C04530200 0-1:000 1-2:000 2-3:000 3-4:101 4-5:000 5-6:000 3-7:001 "
+     "7-8:121 8-9:001 9-10:000 6-1:000"},
+    {"allene mark is no centre", "ClC=[C@]=CCl",
+     "Cl01500200 C03510100 C02500000 C03510100 Cl01500200 0-1:000 1-2:101 2-3:101 3-4:000"},
+    {"cage of three-membered rings", "C12C3C1C4C2C34",
+     "C04510201 C04510201 C04510201 C04510201 C04510201 C04510201 0-1:000 1-2:000 2-3:000 "
+     "3-4:000 4-5:000 2-0:000 4-0:000 5-1:000 5-3:000"},
+    {"the same, other order", "C13C2C4C1C2C34",
+     "C04510201 C04510201 C04510201 C04510201 C04510201 C04510201 0-1:000 1-2:000 2-3:000 "
+     "3-4:000 4-5:000 3-0:000 4-1:000 5-0:000 5-2:000"},
+    {"propellane cage", "CC14(C3C2C1C234)",
+     "C04530200 C04500201 C04510201 C04510201 C04510201 C04500201 0-1:000 1-2:000 2-3:000 "
+     "3-4:000 4-5:000 4-1:000 5-3:000 5-2:000 5-1:000"},
+    {"tricyclic alkene", "C2C1C3CC1=C23",
+     "C04520201 C04510201 C04510201 C04520201 C03500101 C03500101 0-1:000 1-2:000 2-3:000 "
+     "3-4:000 4-5:100 4-1:000 5-0:000 5-2:000"},
+    {"isotope and halogen", "O[C@@H](C[125I])CI",
+     "O02510200 C14510200 C04520200 I01500200 C04520200 I01500200 0-1:000 1-2:000 2-3:000 "
+     "1-4:000 4-5:000"},
+    {"spiro acetal", "C1[C@@]2(OCC1)OCCC2",
+     "C04520201 C04500201 O02500201 C04520201 C04520201 O02500201 C04520201 C04520201 "
+     "C04520201 0-1:000 1-2:000 2-3:000 3-4:000 1-5:000 5-6:000 6-7:000 7-8:000 4-0:000 "
+     "8-1:000"},
+    {"nitrogen opposite a centre", "C[N@]1CC[C@H](C)CC1",
+     "C04530200 N03500201 C04520201 C04520201 C04510201 C04530200 C04520201 C04520201 0-1:000 "
+     "1-2:000 2-3:000 3-4:000 4-5:000 4-6:000 6-7:000 7-1:000"},
+    {"bridgehead nitrogen", "C1C[N@]2CC[C@H]1C(F)C2",
+     "C04520201 C04520201 N23500201 C04520201 C04520201 C14510201 C04510201 F01500200 "
+     "C04520201 0-1:000 1-2:000 2-3:000 3-4:000 4-5:000 5-6:000 6-7:000 6-8:000 5-0:000 "
+     "8-2:000"},
+    {"four different at two ring atoms", "C[C@]1(F)CC[C@](C)(F)CC1",
+     "C04530200 C24500201 F01500200 C04520201 C04520201 C24500201 C04530200 F01500200 "
+     "C04520201 C04520201 0-1:000 1-2:000 1-3:000 3-4:000 4-5:000 5-6:000 5-7:000 5-8:000 "
+     "8-9:000 9-1:000"},
+    {"sulfur centre in a ring", "C1C(=C(S[S@@]1=O)Cl)Cl",
+     "C04520201 C03500101 C03500101 S02500201 S23500201 O01500100 Cl01500200 Cl01500200 "
+     "0-1:000 1-2:100 2-3:000 3-4:000 4-5:100 2-6:000 1-7:000 4-0:000"},
+    {"aziridines on sulfur", "CC1CN1SSN1CC1C",
+     "C04530200 C04510201 C04520201 N03500201 S02500200 S02500200 N03500201 C04520201 "
+     "C04510201 C04530200 0-1:000 1-2:000 2-3:000 3-4:000 4-5:000 5-6:000 6-7:000 7-8:000 "
+     "8-9:000 3-1:000 8-6:000"},
+    {"bicyclic triazine", "CSc1nn(C)cc2ncnc1-2",
+     "C04530200 S02500200 C03500111 N02500111 N03500111 C04530200 C03510111 C03500111 "
+     "N02500111 C03510111 N02500111 C03500111 0-1:000 1-2:000 2-3:301 3-4:301 4-5:000 4-6:301 "
+     "6-7:301 7-8:301 8-9:301 9-10:301 10-11:301 11-2:301 11-7:001"},
+    {"H on phosphorothioate", "CO[PH](=S)OC",
+     "C04530200 O02500200 P04510200 S01500100 O02500200 C04530200 0-1:000 1-2:000 2-3:100 "
+     "2-4:000 4-5:000"},
+    {"quinine", "COC1=CC2=C(C=C1)N=CC=C2[C@H](O)[C@H]1C[C@@H]2CC[N@]1C[C@@H]2C=C",
+     "C04530200 O02500100 C03500111 C03510111 C03500111 C03500111 C03510111 C03510111 "
+     "N02500111 C03510111 C03510111 C03500111 C24510200 O02510200 C14510201 C04520201 "
+     "C24510201 C04520201 C04520201 N23500201 C04520201 C24510201 C03510100 C03520100 0-1:000 "
+     "1-2:001 2-3:301 3-4:301 4-5:301 5-6:301 6-7:301 5-8:301 8-9:301 9-10:301 10-11:301 "
+     "11-12:000 12-13:000 12-14:000 14-15:000 15-16:000 16-17:000 17-18:000 18-19:000 "
+     "19-20:000 20-21:000 21-22:000 22-23:100 7-2:301 19-14:000 11-4:301 21-16:000"},
+    {"fluoride of chlorine", "FCl(F)F",
+     "refused"},
 };
 
 // Atoms "symbol,x,y,z[,mass difference,charge,valence]", bonds "i-j:type[/stereo]", properties
@@ -2656,6 +2897,278 @@ static const struct {
      "Pt,0,0,0 Cl,2,0,0.01 Cl,-2,0,0 N,0,2,0 N,0,-2,0",
      "1-2:1 1-3:1 1-4:1 1-5:1", "",
      "Pt44500500 Cl01500200 Cl01500200 N03520200 N03520200 0-1:000 0-2:000 0-3:000 0-4:000"},
+    {"wedges at an atom of two bonds", 0,
+     "C,0,0,0 D,1,0,0 S,0,1,0",
+     "1-2:1/1 1-3:1/1", "",
+     "C04520200 H01500500 S02510200 0-1:000 0-2:000"},
+    {"arsenic of two bonds, one wavy", 0,
+     "As,0,0,0 C,-0.96,0.29,0 N,-0.26,-0.96,0",
+     "1-2:1/1 1-3:1/4", "",
+     "As03510200 C04530200 N03520200 0-1:000 0-2:000"},
+    {"dashed hydrogens", 0,
+     "C,0,0,0 D,0.87,-0.5,0 H,0,-1,0",
+     "1-2:1/6 3-1:1/6", "",
+     "C04530200 H01500500 0-1:000"},
+    {"wrong bond stereo, linear", 0,
+     "B,0,0,0 O,0.5,0.87,0 Br,-1.3,-0.75,0",
+     "1-2:2/3 1-3:1/6", "",
+     "B02500000 O01500100 Br01500200 0-1:150 0-2:000"},
+    {"hydrogen first", 0,
+     "N,0,0,0 H,-0.5,0.87,0 O,0.05,-0.09,0",
+     "1-2:1 1-3:1", "",
+     "N03520200 O02510200 0-1:000"},
+    {"wedge and dash at deuterium", 0,
+     "C,0,0,0 D,-1,0,0 Cl,1.3,0.75,0 N,-1.3,0.75,0",
+     "1-2:1 1-3:1/6 1-4:1/1", "",
+     "C14510200 H01500500 Cl01500200 N03520200 0-1:000 0-2:000 0-3:000"},
+    {"three wedges in a half plane", 0,
+     "Se,0,0,0 C,-0.28,-0.96,0 N,0.29,-0.96,0 I,-0.72,0.69,0",
+     "1-2:1/6 1-3:1/6 1-4:1/1", "",
+     "Se24510200 C04530200 N03520200 I01500200 0-1:000 0-2:000 0-3:000"},
+    {"wedge and dash side by side", 0,
+     "C,0,0,0 F,1.3,-0.75,0 Cl,0,-1,0 O,0.75,-1.3,0",
+     "1-2:1/1 1-3:1 1-4:1/6", "",
+     "C24510200 F01500200 Cl01500200 O02510200 0-1:000 0-2:000 0-3:000"},
+    {"sulfur with three wedges", 0,
+     "S,0,0,0 I,-1.3,-0.75,0 D,-0.5,0.87,0 C,0,-1.5,0",
+     "1-2:1/6 1-3:1/1 1-4:1/1", "",
+     "S14510200 I01500200 H01500500 C04530200 0-1:000 0-2:000 0-3:000"},
+    {"arsenic with wedges", 0,
+     "As,0,0,0 Br,0.77,-0.64,0 D,0.09,0.03,0 N,-0.88,0.48,0",
+     "2-1:1 1-3:1/1 1-4:1/1", "",
+     "As23500200 Br01500200 H01500500 N03520200 1-0:000 0-2:000 0-3:000"},
+    {"hydrogens on cobalt", 1,
+     "Co,0,0,0 H,2,2,2 H,-2,2,-2 Br,-2,-2,2",
+     "1-2:1 3-1:1 1-4:1", "",
+     "Co01500300 Br01500200 0-1:000"},
+    {"T-shaped arsenic keeps its hydrogen", 1,
+     "As,0,0,0 H,-0.94,1.77,0.04 Br,-0.03,0,-1.97 Br,-0.02,-0.01,1.91",
+     "1-2:1/6 1-3:1/1 1-4:1", "",
+     "As43500500 H01500500 Br01500200 Br01500200 0-1:000 0-2:000 0-3:000"},
+    {"silane", 1,
+     "Si,0,0,0 H,1.92,2.07,2 H,-1.93,2.03,-2.06 H,-1.98,-2.07,2.07",
+     "2-1:1 1-3:1 1-4:1", "",
+     "Si04540200"},
+    {"square from three of iron", 1,
+     "Fe,0,0,0,0,1,0 Cl,2,0,0 O,0,0,-2 Br,0,0,2",
+     "1-2:1 1-3:2 1-4:1/1", "",
+     "Fe43800500 Cl01500200 O01500100 Br01500200 0-1:000 0-2:100 0-3:000"},
+    {"selenium in a plane", 1,
+     "Se,0,0,0 O,-0.9,1.69,-0.07 H,2.08,-0.09,0.03 N,-0.94,-1.73,-0.01",
+     "1-2:1 1-3:1 4-1:1", "",
+     "Se02500200 O02510200 N03520200 0-1:000 2-0:000"},
+    {"charged selenium", 1,
+     "Se,0,0,0,0,3,0 H,1.9,2.16,2.05 H,2.05,-2.02,-1.86 O,-2.14,-2.28,2.19",
+     "1-2:1 1-3:1 1-4:1", "",
+     "Se03620200 O02510200 0-1:000"},
+    {"selenium in T shape", 1,
+     "Se,0,0,0,0,1,0 Br,-0.25,-0.1,2.18 N,0.23,-0.25,-1.9 O,0.21,2.08,0",
+     "1-2:1 1-3:1 1-4:1", "",
+     "Se05820200 Br01500200 N03520200 O02510200 0-1:000 0-2:000 0-3:000"},
+    {"see-saw sulfur", 1,
+     "S,0,0,0,0,1,0 F,0.29,0.26,2.25 C,-1.94,0.06,-0.17 I,0.29,2.19,-0.15 C,-0.18,-0.05,-2.23",
+     "1-2:1 1-3:2 1-4:1 1-5:1", "",
+     "S44800400 F01500200 C03520100 I01500200 C04530200 0-1:000 0-2:100 0-3:000 0-4:000"},
+    {"bipyramid of four around iron", 1,
+     "Fe,0,0,0,0,5,0 F,-1,1.73,0 F,0,0,-2 F,-1,-1.73,0 Br,0,0,2",
+     "1-2:1 1-3:1/1 1-4:1 1-5:1", "",
+     "Fe44400300 F01500200 F01500200 F01500200 Br01500200 0-1:000 0-2:000 0-3:000 0-4:000"},
+    {"double bond with a linear arm", 1,
+     "C,-0.67,0,0 C,0.67,0,0 F,-2.2,0,0.5 C,2.2,-1.2,0 N,2.2,0,0",
+     "1-3:1 4-2:1 2-5:1 1-2:2", "",
+     "C03510100 C03500100 F01500200 C04530200 N03520100 0-2:000 3-1:000 1-4:001 0-1:111"},
+    {"square pyramid of phosphorus", 1,
+     "P,0,0,0 H,0.05,2.03,-0.06 N,-1.92,0.09,-0.09 N,0.01,-0.05,-2.07 S,-0.01,0.01,2.08 "
+     "Br,1.91,-0.02,-0.02",
+     "2-1:1 1-3:1 1-4:1 5-1:1 1-6:1", "",
+     "P45500400 H01500500 N03520200 N03520200 S02510200 Br01500200 1-0:000 0-2:000 0-3:000 "
+     "4-0:000 0-5:000"},
+    {"diene with a linear arm", 0,
+     "C,-0.67,0,0 C,0.67,0,0 C,-1.5,0,0 F,2.2,-1.2,0 C,3,0,0 C,-4,1.2,0",
+     "5-6:1 1-2:2 1-3:1 2-4:1 3-5:2", "",
+     "C03510100 C03510100 C03510100 F01500200 C03510100 C04530200 4-5:000 0-1:151 0-2:001 "
+     "1-3:000 2-4:111"},
+    {"wedge on an imine, crossed bond behind", 1,
+     "C,-0.67,0,0 N,0.67,0,0 H,-0.9,1.2,0 P,1.5,-1.2,0.5 C,-3,1.2,0 C,4,0,0",
+     "1-2:2 4-2:1/1 1-3:1/6 5-6:1/3 4-5:2", "A    1|alias",
+     "C03510100 N02500100 H01500500 P02500100 C03510100 C04530200 0-1:120 3-1:000 0-2:000 "
+     "4-5:050 3-4:110"},
+    {"crossed bonds in a row, linear", 0,
+     "C,-0.67,0,0 N,0.67,0,0 C,-2.2,0,0 N,1.5,1.2,0 C,2.5,-1.2,0 C,-4,0,0",
+     "5-6:2/3 1-3:1/6 2-4:1 3-5:2 1-2:2/3", "",
+     "C03510100 N02500100 C03510100 N03520100 C02500000 C03520100 4-5:151 0-2:001 1-3:001 "
+     "2-4:101 0-1:151"},
+    {"heteroatoms at a diene", 1,
+     "C,-0.67,0,0 N,0.67,0,0 P,-2.2,0,0.5 P,0.9,0.01,0 C,-3,1.2,0 C,3,0,0",
+     "5-6:2/3 4-5:2 1-3:1 1-2:2 2-4:1/1", "",
+     "C03510100 N02500100 P03520200 P02500100 C02500000 C03520100 4-5:151 3-4:101 0-2:000 "
+     "0-1:120 1-3:000"},
+    {"dashes at an imine", 0,
+     "C,-0.67,0,0 N,0.67,0,0 C,-1.5,1.2,0 P,2.2,-1.2,0 C,-3,1.2,0 C,4,2.4,0",
+     "2-4:1/6 1-3:1 3-5:2 5-6:1 1-2:2", "",
+     "C03510100 N02500100 C03510100 P03520200 C03510100 C04530200 1-3:000 0-2:001 2-4:121 "
+     "4-5:000 0-1:121"},
+    {"alias, value and skipped lines", 0,
+     "C,0,0,0 O,1,0,0",
+     "1-2:1", "A    1|alias|V    2 text|S  SKP  1|anything|M  STY  1   1 DAT",
+     "C04530200 O02510200 0-1:000"},
+    {"group abbreviation", 0,
+     "C,0,0,0 O,1,0,0",
+     "1-2:1", "G    1  2|text",
+     "C04530200 O02510200 0-1:000"},
+    {"later charges count", 0,
+     "N,0,0,0 C,1,0,0",
+     "1-2:1", "M  CHG  1   1   1|M  CHG  2   1  -1   2  -1",
+     "N02410200 C03420200 0-1:000"},
+    {"radicals", 0,
+     "C,0,0,0 C,1,0,0 C,2,0,0",
+     "1-2:1", "M  RAD  3   1   1   2   2   3   3",
+     "C02512200 C03521200 C02522200 0-1:000"},
+    {"isotopes without number", 0,
+     "C,0,0,0 C,1,0,0",
+     "1-2:1", "M  ISO  1   1|M  ISO  1   1    |M  ISO  1   2  -4|M  ISO  1   2  13",
+     "C04530200 C04530200 0-1:000"},
+    {"property that nobody knows", 0,
+     "C,0,0,0 O,1,0,0",
+     "1-2:1", "M  XYZ  1   1  13",
+     "C04530200 O02510200 0-1:000"},
+    {"mass differences", 0,
+     "C,0,0,0,1,0,0 H,1,0,0,1,0,0 C,2,0,0,-3,0,0",
+     "1-2:1 1-3:1", "",
+     "C04520200 H01500500 C04530200 0-1:000 0-2:000"},
+    {"all charges of the column", 0,
+     "N,0,0,0,0,1,0 N,1,0,0,0,2,0 N,2,0,0,0,3,0 N,3,0,0,0,4,0 N,4,0,0,0,5,0 N,5,0,0,0,6,0 "
+     "N,6,0,0,0,7,0",
+     "", "",
+     "N06860200 N05750200 N04640200 N03530200 N02420200 N01310200 N00200200"},
+    {"bond of order 0", 0,
+     "C,0,0,0 C,1,0,0",
+     "1-2:0", "",
+     "C05540300 C05540300 0-1:400"},
+    {"hydrogens of sulfur and phosphorus", 0,
+     "S,0,0,0 H,1,0,0 H,-1,0,0 H,0,1,0 H,0,-1,0 P,5,0,0 H,6,0,0 H,4,0,0 H,5,1,0 H,5,-1,0 "
+     "H,5.5,.5,0",
+     "1-2:1 1-3:1 1-4:1 1-5:1 6-7:1 6-8:1 6-9:1 6-10:1 6-11:1", "",
+     "S04540300 P05550300"},
+};
+
+// What only V3000 says, right or wrong: a block from its counts on, | between lines.
+static const struct { const char *rule, *text, *expected; } PREP_V3000[] = {
+    {"radicals",
+     "3 2 0 0 0|BEGIN ATOM|1 C 0 0 0 0 RAD=1|2 C 1 0 0 0 RAD=2|3 C 2 0 0 0 RAD=3|END ATOM|"
+     "BEGIN BOND|1 1 1 2|2 1 2 3|END BOND",
+     "C02512200 C03511200 C02512200 0-1:000 1-2:000"},
+    {"no radical",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 RAD=0 CHG=-1|END ATOM",
+     "C03430200"},
+    {"radical of 4",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 RAD=4|END ATOM",
+     "refused"},
+    {"masses, also of a dummy",
+     "4 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 MASS=13|2 H 1 0 0 0 MASS=2.7|3 * 2 0 0 0 MASS=5|"
+     "4 H 5 0 0 0|END ATOM",
+     "C04540200 H01510500 *00500500 H01510500"},
+    {"negative mass",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 MASS=-1|END ATOM",
+     "refused"},
+    {"configuration is passed over",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 CFG=1|END ATOM",
+     "C04540200"},
+    {"configuration 4",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 CFG=4|END ATOM",
+     "refused"},
+    {"configuration x",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 CFG=x|END ATOM",
+     "refused"},
+    {"valences",
+     "2 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 VAL=3|2 N 1 0 0 0 VAL=-1|END ATOM",
+     "C03531200 N00503200"},
+    {"valence x",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 VAL=x|END ATOM",
+     "refused"},
+    {"charge x",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 CHG=x|END ATOM",
+     "refused"},
+    {"property without =",
+     "1 0 0 0 0|BEGIN ATOM|1 N 0 0 0 0 CHG|END ATOM",
+     "refused"},
+    {"query fields of 0",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0 HCOUNT=0 SUBST=0 RBCNT=0 UNSAT=0|END ATOM",
+     "C04540200"},
+    {"quotes, blanks and brackets",
+     "2 1 0 0 0|BEGIN ATOM|1 C 0  0 0 0  CLASS=\"a \"\"b\"\" c\" |2 O 1 0 0 0 |END ATOM|"
+     "BEGIN BOND|1 1 1 2 ENDPTS=(1 2)  ATTACH=ANY|END BOND",
+     "C04530200 O02510200 0-1:000"},
+    {"quoted value",
+     "1 0 0 0 0|BEGIN ATOM|1 \"C\" 0 0 0 0|END ATOM",
+     "C04540200"},
+    {"map numbers",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 7|END ATOM",
+     "C04540200"},
+    {"labels out of order",
+     "3 2 0 0 0|BEGIN ATOM|70 C 0 0 0 0|6 O 1 0 0 0|134 N 2 0 0 0|END ATOM|BEGIN BOND|1 1 6 70|"
+     "2 1 70 134|END BOND",
+     "C04520200 O02510200 N03520200 1-0:000 0-2:000"},
+    {"same label twice",
+     "2 1 0 0 0|BEGIN ATOM|1 C 0 0 0 0|1 O 1 0 0 0|END ATOM|BEGIN BOND|1 1 1 2|END BOND",
+     "refused"},
+    {"line continued in a word",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 -|0 0 CH-|G=-1|END ATOM",
+     "C03430200"},
+    {"excluded elements",
+     "1 0 0 0 0|BEGIN ATOM|1 NOT [N,O] 0 0 0 0|END ATOM",
+     "refused"},
+    {"wedge, dash, wavy",
+     "5 4 0 0 0|BEGIN ATOM|1 C 0 0 0 0|2 F 1 0 0 0|3 Cl -.5 .9 0 0|4 Br -.5 -.9 0 0|5 I 0 1 0 0|"
+     "END ATOM|BEGIN BOND|1 1 1 2 CFG=1|2 1 1 3 CFG=0|3 1 1 4 CFG=3|4 1 1 5|END BOND",
+     "C24500200 F01500200 Cl01500200 Br01500200 I01500200 0-1:000 0-2:000 0-3:000 0-4:000"},
+    {"bond configuration 4",
+     "2 1 0 0 0|BEGIN ATOM|1 C 0 0 0 0|2 F 1 0 0 0|END ATOM|BEGIN BOND|1 1 1 2 CFG=4|END BOND",
+     "refused"},
+    {"bond topology of 0",
+     "2 1 0 0 0|BEGIN ATOM|1 C 0 0 0 0|2 F 1 0 0 0|END ATOM|BEGIN BOND|1 1 1 2 TOPO=0 RXCTR=0|"
+     "END BOND",
+     "C04530200 F01500200 0-1:000"},
+    {"bond without =",
+     "2 1 0 0 0|BEGIN ATOM|1 C 0 0 0 0|2 F 1 0 0 0|END ATOM|BEGIN BOND|1 1 1 2 CFG|END BOND",
+     "refused"},
+    {"bond type 9 and 10",
+     "3 2 0 0 0|BEGIN ATOM|1 N 0 0 0 0|2 Fe 1 0 0 0|3 O 2 0 0 0|END ATOM|BEGIN BOND|1 9 1 2|"
+     "2 10 2 3|END BOND",
+     "N04530300 Fe02500300 O03520300 0-1:400 1-2:400"},
+    {"bond type x",
+     "2 1 0 0 0|BEGIN ATOM|1 C 0 0 0 0|2 F 1 0 0 0|END ATOM|BEGIN BOND|1 x 1 2|END BOND",
+     "C05540300 F02510300 0-1:400"},
+    {"short bond",
+     "2 1 0 0 0|BEGIN ATOM|1 C 0 0 0 0|2 F 1 0 0 0|END ATOM|BEGIN BOND|1 1 1|END BOND",
+     "refused"},
+    {"other sections",
+     "1 0 1 0 0|BEGIN ATOM|1 C 0 0 0 0|END ATOM|BEGIN SGROUP|"
+     "1 DAT 1 ATOMS=(1 1) FIELDNAME=\"x\"|END SGROUP|BEGIN COLLECTION|MDLV30/STEABS ATOMS=(1 1)|"
+     "END COLLECTION",
+     "C04540200"},
+    {"link node",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0|END ATOM|LINKNODE 1 2 2 1 2 1 3",
+     "C04540200"},
+    {"sgroups first",
+     "1 0 1 0 0|BEGIN SGROUP|1 DAT 1 ATOMS=(1 1) FIELDNAME=\"x\"|END SGROUP|BEGIN ATOM|"
+     "1 C 0 0 0 0|END ATOM",
+     "refused"},
+    {"no bond block",
+     "2 1 0 0 0|BEGIN ATOM|1 C 0 0 0 0|2 F 1 0 0 0|END ATOM",
+     "refused"},
+    {"short atom block",
+     "2 1 0 0 0|BEGIN ATOM|1 C 0 0 0 0|END ATOM",
+     "refused"},
+    {"long atom block",
+     "1 0 0 0 0|BEGIN ATOM|1 C 0 0 0 0|2 C 0 0 0 0|END ATOM",
+     "refused"},
+    {"empty line",
+     "1 0 0 0 0|BEGIN ATOM||1 C 0 0 0 0|END ATOM",
+     "refused"},
+    {"D",
+     "2 1 0 0 0|BEGIN ATOM|1 D 0 0 0 0|2 O 1 0 0 0|END ATOM|BEGIN BOND|1 1 1 2|END BOND",
+     "H01500500 O02510200 0-1:000"},
 };
 
 // Atoms of row k of PREP_MOLS as lines of a mol block. Returns how many; *plain: V3000 can say it.
@@ -2729,6 +3242,15 @@ static int prep_mol_block(char *out, size_t room, int k, int v3000) {
     return plain;
 }
 
+// Row k of PREP_V3000 as a mol block.
+static void prep_v3000_block(char *out, size_t room, size_t k) {
+    size_t n = (size_t)snprintf(out, room, "\n  test              2D\n\n  0  0  0     0  0"
+                                "            999 V3000\nM  V30 BEGIN CTAB\nM  V30 COUNTS ");
+    for (const char *p = PREP_V3000[k].text; *p; p++)
+        n += (size_t)snprintf(out + n, room - n, *p == '|' ? "\nM  V30 " : "%c", *p);
+    snprintf(out + n, room - n, "\nM  V30 END CTAB\nM  END\n");
+}
+
 // Catches a rule of perception that no longer gives RDKit's features, in any format or line end.
 static void test_perception(Worker *w) {
     char block[8192], crlf[8192], v2[2048], v3[2048];
@@ -2736,6 +3258,10 @@ static void test_perception(Worker *w) {
     for (size_t k = 0; k < sizeof PREP_SMILES / sizeof *PREP_SMILES; k++)
         prep_expect(w, FORMAT_SMI, PREP_SMILES[k].rule, PREP_SMILES[k].smiles,
                     PREP_SMILES[k].expected);
+    for (size_t k = 0; k < sizeof PREP_V3000 / sizeof *PREP_V3000; k++) {
+        prep_v3000_block(block, sizeof block, k);
+        prep_expect(w, FORMAT_SDF, PREP_V3000[k].rule, block, PREP_V3000[k].expected);
+    }
     for (int k = 0; k < (int)(sizeof PREP_MOLS / sizeof *PREP_MOLS); k++) {
         prep_mol_block(block, sizeof block, k, 0);
         prep_expect(w, FORMAT_SDF, PREP_MOLS[k].rule, block, PREP_MOLS[k].expected);
@@ -2850,6 +3376,97 @@ static const struct {
      "expected the index of an atom, found \"2\""},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\n" V3ATOM "M  END\n", 10, 1,
      "expected \"M  V30 \", found \"M  END\""},
+    {FORMAT_SMI, "C\x01", 1, 2, "expected an atom, found byte 1"},
+    {FORMAT_SMI, "[99999999999]", 1, 2, "expected a number below 2147483648, found \"9\""},
+    {FORMAT_SMI, "[#]", 1, 3, "expected an atomic number up to 118, found \"]\""},
+    {FORMAT_SMI, "[#99999999999]", 1, 3, "expected a number below 2147483648, found \"9\""},
+    {FORMAT_SMI, "['Db]", 1, 5, "expected ', found \"]\""},
+    {FORMAT_SMI, "[CH99999999999]", 1, 4, "expected a number below 2147483648, found \"9\""},
+    {FORMAT_SMI, "[C+99999999999]", 1, 4, "expected a number below 2147483648, found \"9\""},
+    {FORMAT_SMI, "[C:]", 1, 4, "expected a map number, found \"]\""},
+    {FORMAT_SMI, "[C:99999999999]", 1, 4, "expected a number below 2147483648, found \"9\""},
+    {FORMAT_SMI, "[C@TH99999999999]", 1, 6, "expected a number below 2147483648, found \"9\""},
+    {FORMAT_SMI, "C[C@AL1]C", 1, 5, "@AL is not supported, only @, @@, @TH1 and @TH2"},
+    {FORMAT_SMI, "C[As@TB1]C", 1, 6, "@TB is not supported, only @, @@, @TH1 and @TH2"},
+    {FORMAT_SMI, "C[Co@OH1]C", 1, 6, "@OH is not supported, only @, @@, @TH1 and @TH2"},
+    {FORMAT_SMI, "C%01CC%01", 1, 2, "expected % and two digits, found \"%\""},
+    {FORMAT_SMI, "C%(12CC", 1, 2, "expected %( up to five digits ), found \"%\""},
+    {FORMAT_SMI, "Xe", 1, 1, "expected an atom, found \"X\""},
+    {FORMAT_SDF, HEAD " 1  0\n", 4, 1, "expected a counts line, found \" 1  0\""},
+    {FORMAT_SDF, HEAD " -1  0  0     0  0            999 V2000\nM  END\n", 4, 1, "negative counts"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "A    2\nx\n", 6, 1,
+     "expected an alias or value of an atom from 1 to 1"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "V    0\n", 6, 1,
+     "expected an alias or value of an atom from 1 to 1"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "V    1\n", 6, 1,
+     "expected an alias or value of an atom from 1 to 1"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "Axxx1\n", 6, 4,
+     "expected a number in columns 4-6, found \"x1\""},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "A  1x\n", 6, 4,
+     "expected a number in columns 4-6, found \"1x\""},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "S  SKP  x\n", 6, 7,
+     "expected a number in columns 7-9, found \"  x\""},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "S  SKP  9\n", 6, 0,
+     "expected M  END, found the end of the record"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "X  SKP  9\n", 6, 0, "X  SKP  9 is not supported"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "M  CHG  x   1   1\n", 6, 7,
+     "expected a number in columns 7-9, found \"  x\""},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "M  CHG  1   x   1\n", 6, 10,
+     "expected a number in columns 10-13, found \"   x\""},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "M  CHG  1   1   x\n", 6, 14,
+     "expected a number in columns 14-17, found \"   x\""},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "M  CHG  1   0   1\n", 6, 0,
+     "M  CHG names atom 0, expected 1 to 1"},
+    {FORMAT_SDF, HEAD COUNTS1 ATOM "M  RAD  1   1   0\n", 6, 0,
+     "expected a radical of 1, 2 or 3 on atom 1, found 0"},
+    {FORMAT_SDF, HEAD COUNTS1 "    0.0a00    0.0000    0.0000 C   0  0\n", 5, 8,
+     "expected a coordinate, found \"    0.0a00\""},
+    {FORMAT_SDF, HEAD COUNTS1 "    0.0000    0.0000    0.0000 C   0  0  0  0  x\n", 5, 46,
+     "expected a stereo care flag in columns 46-48, found \"  x\""},
+    {FORMAT_SDF, HEAD COUNTS1 "    0.0000    0.0000    0.0000 C   0  0  0  2\n", 5, 0,
+     "a hydrogen count is not supported"},
+    {FORMAT_SDF, HEAD COUNTS1 "    0.0000    0.0000    0.0000 Pol 0  0\n", 5, 0,
+     "Pol is not supported"},
+    {FORMAT_SDF, HEAD COUNTS1 "   2e6        0.0000    0.0000 C   0  0\nM  END\n", 5, 5,
+     "expected a coordinate, found \"   2e6    \""},
+    {FORMAT_SDF, HEAD COUNTS1 "9000000.00    0.0000    1.0000 C   0  0\nM  END\n", 0, 0,
+     "atom 1: coordinates must be below 1e6 Angstrom"},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  2 -1\n", 7, 7,
+     "expected a number in columns 7-9, found \" -1\""},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  2  5\n", 7, 0, "a query bond is not supported"},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  1  2  1  0  0  1\n", 7, 0,
+     "a bond topology is not supported"},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM "  0  2  1\n", 7, 1,
+     "expected an atom from 1 to 2, found 0"},
+    {FORMAT_SDF, HEAD COUNTS2 ATOM ATOM, 6, 0, "expected 1 bond lines, found 0"},
+    {FORMAT_SDF, HEAD "  1  0  0     0  0            999 V3000\nM  END\n", 4, 1,
+     "expected counts of 0 in the header of a V3000 block"},
+    {FORMAT_SDF, HEAD "  0  0  0     0  0            999 V3000\nM  V30 BEGIN ATOM\n", 5, 0,
+     "expected BEGIN CTAB, found \"BEGIN ATOM\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS -1 0\n", 6, 0,
+     "expected COUNTS atoms bonds, found \"COUNTS -1 0\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 x\n", 6, 0,
+     "expected COUNTS atoms bonds, found \"COUNTS 1 x\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 -1\n", 6, 0,
+     "expected COUNTS atoms bonds, found \"COUNTS 1 -1\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 999999\n", 6, 0,
+     "1 atoms, 999999 bonds (at most 65535 and 262140 can be read)"},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 99999999999 0\n", 6, 0,
+     "expected COUNTS atoms bonds, found \"COUNTS 99999999999 0\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\n" V3ATOM "M  V30 END CTAB\n", 10, 0,
+     "expected M  END, found \"\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\n" V3ATOM "M  V30 END CTAB\nx\n", 11, 0,
+     "expected M  END, found \"x\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 NOT[N] 0 0 0 0\n", 8, 10,
+     "expected an element symbol, found \"NOT[N]\""},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 NOT [N] 0 0 0 0\n", 8, 0,
+     "NOT is not supported"},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0 HCOUNT=2\n", 8, 0,
+     "HCOUNT=2 is not supported"},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 1\n" V3ATOM "M  V30 BEGIN BOND\nM  V30 1 1 1\n", 11, 0,
+     "expected index, type and two atoms, found 3 fields"},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 1\n" V3ATOM "M  V30 END CTAB\n", 10, 0,
+     "expected BEGIN BOND, found \"END CTAB\""},
 };
 
 // Catches a bad record being accepted, or blamed on the wrong line, column or reason.
@@ -2875,10 +3492,10 @@ static void test_faults(Worker *w) {
 }
 
 // Writes a pattern to *out up to its end or an unpaired }, and returns that place. {N|text} is text
-// N times, # in it the number of the time; such groups may be nested.
+// N times, # in it (but not outside) the number of the time; such groups may be nested.
 static const char *prep_expand(const char *p, int number, char **out) {
     for (; *p && *p != '}'; p++) {
-        if (*p == '#') {
+        if (*p == '#' && number) {
             *out += sprintf(*out, "%d", number);
         } else if (*p == '{') {
             char *end;
@@ -2946,6 +3563,10 @@ static void test_hostile_records(void) {
 #define SD_HEAD "x\n\n\n  1  0  0     0  0            999 V2000\n" \
                 "    0.0000    0.0000    0.0000 C   0  0\nM  END\n"
 
+#define DUMP " && ./data_prep --dump build/test_hostile.bin"
+#define MOL_3D "\n  test              3D\n\n  2  1  0     0  0            999 V2000\n" \
+    "    0.0000    0.0000    1.0000 C   0  0\n    1.0000    0.0000    0.5000 O   0  0\n" \
+    "  1  2  1\nM  END\n"
 // Files that ended or misled a run: their ending, pattern, options for data_prep, its exit code and
 // what it says.
 static const struct { const char *ending, *pattern, *options; int code; const char *expected;
@@ -2984,18 +3605,67 @@ static const struct { const char *ending, *pattern, *options; int code; const ch
     {"csv", "\xFF\xFEs", "", 1, "UTF-16 text; type: iconv -f UTF-16 -t UTF-8 " NAMED "csv"},
     // a byte order mark was part of the SMILES
     {"smi", "\xEF\xBB\xBF" "C\n", "", 0, "1 molecules"},
+    // names that make bad JSON; rows and tags misread; wrong counts; options that are not checked
+    {"smi", "C a\"b\\\x01\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80", DUMP, 0,
+     "{\"name\":\"a\\\"b\\\\\\u0001\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\",\"atom_feat\":[["},
+    // not UTF-8: a lone byte, too long forms, a surrogate, beyond the last one, cut short
+    {"smi", "C \xFF\x80\xC1\xBF", DUMP, 0, "\"\\u00ff\\u0080\\u00c1\\u00bf\""},
+    {"smi", "C \xE0\x9F\xBF\xED\xA0\x80", DUMP, 0,
+     "\"\\u00e0\\u009f\\u00bf\\u00ed\\u00a0\\u0080\""},
+    {"smi", "C \xF0\x8F\x80\x80\xF4\x90\x80\x80", DUMP, 0,
+     "\"\\u00f0\\u008f\\u0080\\u0080\\u00f4\\u0090\\u0080\\u0080\""},
+    {"smi", "C \xE2\x82 \xC3", DUMP, 0, "\"\\u00e2\\u0082 \\u00c3\""},
+    {"smi", "C a\nCC b\nCCC c\n", DUMP " --range 1:2", 0, "{\"name\":\"b\""},
+    {"smi", "C a\nCC b\nCCC c\n", DUMP " --range 2:", 0, "{\"name\":\"c\""},
+    {"smi", "C\n", DUMP " --range 2", 1, "expected A:B with A <= B, found \"2\""},
+    {"smi", "C\n", DUMP " --range 2:1", 1, "--range: expected A:B with A <= B"},
+    {"smi", "C\n", DUMP " --range=-1:2", 1, "unknown option --range=-1:2"},
+    {"smi", "SMILES name\n\n# C\nC |x:0| a\nCC |y\n \nCCC\n", DUMP, 0,
+     "read 3 records from 1 file, kept 3"},
+    {"smi", "SMILES name\n\n# C\nC |x:0| a\nCC |y\n \nCCC\n", DUMP, 0, "{\"name\":\"CC\""},
+    {"smi", "C(\nC[\nxyz\nC=\nCC\n[CH9]\n", "", 0, "skipped 5:\n       4  malformed SMILES\n"},
+    {"smi", "C(\nC[\nxyz\nC=\nCC\n[CH9]\n", "", 0, NAMED "smi:6: atom 1 (C)"},
+    {"smi", "C\nC(\n", "--strict", 1, "data_prep: " NAMED "smi:2: column 3: expected an atom"},
+    {"smi", "CCC\n", "--max-atoms 2", 1, "3 heavy atoms, --max-atoms is 2"},
+    {"csv", "\xEF\xBB\xBFid,SMILES,a,b,c,d\nx,C,1,w,,?\ny,CC,,2,,2e3\n",
+     "--labels all --name id" DUMP, 0, "\"pos\":null,\"labels\":[1,null]}\n{\"name\":\"y\""},
+    {"csv", "smiles,a\nC,1234567890123456789012345678901234567890123456789012345678901234567\n"
+     "CC,1\nC\n", "--labels a", 0, "taken as missing: 1"},
+    {"csv", "a,smiles,b\n1,C\n2\n3,CC,4,5\n", "--labels b" DUMP, 0,
+     "expected a SMILES in field 2, found 1 fields"},
+    {"csv", "smiles,a\nC,1\n", "--labels a,b", 1, NAMED "csv:1: expected a column \"b\""},
+    {"csv", "smiles,a\nC,1\n", "--name id", 1, "expected a column \"id\" (--name)"},
+    {"csv", "x,a\nC,1\n", "", 1, "expected a column \"smiles\"; name the SMILES column"},
+    {"csv", "x,a\nC,1\n", "--smiles x --labels ,", 1, "expected names separated by commas"},
+    {"csv", "x,a\nC,\n", "--smiles x --labels a", 1, "no record has a value for \"a\""},
+    {"tsv", "\"smi\"\"les\"\ta\n\"C\"x\t1\n", "--smiles 'smi\"les' --labels all", 1,
+     "no molecule"},
+    {"sdf", MOL_3D "> <id>\nm1\n\n> <a>\n1\n\n> <w>\nx\n\n$$$$\n" MOL_3D "><>\n> <a>\n$$$$\n",
+     "--labels all --name id --orient principal" DUMP, 0, "{\"name\":\"m1\""},
+    {"sdf", MOL_3D "> <id>\nm1\n\n> <a>\n1\n\n> <w>\nx\n\n$$$$\n" MOL_3D "><>\n> <a>\n$$$$\n",
+     "--labels all --name id" DUMP, 0, "0,0,1],[1,0,0.5]],\"labels\":[null]}"},
+    {"smi", "C\nCC\nc1ccccc1\n", "--split 0.5,0.5", 0, "valid           2 molecules"},
+    {"smi", "C\nCC\nc1ccccc1\n", "--split 0.5,0.5 --split-by order", 0, "valid           2"},
+    {"smi", "C\n", "--split 0.5", 1, "expected 2 or 3 fractions that add up to 1"},
+    {"smi", "C\n", "--split 0.5,0.6", 1, "expected 2 or 3 fractions that add up to 1"},
+    {"smi", "C\n", "--split 0.5,x", 1, "expected fractions such as 0.8,0.1,0.1"},
+    {"smi", "C\n", "--split 2,-1", 1, "expected fractions such as 0.8,0.1,0.1"},
+    {"smi", "C\n", "--split 0.1,0.1,0.1,0.7", 1, "expected at most 3 fractions"},
+    {"smi", "C\n", "--split 0.5,0.5 --split-by name", 1, "expected scaffold, random or order"},
+    {"smi", "C\n", "--orient up", 1, "--orient: expected keep or principal"},
+    {"smi", "C\n", "-o 'build/{}.bin'", 1, "-o: {} stands for a part's name"},
+    {"mol2", "C\n", "", 1, "cannot tell the format; give"},
+    {"smi", "C\n", "--format mol2", 1, "cannot tell the format from --format mol2"},
 };
 
 static void test_hostile_files(void) {
     char *text = xmalloc(PREP_TEXT_MAX, 1), *end;
     for (size_t k = 0; k < sizeof PREP_FILES / sizeof *PREP_FILES; k++) {
         char *path = xprintf(NAMED "%s", PREP_FILES[k].ending);
-        FILE *f = fopen(path, "wb");
         prep_expand(PREP_FILES[k].pattern, 0, (end = text, &end));
-        CHECK(f && fwrite(text, 1, (size_t)(end - text), f) == (size_t)(end - text) &&
-              fclose(f) == 0, "%s: cannot write", path);
+        write_bytes(path, text, (size_t)(end - text));
         char *command = xprintf("ulimit -t 10; ./data_prep -o build/test_hostile.bin %s %s",
-                                PREP_FILES[k].options, path);
+                                path, PREP_FILES[k].options);
         test_command(command, PREP_FILES[k].code, PREP_FILES[k].expected);
         remove(path);
         free(command);
@@ -3032,8 +3702,7 @@ static int prep_cut(const char *name, const char *text, size_t length, size_t *s
     static Record records[CHUNK_RECORDS];
     Source s;
     int n = 0, got;
-    FILE *f = fopen(name, "wb");
-    CHECK(f && fwrite(text, 1, length, f) == length && fclose(f) == 0, "%s: cannot write", name);
+    write_bytes(name, text, length);
     source_open(&s, name, NULL);
     while ((got = next_records(&s, records)) > 0)
         for (int k = 0; k < got; k++) sizes[n++] = records[k].size;
@@ -3333,6 +4002,8 @@ int main(int argc, char **argv) {
                      {"worked example", test_example},
                      {"damaged files", test_damage},
                      {"damage together", test_damage_together},
+                     {"dataset fields", test_dataset_fields},
+                     {"tensor headers", test_tensor_headers},
                      {"reproducible", test_reproducible},
                      {"using", test_using},
                      {"resumed tuning", test_finetune_resume},

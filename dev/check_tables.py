@@ -3,7 +3,7 @@
 
     /usr/bin/python3 dev/check_tables.py
 
-Prints every row of PREP_SMILES and PREP_MOLS whose expected description is not RDKit's, as the
+Prints every row of PREP_SMILES, PREP_MOLS and PREP_V3000 whose expected description is not RDKit's, as the
 line to put there; exits 1 if there is one. How a molecule is described says prep_describe() in
 test.c. RDKit 2022.09 is the version the tables hold.
 """
@@ -52,6 +52,13 @@ def mol_block(is_3d, atoms, bonds, properties):
     return "\n".join(lines)
 
 
+def v3000_block(text):
+    """The V3000 mol block of a row of PREP_V3000."""
+    lines = ("COUNTS " + text).split("|") + ["END CTAB"]
+    return ("\n  test              2D\n\n  0  0  0     0  0            999 V3000\n"
+            "M  V30 BEGIN CTAB\nM  V30 %s\nM  END\n" % "\nM  V30 ".join(lines))
+
+
 def rows(source, table):
     """The strings of every row of a table of test.c; adjacent literals are joined."""
     text = source[source.index("} %s[] = {" % table):]
@@ -69,6 +76,8 @@ def main():
     cases = [(s[0], s[-1], Chem.MolFromSmiles(s[1])) for s, _ in rows(source, "PREP_SMILES")]
     cases += [(s[0], s[-1], Chem.MolFromMolBlock(mol_block(is_3d, *s[1:4])))
               for s, is_3d in rows(source, "PREP_MOLS")]
+    cases += [(s[0], s[-1], Chem.MolFromMolBlock(v3000_block(s[1])))
+              for s, _ in rows(source, "PREP_V3000")]
     for rule, expected, mol in cases:
         checked += 1
         if describe(mol) != expected:
