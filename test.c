@@ -1589,13 +1589,15 @@ static void test_checkpoint(void) {
     model_load(&again, again.params, &f, "");
     test_check(memcmp(model.params, again.params, model.count * sizeof(float)) == 0,
                "names behind module.");
-    static const uint8_t half[16] = {0x00, 0xC1, 0x01, 0x00, 0x00, 0x7C};  // -2.5, 2^-24, infinity
+    // -2.5, 2^-24, infinity, -2^-24
+    static const uint8_t half[16] = {0x00, 0xC1, 0x01, 0x00, 0x00, 0x7C, 0x01, 0x80};
     static const uint8_t brain[16] = {0x20, 0xC0}, wide[16] = {0, 0, 0, 0, 0, 0, 4, 0xC0};  // -2.5
     const TensorEntry f16 = {.dtype = "F16", .data = half}, f64 = {.dtype = "F64", .data = wide};
     const TensorEntry bf16 = {.dtype = "BF16", .data = brain};
     test_check(tensor_value(&f16, 0) == -2.5f && tensor_value(&f16, 1) == 0x1p-24f &&
-                   isinf(tensor_value(&f16, 2)) && tensor_value(&bf16, 0) == -2.5f &&
-                   tensor_value(&f64, 0) == -2.5f, "F16, BF16 and F64 are converted");
+                   isinf(tensor_value(&f16, 2)) && tensor_value(&f16, 3) == -0x1p-24f &&
+                   tensor_value(&bf16, 0) == -2.5f && tensor_value(&f64, 0) == -2.5f,
+               "F16, BF16 and F64 are converted");
     tensor_file_close(&f);
     model_write(path, &model, arenas, NULL, 0, "{\"format\":\"pt\"}");
     tensor_file_open(&f, path);
@@ -1704,8 +1706,8 @@ static void test_messages(void) {
         {"./moleblend build/test_train.bin --lr 1x", 1, "expected a number from 0 to 10"},
         {"./moleblend build/test_train.bin --lr -1", 1, "expected a number from 0 to 10"},
         {"./moleblend build/test_train.bin a b c", 1, "unexpected argument \"b\"; see --help"},
-        {"./moleblend --option-of-more-than-63-letters-that-is-like-no-other-option-and-too-long",
-         1, "unknown option --option-of-more"},
+        {"./moleblend --zzzzzzzzzzzzzzzzz 1", 1, "unknown option --zzzzzzzzzzzzzzzzz; see --help"},
+        {"./moleblend finetune --help", 0, "--epochs N"},
         {"./moleblend build/test_train.bin --lr nan", 1,
          "--lr: expected a number from 0 to 10, found \"nan\""},
         {"./moleblend build/test_train.bin --size huge", 1, "--size: expected tiny, small or base"},
@@ -1764,6 +1766,15 @@ static void test_messages(void) {
          "classification: the labels are all 0 and"},
         {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors", 0,
          "record,name,logP,logP label,\"with,comma\",\"with,comma label\",skipped\n1,mol ,"},
+        // a task's name with what CSV and JSON must escape, and another set's tasks
+        {"printf 'smiles,\"a\"\"\\\\b\"\\nC,0\\nCC,1\\nCCC,3\\n' | ./data_prep --format csv "
+         "--labels all -o build/test_q.bin -", 0, "3 molecules"},
+        {"./moleblend finetune build/test_train.bin --valid build/test_q.bin", 1,
+         "build/test_q.bin: expected the tasks of build/test_train.bin"},
+        {"./moleblend finetune build/test_q.bin --valid build/test_q.bin --size tiny --epochs 1 -o "
+         "build/test_q.safetensors", 0, "by chance"},
+        {"./moleblend predict build/test_q.bin --model build/test_q.safetensors", 0,
+         "record,name,\"a\"\"\\b\",\"a\"\"\\b label\",skipped\n1,C,"},
         {"./data_prep --labels none -o build/test_bare.bin data/sample.sdf", 1, "--labels"},
         {"./data_prep -o build/test_bare.bin data/sample.sdf", 0, "2000 molecules"},
         {"./moleblend predict build/test_bare.bin --model build/test_ft.safetensors", 0,
@@ -2129,8 +2140,8 @@ static void test_tensor_headers(void) {
         {"{\"a\" :\t{\"dtype\":\"F32\" ,\r\n \"shape\":[ 1 , 2 ],\"data_offsets\":[0,8]} }", 0,
          "F32 (1, 2)"},
         {F32 "[],\"data_offsets\":[4,8]}}", 0, "F32 ()"},
-        {"{\"\\u0041\\u00e9\\\"\\q\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}", 0,
-         "  A?\"q "},
+        {"{\"\\u0041\\u00e9\\u0000\\\"\\q\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":"
+         "[0,0]}}", 0, "  A??\"q "},
         {"{\"__metadata__\":{},\"a\":{\"dtype\":\"I16\",\"shape\":[4],\"data_offsets\":[0,8]}}", 0,
          "I16 (4)"},
         {"{\"__metadata__\":{\"k\":\"v\\n\"},\"a\":{\"dtype\":\"I8\",\"shape\":[8],"
