@@ -2082,9 +2082,9 @@ static void test_damage(void) {
 
 // A field of a dataset that is believed because the checksums are right.
 static void test_dataset_fields(void) {
-    enum { HEAD, INDEX, RECORD };  // of the second of two molecules, C and CO
+    enum { HEAD, INDEX, RECORD };  // of the second of two molecules, C and CO; one is skipped
     static const struct { int where, at, size; uint64_t value; const char *message; } table[] = {
-        {HEAD, 8, 4, 2, "expected format version 1, found 2"},
+        {HEAD, 8, 4, 1, "expected format version 2, found 1"},
         {HEAD, 12, 4, 70000, "damaged header (counts"},
         {HEAD, 12, 4, 60000, "damaged task names"},
         {HEAD, 16, 8, 3, "damaged header (counts"},
@@ -2094,6 +2094,10 @@ static void test_dataset_fields(void) {
         {HEAD, 40, 4, 70000, "damaged header (counts"},
         {HEAD, 44, 4, 70000, "damaged header (counts"},
         {HEAD, 64, 2, 60000, "damaged task names"},
+        {HEAD, 48, 8, 0, "damaged list of skipped records"},
+        {HEAD, 48, 8, 2, "damaged list of skipped records"},
+        {INDEX, 24, 8, 0, "damaged index (skipped records)"},
+        {INDEX, 24, 8, (uint64_t)1 << 40, "damaged index (skipped records)"},
         {HEAD, 40, 4, 1, "molecule 1: more atoms or bonds than the header allows"},
         {HEAD, 44, 4, 0, "molecule 1: more atoms or bonds than the header allows"},
         {INDEX, 8, 8, 0, "damaged index (molecule 0 does not fit"},
@@ -2110,18 +2114,22 @@ static void test_dataset_fields(void) {
         {RECORD, 32, 2, 0, "molecule 1: bond to an atom that is not there"},
         {RECORD, 34, 1, 60, "molecule 1: bond feature out of range"},
         {RECORD, 35, 4, 0x7f800000, "molecule 1: label is infinite"}};
-    write_bytes("build/test_h.csv", "smiles,a\nC,1\nCO,2\n", 20);
+    const char *rows = "smiles,a\nC,1\nC(,1\nCO,2\n";
+    write_bytes("build/test_h.csv", rows, strlen(rows));
     test_command("./data_prep -o build/test_h.bin --labels a build/test_h.csv", 0, "2 molecules");
     size_t n, head = DATASET_HEADER + 3;
-    uint8_t *bytes = (uint8_t *)file_text("build/test_h.bin", &n), copy[256];
+    uint8_t *bytes = (uint8_t *)file_text("build/test_h.bin", &n), copy[1024];
     size_t index = get_u64(bytes + 24), record = get_u64(bytes + index + 8) >> 16;
+    size_t skips = get_u64(bytes + index + 24);
+    CHECK(n < sizeof copy, "build/test_h.bin: too large");
     for (size_t k = 0; k < sizeof table / sizeof *table; k++) {
         size_t at = (const size_t[]){0, index, record}[table[k].where];
         memcpy(copy, bytes, n);
         for (int i = 0; i < table[k].size; i++)
             copy[at + (size_t)(table[k].at + i)] = (uint8_t)(table[k].value >> 8 * i);
-        put_u32(copy + record, crc32_add(0, copy + record + 4, index - record - 4));
-        put_u32(copy + index + 16, crc32_add(0, copy + index, 16));
+        put_u32(copy + record, crc32_add(0, copy + record + 4, skips - record - 4));
+        uint32_t crc = crc32_add(0, copy + index, 32);
+        put_u32(copy + n - 4, crc32_add(crc, copy + skips, index - skips));
         put_u32(copy + 60, 0);
         put_u32(copy + 60, crc32_add(0, copy, head));
         write_bytes("build/test_bad.bin", copy, n);
