@@ -168,7 +168,7 @@ for target in $targets; do
     rm -rf "$memory"/*
     cp "$work"/scratch/* "$memory"
     cd "$memory"
-    "$work/$target" "$work/$target.corpus" -max_total_time="$seconds" -timeout=5 -rss_limit_mb=2048 \
+    "$work/$target" "$work/$target.corpus" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 \
         -max_len="${longest[$target]}" -dict="$target.words" -close_fd_mask=1 -print_final_stats=1 \
         -artifact_prefix="$work/$target.found/" > "$log" 2>&1 || failed=1
     found=$(find "$work/$target.found" -type f -newer "$memory/data.bin" | wc -l)
