@@ -4412,10 +4412,10 @@ static int64_t count_lines(const char *p, const char *end) {
     return n;
 }
 
-// Room for `size` more bytes.
+// Room for `size` more bytes, and one more.
 static void worker_room(Worker *w, size_t size) {
-    if (w->room - w->used >= size) return;
-    w->room = 2 * w->room + size;
+    if (w->room - w->used > size) return;
+    w->room = 2 * w->room + size + 1;
     w->bytes = xrealloc(w->bytes, w->room, 1);
 }
 
@@ -5055,7 +5055,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
                            const Conversion *c, Summary *sum) {
     for (int k = 0; k < n; k++) {
         const Outcome *o = &outcomes[k];
-        const uint8_t *record = workers[o->worker].bytes + o->offset;
+        const uint8_t *record = o->none ? NULL : workers[o->worker].bytes + o->offset;
         sum->n_read += !o->none;
         uint32_t number = (uint32_t)sum->n_read;
         if (o->ok) {
