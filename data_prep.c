@@ -898,7 +898,7 @@ static int v3_line(MolBlock *b, Span *out) {
         int more = line.p[line.n - 1] == '-' && line.n > 7;
         *out = (Span){line.p + 7, line.n - 7 - more};
         if (!more && !joined) return 0;
-        while (used + out->n > room) joined = arena_grow(&b->m->arena, joined, &room, 1);
+        while (!joined || used + out->n > room) joined = arena_grow(&b->m->arena, joined, &room, 1);
         memcpy(joined + used, out->p, (size_t)out->n);
         used += out->n;
         *out = (Span){joined, used};
