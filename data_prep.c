@@ -4393,7 +4393,7 @@ static int64_t count_lines(const char *p, const char *end) {
 
 // Room for `size` more bytes.
 static void worker_room(Worker *w, size_t size) {
-    if (w->room - w->used >= size) return;
+    if (w->bytes && w->room - w->used >= size) return;
     w->room = 2 * w->room + size;
     w->bytes = xrealloc(w->bytes, w->room, 1);
 }
