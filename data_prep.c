@@ -124,10 +124,10 @@ static int more_electronegative(int z1, int z2) {
 // 2 Working memory. Everything a record needs while it is read and perceived comes from one arena,
 //   which is emptied before the next record: no malloc in the common case, nothing to free.
 //
-//   A record has one budget for work and memory, so that no file can hang a run or end it. Loops
-//   that could take long count their steps with spend() and end when there is nothing left; what
-//   they leave behind is incomplete but safe to work on, and the record is refused in the end, see
-//   convert_record(). Steps are counted, not timed: every machine refuses the same records.
+//   A record has one budget for work and memory, so that none can hang a run or end it. Loops that
+//   could take long count their steps with spend() and end when nothing is left; what they leave is
+//   incomplete but safe, and convert_record() refuses the record. Steps, not time: every machine
+//   refuses the same records.
 // =================================================================================================
 
 enum { BUDGET = 600000000, BYTE_STEPS = 6 };  // steps; of a byte of memory: at most 100 MB
@@ -952,8 +952,7 @@ static int v3_assignment(Span token, Span *name, Span *value) {
 
 // The fault of a V3000 token that is not what was expected.
 static int v3_bad(MolBlock *b, Span token, const char *expected) {
-    return MOL_FAULT(b, 0, "expected %s, found \"%.*s\"", expected, min_int(token.n, 60),
-                     token.p);
+    return MOL_FAULT(b, 0, "expected %s, found \"%.*s\"", expected, min_int(token.n, 60), token.p);
 }
 
 // One NAME=value of an atom line. Values RDKit ignores or keeps as notes are passed over.
@@ -1470,10 +1469,8 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
         b->order = b->aromatic ? ORDER_AROMATIC : ORDER_SINGLE;
     }
     s.columns = arena_ints(&m->arena, 2 * m->n_bonds);
-    for (int k = 0; k < s.n_marks; k++) {
-        const RingMark *r = &s.marks[k];
+    for (const RingMark *r = s.marks; s.n_marks && r < s.marks + s.n_marks; r++)
         s.columns[2 * r->bond + (m->bonds[r->bond].begin != r->atom)] = r->column + 1;
-    }
     for (int i = 0; i < m->n_atoms; i++)
         if (m->atoms[i].chirality != CHI_NONE) smiles_fix_chirality(&s, i);
     return 0;
@@ -1837,8 +1834,7 @@ static int ring_is_new(RingSearch *s, const RingList *rings, int r, int *index) 
         for (k = i; k > 0 && sorted[k - 1] < atoms[i]; k--) sorted[k] = sorted[k - 1];
         sorted[k] = atoms[i];
     }
-    spend(&s->m->arena, s->all.n);
-    for (*index = 0; *index < s->all.n; ++*index)
+    for (*index = 0; *index < s->all.n && spend(&s->m->arena, 1); ++*index)
         if (ring_size(&s->all, *index) == n &&
             memcmp(ring_atoms(&s->all, *index), sorted, (size_t)n * sizeof(int)) == 0)
             return 0;
@@ -1864,8 +1860,7 @@ static void trim_atom(RingSearch *s, int i) {
 // Lowest atom marked in changed, unmarked; -1 if none is.
 static int pop_changed(RingSearch *s) {
     uint8_t *p = memchr(s->changed, 1, (size_t)s->m->n_atoms);
-    spend(&s->m->arena, s->m->n_atoms / 64);
-    if (!p) return -1;
+    if (!p || !spend(&s->m->arena, s->m->n_atoms / 64)) return -1;
     *p = 0;
     return (int)(p - s->changed);
 }
@@ -2105,8 +2100,7 @@ static void drop_surplus_rings(RingSearch *s, RingList *extra) {
     for (int i = 0, end; i < n; i = end) {
         int size = ring_size(&all, sorted[i]);
         for (end = i; end < n && ring_size(&all, sorted[end]) == size;) end++;
-        int64_t cost = (int64_t)(end - i) * size;
-        for (int left = end - i, first = 1; left && spend(&m->arena, cost); left--) {
+        for (int left = end - i, first = 1; left && spend(&m->arena, (end - i) * size); left--) {
             int best = -1;
             for (int j = i; j < end; j++) {
                 if (overlap[j] < 0) continue;  // decided
@@ -2522,9 +2516,8 @@ static int kekulize_rings(ChemMol *m, Fault *fault) {
     int *system = arena_ints(&m->arena, rings.n);
     for (int r = 0; r < rings.n && spend(&m->arena, 1); r++) {
         int n_rings = fused_system(&nb, r, system), culprit = INT_MAX;
-        if (!n_rings) continue;
+        if (!n_rings || !spend(&m->arena, (m->n_atoms + m->n_bonds) / 16)) continue;
         s.n = s.n_done = 0;
-        spend(&m->arena, (m->n_atoms + m->n_bonds) / 16);
         memset(s.inside, 0, (size_t)m->n_atoms);
         memset(s.is_done, 0, (size_t)m->n_atoms);
         memset(s.doubled, 0, (size_t)m->n_bonds);
@@ -2864,20 +2857,16 @@ static int bonds_and_lone_pairs(const ChemMol *m, int i) {
 // RDKit: MolOps::setHybridization
 static int hybridization(const ChemMol *m, int i) {
     const ChemAtom *a = &m->atoms[i];
+    static const uint8_t by_number[] = {HYBRID_MISC, HYBRID_MISC, HYBRID_SP, HYBRID_SP2, HYBRID_SP3,
+                                        HYBRID_SP3D, HYBRID_SP3D2};
     int degree = total_degree(m, i), c = a->chirality;
     if (a->z == 0) return HYBRID_MISC;
     if ((c == CHI_CW || c == CHI_CCW) && degree == 4) return HYBRID_SP3;
     if (c == CHI_SQUARE && degree >= 2 && degree <= 4) return HYBRID_MISC;  // SP2D
     if (c == CHI_BIPYRAMID && degree >= 2 && degree <= 5) return HYBRID_SP3D;
     if (c == CHI_OCTAHEDRON && degree >= 2 && degree <= 6) return HYBRID_SP3D2;
-    switch (a->z < 89 ? bonds_and_lone_pairs(m, i) : degree) {
-        case 2: return HYBRID_SP;
-        case 3: return HYBRID_SP2;
-        case 4: break;
-        case 5: return HYBRID_SP3D;
-        case 6: return HYBRID_SP3D2;
-        default: return HYBRID_MISC;  // S, or too many
-    }
+    int n = a->z < 89 ? bonds_and_lone_pairs(m, i) : degree;
+    if (n != 4) return n >= 0 && n <= 6 ? by_number[n] : HYBRID_MISC;  // S, or too many
     for (Link *l = m->first[i]; l < m->first[i + 1] && degree <= 3; l++)
         if (l->bond->conjugated) return HYBRID_SP2;
     return HYBRID_SP3;
@@ -2958,8 +2947,7 @@ static int stereo_degree(const ChemMol *m, int i) {
 // A wavy bond at i says: the geometry here means nothing.
 // RDKit: isWigglyBond
 static int is_wavy(const ChemBond *b, int i) {
-    return b->begin == i && b->order == ORDER_SINGLE &&
-           (b->direction == DIR_UNKNOWN || b->unknown);
+    return b->begin == i && b->order == ORDER_SINGLE && (b->direction == DIR_UNKNOWN || b->unknown);
 }
 
 // Square planar, trigonal bipyramidal or octahedral geometry of an atom from phosphorus on, by the
@@ -3515,8 +3503,7 @@ static int is_possible_centre(ChemMol *m, int i) {
     if (degree > 3 || atom_hydrogens(a) == 1) return 1;
     if (a->z == 7) return is_in_ring_of_size(m, i, 3) || is_bridgehead(m, i);
     if (a->z == 15 || a->z == 33) return 1;
-    return (a->z == 16 || a->z == 34) &&
-           (a->valence == 4 || (a->valence == 3 && a->charge == 1));
+    return (a->z == 16 || a->z == 34) && (a->valence == 4 || (a->valence == 3 && a->charge == 1));
 }
 
 // R or S of a centre from its chirality and the ranks of its neighbours, or 0 if two are equal.
@@ -3743,8 +3730,7 @@ static void clean_chirality(ChemMol *m) {
         ChemAtom *a = &m->atoms[i];
         int c = a->chirality, degree = c ? total_degree(m, i) : 0;
         int most = c == CHI_SQUARE ? 4 : c == CHI_BIPYRAMID ? 5 : c == CHI_OCTAHEDRON ? 6 : 0;
-        if ((c == CHI_CW || c == CHI_CCW) && a->hybrid != HYBRID_SP3)
-            a->chirality = CHI_NONE;
+        if ((c == CHI_CW || c == CHI_CCW) && a->hybrid != HYBRID_SP3) a->chirality = CHI_NONE;
         if (most && (degree < 2 || degree > most)) a->chirality = CHI_NONE;
     }
 }
@@ -4063,7 +4049,8 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
 
 typedef enum { FORMAT_NONE, FORMAT_SDF, FORMAT_SMI, FORMAT_CSV, FORMAT_TSV } Format;
 
-enum { CHUNK_BYTES = 1 << 20, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192 };
+enum { CHUNK_BYTES = 1 << 20, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192,
+       TASK_SLOTS = 1 << 17 };
 
 typedef struct { char *bytes; size_t begin, end, room; } Buffer;  // unread: [begin, end)
 
@@ -4130,15 +4117,13 @@ static void check_first_bytes(Source *s, const char *format) {
     static const struct { const char *bytes; size_t n; const char *what, *command; } known[] = {
         {"\xEF\xBB\xBF", 3, NULL, NULL}, {"\x1F\x8B", 2, "compressed by gzip", "gzip -dc"},
         {"\xFD" "7zXZ", 5, "compressed by xz", "xz -dc"},
-        {"BZh91AY&SY", 10, "compressed by bzip2", "bzip2 -dc"},
-        {"\x28\xB5\x2F\xFD", 4, "compressed by zstd", "zstd -dc"},
         {"PK\3\4", 4, "a zip archive", "unzip -p"},
         {"\xFF\xFE", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"},
         {"\xFE\xFF", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"}};
     static const char *const names[] = {"FORMAT", "sdf", "smi", "csv", "tsv"};
     const char *dot = strrchr(s->path, '.');
     Format guess = s->format ? s->format : format_by_name(s->path, dot ? (int)(dot - s->path) : 0);
-    for (int k = 0; k < 8; k++) {
+    for (int k = 0; k < 6; k++) {
         if (s->next.end < known[k].n || memcmp(s->next.bytes, known[k].bytes, known[k].n)) continue;
         CHECK(k == 0, "%s: is %s; type: %s %s | ./data_prep --format %s ... -", s->path,
               known[k].what, known[k].command, s->file == stdin ? "FILE" : s->path,
@@ -4194,8 +4179,7 @@ static const char *sd_record_end(const char *p, const char *end) {
 
 // End of the CSV row at p: the first line break outside quotes. A quote opens only at the start
 // of a field. *quote: the one that is open at the end, if that is not there.
-static const char *csv_row_end(const char *p, const char *end, char separator,
-                               const char **quote) {
+static const char *csv_row_end(const char *p, const char *end, char separator, const char **quote) {
     const char *stop = line_end(p, end);
     if (!stop || !memchr(p, '"', (size_t)(stop - p))) return stop;
     int quoted = 0, start = 1;
@@ -4220,8 +4204,7 @@ static int is_table(const Source *s) { return s->format == FORMAT_CSV || s->form
 static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
 
 // End of the record at p, or of the rest of one that is skipped, or NULL if it is not there yet.
-static const char *record_end(const Source *s, const char *p, const char *end,
-                              const char **quote) {
+static const char *record_end(const Source *s, const char *p, const char *end, const char **quote) {
     if (s->format == FORMAT_SDF) return sd_record_end(p, end);
     if (is_table(s) && !s->skipping) return csv_row_end(p, end, separator_of(s), quote);
     return line_end(p, end);
@@ -4315,8 +4298,7 @@ static int parse_label(Span s, float *label) {
 
 // The next field of a row from *p, quotes undone (in `arena` memory); advances *p behind it. 0 if
 // there is none.
-static int csv_field(Arena *arena, const char **p, const char *end, char separator,
-                     Span *field) {
+static int csv_field(Arena *arena, const char **p, const char *end, char separator, Span *field) {
     const char *q = *p;
     if (!q || q > end) return 0;
     if (q == end || *q != '"') {
@@ -4366,8 +4348,6 @@ typedef struct {
     int64_t seed, max_atoms;
     int keep_hydrogens, strict, help, version;
 } PrepOptions;
-
-enum { TASK_SLOTS = 1 << 17 };
 
 // What to do with every record.
 typedef struct {
@@ -4506,10 +4486,9 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
         return fault_at(&o->fault, 1, 0, "record too long", "the record is longer than %d MiB",
                         RECORD_BYTES_MAX >> 20);
     if (r->quote) {
-        const char *line = r->text + r->size;  // the quote is in its last line
-        while (line > r->text && (line > r->quote || line[-1] != '\n')) line--;
+        const char *line = whole_lines(r->text, r->quote);
         return fault_at(&o->fault, 1 + (int)count_lines(r->text, r->quote),
-                        (int)(r->quote - line) + 1, "unclosed quote",
+                        (int)(r->quote - (line ? line : r->text)) + 1, "unclosed quote",
                         "the quote that opens here is never closed: the row is given up");
     }
     float *labels = arena_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
@@ -5050,7 +5029,7 @@ static void output_finish(Output *out, const Conversion *c) {
     free(part);
 }
 
-// Counts the outcomes of a chunk and writes what was kept.
+// Counts the outcomes of a chunk and writes what was kept. In a record, labels and name come last.
 static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *workers, Output *out,
                            const Conversion *c, Summary *sum) {
     for (int k = 0; k < n; k++) {
@@ -5062,7 +5041,6 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->n_kept++;
             sum->n_atoms += o->n_atoms;
             sum->bad_labels += o->bad_labels;
-            // labels and name come last
             const uint8_t *label = record + o->size - get_u16(record + 10) - 4 * (size_t)c->n_tasks;
             for (int t = 0; t < c->n_tasks; t++, label += 4)
                 sum->labelled[t] |= !isnan(get_f32(label));
@@ -5083,19 +5061,17 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
 static void convert_source(Source *s, Conversion *c, Output *out, Worker *workers,
                            Record *records, Outcome *outcomes, Summary *sum) {
     Progress progress = progress_begin(0);
-    int find_tasks = !out->open && c->opt->labels && strcmp(c->opt->labels, "all") == 0;
-    int n, first_chunk = 1;
+    int find_tasks = !out->open && c->opt->labels && strcmp(c->opt->labels, "all") == 0, n;
     s->name_column = -1;
     while ((n = next_records(s, records)) > 0) {
         int skip = 0;
-        if (first_chunk && is_table(s)) {
+        if (s->line == 1 && is_table(s)) {
             read_header(c, s, &records[0], records + 1, n - 1, find_tasks);
             s->line += count_lines(records[0].text, records[0].text + records[0].size);
             skip = 1;
-        } else if (first_chunk && s->format == FORMAT_SDF && find_tasks) {
+        } else if (find_tasks && !out->open && s->format == FORMAT_SDF) {
             find_tag_tasks(c, records, n);
         }
-        first_chunk = 0;
         if (!out->open) {  // the tasks are known now
             sum->labelled = xmalloc((size_t)c->n_tasks, 1);
             char *name = xprintf("%s.records", c->opt->output);
@@ -5199,8 +5175,8 @@ int main(int argc, char **argv) {
     int want_keys = out.n_parts > 1 && strcmp(prep_opt.split_by, "scaffold") == 0;
     Conversion c = {.opt = &prep_opt, .want_keys = want_keys};
     Worker *workers = xmalloc((size_t)thread_count(), sizeof *workers);
-    Record *records = xmalloc(CHUNK_RECORDS, sizeof *records);
-    Outcome *outcomes = xmalloc(CHUNK_RECORDS, sizeof *outcomes);
+    static Record records[CHUNK_RECORDS];
+    static Outcome outcomes[CHUNK_RECORDS];
     Summary sum = {0};
     name_tasks(&c);
     for (int k = 0; k < n_inputs; k++) {
@@ -5218,8 +5194,6 @@ int main(int argc, char **argv) {
     free_tasks(&c);
     free(sum.labelled);
     free(workers);
-    free(records);
-    free(outcomes);
     free(inputs);
     return 0;
 }
