@@ -2625,13 +2625,13 @@ static void bad_note(Bad *bad, const char *name, const char *count_text, const f
 
 // Points the arrays of acts into memory from `at` on (NULL: only counts); returns the floats used.
 // If bad is given, it gets the first array in the order of computation that is not finite.
-static size_t acts_place(Acts *acts, float *at, Config c, Sizes s, Bad *bad) {
-    const size_t L = (size_t)c.layers, C = (size_t)c.dim, F = (size_t)c.ffn, H = (size_t)c.heads;
-    const size_t G = (size_t)c.kernels, Y = (size_t)c.tasks, R = PAIR_WIDTH;
-    const size_t T = s.T, A = s.A, P = s.P, BiasSize = s.bias_size;
-    const size_t Widest = max_size(C, PAIR_MAPS * R), PairWidth = (size_t)padded(EDGE_OUTPUTS);
-    const size_t PairRows = max_size(s.N + 1, PAIR_GROUP);
-    size_t used = 0;
+static uint64_t acts_place(Acts *acts, float *at, Config c, Sizes s, Bad *bad) {
+    const uint64_t L = (size_t)c.layers, C = (size_t)c.dim, F = (size_t)c.ffn, H = (size_t)c.heads;
+    const uint64_t G = (size_t)c.kernels, Y = (size_t)c.tasks, R = PAIR_WIDTH;
+    const uint64_t T = s.T, A = s.A, P = s.P, BiasSize = s.bias_size;
+    const uint64_t Widest = max_size(C, PAIR_MAPS * R), PairWidth = (size_t)padded(EDGE_OUTPUTS);
+    const uint64_t PairRows = max_size(s.N + 1, PAIR_GROUP);
+    uint64_t used = 0;
 #define X(field, count)                                                                            \
     {                                                                                              \
         if (at) acts->field = at + used;                                                           \
@@ -2642,14 +2642,14 @@ static size_t acts_place(Acts *acts, float *at, Config c, Sizes s, Bad *bad) {
     if (bad) { SAVED_ARRAYS(NOTE) }
     if (at) acts->out = acts->x + L * T * C;
     SCRATCH_ARRAYS(X)
-    const size_t shared = used;
+    const uint64_t shared = used;
     ENCODER_ARRAYS(X)
-    const size_t encoder_end = used;
+    const uint64_t encoder_end = used;
     used = shared;
     HEAD_ARRAYS(X)
 #undef X
 #undef NOTE
-    return max_size(used, encoder_end);
+    return used > encoder_end ? used : encoder_end;
 }
 
 static Sizes batch_sizes(const Batch *b) {
@@ -2674,11 +2674,11 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
     CHECK(room.P <= INT_MAX && (double)room.bias_size * c.heads * c.layers < 1e12,
           "a batch of %zu molecules with %zu atoms is too large; try a lower --batch-size", room.B,
           room.A);
-    size_t count = acts_place(acts, NULL, c, room, NULL);
+    uint64_t count = acts_place(acts, NULL, c, room, NULL);
     char *what = xprintf("a batch of %zu molecules with %zu atoms", room.B, room.A);
     memory_check(sizeof(float) * count, what, hint);
     free(what);
-    acts->memory = floats_alloc(count, hint);
+    acts->memory = floats_alloc((size_t)count, hint);
     acts->row_loss = xmalloc(room.A, sizeof *acts->row_loss);
     size_t width = (size_t)padded((int)room.N + 1), D = (size_t)padded(c.dim / c.heads);
     size_t attention = 4 * width * width + 6 * width * D;
@@ -2732,7 +2732,9 @@ static int tensor_table(Config c, TensorInfo *info) {
     int n = 0;
 #define ADD(name, rows, columns, rule, place)                                                      \
     {                                                                                              \
-        size_t count = mul_size(max_size((size_t)(rows), 1), (size_t)(columns));                   \
+        size_t count = max_size((size_t)(rows), 1) * (size_t)(columns);                            \
+        CHECK((double)max_size((size_t)(rows), 1) * (double)(columns) <= SIZE_MAX / 16 - offset,   \
+              "this model needs more memory than has addresses; try a smaller one (--size)");      \
         if (info)                                                                                  \
             info[n] = (TensorInfo){name, (int)l, rows, columns, rule, offset, count, place};       \
         offset += count;                                                                           \

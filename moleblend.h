@@ -507,8 +507,8 @@ static inline double memory_limit(const char *root) {
 }
 
 // Dies if `what` needs more memory than there is.
-static inline void memory_check(size_t bytes, const char *what, const char *hint) {
-    double there = memory_limit("");
+static inline void memory_check(uint64_t bytes, const char *what, const char *hint) {
+    double there = fmin(memory_limit(""), (double)SIZE_MAX);
     CHECK((double)bytes <= there, "%s needs %.1f GiB of memory, and %.1f GiB are free; try %s",
           what, (double)bytes / (1 << 30), there / (1 << 30), hint);
 }

@@ -1646,7 +1646,11 @@ static int run_command(const char *command) {
     char *line = xprintf("%s%s%s > build/test.out 2>&1", MB_POSIX ? "(" : "", command,
                          MB_POSIX ? "\n)" : "");
     fflush(stdout);
+#ifdef __wasi__
+    int status = -1;
+#else
     int status = system(line);
+#endif
     free(line);
 #if MB_POSIX
     return status == -1 || status & 0x7f ? 1000 + status : status >> 8;
@@ -1683,6 +1687,9 @@ static int same_files(const char *a, const char *b) {
 static void test_command(const char *command, int code, const char *expected) {
     size_t n;
     if (!MB_POSIX && strpbrk(command, "|&;'")) return;
+#ifdef __wasi__  // a program cannot start another
+    return;
+#endif
     int got = run_command(command);
     char *text = file_text("build/test.out", &n);
     test_check(got == code && strstr(text, expected),
@@ -1978,7 +1985,7 @@ static void read_last(void *dataset) {
 }
 
 static void ask_for_memory(void *count) {
-    memory_check(*(size_t *)count, "this", "less");
+    memory_check(*(uint64_t *)count, "this", "less");
 }
 
 // A machine that gives less than was asked for: a crash, a hang, silence, or something left behind.
@@ -2051,10 +2058,8 @@ static void test_machine(void) {
     CHECK(truncate("build/test_bad.bin", 4096) == 0, "cannot cut build/test_bad.bin");
     test_apart(read_last, &d, "build/test_bad.bin: was cut short while it was read");
     dataset_close(&d);
-#if SIZE_MAX > UINT32_MAX
-    size_t count = (size_t)1 << 50;
+    uint64_t count = (uint64_t)1 << 50;
     test_apart(ask_for_memory, &count, "GiB of memory, and ");
-#endif
 }
 #endif
 
@@ -2307,7 +2312,7 @@ static void test_finetune_resume(void) {
     test_check(same_files("build/test_f0.log.csv", "build/test_f1.log.csv"), "and the same log");
     test_command("./moleblend finetune build/test_train.bin --resume --seeds 3 -o "
                  "build/test_f1.safetensors", 0, "over 3 seeds");
-    line = xprintf("rm -f build/test_f2*; timeout -s INT --preserve-status 0.2 %s --epochs 9999 -o "
+    line = xprintf("rm -f build/test_f2*; timeout -s INT --preserve-status 1 %s --epochs 9999 -o "
                    "build/test_f2.safetensors; cat build/test_f2.log.csv", base);
     test_command(line, 0,
                  "give the same command with --resume\nseed,epoch,loss,valid,best_epoch\n1,1,");

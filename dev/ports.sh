@@ -20,7 +20,7 @@ top=$PWD work=$PWD/build/ports failed=0
 python=${PORTS_PYTHON:-python3}
 export OMP_WAIT_POLICY=passive WINEDEBUG=-all WINEPREFIX=$work/wine
 names="sse2 avx2 avx512 plain musl i386 i386-gnu aarch64 armhf riscv64 ppc64le s390x windows tcc wasi macos"
-slow=(heads geometry attention model bias "500 atoms" messages machine "flipped bits" reproducible)
+slow=(heads geometry attention model bias "500 atoms" messages machine "flipped bits" reproducible "resumed tuning")
 fast="-ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd"
 m32="gcc -m32 -I/usr/include/x86_64-linux-gnu"  # Debian's gcc-12-multilib leaves the path to us
 
@@ -46,7 +46,7 @@ platform() {
               flags="-O3 -static" run="wine" end=.exe ;;
     tcc)      label="x86-64, no optimiser" compilers=(tcc) flags='' warn='' tests=${PORTS_GROUPS:-quick} ;;
     wasi)     label="WebAssembly (WASI), wasmtime" compilers=("$python -m ziglang cc -target wasm32-wasi")
-              flags="-O2 -D_WASI_EMULATED_SIGNAL -D_WASI_EMULATED_PROCESS_CLOCKS -Dsystem=puts"
+              flags="-O2 -D_WASI_EMULATED_SIGNAL -D_WASI_EMULATED_PROCESS_CLOCKS"
               libs="-lm -lwasi-emulated-signal -lwasi-emulated-process-clocks"
               run="$python $work/wasi.py" end=.wasm needs=wasmtime ;;
     macos)    label="macOS, ARM and x86-64" flags=-O2 run=none needs=ziglang
