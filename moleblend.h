@@ -799,8 +799,9 @@ static inline void options_resume(const Option *table, int n, unsigned grows, co
             *(int *)o->value = then[0] == '1';
         } else if (o->kind != OPT_TEXT || *then) {
             option_store(o, then);
+            if (o->kind == OPT_TEXT) then = NULL;  // the option has it now
         }
-        if (o->kind != OPT_TEXT) free(then);
+        free(then);
         free(now);
     }
     CHECK(!refused, "%s: --resume needs the run's own options; leave out those that differ", path);
