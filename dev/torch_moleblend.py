@@ -81,11 +81,12 @@ def read_dataset(path):
     if data[:8] != b"MOLBLEND":
         return [molecule_from_json(json.loads(line)) for line in data.decode().splitlines()]
     version, tasks, count, index_at, size = struct.unpack_from("<IIQQQ", data, 8)
-    if version != 1 or size != len(data):
-        raise SystemExit(f"{path}: damaged, or not of format version 1")
+    if version != 2 or size != len(data):
+        raise SystemExit(f"{path}: damaged, or not of format version 2")
     starts = [entry >> 16 for entry in struct.unpack_from(f"<{count}Q", data, index_at)]
+    skipped_at, = struct.unpack_from("<Q", data, index_at + 12 * count)
     molecules = []
-    for begin, end in zip(starts, starts[1:] + [index_at]):
+    for begin, end in zip(starts, starts[1:] + [skipped_at]):
         record = data[begin:end]
         crc, n, m, has_pos, name_length = struct.unpack_from("<IHHHH", record)
         if zlib.crc32(record[4:]) != crc:
