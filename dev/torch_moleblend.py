@@ -852,11 +852,11 @@ def moleblend_rate(options):
     return rates[len(rates) // 2]
 
 
-def evaluate(options):
-    """Mean pretraining losses of a checkpoint over a dataset, with fresh draws."""
+def load_encoder(path):
+    """The encoder and heads of a pretrained checkpoint, sizes by the shapes of its tensors."""
     from safetensors.torch import load_file
     prefix = "encoder.molecule_encoder."
-    state = {key.removeprefix(prefix): tensor for key, tensor in load_file(options.model).items()
+    state = {key.removeprefix(prefix): tensor for key, tensor in load_file(path).items()
              if key.startswith(prefix)}
     layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
     dim = state["emb_layer_norm.weight"].numel()
@@ -865,7 +865,12 @@ def evaluate(options):
                  state["molecule_3d_bias.gbf.means.weight"].shape[1])
     model = MoleculeEncoder(cfg)
     model.load_state_dict(state)
-    model.eval()
+    return model.eval()
+
+
+def evaluate(options):
+    """Mean pretraining losses of a checkpoint over a dataset, with fresh draws."""
+    model = load_encoder(options.model)
     torch.manual_seed(options.seed)
     molecules = read_dataset(options.evaluate)[:options.limit or None]
     totals, weight = torch.zeros(5), 0
