@@ -2,6 +2,7 @@
 """Writes data/sample.sdf: about 2,000 real, small, diverse molecules with 3D coordinates.
 
     python3 dev/make_sample.py > data/sample.sdf        (RDKit 2022.09; a minute)
+    python3 dev/make_sample.py --csv data/sample.sdf > data/sample.csv
 
 The molecules are the first 5,000 of the National Cancer Institute's open collection (public
 domain), which come with RDKit as Data/NCI/first_5K.smi, and a few very small ones, which it lacks.
@@ -13,7 +14,8 @@ from its record than from the one with all hydrogens, so nothing is lost.
 Every molecule stands in its principal frame (what `data_prep --orient principal` computes). The
 two labels, Crippen logP and the topological polar surface area, are computed too: with them,
 fine-tuning has something to learn whose answer is known. The same RDKit version writes the same
-bytes.
+bytes. --csv writes the same molecules as SMILES with a label to classify: is the estimate of
+drug-likeness, QED (Bickerton et al. 2012), above 0.6?
 """
 
 import argparse
@@ -23,7 +25,7 @@ import sys
 
 import numpy as np
 from rdkit import Chem, RDConfig, RDLogger
-from rdkit.Chem import AllChem, Crippen, rdMolDescriptors
+from rdkit.Chem import AllChem, Crippen, QED, rdMolDescriptors
 from rdkit.SimDivFilters.rdSimDivPickers import MaxMinPicker
 
 from ogb_features import molecule_features, read_molblock
@@ -114,10 +116,22 @@ def record(name, mol):
             f">  <TPSA>\n{rdMolDescriptors.CalcTPSA(lean):.2f}\n\n$$$$\n")
 
 
+def write_csv(path):
+    """The molecules of an SD file as CSV: SMILES, name, label."""
+    print("smiles,name,druglike")
+    for mol in Chem.SDMolSupplier(path):
+        print(f"{Chem.MolToSmiles(mol)},{mol.GetProp('_Name')},{int(QED.qed(mol) > 0.6)}")
+
+
 def main():
-    argparse.ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", metavar="FILE.sdf", help="write the CSV of this file instead")
+    options = parser.parse_args()
     RDLogger.DisableLog("rdApp.*")
+    if options.csv:
+        write_csv(options.csv)
+        return
     pool = candidates()
     records, dropped = [], 0
     for low, high, quota in QUOTAS:

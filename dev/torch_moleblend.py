@@ -81,11 +81,12 @@ def read_dataset(path):
     if data[:8] != b"MOLBLEND":
         return [molecule_from_json(json.loads(line)) for line in data.decode().splitlines()]
     version, tasks, count, index_at, size = struct.unpack_from("<IIQQQ", data, 8)
-    if version != 1 or size != len(data):
-        raise SystemExit(f"{path}: damaged, or not of format version 1")
+    if version != 2 or size != len(data):
+        raise SystemExit(f"{path}: damaged, or not of format version 2")
     starts = [entry >> 16 for entry in struct.unpack_from(f"<{count}Q", data, index_at)]
+    skipped_at, = struct.unpack_from("<Q", data, index_at + 12 * count)
     molecules = []
-    for begin, end in zip(starts, starts[1:] + [index_at]):
+    for begin, end in zip(starts, starts[1:] + [skipped_at]):
         record = data[begin:end]
         crc, n, m, has_pos, name_length = struct.unpack_from("<IHHHH", record)
         if zlib.crc32(record[4:]) != crc:
@@ -851,11 +852,11 @@ def moleblend_rate(options):
     return rates[len(rates) // 2]
 
 
-def evaluate(options):
-    """Mean pretraining losses of a checkpoint over a dataset, with fresh draws."""
+def load_encoder(path):
+    """The encoder and heads of a pretrained checkpoint, sizes by the shapes of its tensors."""
     from safetensors.torch import load_file
     prefix = "encoder.molecule_encoder."
-    state = {key.removeprefix(prefix): tensor for key, tensor in load_file(options.model).items()
+    state = {key.removeprefix(prefix): tensor for key, tensor in load_file(path).items()
              if key.startswith(prefix)}
     layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
     dim = state["emb_layer_norm.weight"].numel()
@@ -864,7 +865,12 @@ def evaluate(options):
                  state["molecule_3d_bias.gbf.means.weight"].shape[1])
     model = MoleculeEncoder(cfg)
     model.load_state_dict(state)
-    model.eval()
+    return model.eval()
+
+
+def evaluate(options):
+    """Mean pretraining losses of a checkpoint over a dataset, with fresh draws."""
+    model = load_encoder(options.model)
     torch.manual_seed(options.seed)
     molecules = read_dataset(options.evaluate)[:options.limit or None]
     totals, weight = torch.zeros(5), 0
