@@ -3784,15 +3784,34 @@ static int first_steps(ChemMol *m, Fault *fault) {
     return 0;
 }
 
+// Of the parts that no bond joins, keeps the one with most heavy atoms, of equals the first.
+// RDKit: rdMolStandardize::LargestFragmentChooser, which breaks ties by mass
+static void keep_largest_fragment(ChemMol *m) {
+    int n = m->n_atoms, fragments = 0, best = 0, kept = 0;
+    int *mark = arena_ints(&m->arena, n), *stack = arena_ints(&m->arena, n);
+    int *to = arena_ints(&m->arena, n), *heavy = arena_ints(&m->arena, n + 1);
+    for (int i = 0; i < n; i++) {
+        if (!mark[i]) flood(m, NULL, i, ++fragments, mark, stack);
+        heavy[mark[i]] += m->atoms[i].z > 1;
+    }
+    for (int f = fragments; f > 0; f--)
+        if (heavy[f] >= heavy[best]) best = f;
+    for (int i = 0; i < n; i++) to[i] = mark[i] == best ? kept++ : -1;
+    for (int b = 0; b < m->n_bonds; b++) m->bonds[b].dead = mark[m->bonds[b].begin] != best;
+    compact(m, to);
+}
+
 // Perceives a molecule as read. One without coordinates is from SMILES: directions are given there.
 // RDKit: finishMolProcessing, SmilesToMol
-static int perceive(ChemMol *m, int keep_hydrogens, int max_atoms, Fault *fault) {
+static int perceive(ChemMol *m, int keep_hydrogens, int largest_fragment, int max_atoms,
+                    Fault *fault) {
     if (first_steps(m, fault)) return -1;
     if (m->has_xyz) apply_valence_fields(m);
     if (!m->is_3d && m->wedged && chirality_from_wedges(m, fault)) return -1;
     update_valences(m);
     if (m->is_3d) chirality_from_3d(m);
     if (!keep_hydrogens) remove_hydrogens(m, !m->has_xyz);
+    if (largest_fragment) keep_largest_fragment(m);
     if (m->n_atoms > max_atoms)
         return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
                         max_atoms);
@@ -4064,7 +4083,8 @@ typedef struct {
     int64_t line;            // number of the line at now.begin, from 1
     int64_t bytes_done, bytes_total;  // total 0: unknown
     int n_columns;           // CSV: what the header says each column is
-    int smiles_column, name_column, *task_of_column;
+    int smiles_column, name_column, part_column, *task_of_column;
+    int64_t n_records;       // given out so far
 } Source;
 
 enum { RECORD_FINE, RECORD_TOO_LONG, RECORD_REST };  // REST: what follows a beginning too long
@@ -4074,6 +4094,7 @@ typedef struct {
     size_t size;
     int kind;
     const char *quote;       // in the last line: opens and is never closed; NULL: none does
+    int64_t number;          // in the input, from 1; 0: it is no record
 } Record;
 
 // The format of a name that ends in an ending (or is one, like "sdf"), FORMAT_NONE if unknown.
@@ -4132,12 +4153,18 @@ static void check_first_bytes(Source *s, const char *format) {
     }
 }
 
+// Signs of a SMILES, without those that make a path.
+#define SMILES_SIGNS "BCNOPSFIHclbrnopsaeiu0123456789()[]=#+-@%"
+
 // Opens PATH ("-" is standard input); `format` may be NULL: then the file's ending decides.
 static void source_open(Source *s, const char *path, const char *format) {
     int standard = strcmp(path, "-") == 0;
     const char *name = format ? format : path;
     *s = (Source){.path = path, .line = 1, .format = format_by_name(name, (int)strlen(name))};
     s->file = standard ? stdin : fopen(path, "rb");
+    CHECK(s->file || errno != ENOENT || path[strspn(path, SMILES_SIGNS)] || path[0] == '-',
+          "%s: no such file; if it is a SMILES, type: echo '%s' | ./data_prep --format smi ... -",
+          path, path);
     CHECK(s->file, "%s: cannot read: %s", path, strerror(errno));
 #if MB_POSIX
     struct stat info;
@@ -4239,7 +4266,7 @@ static int next_records(Source *s, Record *records) {
             if (!stop) break;
             size_t size = (size_t)(stop - p);
             int too_long = s->skipping || size > RECORD_BYTES_MAX;
-            records[n] = (Record){p, size, rest ? RECORD_REST : too_long, quote};
+            records[n] = (Record){p, size, rest ? RECORD_REST : too_long, quote, 0};
             now->begin += size;
             if (stop == end && s->eof && trim((Span){p, (int)size}).n == 0) continue;
             n++;
@@ -4345,9 +4372,23 @@ static const char *row_end(const Record *r) {
 // The command line.
 typedef struct {
     const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
+    const char *labels_from, *labels_by, *skip_list, *rejects;
     int64_t seed, max_atoms;
-    int keep_hydrogens, strict, help, version;
+    double max_reject;
+    int keep_hydrogens, largest_fragment, strict, help, version;
 } PrepOptions;
+
+// A file of rows that say something of records, each by its name or number: labels (a CSV file with
+// a header), records to leave out, parts of a split (fields between commas or blanks).
+typedef struct {
+    const char *path;
+    const uint8_t *bytes;
+    char separator;
+    size_t size, n_rows, n_slots;
+    const char **row;        // (n_rows + 1) where each begins; the last: the end
+    uint32_t *slot;          // (n_slots) hash table: 1 + the row of a key, its first field
+    int *task_of_column, n_columns;  // labels: what each column is
+} Table;
 
 // What to do with every record.
 typedef struct {
@@ -4355,7 +4396,9 @@ typedef struct {
     char **task_names;
     int *slots;              // hash table of TASK_SLOTS: 1 + the task of a name, see find_task()
     const PrepOptions *opt;
-    int want_keys;           // for a scaffold split
+    int want_keys;           // for a scaffold split, or one that is given
+    Table labels, skips, parts;  // without rows if not given
+    const char *part_column; // CSV column or SD tag of the part; NULL: none
 } Conversion;
 
 // One thread's memory.
@@ -4378,10 +4421,11 @@ static void worker_free(Worker *w) {
 // What became of a record.
 typedef struct {
     int worker, ok, none, n_atoms, bad_labels;  // none: it is not a record after all
+    int unmatched;           // --labels-from has no row for it
     size_t offset, size;     // of the record, or of its name if it is refused, in worker's bytes
     Span name;
     int64_t n_lines;         // line breaks in the record
-    ScaffoldKey key;
+    ScaffoldKey key;         // for a scaffold split; of a given split, key.a is the part
     Fault fault;
 } Outcome;
 
@@ -4414,11 +4458,15 @@ static int store_molecule(Worker *w, Outcome *o) {
     return 0;
 }
 
+static uint32_t hash_name(Span name) {
+    uint32_t hash = 2166136261u;  // FNV-1a
+    for (int k = 0; k < name.n; k++) hash = (hash ^ (uint8_t)name.p[k]) * 16777619u;
+    return hash ^ hash >> 17;
+}
+
 // Where a name's task stands, or would stand, in the hash table.
 static int *find_slot(const Conversion *c, Span name) {
-    uint32_t at = 2166136261u;  // FNV-1a
-    for (int k = 0; k < name.n; k++) at = (at ^ (uint8_t)name.p[k]) * 16777619u;
-    at = (at ^ at >> 17) % TASK_SLOTS;
+    uint32_t at = hash_name(name) % TASK_SLOTS;
     while (c->slots[at] && !span_is(name, c->task_names[c->slots[at] - 1]))
         at = (at + 1) % TASK_SLOTS;
     return &c->slots[at];
@@ -4429,13 +4477,111 @@ static int find_task(const Conversion *c, Span name) {
     return c->n_tasks ? *find_slot(c, name) - 1 : -1;
 }
 
-// Reads labels and, if a tag is asked for, the name from the data items of an SD record.
-static void read_tags(const Conversion *c, Lines in, float *labels, Span *name, Outcome *o) {
+// The first field of a row of a table.
+static Span table_key(const Table *t, size_t row) {
+    Span text = trim((Span){t->row[row], (int)(t->row[row + 1] - t->row[row])});
+    int n = 0;
+    while (n < text.n && text.p[n] != t->separator) n++;
+    Span key = trim((Span){text.p, n});
+    return key.n > 1 && key.p[0] == '"' ? (Span){key.p + 1, key.n - 2} : key;
+}
+
+// Slot of the row with this key, or the free one where it would stand.
+static uint32_t *table_slot(const Table *t, Span key) {
+    size_t at = hash_name(key) % t->n_slots;
+    for (; t->slot[at]; at = (at + 1) % t->n_slots) {
+        Span there = table_key(t, t->slot[at] - 1);
+        if (there.n == key.n && memcmp(there.p, key.p, (size_t)key.n) == 0) break;
+    }
+    return &t->slot[at];
+}
+
+// 1 + the row of a record: that of its name, or else of its number; 0 if there is none.
+static size_t table_find(const Table *t, Span name, int64_t number) {
+    char text[24];
+    int n = snprintf(text, sizeof text, "%lld", (long long)number);
+    size_t row = t->n_rows ? *table_slot(t, name) : 0;
+    return row || !t->n_rows ? row : *table_slot(t, (Span){text, n});
+}
+
+// Opens a table; of two rows with one key the first counts. `path` must live as long.
+static void table_open(Table *t, const char *path) {
+    *t = (Table){.path = path};
+    t->bytes = file_bytes(path, &t->size);
+    const char *p = (const char *)t->bytes, *end = p + t->size, *quote = NULL, *next;
+    size_t first = t->size ? strcspn(p, "\n") : 0, room = 0;
+    t->separator = ' ';
+    for (size_t k = 0; k < first && t->separator != ','; k++)
+        if (p[k] == ',' || p[k] == '\t') t->separator = p[k];
+    for (; p < end; p = next) {
+        next = csv_row_end(p, end, t->separator, &quote);
+        if (!next) next = end;
+        if (trim((Span){p, (int)(next - p)}).n == 0) continue;
+        if (t->n_rows + 1 >= room) t->row = xrealloc(t->row, room = 2 * room + 64, sizeof *t->row);
+        t->row[t->n_rows++] = p;
+        t->row[t->n_rows] = next;
+    }
+    CHECK(t->n_rows > 0 && t->n_rows < UINT32_MAX, "%s: expected rows, found none", path);
+    t->n_slots = 2 * t->n_rows + 1;
+    t->slot = xmalloc(t->n_slots, sizeof *t->slot);
+    for (size_t k = 0; k < t->n_rows; k++) {
+        uint32_t *slot = table_slot(t, table_key(t, k));
+        if (!*slot) *slot = (uint32_t)k + 1;
+    }
+}
+
+static void table_close(Table *t) {
+    file_release(t->bytes, t->size);
+    free(t->row);
+    free(t->slot);
+    free(t->task_of_column);
+}
+
+// Reads the labels of a record from --labels-from: of the row that begins with its title, or
+// (--labels-by number) of the row of its number.
+static void read_side_labels(const Conversion *c, const Record *r, Arena *arena, float *labels,
+                             Outcome *o) {
+    const Table *t = &c->labels;
+    int by_number = strcmp(c->opt->labels_by, "number") == 0;
+    size_t row = by_number ? (size_t)r->number : *table_slot(t, o->name);
+    o->unmatched = by_number ? row >= t->n_rows : row < 2;  // row 0 is the header
+    if (o->unmatched) return;
+    row -= !by_number;
+    Record text = {.text = t->row[row], .size = (size_t)(t->row[row + 1] - t->row[row])};
+    const char *p = text.text, *end = row_end(&text);
+    Span field;
+    for (int k = 0; csv_field(arena, &p, end, t->separator, &field) && k < t->n_columns; k++)
+        if (t->task_of_column[k] >= 0)
+            o->bad_labels += !parse_label(field, &labels[t->task_of_column[k]]);
+}
+
+// The part that a word names, or the end of the record.
+static int read_part(const Conversion *c, const Record *r, Span word, Outcome *o) {
+    static const char *const names[] = {"train", "valid", "test", "training", "validation", "test",
+                                        "train", "val", "test"};
+    if (c->parts.n_rows) {
+        size_t row = table_find(&c->parts, o->name, r->number);
+        if (!row)
+            return fault_at(&o->fault, 0, 0, "in no part", "%s does not name it", c->parts.path);
+        Span key = table_key(&c->parts, row - 1);
+        const char *begin = key.p + key.n, *end = c->parts.row[row];
+        while (begin < end && strchr("\", \t", *begin)) begin++;
+        word = trim((Span){begin, (int)(end - begin)});
+    }
+    for (int k = 0; k < 9; k++)
+        if (word_is(word, names[k])) return o->key.a = (uint64_t)(k % 3), 0;
+    return fault_at(&o->fault, 0, 0, "in no part", "expected train, valid or test, found \"%.*s\"",
+                    min_int(word.n, 40), word.p);
+}
+
+// Reads labels and, if a tag is asked for, name and part from the data items of an SD record.
+static void read_tags(const Conversion *c, Lines in, float *labels, Span *part, Outcome *o) {
     Span tag, value;
     while (next_tag(&in, &tag, &value)) {
         int task = find_task(c, tag);
-        if (c->opt->name && span_is(tag, c->opt->name)) *name = value;
-        if (task >= 0) o->bad_labels += !parse_label(value, &labels[task]);
+        if (c->opt->name && span_is(tag, c->opt->name)) o->name = value;
+        if (c->part_column && span_is(tag, c->part_column)) *part = value;
+        if (task >= 0 && !c->labels.n_rows) o->bad_labels += !parse_label(value, &labels[task]);
     }
 }
 
@@ -4455,7 +4601,7 @@ static void split_smiles(Span line, Span *smiles, Span *name) {
 
 // Reads the fields of a CSV row that matter.
 static int read_row(const Source *s, const Record *r, Worker *w, float *labels, Span *smiles,
-                    Span *name, Outcome *o) {
+                    Span *part, Outcome *o) {
     const char *p = r->text, *end = row_end(r);
     int column = 0, found = 0;
     Span field, rest;
@@ -4465,7 +4611,8 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
             found = 1;
             split_smiles(field, smiles, &rest);
         }
-        if (column == s->name_column) *name = trim(field);
+        if (column == s->name_column) o->name = trim(field);
+        if (column == s->part_column) *part = trim(field);
         int task = s->task_of_column[column];
         if (task >= 0) o->bad_labels += !parse_label(field, &labels[task]);
     }
@@ -4479,7 +4626,7 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
 static int build_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
                         Lines *in, Outcome *o) {
     ChemMol *m = &w->mol;
-    Span smiles = {"", 0}, title = {"", 0};
+    Span smiles = {"", 0}, title = {"", 0}, part = {"", 0};
     o->name = (Span){"", 0};
     mol_clear(m);
     if (r->kind == RECORD_TOO_LONG)
@@ -4497,22 +4644,27 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
         int failed = read_mol_block(m, in, &title, &o->fault);
         o->name = trim(title);
         if (failed) return -1;
-        if (c->n_tasks || c->opt->name) read_tags(c, *in, labels, &o->name, o);
+        if (c->n_tasks || c->opt->name || c->part_column) read_tags(c, *in, labels, &part, o);
     } else {
         if (s->format == FORMAT_SMI) {
             split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &o->name);
-        } else if (read_row(s, r, w, labels, &smiles, &o->name, o)) {
+        } else if (read_row(s, r, w, labels, &smiles, &part, o)) {
             return -1;
         }
         if (!o->name.n && s->name_column < 0) o->name = smiles;
         if (read_smiles(m, smiles, &o->fault)) return -1;
     }
+    if (table_find(&c->skips, o->name, r->number))
+        return fault_at(&o->fault, 0, 0, "in --skip-list", "%s names it", c->skips.path);
+    if ((c->parts.n_rows || c->part_column) && read_part(c, r, part, o)) return -1;
+    if (c->labels.n_rows) read_side_labels(c, r, &m->arena, labels, o);
     int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
-    if (perceive(m, c->opt->keep_hydrogens, (int)c->opt->max_atoms, &o->fault)) return -1;
+    if (perceive(m, c->opt->keep_hydrogens, c->opt->largest_fragment, (int)c->opt->max_atoms,
+                 &o->fault)) return -1;
     if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;
-    if (c->want_keys) o->key = scaffold_key(m);
+    if (c->want_keys && !c->parts.n_rows && !c->part_column) o->key = scaffold_key(m);
     return 0;
 }
 
@@ -4545,8 +4697,11 @@ static void keep_name(Worker *w, Outcome *o) {
 }
 
 // Converts n records with all threads; one of them first reads the bytes that follow.
-static void convert_records(const Conversion *c, Source *s, const Record *records, int n,
+static void convert_records(const Conversion *c, Source *s, Record *records, int n,
                             Worker *workers, Outcome *outcomes) {
+    for (int k = 0; k < n; k++)
+        if (!is_no_record(s, &records[k], s->line == 1 && k == 0))
+            records[k].number = ++s->n_records;
 #pragma omp parallel
     {
 #pragma omp single nowait
@@ -4557,8 +4712,8 @@ static void convert_records(const Conversion *c, Source *s, const Record *record
             const Record *r = &records[k];
             Lines in = {r->text, r->text + r->size, 0};
             o->worker = thread_id();
-            o->bad_labels = 0;
-            o->none = is_no_record(s, r, s->line == 1 && k == 0);
+            o->bad_labels = o->unmatched = 0;
+            o->none = r->number == 0;
             o->ok = !o->none && convert_record(c, s, r, &workers[o->worker], &in, o) == 0;
             if (!o->ok && !o->none) keep_name(&workers[o->worker], o);
             o->n_lines = in.line + count_lines(in.at, in.end);
@@ -4647,6 +4802,61 @@ static void find_number_columns(const Source *s, const Record *rows, int n, int 
     arena_free(&arena);
 }
 
+// The header of --labels-from: which column is which task; of --labels all, each with numbers.
+static void read_side_header(Conversion *c, int all) {
+    Table *t = &c->labels;
+    Arena arena = {0};
+    Record header = {.text = t->row[0], .size = (size_t)(t->row[1] - t->row[0])};
+    Source s = {.path = t->path, .format = t->separator == '\t' ? FORMAT_TSV : FORMAT_CSV};
+    Record *rows = xmalloc(1000, sizeof *rows);
+    int n = 0;
+    arena_reset(&arena);
+    for (size_t k = 1; k < t->n_rows && k <= 1000; k++, n++)
+        rows[n] = (Record){.text = t->row[k], .size = (size_t)(t->row[k + 1] - t->row[k])};
+    const char *p = header.text, *end = row_end(&header);
+    Span name;
+    for (s.n_columns = 0; csv_field(&arena, &p, end, t->separator, &name);) s.n_columns++;
+    int *content = arena_ints(&arena, s.n_columns), left_out = 0;
+    find_number_columns(&s, rows, n, content);
+    t->task_of_column = xmalloc((size_t)s.n_columns, sizeof *t->task_of_column);
+    t->n_columns = s.n_columns;
+    p = header.text;
+    for (int k = 0; csv_field(&arena, &p, end, t->separator, &name); k++) {
+        if (all && k > 0 && content[k] == -1) add_task(c, trim(name));
+        else if (all && k > 0) say_left_out(name, content[k], &left_out);
+        t->task_of_column[k] = k > 0 || !all ? find_task(c, trim(name)) : -1;
+    }
+    for (int task = 0, found; task < c->n_tasks; task++) {
+        for (found = 0; found < t->n_columns && t->task_of_column[found] != task;) found++;
+        CHECK(found < t->n_columns, "%s:1: expected a column \"%s\" (--labels)", t->path,
+              c->task_names[task]);
+    }
+    free(rows);
+    arena_free(&arena);
+}
+
+// Says at once, not after the run, if none of the first records of an SD file has a tag that is
+// asked for, and what they have.
+static void check_tags(const Conversion *c, const Source *s, const Record *records, int n) {
+    char *seen = xmalloc((size_t)c->n_tasks, 1);
+    Text there = {0};
+    for (int k = 0; k < n; k++) {
+        Lines in = {records[k].text, records[k].text + records[k].size, 0};
+        Span tag, value;
+        while (next_tag(&in, &tag, &value)) {
+            if (find_task(c, tag) >= 0) seen[find_task(c, tag)] = 1;
+            if (k == 0) text_add(&there, "%s%.*s", there.length ? ", " : "", tag.n, tag.p);
+        }
+    }
+    for (int t = 0; t < c->n_tasks; t++)
+        if (!seen[t])
+            fprintf(stderr, "note    %s: none of the first %d records has an SD tag \"%s\" "
+                    "(--labels); the first has: %.300s\n", s->path, n, c->task_names[t],
+                    there.length ? there.text : "none");
+    free(seen);
+    free(there.text);
+}
+
 // Gives column k a role that only one can have.
 static void claim_column(const Source *s, int *column, int k, Span name) {
     CHECK(*column < 0, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", s->path,
@@ -4672,14 +4882,18 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
         names[n++] = trim((Span){text, name.n});
     }
     s->n_columns = n;
-    s->smiles_column = s->name_column = -1;
+    s->smiles_column = s->name_column = s->part_column = -1;
     s->task_of_column = xmalloc((size_t)n, sizeof *s->task_of_column);
     for (int k = 0; k < n; k++) {
         if (word_is(names[k], c->opt->smiles ? c->opt->smiles : "smiles"))
             claim_column(s, &s->smiles_column, k, names[k]);
         if (c->opt->name && span_is(names[k], c->opt->name))
             claim_column(s, &s->name_column, k, names[k]);
+        if (c->part_column && span_is(names[k], c->part_column))
+            claim_column(s, &s->part_column, k, names[k]);
     }
+    CHECK(!c->part_column || s->part_column >= 0, "%s:1: expected a column \"%s\" (--split-by)",
+          s->path, c->part_column);
     CHECK(s->smiles_column >= 0, "%s:1: expected a column \"%s\"; name the SMILES column with "
           "--smiles", s->path, c->opt->smiles ? c->opt->smiles : "smiles");
     CHECK(!c->opt->name || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
@@ -4687,7 +4901,7 @@ static void read_header(Conversion *c, Source *s, const Record *header, const Re
     int *content = arena_ints(&arena, n);
     if (first) find_number_columns(s, rows, n_rows, content);
     for (int k = 0; k < n && first; k++) {
-        if (k == s->smiles_column || k == s->name_column) continue;
+        if (k == s->smiles_column || k == s->name_column || k == s->part_column) continue;
         if (content[k] == -1) add_task(c, names[k]);
         else say_left_out(names[k], content[k], &left_out);
     }
@@ -4717,7 +4931,8 @@ typedef struct {
 typedef struct {
     Reason reasons[32];
     int n_reasons;
-    int64_t n_read, n_kept, n_atoms, bad_labels;
+    int64_t n_read, n_kept, n_atoms, bad_labels, unmatched;
+    OutFile rejects;         // open if asked for
     uint8_t *labelled;       // (n_tasks) whether some record has a value
 } Summary;
 
@@ -4755,6 +4970,9 @@ static void print_summary(Summary *sum, int n_sources) {
             free(r->example[e]);
         }
     }
+    if (sum->unmatched)
+        fprintf(stderr, "records of which --labels-from says nothing: %lld\n",
+                (long long)sum->unmatched);
     if (sum->bad_labels)
         fprintf(stderr, "labels that are no numbers up to 1e30, taken as missing: %lld\n",
                 (long long)sum->bad_labels);
@@ -4982,15 +5200,35 @@ static void dump_dataset(const char *path, const char *range) {
 // 23 Options and main
 // =================================================================================================
 
-// Fractions "0.8,0.1,0.1" into f; returns how many. They must add up to 1.
+// Fractions "0.8,0.1,0.1", or counts of which one may be "rest", as "110000,10000,rest", into f;
+// returns how many. The rest is -1.
 static int parse_fractions(const char *text, double *f) {
-    int used = 0, n = sscanf(text, "%lf%n,%lf%n,%lf%n", f, &used, f + 1, &used, f + 2, &used);
+    const char *p = text;
     double sum = 0;
-    for (int k = 0; k < n; k++) sum += f[k] >= 0 ? f[k] : 2;
-    CHECK(n >= 2 && text[used] == 0 && fabs(sum - 1) < 1e-6,
-          "--split: expected 2 or 3 fractions that add up to 1, such as 0.8,0.1,0.1, found \"%s\"",
-          text);
+    int n = 0, rest = 0, whole = 1, good = 1;
+    for (; *p && n < PARTS_MAX && good; n++, p += *p == ',') {
+        char *end;
+        int is_rest = strncmp(p, "rest", 4) == 0;
+        f[n] = is_rest ? -1 : strtod(p, &end);
+        good = is_rest ? !rest++ : end != p && f[n] >= 0;
+        whole = whole && (is_rest || f[n] == floor(f[n]));
+        sum += is_rest ? 0 : f[n];
+        p = is_rest ? p + 4 : end;
+        good = good && (*p == ',' || *p == 0);
+    }
+    CHECK(good && n >= 2 && *p == 0 && (whole && sum > 1 ? 1 : !rest && fabs(sum - 1) < 1e-6),
+          "--split: expected 2 or 3 fractions that add up to 1, such as 0.8,0.1,0.1, or counts, "
+          "such as 1000,100,rest, found \"%s\"", text);
     return n;
+}
+
+// Makes fractions of counts, of n molecules.
+static void counts_to_fractions(double *f, int n_parts, size_t n) {
+    double sum = 0;
+    for (int k = 0; k < n_parts; k++) sum += fmax(f[k], 0);
+    if (sum <= 1 + 1e-6) return;
+    CHECK(sum <= (double)n, "--split: asks for %.0f molecules, there are %zu", sum, n);
+    for (int k = 0; k < n_parts; k++) f[k] = (f[k] < 0 ? (double)n - sum : f[k]) / (double)n;
 }
 
 // Where kept records go: straight to one dataset, or to a pool that is split later.
@@ -5013,7 +5251,10 @@ static void output_finish(Output *out, const Conversion *c) {
     size_t n = out->pool.count;
     uint8_t *part = xmalloc(n, 1);
     uint32_t *order = NULL;
-    if (strcmp(opt->split_by, "scaffold") == 0) {
+    counts_to_fractions(out->fraction, out->n_parts, n);
+    if (c->parts.n_rows || c->part_column) {
+        for (size_t i = 0; i < n; i++) part[i] = (uint8_t)out->pool.key[i].a;
+    } else if (strcmp(opt->split_by, "scaffold") == 0) {
         split_by_scaffold(part, out->pool.key, n, out->fraction, out->n_parts);
     } else {
         if (strcmp(opt->split_by, "random") == 0) {
@@ -5041,6 +5282,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->n_kept++;
             sum->n_atoms += o->n_atoms;
             sum->bad_labels += o->bad_labels;
+            sum->unmatched += o->unmatched;
             const uint8_t *label = record + o->size - get_u16(record + 10) - 4 * (size_t)c->n_tasks;
             for (int t = 0; t < c->n_tasks; t++, label += 4)
                 sum->labelled[t] |= !isnan(get_f32(label));
@@ -5050,6 +5292,14 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
         } else if (!o->none) {
             if (c->opt->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
             count_fault(sum, s, s->line, &o->fault);
+            if (sum->rejects.file) {
+                fprintf(sum->rejects.file, "%lu,", (unsigned long)number);
+                print_csv(sum->rejects.file, (const char *)record, o->size);
+                fprintf(sum->rejects.file, ",%lld,",
+                        (long long)s->line + max_int(o->fault.line, 1) - 1);
+                print_csv(sum->rejects.file, o->fault.text, strlen(o->fault.text));
+                fputc('\n', sum->rejects.file);
+            }
             if (out->n_parts == 1)
                 dataset_skip(&out->writer, number, (const char *)record, o->size, o->fault.text);
         }
@@ -5061,8 +5311,13 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
 static void convert_source(Source *s, Conversion *c, Output *out, Worker *workers,
                            Record *records, Outcome *outcomes, Summary *sum) {
     Progress progress = progress_begin(0);
-    int find_tasks = !out->open && c->opt->labels && strcmp(c->opt->labels, "all") == 0, n;
+    int all = !out->open && c->opt->labels && strcmp(c->opt->labels, "all") == 0;
+    int find_tasks = all && !c->labels.n_rows, n;
+    CHECK(!c->labels.n_rows || s->format == FORMAT_SDF, "%s: --labels-from is for SD files",
+          s->path);
+    if (c->labels.n_rows && !out->open) read_side_header(c, all);
     s->name_column = -1;
+    s->n_records = sum->n_read;
     while ((n = next_records(s, records)) > 0) {
         int skip = 0;
         if (s->line == 1 && is_table(s)) {
@@ -5071,6 +5326,8 @@ static void convert_source(Source *s, Conversion *c, Output *out, Worker *worker
             skip = 1;
         } else if (find_tasks && !out->open && s->format == FORMAT_SDF) {
             find_tag_tasks(c, records, n);
+        } else if (s->line == 1 && s->format == FORMAT_SDF && !c->labels.n_rows) {
+            check_tags(c, s, records, n);
         }
         if (!out->open) {  // the tasks are known now
             sum->labelled = xmalloc((size_t)c->n_tasks, 1);
@@ -5090,7 +5347,8 @@ static void convert_source(Source *s, Conversion *c, Output *out, Worker *worker
 
 #ifndef DATA_PREP_TEST
 
-static PrepOptions prep_opt = {.split_by = "scaffold", .orient = "keep", .seed = 1,
+static PrepOptions prep_opt = {.split_by = "scaffold", .labels_by = "title", .max_reject = 100,
+                               .orient = "keep", .seed = 1,
                                .max_atoms = 512};
 
 #define HEADING(text) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, 0}
@@ -5102,17 +5360,26 @@ static const Option PREP_OPTION_TABLE[] = {
     TEXT("-o", output, "FILE", "the dataset to write; {} becomes the part's name"),
     TEXT("--format", format, "FORMAT", "sdf, smi, csv or tsv, if the file name does not say it"),
     FLAG("--strict", strict, "stop at the first record that cannot be used"),
+    TEXT("--skip-list", skip_list, "FILE", "leave out records whose name or number begins a line"),
+    TEXT("--rejects", rejects, "FILE", "a CSV of the records that are refused, and why"),
+    {"--max-reject", OPT_NUMBER, &prep_opt.max_reject, 0, 100, "P",
+     "fail if more than P percent are refused", 0},
     HEADING("What a record holds"),
     TEXT("--smiles", smiles, "COLUMN", "CSV column of the SMILES (default smiles)"),
     TEXT("--labels", labels, "A,B,C", "CSV columns or SD tags to learn; all: all with numbers"),
+    TEXT("--labels-from", labels_from, "FILE", "labels of SD records: a CSV, titles first"),
+    TEXT("--labels-by", labels_by, "HOW", "its rows belong by title, or by number: in order"),
     TEXT("--name", name, "COLUMN", "CSV column or SD tag of the name (default SD title, SMILES)"),
     HEADING("What becomes of a molecule"),
     {"--max-atoms", OPT_INT, &prep_opt.max_atoms, 1, MAX_ATOMS, "N", "skip larger molecules", 0},
+    FLAG("--largest-fragment", largest_fragment, "keep only the largest part: no salts, solvents"),
     FLAG("--keep-hydrogens", keep_hydrogens, "keep explicit hydrogen atoms as atoms"),
     TEXT("--orient", orient, "HOW", "keep the frame of the file, or principal: turn to its axes"),
     HEADING("Splitting"),
-    TEXT("--split", split, "0.8,0.1,0.1", "write train, valid, test parts (two numbers: no test)"),
-    TEXT("--split-by", split_by, "HOW", "scaffold, random or order"),
+    TEXT("--split", split, "0.8,0.1,0.1", "write train, valid, test parts (two numbers: no test); "
+         "or counts, 1000,100,rest"),
+    TEXT("--split-by", split_by, "HOW", "scaffold, random or order; column:NAME: a CSV column or "
+         "SD tag says train, valid or test; file:PATH: lines of a name or number and the part"),
     {"--seed", OPT_INT, &prep_opt.seed, 0, 9e15, "N", "of the random split", 0},
     HEADING("Looking into a dataset"),
     TEXT("--dump", dump, "FILE.bin", "print its molecules as JSON, one a line"),
@@ -5145,12 +5412,17 @@ static void check_options(int n_inputs) {
     CHECK(o->output, "-o: expected the dataset to write; see --help");
     CHECK(strcmp(o->orient, "keep") == 0 || strcmp(o->orient, "principal") == 0,
           "--orient: expected keep or principal, found \"%s\"", o->orient);
-    CHECK(strcmp(o->split_by, "scaffold") == 0 || strcmp(o->split_by, "random") == 0 ||
-          strcmp(o->split_by, "order") == 0,
-          "--split-by: expected scaffold, random or order, found \"%s\"", o->split_by);
-    CHECK(!o->split || strcmp(o->output, "-") != 0, "-o: standard output has room for one dataset; "
-          "leave out --split");
-    CHECK(o->split || !strstr(o->output, "{}"),
+    int given = strncmp(o->split_by, "column:", 7) == 0 || strncmp(o->split_by, "file:", 5) == 0;
+    CHECK(given || strcmp(o->split_by, "scaffold") == 0 || strcmp(o->split_by, "random") == 0 ||
+          strcmp(o->split_by, "order") == 0, "--split-by: expected scaffold, random, order, "
+          "column:NAME or file:PATH, found \"%s\"", o->split_by);
+    CHECK(!given || !o->split, "--split: the parts are given by --split-by; leave it out");
+    CHECK(strcmp(o->labels_by, "title") == 0 || strcmp(o->labels_by, "number") == 0,
+          "--labels-by: expected title or number, found \"%s\"", o->labels_by);
+    CHECK(!o->labels_from || o->labels, "--labels-from: expected --labels too, columns or all");
+    CHECK((!o->split && !given) || strcmp(o->output, "-") != 0,
+          "-o: standard output has room for one dataset; leave out --split");
+    CHECK(o->split || given || !strstr(o->output, "{}"),
           "-o: {} stands for a part's name; give --split too");
 }
 
@@ -5172,13 +5444,23 @@ int main(int argc, char **argv) {
     check_options(n_inputs);
     Output out = {.n_parts = prep_opt.split ? 0 : 1};
     if (prep_opt.split) out.n_parts = parse_fractions(prep_opt.split, out.fraction);
-    int want_keys = out.n_parts > 1 && strcmp(prep_opt.split_by, "scaffold") == 0;
-    Conversion c = {.opt = &prep_opt, .want_keys = want_keys};
+    Conversion c = {.opt = &prep_opt};
+    if (strncmp(prep_opt.split_by, "column:", 7) == 0) c.part_column = prep_opt.split_by + 7;
+    if (strncmp(prep_opt.split_by, "file:", 5) == 0) table_open(&c.parts, prep_opt.split_by + 5);
+    if (c.part_column || c.parts.n_rows) out.n_parts = PARTS_MAX;
+    if (prep_opt.labels_from) table_open(&c.labels, prep_opt.labels_from);
+    if (prep_opt.skip_list) table_open(&c.skips, prep_opt.skip_list);
+    c.want_keys = out.n_parts > 1 && (c.part_column || c.parts.n_rows ||
+                                      strcmp(prep_opt.split_by, "scaffold") == 0);
     Worker *workers = xmalloc((size_t)thread_count(), sizeof *workers);
     static Record records[CHUNK_RECORDS];
     static Outcome outcomes[CHUNK_RECORDS];
     Summary sum = {0};
     name_tasks(&c);
+    if (prep_opt.rejects) {
+        out_open(&sum.rejects, prep_opt.rejects);
+        fprintf(sum.rejects.file, "record,name,line,reason\n");
+    }
     for (int k = 0; k < n_inputs; k++) {
         Source source;
         source_open(&source, inputs[k], prep_opt.format);
@@ -5186,12 +5468,19 @@ int main(int argc, char **argv) {
         source_close(&source);
     }
     print_summary(&sum, n_inputs);
+    if (sum.rejects.file) out_commit(&sum.rejects);
+    double refused = 100.0 * (double)(sum.n_read - sum.n_kept) / fmax((double)sum.n_read, 1);
+    CHECK(refused <= prep_opt.max_reject, "--max-reject: %.2f %% of the records are refused, more "
+          "than %g %%; nothing is written", refused, prep_opt.max_reject);
     CHECK(sum.n_kept > 0, "%s: no molecule could be read", inputs[0]);
     for (int t = 0; t < c.n_tasks; t++)
         CHECK(sum.labelled[t], "--labels: no record has a value for \"%s\"", c.task_names[t]);
     output_finish(&out, &c);
     for (int t = 0; t < thread_count(); t++) worker_free(&workers[t]);
     free_tasks(&c);
+    table_close(&c.labels);
+    table_close(&c.skips);
+    table_close(&c.parts);
     free(sum.labelled);
     free(workers);
     free(inputs);

@@ -1817,6 +1817,59 @@ static void test_messages(void) {
 #endif
 }
 
+// The files people have, as they are distributed: labels beside the SD file (QM9's gdb9.sdf.csv by
+// title, PCQM4Mv2's by position), lists of records to leave out, splits that are given. A label or
+// part of another record.
+static void test_files_people_have(void) {
+    static const struct { const char *command; int code; const char *expected;
+    } table[] = {
+        {"for i in 1 2 3 4; do printf 'gdb_%d\n x\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n    "
+         "0.0000    0.0000    0.0000 C   0  0\nM  END\n$$$$\n' $i; done > build/g.sdf; printf "
+         "'mol_id,smiles,mu,gap\ngdb_1,C,0,1\ngdb_4,C,3,\n\"gdb_2\",C,1,2\n' > build/g.csv", 0, ""},
+        {"./data_prep -o - --labels gap,mu --labels-from build/g.csv build/g.sdf 2> build/g.err | "
+         "./data_prep --dump - | sed 's/.*labels..//'", 0,
+         "[1,0]}\n[2,1]}\n[null,null]}\n[null,3]}\n"},
+        {"cat build/g.err", 0, "of which --labels-from says nothing: 1"},
+        {"./data_prep -o - --labels all --labels-from build/g.csv --labels-by number build/g.sdf "
+         "2> build/g.err | ./data_prep --dump - | sed 's/.*labels..//'", 0,
+         "[0,1]}\n[3,null]}\n[1,2]}\n[null,null]}\n"},
+        {"cat build/g.err", 0, "--labels all leaves out \"smiles\": no usable number in record 1"},
+        {"./data_prep -o build/g.bin --labels gapp --labels-from build/g.csv build/g.sdf", 1,
+         "build/g.csv:1: expected a column \"gapp\""},
+        {"./data_prep -o build/g.bin --labels-from build/g.csv build/g.sdf", 1,
+         "expected --labels too"},
+        {"printf 'These failed:\n Index  SMILES\n-----\n  2 CC\ngdb_4 CO\n' > build/g.txt; "
+         "./data_prep -o build/g.bin --skip-list build/g.txt --rejects build/r.csv build/g.sdf && "
+         "cat build/r.csv", 0,
+         "record,name,line,reason\n2,gdb_2,8,build/g.txt names it\n"
+         "4,gdb_4,22,build/g.txt names it\n"},
+        {"./data_prep -o build/g.bin --skip-list build/g.txt --max-reject 20 build/g.sdf", 1,
+         "50.00 % of the records are refused, more than 20 %; nothing is written"},
+        {"./data_prep -o 'build/g.{}.bin' --split 2,1,rest --split-by order build/g.sdf", 0,
+         "test            1 molecules"},
+        {"./data_prep -o 'build/g.{}.bin' --split 4,1,rest build/g.sdf", 1,
+         "asks for 5 molecules, there are 4"},
+        {"./data_prep -o 'build/g.{}.bin' --split 0.5,0.6 build/g.sdf", 1, "that add up to 1"},
+        {"printf '1 test\n2 train\ngdb_3 train\n4 val\n' > build/p.txt; ./data_prep -o "
+         "'build/g.{}.bin' --split-by file:build/p.txt build/g.sdf && ./data_prep --dump "
+         "build/g.test.bin", 0, "{\"name\":\"gdb_1\""},
+        {"printf 'smiles,set,y\nCC,train,1\nCCO,test,2\nC,foo,2\n' | ./data_prep --format csv -o "
+         "'build/g.{}.bin' --labels y --split-by column:set -", 0,
+         "-:4: expected train, valid or test, found \"foo\""},
+        {"./data_prep -o 'build/g.{}.bin' --split-by chance build/g.sdf", 1,
+         "column:NAME or file:PATH"},
+        {"printf 'CC(=O)[O-].[Na+]\nO.c1ccccc1.C\n' | ./data_prep --format smi "
+         "--largest-fragment -o - - 2> /dev/null | ./data_prep --dump - | tr -cd '\n[' | awk '{print length}'", 0,
+         "12\n15\n"},
+        {"./data_prep -o build/g.bin 'CC(=O)O'", 1,
+         "type: echo 'CC(=O)O' | ./data_prep --format smi"},
+        {"./data_prep -o build/g.bin --labels logPP data/sample.sdf", 1,
+         "records has an SD tag \"logPP\" (--labels); the first has: logP, TPSA"},
+    };
+    for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
+        test_command(table[k].command, table[k].code, table[k].expected);
+}
+
 // Molecules to predictions, vectors and pictures: a row that is missing, or of another record.
 static void test_using(void) {
     static const struct { const char *command; int code; const char *expected;
@@ -2245,7 +2298,7 @@ static void test_reproducible(void) {
     static const struct { const char *name; int code; } signals[] = {{"INT", 130}, {"TERM", 143},
                                                                      {"HUP", 129}};
     for (int k = 0; k < 3; k++) {
-        line = xprintf("timeout --preserve-status -s %s 0.5 %s --steps 90000 -o "
+        line = xprintf("timeout --preserve-status -s %s 1 %s --steps 90000 -o "
                        "build/test_s.safetensors", signals[k].name, base);
         test_command(line, signals[k].code, "give the same command with --resume");
         free(line);
@@ -2387,7 +2440,7 @@ static int prep_convert(Worker *w, Format format, const char *text, size_t size,
     static Conversion c = {.opt = &opt};
     Source s = {.path = "test", .format = format, .n_columns = 4, .smiles_column = 0,
                 .name_column = format == FORMAT_CSV ? 1 : -1, .task_of_column = columns};
-    Record r = {text, size, 0, NULL};
+    Record r = {text, size, 0, NULL, 1};
     Lines in = {text, text + size, 0};
     *o = (Outcome){0};
     w->used = 0;
@@ -3677,7 +3730,7 @@ static const struct { const char *ending, *pattern, *options; int code; const ch
     {"smi", "C\n", "--split 0.5,x", 1, "expected 2 or 3 fractions that add up to 1"},
     {"smi", "C\n", "--split 2,-1", 1, "expected 2 or 3 fractions that add up to 1"},
     {"smi", "C\n", "--split 0.1,0.1,0.1,0.7", 1, "expected 2 or 3 fractions that add up to 1"},
-    {"smi", "C\n", "--split 0.5,0.5 --split-by name", 1, "expected scaffold, random or order"},
+    {"smi", "C\n", "--split 0.5,0.5 --split-by name", 1, "expected scaffold, random, order"},
     {"smi", "C\n", "--orient up", 1, "--orient: expected keep or principal"},
     {"smi", "C\n", "-o 'build/{}.bin'", 1, "-o: {} stands for a part's name"},
     {"mol2", "C\n", "", 1, "cannot tell the format; give"},
@@ -3931,7 +3984,7 @@ static void test_threads(void) {
     Source s = {.path = "test", .format = FORMAT_SMI, .name_column = -1};
     for (int k = 0; k < 20 * N; k++)
         records[k] = (Record){PREP_SMILES[k % N].smiles, strlen(PREP_SMILES[k % N].smiles), 0,
-                              NULL};
+                              NULL, 1};
     for (int t = 0; t < 3; t++) {
 #ifdef _OPENMP
         int before = omp_get_max_threads();
@@ -4031,6 +4084,7 @@ int main(int argc, char **argv) {
                      {"dataset fields", test_dataset_fields},
                      {"tensor headers", test_tensor_headers},
                      {"reproducible", test_reproducible},
+                     {"files people have", test_files_people_have},
                      {"using", test_using},
                      {"resumed tuning", test_finetune_resume},
                      {"not finite", test_not_finite},
