@@ -462,25 +462,35 @@ static inline void signals_catch(void) {
 #endif
 }
 
-// The least that our control group and those above it allow (Linux: containers, batch systems;
-// version 2), 0 if there is no limit: of "cpu.max", which says "QUOTA PERIOD" or "max ...", CPUs,
-// of "memory.max" bytes. `root` stands in front of every path; "" but in tests.
-static inline double group_limit(const char *root, const char *file) {
+// The least limit of our control group and the groups above it, 0: none. Version 2 has it in
+// `file` ("LIMIT" or "LIMIT PERIOD"), version 1 in the controller's file `old`, where a limit over
+// a period stands in two: old is "cpu.cfs_quota_us", the other cpu.cfs_period_us. root: "", or for
+// tests a folder.
+static inline double group_limit(const char *root, const char *file, const char *controller,
+                                 const char *old) {
     double least = 0, number[2];
     char line[1024], *path = xprintf("%s/proc/self/cgroup", root);
-    FILE *groups = fopen(path, "r");  // lines NUMBER:CONTROLLERS:GROUP, ours has 0 and none
+    FILE *groups = fopen(path, "r");  // lines NUMBER:CONTROLLERS:GROUP; of version 2: 0::GROUP
     free(path);
     while (groups && fgets(line, sizeof line, groups)) {
-        if (strncmp(line, "0::/", 4) != 0) continue;
-        for (char *end = line + strcspn(line, "\n"); end; end = strrchr(line, '/')) {
+        char *group = strstr(line, ":/"), *found = strstr(line, controller);
+        int second = strncmp(line, "0::/", 4) == 0;
+        size_t n = found ? strcspn(found, ",:") : 0;
+        if (!group || (!second && (!found || found > group || n != strlen(controller)))) continue;
+        for (char *end = line + strcspn(line, "\n"); end > group; end = strrchr(line, '/')) {
             *end = 0;
-            path = xprintf("%s/sys/fs/cgroup%s/%s", root, line + 3, file);
-            FILE *f = fopen(path, "r");
-            int n = f ? fscanf(f, "%lf %lf", &number[0], &number[1]) : 0;
-            double limit = n > 1 ? number[0] / number[1] : n > 0 ? number[0] : 0;
+            double limit = 0;
+            for (int k = 0; k < 1 + (!second && strstr(old, "quota")); k++) {
+                path = xprintf("%s/sys/fs/cgroup/%s%s/%s", root, second ? "" : controller, group + 1,
+                               second ? file : k ? "cpu.cfs_period_us" : old);
+                FILE *f = fopen(path, "r");
+                int read = f ? fscanf(f, "%lf %lf", &number[0], &number[1]) : 0;
+                if (read > 0) limit = k ? limit / number[0] : number[0];
+                if (read > 1) limit /= number[1];
+                if (f) fclose(f);
+                free(path);
+            }
             if (limit > 0 && (least == 0 || limit < least)) least = limit;
-            if (f) fclose(f);
-            free(path);
         }
     }
     if (groups) fclose(groups);
@@ -490,7 +500,7 @@ static inline double group_limit(const char *root, const char *file) {
 // Bytes that this process can still get, as far as the system says: memory that is free or can be
 // freed, the limits of our control group and of the address space. root: see group_limit().
 static inline double memory_limit(const char *root) {
-    double least = group_limit(root, "memory.max"), kib;
+    double least = group_limit(root, "memory.max", "memory", "memory.limit_in_bytes"), kib;
     char line[128], *path = xprintf("%s/proc/meminfo", root);
     FILE *f = fopen(path, "r");
     if (least == 0) least = (double)INFINITY;
@@ -557,7 +567,7 @@ static inline void program_begin(char **argv) {
 // Sets the number of threads: `wanted`, or if that is 0 what the environment says, or as many as
 // there are CPUs that we may use, by affinity and by quota.
 static inline void threads_set(int64_t wanted) {
-    double quota = group_limit("", "cpu.max");
+    double quota = group_limit("", "cpu.max", "cpu", "cpu.cfs_quota_us");
     mb_adapting = MB_POSIX && !wanted && getenv("MB_CALM") && !getenv("OMP_NUM_THREADS");
     if (!wanted && !getenv("OMP_NUM_THREADS") && quota > 0 && quota < omp_get_num_procs())
         wanted = quota < 1 ? 1 : (int64_t)(quota + 0.5);

@@ -2386,16 +2386,27 @@ static void test_not_finite(void) {
                  "molecule 1: task a: label 1e+20 is beyond range");
 }
 
-// A quota that goes unnoticed: of control groups (version 2), as the kernel shows them.
+// A quota that goes unnoticed: of control groups, both versions, as the kernel shows them.
 static void test_quota(void) {
     if (!MB_POSIX) return;
     run_command("rm -rf build/v2; mkdir -p build/v2/proc/self build/v2/sys/fs/cgroup/a/b; "
                 "printf '4:cpu:/job\\n0::/a/b\\n' > build/v2/proc/self/cgroup; "
                 "echo max 100000 > build/v2/sys/fs/cgroup/a/b/cpu.max; "
                 "echo 300000 100000 > build/v2/sys/fs/cgroup/a/cpu.max");
-    test_check(group_limit("build/v2", "cpu.max") == 3, "quota of the group above: %g",
-               group_limit("build/v2", "cpu.max"));
-    test_check(group_limit("build/none", "cpu.max") == 0, "no control groups: no quota");
+    run_command("rm -rf build/v1; mkdir -p build/v1/proc/self build/v1/sys/fs/cgroup/cpu/job; "
+                "printf '5:cpuset:/\n4:cpu,cpuacct:/job\n0::/\n' > build/v1/proc/self/cgroup; "
+                "echo 150000 > build/v1/sys/fs/cgroup/cpu/job/cpu.cfs_quota_us; "
+                "echo 100000 > build/v1/sys/fs/cgroup/cpu/job/cpu.cfs_period_us; "
+                "echo -1 > build/v1/sys/fs/cgroup/cpu/cpu.cfs_quota_us; "
+                "echo 100000 > build/v1/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+    const char *const names[] = {"v1", "v2", "none"};
+    const double cpus[] = {1.5, 3, 0};  // version 1; the group above; no control groups
+    for (int k = 0; k < 3; k++) {
+        char *root = xprintf("build/%s", names[k]);
+        double limit = group_limit(root, "cpu.max", "cpu", "cpu.cfs_quota_us");
+        test_check(fabs(limit - cpus[k]) < 1e-9, "quota of %s: %g", root, limit);
+        free(root);
+    }
     run_command("printf 'MemTotal: 9 kB\nMemAvailable: 3000 kB\n' > build/v2/proc/meminfo");
     test_check(memory_limit("build/v2") == 3072000, "memory: %g", memory_limit("build/v2"));
     run_command("echo 2000000 > build/v2/sys/fs/cgroup/a/b/memory.max");
