@@ -5320,6 +5320,7 @@ static void convert_source(Source *s, Conversion *c, Output *out, Worker *worker
     s->n_records = sum->n_read;
     while ((n = next_records(s, records)) > 0) {
         int skip = 0;
+        if (mb_signal) mb_exit(128 + mb_signal);  // and nothing is left
         if (s->line == 1 && is_table(s)) {
             read_header(c, s, &records[0], records + 1, n - 1, find_tasks);
             s->line += count_lines(records[0].text, records[0].text + records[0].size);
@@ -5461,6 +5462,7 @@ int main(int argc, char **argv) {
         out_open(&sum.rejects, prep_opt.rejects);
         fprintf(sum.rejects.file, "record,name,line,reason\n");
     }
+    signals_catch();
     for (int k = 0; k < n_inputs; k++) {
         Source source;
         source_open(&source, inputs[k], prep_opt.format);

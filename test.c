@@ -2303,6 +2303,9 @@ static void test_reproducible(void) {
         test_command(line, signals[k].code, "give the same command with --resume");
         free(line);
     }
+    test_command("(while cat data/sample.sdf; do :; done) | timeout --preserve-status -s INT 1 "
+                 "./data_prep --format sdf -o build/test_i.bin -", 130, "");
+    test_command("ls build/test_i.bin*", 2, "No such file");
     // two programs with one output
     line = xprintf("timeout -s KILL 2 %s --steps 90000 -o build/test_s.safetensors > /dev/null & "
                    "sleep 0.5; %s -o build/test_s.safetensors", base, base);
