@@ -4194,6 +4194,7 @@ static void predict_add(Predictions *all, const char *path, const char *model) {
         CHECK(all->models == 1 || strcmp(name, all->names[y]) == 0,
               "%s: expected the tasks of the first model; it has %s where that has %s", model, name,
               all->names[y]);
+        free(all->names[y]);
         all->names[y] = name;
         all->column[y] = -1;
         for (int k = 0; k < data->n_tasks; k++)
@@ -4288,6 +4289,9 @@ static void command_predict(const char *path, const char *const *models, int n_m
     }
     out_commit(&file);
     predict_metrics(&all, data.count);
+    for (int y = 0; y < all.tasks; y++) free(all.names[y]);
+    void *const memory[] = {all.names, all.column, all.sum, all.mean};
+    for (size_t k = 0; k < sizeof memory / sizeof memory[0]; k++) free(memory[k]);
     molecule_free(&m);
     dataset_close(&data);
 }
