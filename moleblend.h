@@ -54,6 +54,9 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #endif
+#ifdef __wasi__
+#define tmpfile() fopen(MB_PROGRAM ".tmp", "w+b")  // it has none; this one stays
+#endif
 
 // x87 without -std=c11 keeps float variables in registers of 80 bits: wrong numbers.
 #if defined(__GNUC__) && (FLT_EVAL_METHOD == 2 || FLT_EVAL_METHOD < 0) && \
