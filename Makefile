@@ -1,6 +1,7 @@
 # make            builds moleblend and data_prep, and train.bin and valid.bin from the bundled sample
 # make test       builds and runs every test; the last line is "N passed, N failed"
 # make bench      speed of the kernels and of a training step, next to the machine's FMA peak
+# make mpi        builds moleblend_mpi for clusters (needs Open MPI or another MPI)
 # make asan tsan  the tests under AddressSanitizer + UBSan; short runs under TSan (clang, libomp's Archer)
 # make debug      unoptimised programs for a debugger
 # make clean
