@@ -2724,6 +2724,13 @@ static const char *tensor_name(const TensorInfo *t, char name[128]) {
     return name;
 }
 
+// Numbers of a tensor behind `offset` others; dies if there are no addresses for them.
+static size_t tensor_count(size_t rows, size_t columns, size_t offset) {
+    CHECK((double)rows * (double)columns <= SIZE_MAX / 16 - offset,
+          "this model needs more memory than has addresses; try a smaller one (--size)");
+    return rows * columns;
+}
+
 // Fills info (NULL: only counts) with the tensors of a model; returns how many there are.
 static int tensor_table(Config c, TensorInfo *info) {
     const size_t L = (size_t)c.layers, C = (size_t)c.dim, F = (size_t)c.ffn, H = (size_t)c.heads;
@@ -2732,9 +2739,7 @@ static int tensor_table(Config c, TensorInfo *info) {
     int n = 0;
 #define ADD(name, rows, columns, rule, place)                                                      \
     {                                                                                              \
-        size_t count = max_size((size_t)(rows), 1) * (size_t)(columns);                            \
-        CHECK((double)max_size((size_t)(rows), 1) * (double)(columns) <= SIZE_MAX / 16 - offset,   \
-              "this model needs more memory than has addresses; try a smaller one (--size)");      \
+        size_t count = tensor_count(max_size((size_t)(rows), 1), (size_t)(columns), offset);       \
         if (info)                                                                                  \
             info[n] = (TensorInfo){name, (int)l, rows, columns, rule, offset, count, place};       \
         offset += count;                                                                           \
