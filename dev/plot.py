@@ -25,7 +25,7 @@ def number(text):
 def read_columns(path):
     """{column: texts} of a CSV file."""
     with open(path, newline="") as f:
-        rows = list(csv.reader(f))
+        rows = list(csv.reader(f)) or [[]]
     return {name: [row[k] for row in rows[1:]] for k, name in enumerate(rows[0])}
 
 
