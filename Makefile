@@ -2,6 +2,7 @@
 # make test       builds and runs every test; the last line is "N passed, N failed"
 # make bench      speed of the kernels and of a training step, next to the machine's FMA peak
 # make mpi        builds moleblend_mpi for clusters (needs Open MPI or another MPI)
+# make check      static analysis: gcc -fanalyzer, clang-tidy, cppcheck
 # make asan tsan  the tests under AddressSanitizer + UBSan; short runs under TSan (clang, libomp's Archer)
 # make debug      unoptimised programs for a debugger
 # make clean
@@ -88,10 +89,13 @@ debug:
 	$(CC) $(WARN) -O0 -g $(OMPFLAGS) moleblend.c -o moleblend $(LIBS)
 	$(CC) $(WARN) -O0 -g $(OMPFLAGS) data_prep.c -o data_prep $(LIBS)
 
+check:
+	dev/check.sh
+
 clean:
 	rm -rf build moleblend moleblend_mpi data_prep test train.bin valid.bin
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-.PHONY: mpi all test bench asan tsan debug clean help
+.PHONY: check mpi all test bench asan tsan debug clean help
