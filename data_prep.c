@@ -4379,7 +4379,8 @@ typedef struct {
 } PrepOptions;
 
 // A file of rows that say something of records, each by its name or number: labels (a CSV file with
-// a header), records to leave out, parts of a split (fields between commas or blanks).
+// a header), or lists of records to leave out and of parts of a split (their fields end at commas
+// if every line has one, else at blanks: separator ' ').
 typedef struct {
     const char *path;
     const uint8_t *bytes;
@@ -4389,6 +4390,8 @@ typedef struct {
     uint32_t *slot;          // (n_slots) hash table: 1 + the row of a key, its first field
     int *task_of_column, n_columns;  // labels: what each column is
 } Table;
+
+#define SKIP_LISTED "in --skip-list"  // a kind of fault
 
 // What to do with every record.
 typedef struct {
@@ -4481,7 +4484,8 @@ static int find_task(const Conversion *c, Span name) {
 static Span table_key(const Table *t, size_t row) {
     Span text = trim((Span){t->row[row], (int)(t->row[row + 1] - t->row[row])});
     int n = 0;
-    while (n < text.n && text.p[n] != t->separator) n++;
+    int blank = t->separator == ' ';
+    while (n < text.n && text.p[n] != t->separator && !(blank && text.p[n] == '\t')) n++;
     Span key = trim((Span){text.p, n});
     return key.n > 1 && key.p[0] == '"' ? (Span){key.p + 1, key.n - 2} : key;
 }
@@ -4505,22 +4509,23 @@ static size_t table_find(const Table *t, Span name, int64_t number) {
 }
 
 // Opens a table; of two rows with one key the first counts. `path` must live as long.
-static void table_open(Table *t, const char *path) {
+static void table_open(Table *t, const char *path, int is_list) {
     *t = (Table){.path = path};
     t->bytes = file_bytes(path, &t->size);
     const char *p = (const char *)t->bytes, *end = p + t->size, *quote = NULL, *next;
-    size_t first = t->size ? strcspn(p, "\n") : 0, room = 0;
-    t->separator = ' ';
-    for (size_t k = 0; k < first && t->separator != ','; k++)
-        if (p[k] == ',' || p[k] == '\t') t->separator = p[k];
+    size_t room = 0, commas = 0;
+    next = t->size ? line_end(p, end) : NULL;
+    if (!is_list) t->separator = memchr(p, '\t', (size_t)((next ? next : end) - p)) ? '\t' : ',';
     for (; p < end; p = next) {
-        next = csv_row_end(p, end, t->separator, &quote);
+        next = is_list ? line_end(p, end) : csv_row_end(p, end, t->separator, &quote);
         if (!next) next = end;
         if (trim((Span){p, (int)(next - p)}).n == 0) continue;
         if (t->n_rows + 1 >= room) t->row = xrealloc(t->row, room = 2 * room + 64, sizeof *t->row);
         t->row[t->n_rows++] = p;
         t->row[t->n_rows] = next;
+        commas += memchr(p, ',', (size_t)(next - p)) != NULL;
     }
+    if (is_list) t->separator = commas == t->n_rows ? ',' : ' ';
     CHECK(t->n_rows > 0 && t->n_rows < UINT32_MAX, "%s: expected rows, found none", path);
     t->n_slots = 2 * t->n_rows + 1;
     t->slot = xmalloc(t->n_slots, sizeof *t->slot);
@@ -4655,7 +4660,7 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
         if (read_smiles(m, smiles, &o->fault)) return -1;
     }
     if (table_find(&c->skips, o->name, r->number))
-        return fault_at(&o->fault, 0, 0, "in --skip-list", "%s names it", c->skips.path);
+        return fault_at(&o->fault, 0, 0, SKIP_LISTED, "%s names it", c->skips.path);
     if ((c->parts.n_rows || c->part_column) && read_part(c, r, part, o)) return -1;
     if (c->labels.n_rows) read_side_labels(c, r, &m->arena, labels, o);
     int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
@@ -4953,6 +4958,12 @@ static void count_fault(Summary *sum, const Source *s, int64_t line, const Fault
     Reason *r = &sum->reasons[k];
     if (r->count < EXAMPLES) r->example[r->count] = describe_fault(s, line, f);
     r->count++;
+}
+
+static int has_reason(const Summary *sum, const char *kind) {
+    for (int k = 0; k < sum->n_reasons; k++)
+        if (strcmp(sum->reasons[k].kind, kind) == 0) return 1;
+    return 0;
 }
 
 // Prints what was read, kept and skipped to stderr; frees the examples.
@@ -5447,10 +5458,10 @@ int main(int argc, char **argv) {
     if (prep_opt.split) out.n_parts = parse_fractions(prep_opt.split, out.fraction);
     Conversion c = {.opt = &prep_opt};
     if (strncmp(prep_opt.split_by, "column:", 7) == 0) c.part_column = prep_opt.split_by + 7;
-    if (strncmp(prep_opt.split_by, "file:", 5) == 0) table_open(&c.parts, prep_opt.split_by + 5);
+    if (strncmp(prep_opt.split_by, "file:", 5) == 0) table_open(&c.parts, prep_opt.split_by + 5, 1);
     if (c.part_column || c.parts.n_rows) out.n_parts = PARTS_MAX;
-    if (prep_opt.labels_from) table_open(&c.labels, prep_opt.labels_from);
-    if (prep_opt.skip_list) table_open(&c.skips, prep_opt.skip_list);
+    if (prep_opt.labels_from) table_open(&c.labels, prep_opt.labels_from, 0);
+    if (prep_opt.skip_list) table_open(&c.skips, prep_opt.skip_list, 1);
     c.want_keys = out.n_parts > 1 && (c.part_column || c.parts.n_rows ||
                                       strcmp(prep_opt.split_by, "scaffold") == 0);
     Worker *workers = xmalloc((size_t)thread_count(), sizeof *workers);
@@ -5470,6 +5481,8 @@ int main(int argc, char **argv) {
         source_close(&source);
     }
     print_summary(&sum, n_inputs);
+    if (c.skips.n_rows && !has_reason(&sum, SKIP_LISTED))
+        fprintf(stderr, "note    %s: names no record\n", c.skips.path);
     if (sum.rejects.file) out_commit(&sum.rejects);
     double refused = 100.0 * (double)(sum.n_read - sum.n_kept) / fmax((double)sum.n_read, 1);
     CHECK(refused <= prep_opt.max_reject, "--max-reject: %.2f %% of the records are refused, more "

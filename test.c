@@ -1843,6 +1843,10 @@ static void test_files_people_have(void) {
          "cat build/r.csv", 0,
          "record,name,line,reason\n2,gdb_2,8,build/g.txt names it\n"
          "4,gdb_4,22,build/g.txt names it\n"},
+        {"printf '3,054 molecules:\n 2 CC\n' > build/l.txt; ./data_prep -o build/g.bin --skip-list "
+         "build/l.txt build/g.sdf", 0, "1  in --skip-list\n          build/g.sdf:15: build/l.txt"},
+        {"echo none > build/l.txt; ./data_prep -o build/g.bin --skip-list build/l.txt build/g.sdf",
+         0, "build/l.txt: names no record"},
         {"./data_prep -o build/g.bin --skip-list build/g.txt --max-reject 20 build/g.sdf", 1,
          "50.00 % of the records are refused, more than 20 %; nothing is written"},
         {"./data_prep -o 'build/g.{}.bin' --split 2,1,rest --split-by order build/g.sdf", 0,
@@ -1859,7 +1863,8 @@ static void test_files_people_have(void) {
         {"./data_prep -o 'build/g.{}.bin' --split-by chance build/g.sdf", 1,
          "column:NAME or file:PATH"},
         {"printf 'CC(=O)[O-].[Na+]\nO.c1ccccc1.C\n' | ./data_prep --format smi "
-         "--largest-fragment -o - - 2> /dev/null | ./data_prep --dump - | tr -cd '\n[' | awk '{print length}'", 0,
+         "--largest-fragment -o - - 2> /dev/null | ./data_prep --dump - | tr -cd '\n[' | "
+         "awk '{print length}'", 0,
          "12\n15\n"},
         {"./data_prep -o build/g.bin 'CC(=O)O'", 1,
          "type: echo 'CC(=O)O' | ./data_prep --format smi"},
