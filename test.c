@@ -1844,7 +1844,7 @@ static void test_files_people_have(void) {
          "record,name,line,reason\n2,gdb_2,8,build/g.txt names it\n"
          "4,gdb_4,22,build/g.txt names it\n"},
         {"printf '3,054 molecules:\n 2 CC\n' > build/l.txt; ./data_prep -o build/g.bin --skip-list "
-         "build/l.txt build/g.sdf", 0, "1  in --skip-list\n          build/g.sdf:15: build/l.txt"},
+         "build/l.txt build/g.sdf", 0, "1  in --skip-list\n          build/g.sdf:8: build/l.txt"},
         {"echo none > build/l.txt; ./data_prep -o build/g.bin --skip-list build/l.txt build/g.sdf",
          0, "build/l.txt: names no record"},
         {"./data_prep -o build/g.bin --skip-list build/g.txt --max-reject 20 build/g.sdf", 1,
