@@ -46,6 +46,7 @@ static size_t memory_used;
 static FILE *files[FILES_MAX];
 static FILE *said;  // what programs say goes to /dev/null
 static jmp_buf run_end;
+static const char *target;
 static void (*at_exit)(void);  // what the program wants done then
 
 #define UNCHECKED __attribute__((no_sanitize("address")))
@@ -107,8 +108,12 @@ static void *fuzz_mmap(int fd, size_t size) {
     return bytes;
 }
 
+static int target_is(const char *name) { return strcmp(target, name) == 0; }
+
+// The end of a run. The options of one that was resumed stay, as long as a process.
 _Noreturn static void fuzz_exit(int code) {
     if (at_exit) at_exit();
+    if (code == 0 && all_blocks && !target_is("state")) FINDING("%zu bytes not freed", memory_used);
     longjmp(run_end, code + 1);
 }
 
@@ -216,16 +221,12 @@ static const struct { const char *targets, *command; } RUNS[] = {
 };
 enum { N_RUNS = sizeof RUNS / sizeof RUNS[0] };
 
-static const char *target;
-
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     const char *slash = strrchr((*argv)[0], '/');
     (void)argc;
     target = slash ? slash + 1 : (*argv)[0];
     return 0;
 }
-
-static int target_is(const char *name) { return strcmp(target, name) == 0; }
 
 // Writes the input where the commands look for it; of V3000 only what is behind COUNTS is made up.
 static void write_input(const uint8_t *data, size_t size) {
