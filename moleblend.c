@@ -2558,8 +2558,7 @@ static void batch_free(Batch *batch) {
         free(batch->reader[t].next);
         free(batch->reader[t].bond);
     }
-    free(batch->reader);
-    free(batch->memory);
+    FREE_ALL(batch->reader, batch->memory);
     *batch = (Batch){0};
 }
 
@@ -2695,11 +2694,8 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
 }
 
 static void acts_free(Acts *acts) {
-    free(acts->memory);
-    free(acts->row_loss);
-    free(acts->work.thread);
-    free(acts->work.packed_a);
-    free(acts->work.packed_b);
+    Work *w = &acts->work;
+    FREE_ALL(acts->memory, acts->row_loss, w->thread, w->packed_a, w->packed_b);
     *acts = (Acts){0};
 }
 
@@ -2812,13 +2808,8 @@ static void model_create(Model *model, Config config, int training) {
 }
 
 static void model_free(Model *model) {
-    free(model->info);
-    free(model->params);
-    free(model->grads);
-    free(model->m);
-    free(model->v);
-    free(model->squares);
-    free(model->live);
+    FREE_ALL(model->info, model->params, model->grads, model->m, model->v, model->squares,
+             model->live);
     *model = (Model){0};
 }
 
@@ -3473,8 +3464,7 @@ static float selection_metric(float *scale, Run *run, const Dataset *data) {
         defined += !isnan(now);
         sum += isnan(now) ? 0 : now;
     }
-    free(out);
-    free(labels);
+    FREE_ALL(out, labels);
     return defined ? (float)(sum / (double)defined) : NAN;
 }
 
@@ -3542,9 +3532,7 @@ static char *run_meta(const Run *run, int of_state) {
         }
     }
     text_add(&t, "}");
-    free(names.text);
-    free(mean.text);
-    free(std.text);
+    FREE_ALL(names.text, mean.text, std.text);
     return t.text;
 }
 
@@ -3617,8 +3605,7 @@ static void run_save(Run *run) {
         free(path);
     }
     log_write(run);
-    free(meta);
-    free(short_meta);
+    FREE_ALL(meta, short_meta);
 }
 
 // Reads a table of the state into `rows` (at most `most` rows); returns how many there are: of an
@@ -3718,10 +3705,9 @@ static void run_open(Run *run, const char *train_path) {
     run->log = xmalloc((size_t)run->steps, LOG_COLUMNS * sizeof *run->log);
 }
 
-// A dataset, and model, buffers and settings of a checkpoint.
-static void run_open_model(Run *run, const char *path, const char *model) {
+// Model, buffers and settings of a checkpoint.
+static void run_open_model(Run *run, const char *model) {
     TensorFile *f = &run->file;
-    dataset_open(&run->test, path);
     tensor_file_open(f, model);
     model_create(&run->s.model, tensor_file_config(f), 0);
     model_load(&run->s.model, run->s.model.params, f, "");
@@ -3732,7 +3718,6 @@ static void run_open_model(Run *run, const char *path, const char *model) {
     if (opt.modality || !modality) modality = opt.modality ? opt.modality : DEFAULT_MODALITY;
     run->task.use = modality_use(modality);  // as it was fine-tuned, unless told otherwise
     run->task.readout = (Readout)name_index("--readout", readout, READOUT_NAMES, 3);
-    check_positions(&run->test, run->task.use);
 }
 
 // Memory for the largest batch of the first epoch.
@@ -3758,10 +3743,8 @@ static void run_close(Run *run) {
     acts_free(&run->s.acts);
     batch_free(&run->s.batch);
     if (run->csv) fclose(run->csv);
-    void *const memory[] = {run->order, run->ids, run->log, run->history, run->best,
-                            run->s.part_sum, run->s.logits[LOSS_TOTAL],
-                            run->statistics, run->state_path, run->log_path};
-    for (size_t k = 0; k < sizeof memory / sizeof memory[0]; k++) free(memory[k]);
+    FREE_ALL(run->order, run->ids, run->log, run->history, run->best, run->s.part_sum,
+             run->s.logits[LOSS_TOTAL], run->statistics, run->state_path, run->log_path);
 }
 
 // ---- the loop
@@ -4070,9 +4053,7 @@ static void finetune_report(double mean[METRICS], double chance[METRICS], Run *r
     note_constant(run, out, n, data->task_names);
     for (size_t k = 0; k < n * Y && kind == TASK_CLASSIFICATION; k++) out[k] = sigmoid(out[k]);
     if (kind == TASK_CLASSIFICATION) print_reliability(stdout, out, labels, n * Y);
-    free(constant);
-    free(out);
-    free(labels);
+    FREE_ALL(constant, out, labels);
 }
 
 // The i-th row of the history if it is the last of its seed, else NULL.
@@ -4150,7 +4131,9 @@ static void command_finetune(const char *train_path) {
 // Predictions of a fine-tuned model: opens it for a dataset and reads what its metadata say.
 static void predict_open(Run *run, const char *path, const char *model) {
     const char *kind = "a fine-tuned model, see ./moleblend finetune";
-    run_open_model(run, path, model);
+    dataset_open(&run->test, path);
+    run_open_model(run, model);
+    check_positions(&run->test, run->task.use);
     const TensorFile *f = &run->file;
     size_t Y = (size_t)run->s.model.config.tasks;
     required_meta(f, "task_names", kind);
@@ -4215,36 +4198,26 @@ static void predict_add(Predictions *all, const char *path, const char *model) {
         all->mean[k] = (float)(all->sum[k] / all->models);
         all->labels[k] = column < 0 ? NAN : labels[k / Y * (size_t)data->n_tasks + (size_t)column];
     }
-    free(out);
-    free(labels);
+    FREE_ALL(out, labels);
     run_close(&run);
 }
 
-// One row: record number, name, and of each task the prediction, its deviation over the models, the
-// label; last, why a record was skipped.
-static void predict_row(FILE *out, const Predictions *all, size_t i, const Molecule *m) {
+// The row of a record: number, name, of each task the prediction, its deviation over the models,
+// the label; last, why it was skipped. i: its place in the dataset; NULL if it was skipped.
+static void predict_row(FILE *out, const Predictions *all, const Skipped *record, const size_t *i) {
     size_t Y = (size_t)all->tasks;
-    fprintf(out, "%lu,", (unsigned long)m->number);
-    print_csv(out, m->name, (size_t)m->name_length);
-    for (size_t y = 0, k = i * Y; y < Y; y++, k++) {
-        double mean = all->sum[k] / all->models, n = all->models;
-        double variance = n > 1 ? (all->square[k] - n * mean * mean) / (n - 1) : 0;
-        fprintf(out, ",%.6g", mean);
-        if (n > 1) fprintf(out, ",%.3g", sqrt(fmax(variance, 0)));
+    fprintf(out, "%lu,", (unsigned long)record->number);
+    print_csv(out, record->name, record->name_length);
+    for (size_t y = 0, k = i ? *i * Y : 0; y < Y; y++, k++) {
+        double mean = i ? all->sum[k] / all->models : 0, n = all->models;
+        double variance = i && n > 1 ? (all->square[k] - n * mean * mean) / (n - 1) : 0;
+        fprintf(out, i ? ",%.6g" : ",", mean);
+        if (n > 1) fprintf(out, i ? ",%.3g" : ",", sqrt(fmax(variance, 0)));
         if (all->column[y] < 0) continue;
-        fprintf(out, isnan(all->labels[k]) ? "," : ",%.6g", (double)all->labels[k]);
+        fprintf(out, i && !isnan(all->labels[k]) ? ",%.6g" : ",", i ? (double)all->labels[k] : 0);
     }
-    fprintf(out, ",\n");
-}
-
-// The row of a record that data_prep skipped: no predictions, but the reason.
-static void predict_skipped(FILE *out, const Predictions *all, const Skipped *skipped) {
-    fprintf(out, "%lu,", (unsigned long)skipped->number);
-    print_csv(out, skipped->name, skipped->name_length);
-    for (int y = 0; y < all->tasks; y++)
-        fprintf(out, ",%s%s", all->models > 1 ? "," : "", all->column[y] < 0 ? "" : ",");
     fputc(',', out);
-    print_csv(out, skipped->reason, skipped->reason_length);
+    print_csv(out, record->reason, record->reason_length);
     fputc('\n', out);
 }
 
@@ -4286,9 +4259,11 @@ static void command_predict(const char *path, const char *const *models, int n_m
     for (size_t i = 0; i < data.count || next;) {  // in the order of the input
         if (i < data.count) dataset_read(&data, i, &m);
         if (i < data.count && (!next || m.number < skipped.number)) {
-            predict_row(file.file, &all, i++, &m);
+            predict_row(file.file, &all, &(Skipped){m.number, (size_t)m.name_length, 0, m.name, ""},
+                        &i);
+            i++;
         } else {
-            predict_skipped(file.file, &all, &skipped);
+            predict_row(file.file, &all, &skipped, NULL);
             next = dataset_skipped(&skipped, &data, next);
         }
     }
@@ -4308,7 +4283,7 @@ typedef struct {
     OutFile out, names, index;
     Progress progress;
     float *row;
-    size_t count, rows;   // molecules in all; rows written
+    size_t rows;          // written
 } Embedding;
 
 // Begins an array in NumPy's format: (rows, columns), or (rows) if columns is 0.
@@ -4325,18 +4300,7 @@ static void npy_begin(OutFile *out, const char *path, const char *type, size_t r
     out_write(out, header, (size_t)length);
 }
 
-// Writes the sum of `count` tokens of x (T, C) from `token` on, times `weight`.
-static void embed_row(Embedding *e, const float *x, size_t C, size_t token, size_t count,
-                      float weight) {
-    for (size_t c = 0; c < C; c++) {
-        float sum = 0;
-        for (size_t t = token; t < token + count; t++) sum += x[t * C + c];
-        e->row[c] = weight * sum;
-    }
-    out_floats(&e->out, e->row, C, 0);
-    e->rows++;
-}
-
+// The row of a molecule, or those of its atoms: what readout_tokens() names, summed or one by one.
 static void visit_embed(Run *run, size_t first, size_t B, void *result) {
     Embedding *e = result;
     size_t C = (size_t)run->s.model.config.dim;
@@ -4345,24 +4309,31 @@ static void visit_embed(Run *run, size_t first, size_t B, void *result) {
     if (mb_signal) mb_exit(128 + mb_signal);
     for (size_t b = 0; b < B; b++) {
         View v = batch_view(&run->s.batch, b);
-        size_t token, count, rows = e->rows;
+        size_t token, count, rows = e->index.file ? (size_t)v.N : 1;
         uint8_t number[4];
         put_u32(number, (uint32_t)(first + b));
-        float weight = readout_tokens(&token, &count, &v, run->task.readout);
-        if (!e->index.file) embed_row(e, x, C, token, count, weight);
-        for (size_t t = 1; t < (size_t)v.S && e->index.file; t++) {
-            embed_row(e, x, C, v.token + t, 1, 1);
-            out_write(&e->index, number, 4);
+        float weight = readout_tokens(&token, &count, &v,
+                                      e->index.file ? READ_SUM : run->task.readout);
+        for (size_t end = token + count; token < end; token += count / rows) {
+            for (size_t c = 0; c < C; c++) {
+                float sum = 0;
+                for (size_t t = token; t < token + count / rows; t++) sum += x[t * C + c];
+                e->row[c] = weight * sum;
+            }
+            out_floats(&e->out, e->row, C, 0);
+            if (e->index.file) out_write(&e->index, number, 4);
         }
-        if (!e->names.file) continue;
-        dataset_read(&run->test, first + b, &m);
-        fprintf(e->names.file, "%zu,%zu,%lu,", rows, e->rows - rows, (unsigned long)m.number);
-        print_csv(e->names.file, m.name, (size_t)m.name_length);
-        fputc('\n', e->names.file);
+        if (e->names.file) {
+            dataset_read(&run->test, first + b, &m);
+            fprintf(e->names.file, "%zu,%zu,%lu,", e->rows, rows, (unsigned long)m.number);
+            print_csv(e->names.file, m.name, (size_t)m.name_length);
+            fputc('\n', e->names.file);
+        }
+        e->rows += rows;
     }
     molecule_free(&m);
-    progress_show(&e->progress, (double)(first + B), (double)e->count, (double)(first + B),
-                  "molecules", "embedded", first + B == e->count);
+    progress_show(&e->progress, (double)(first + B), (double)run->test.count, (double)(first + B),
+                  "molecules", "embedded", first + B == run->test.count);
 }
 
 static void command_embed(const char *path) {
@@ -4371,14 +4342,15 @@ static void command_embed(const char *path) {
     Embedding e = {.progress = progress_begin(0)};
     int atoms = opt.level && name_index("--level", opt.level, levels, 2);
     int files = strcmp(opt.output, "-") != 0;
-    run_open_model(&run, path, opt.model);
+    dataset_open(&run.test, path);
+    run_open_model(&run, opt.model);
+    check_positions(&run.test, run.task.use);
     Config c = run.s.model.config;
     CHECK(opt.layer <= c.layers, "--layer: expected at most %d, found %lld", c.layers,
           (long long)opt.layer);
     if (opt.layer < 0) opt.layer = c.layers;
-    e.count = run.test.count;
-    size_t rows = e.count;
-    for (size_t i = 0; i < e.count && atoms; i++)
+    size_t rows = run.test.count;
+    for (size_t i = 0; i < run.test.count && atoms; i++)
         rows += (size_t)dataset_atoms(&run.test, i) - 1;
     char *names = path_with(opt.output, ".npy", ".csv");
     char *index = path_with(opt.output, ".npy", ".index.npy");
@@ -4392,9 +4364,7 @@ static void command_embed(const char *path) {
     if (atoms) out_commit(&e.index);
     if (files) out_commit(&e.names);
     out_commit(&e.out);
-    free(names);
-    free(index);
-    free(e.row);
+    FREE_ALL(names, index, e.row);
     run_close(&run);
 }
 
@@ -4492,22 +4462,39 @@ static void show_pairs(const Batch *batch) {
     }
 }
 
-// What a model says of the pairs (0, j), beside the truth: the class of the path's length that it
-// holds most likely and its probability, the bonds' classes, the direction.
-static void show_predictions(Step *s, const float *spd, const float *edge, const float *d3) {
+static int argmax(const float *x, int n) {
+    int best = 0;
+    for (int k = 1; k < n; k++) best = x[k] > x[best] ? k : best;
+    return best;
+}
+
+// What the model of --model says of the pairs (0, j) of the molecule in run->s.batch, beside the
+// truth: the class of the path's length that it holds most likely and its probability, the bonds'
+// classes, the direction.
+static void show_model(Run *run) {
+    Step *s = &run->s;
     const Batch *batch = &s->batch;
+    double sum[LOSSES];
+    run_open_model(run, opt.model);
+    CHECK(s->model.config.tasks == 0, "%s: a fine-tuned model has no heads that recover the "
+          "relations; expected a pretrained one", opt.model);
+    acts_alloc(&s->acts, s->model.config, batch->room);
+    float *spd = xmalloc(batch->P, (SPD_CLASSES + EDGE_OUTPUTS + 3) * sizeof *spd);
+    float *edge = spd + batch->P * SPD_CLASSES, *d3 = edge + batch->P * EDGE_OUTPUTS;
+    s->logits[LOSS_TOTAL] = s->logits[LOSS_SPD] = spd;  // run_close() frees the first
+    s->logits[LOSS_EDGE] = edge;
+    s->logits[LOSS_3D] = d3;
+    encoder_forward(s);
+    pretrain_heads(sum, s, 0);
     printf("\npair    path length (truth)  probability   edge classes (truth)%12sdirection\n", "");
     for (int j = 0; j < batch->n_atoms[0]; j++) {
-        float p[SPD_CLASSES];
-        int best = 0;
-        memcpy(p, spd + j * SPD_CLASSES, sizeof p);
+        float *p = spd + j * SPD_CLASSES;
         softmax_row(p, SPD_CLASSES);
-        for (int k = 0; k < SPD_CLASSES; k++) best = p[k] > p[best] ? k : best;
+        int best = argmax(p, SPD_CLASSES);
         printf("0 %-5d %7d %9d %15.2f   ", j, best, batch->spd_target[j], (double)p[best]);
         for (int t = 0; t < PATH_BONDS; t++) {
-            const float *x = edge + j * EDGE_OUTPUTS + t * EDGE_CLASSES;
-            int class = 0, truth = batch->edge_target[j * PATH_BONDS + t];
-            for (int k = 0; k < EDGE_CLASSES; k++) class = x[k] > x[class] ? k : class;
+            int class = argmax(edge + j * EDGE_OUTPUTS + t * EDGE_CLASSES, EDGE_CLASSES);
+            int truth = batch->edge_target[j * PATH_BONDS + t];
             if (truth >= 0) printf(" %d (%d)", class, truth);
             else printf(" -    ");
         }
@@ -4516,52 +4503,26 @@ static void show_predictions(Step *s, const float *spd, const float *edge, const
     }
 }
 
-// The molecule of s->batch through the model of --model.
-static void show_model(Step *s) {
-    TensorFile f;
-    double sum[LOSSES];
-    size_t P = s->batch.P;
-    tensor_file_open(&f, opt.model);
-    model_create(&s->model, tensor_file_config(&f), 0);
-    CHECK(s->model.config.tasks == 0, "%s: a fine-tuned model has no heads that recover the "
-          "relations; expected a pretrained one", opt.model);
-    model_load(&s->model, s->model.params, &f, "");
-    acts_alloc(&s->acts, s->model.config, s->batch.room);
-    float *spd = s->logits[LOSS_SPD] = xmalloc(P * SPD_CLASSES, sizeof *spd);
-    float *edge = s->logits[LOSS_EDGE] = xmalloc(P * EDGE_OUTPUTS, sizeof *edge);
-    float *d3 = s->logits[LOSS_3D] = xmalloc(P * 3, sizeof *d3);
-    encoder_forward(s);
-    pretrain_heads(sum, s, 0);
-    show_predictions(s, spd, edge, d3);
-    free(spd);
-    free(edge);
-    free(d3);
-    acts_free(&s->acts);
-    model_free(&s->model);
-    tensor_file_close(&f);
-}
-
 static void command_show(const char *path, const char *index_text) {
-    Dataset data;
-    Step s = {0};
-    Batch *batch = &s.batch;
+    Run run = {0};
+    Batch *batch = &run.s.batch;
     Sizes room = {0};
     Molecule m = {0};
     OutFile svg = {0};
-    dataset_open(&data, path);
+    dataset_open(&run.test, path);
     char *end = NULL;
     unsigned long long index = strtoull(index_text, &end, 10);
-    CHECK(end != index_text && *end == 0 && index < data.count,
+    CHECK(end != index_text && *end == 0 && index < run.test.count,
           "%s: expected the index of one of its %zu molecules, from 0 on, found \"%s\"", path,
-          data.count, index_text);
+          run.test.count, index_text);
     uint32_t id = (uint32_t)index;
-    s.draws = (Draws){(uint64_t)opt.seed, 0, id, 1};
+    run.s.draws = (Draws){(uint64_t)opt.seed, 0, id, 1};
     Blend still = opt.blend;
     still.noise = 0;
-    sizes_add(&room, dataset_atoms(&data, id));
+    sizes_add(&room, dataset_atoms(&run.test, id));
     batch_alloc(batch, room, 0);
-    batch_load(batch, &data, &id, 1, &still, 0, &s.draws);
-    dataset_read(&data, id, &m);
+    batch_load(batch, &run.test, &id, 1, &still, 0, &run.s.draws);
+    dataset_read(&run.test, id, &m);
     printf("molecule %llu of %s: %s, %d atoms, %d bonds, %s\n", index, path, m.name, m.n_atoms,
            m.n_bonds, m.has_pos ? "3D" : "2D only");
     Canvas canvas = {.colour = isatty(1) && !getenv("NO_COLOR")};
@@ -4590,10 +4551,9 @@ static void command_show(const char *path, const char *index_text) {
         printf("%s ", batch->atom_use[i] == USE_3D ? "3D" : "2D");
     printf("\n");
     show_pairs(batch);
-    if (opt.model) show_model(&s);
+    if (opt.model) show_model(&run);
     molecule_free(&m);
-    batch_free(batch);
-    dataset_close(&data);
+    run_close(&run);
 }
 
 // ---- the command line

@@ -100,6 +100,7 @@ static inline void omp_set_num_threads(int threads) { (void)threads; }
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 // n rounded up to a multiple of m.
 static inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
@@ -181,7 +182,26 @@ static inline void *xrealloc(void *p, size_t count, size_t size) {
     return p;
 }
 
+// Frees everything that it is given.
+#define FREE_ALL(...) free_list((void *[]){__VA_ARGS__}, sizeof((void *[]){__VA_ARGS__}))
+static inline void free_list(void **list, size_t bytes) {
+    for (size_t k = 0; k < bytes / sizeof *list; k++) free(list[k]);
+}
+
 typedef struct { char *text; size_t length, room; } Text;  // a string that grows
+
+// Makes room for n more bytes and a 0, and counts them in; returns where they go.
+static inline char *text_room(Text *t, size_t n) {
+    size_t need = t->length + n + 1;
+    if (need > t->room) t->text = xrealloc(t->text, t->room = need + t->length, 1);
+    t->length += n;
+    t->text[t->length] = 0;
+    return t->text + t->length - n;
+}
+
+static inline void text_bytes(Text *t, const void *bytes, size_t n) {
+    memcpy(text_room(t, n), bytes, n);
+}
 
 static inline void text_add_list(Text *t, const char *fmt, va_list args) {
     va_list again;
@@ -189,20 +209,10 @@ static inline void text_add_list(Text *t, const char *fmt, va_list args) {
     int n = vsnprintf(NULL, 0, fmt, again);
     va_end(again);
     CHECK(n >= 0, "cannot format \"%s\"", fmt);
-    size_t need = t->length + (size_t)n + 1;
-    if (need > t->room) t->text = xrealloc(t->text, t->room = need + t->length, 1);
-    vsnprintf(t->text + t->length, (size_t)n + 1, fmt, args);
-    t->length += (size_t)n;
+    vsnprintf(text_room(t, (size_t)n), (size_t)n + 1, fmt, args);
 }
 
 // printf to the end of a text, which starts zeroed. The caller frees t->text.
-static inline void text_bytes(Text *t, const void *bytes, size_t n) {
-    size_t need = t->length + n + 1;
-    if (need > t->room) t->text = xrealloc(t->text, t->room = need + t->length, 1);
-    memcpy(t->text + t->length, bytes, n);
-    t->text[t->length += n] = 0;
-}
-
 MB_PRINTF(2, 3) static inline void text_add(Text *t, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
@@ -358,7 +368,6 @@ static inline void mb_on_sigbus(int number, siginfo_t *info, void *context) {
     signal(number, SIG_DFL);
 }
 #endif
-
 
 // All bytes of a stream, in fresh memory.
 static inline uint8_t *stream_bytes(FILE *f, const char *path, size_t *size) {
@@ -964,12 +973,7 @@ static inline void molecule_resize(Molecule *m, int n_atoms, int n_bonds, int n_
 }
 
 static inline void molecule_free(Molecule *m) {
-    free(m->atom_feat);
-    free(m->bonds);
-    free(m->bond_code);
-    free(m->pos);
-    free(m->labels);
-    free(m->name);
+    FREE_ALL(m->atom_feat, m->bonds, m->bond_code, m->pos, m->labels, m->name);
     *m = (Molecule){0};
 }
 
@@ -1209,10 +1213,7 @@ static inline void dataset_finish(DatasetWriter *w) {
     put_u32(w->head + 60, crc32_add(0, w->head, w->head_size));
     out_rewrite(&w->out, 0, w->head, w->head_size);
     out_commit(&w->out);
-    free(w->head);
-    free(w->index);
-    free(w->number);
-    free(w->skips.text);
+    FREE_ALL(w->head, w->index, w->number, w->skips.text);
 }
 
 // ---- reader
