@@ -2731,35 +2731,25 @@ static size_t tensor_count(size_t rows, size_t columns, size_t offset) {
 static int tensor_table(Config c, TensorInfo *info) {
     const size_t L = (size_t)c.layers, C = (size_t)c.dim, F = (size_t)c.ffn, H = (size_t)c.heads;
     const size_t G = (size_t)c.kernels, Y = (size_t)c.tasks, R = PAIR_WIDTH;
-    size_t offset = 0, base = 0, l = 0;
+    size_t offset = 0, layer = offsetof(Tensors, layer), l = 0;
     int n = 0;
-#define ADD(name, rows, columns, rule, place)                                                      \
+#define ROW(name, rows, columns, rule, field)                                                      \
     {                                                                                              \
         size_t count = tensor_count(max_size((size_t)(rows), 1), (size_t)(columns), offset);       \
         if (info)                                                                                  \
-            info[n] = (TensorInfo){name, (int)l, rows, columns, rule, offset, count, place};       \
+            info[n] = (TensorInfo){name, (int)l, rows, columns, rule, offset, count, field};       \
         offset += count;                                                                           \
         n++;                                                                                       \
     }
-#define X(field, name, rows, columns, rule) ADD(name, rows, columns, rule, offsetof(Tensors, field))
+#define X(field, name, rows, columns, rule) ROW(name, rows, columns, rule, offsetof(Tensors, field))
+#define OF_LAYER(field, name, rows, columns, rule)                                                 \
+    ROW(name, rows, columns, rule, layer + offsetof(LayerTensors, field))
     ENCODER_TENSORS(X)
+    for (l = 0; l < L; l++, layer += sizeof(LayerTensors)) { LAYER_TENSORS(OF_LAYER) }
+    if (Y == 0) { PRETRAIN_TENSORS(X) } else { FINETUNE_TENSORS(X) }
 #undef X
-#define X(field, name, rows, columns, rule)                                                        \
-    ADD(name, rows, columns, rule, base + offsetof(LayerTensors, field))
-    for (l = 0; l < L; l++) {
-        base = offsetof(Tensors, layer) + l * sizeof(LayerTensors);
-        LAYER_TENSORS(X)
-    }
-#undef X
-#define X(field, name, rows, columns, rule) ADD(name, rows, columns, rule, offsetof(Tensors, field))
-    l = 0;
-    if (Y == 0) {
-        PRETRAIN_TENSORS(X)
-    } else {
-        FINETUNE_TENSORS(X)
-    }
-#undef X
-#undef ADD
+#undef OF_LAYER
+#undef ROW
     return n;
 }
 
@@ -2884,66 +2874,61 @@ static void ranks_begin(void) {
 // The program ends well.
 static void ranks_finish(void) { ranks_done = 1; }
 
-// x = its sum over the ranks: of whole numbers, or of numbers that all ranks but one leave 0, which
-// is exact in any order.
-static void ranks_sum(double *x, size_t n) {
+// x = its sum over the ranks, of n float or double: of whole numbers, or of numbers that all ranks
+// but one leave 0, which is exact in any order.
+static void ranks_sum(void *x, size_t n, size_t size) {
     for (size_t k = 0; k < n; k += PIECE)
-        MPI_Allreduce(MPI_IN_PLACE, x + k, (int)(n - k < PIECE ? n - k : PIECE), MPI_DOUBLE,
-                      MPI_SUM, MPI_COMM_WORLD);
+        MPI_Allreduce(MPI_IN_PLACE, (char *)x + k * size, (int)min_size(n - k, PIECE),
+                      size == sizeof(float) ? MPI_FLOAT : MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
 }
 
-static void ranks_sum_floats(float *x, size_t n) {
-    for (size_t k = 0; k < n; k += PIECE)
-        MPI_Allreduce(MPI_IN_PLACE, x + k, (int)(n - k < PIECE ? n - k : PIECE), MPI_FLOAT, MPI_SUM,
-                      MPI_COMM_WORLD);
-}
-
-// Waits until the sum that was sent on has left, then receives piece by piece that of part k - 1.
+// Receives a piece of the sum up to part k - 1.
 static void piece_receive(float *sum, size_t n, size_t k) {
-    if (all_ranks == 1) return;
     MPI_Recv(sum, (int)n, MPI_FLOAT, (int)((k - 1) % (size_t)all_ranks), 0, MPI_COMM_WORLD,
              MPI_STATUS_IGNORE);
 }
 
+// Begins to send a piece of the sum up to part k.
 static void piece_send(const float *sum, size_t n, size_t k) {
-    if (all_ranks == 1) return;
     CHECK(pieces_sent < MOST_PIECES, "a model too large for MOST_PIECES");
     MPI_Isend(sum, (int)n, MPI_FLOAT, (int)((k + 1) % (size_t)all_ranks), 0, MPI_COMM_WORLD,
               &piece_request[pieces_sent++]);
 }
 
+// Waits until all of them have left.
 static void pieces_wait(void) {
     MPI_Waitall(pieces_sent, piece_request, MPI_STATUSES_IGNORE);
     pieces_sent = 0;
 }
 
 // All ranks get what the one of the last part has.
-static void piece_share(float *x, size_t n, size_t last) {
-    MPI_Bcast(x, (int)n, MPI_FLOAT, (int)(last % (size_t)all_ranks), MPI_COMM_WORLD);
+static void ranks_share(float *x, size_t n, size_t last) {
+    for (size_t k = 0; k < n && all_ranks > 1; k += PIECE)
+        MPI_Bcast(x + k, (int)min_size(n - k, PIECE), MPI_FLOAT, (int)(last % (size_t)all_ranks),
+                  MPI_COMM_WORLD);
 }
 #else
 enum { PIECE = 1 << 18, my_rank = 0, all_ranks = 1 };
-static void ranks_sum(double *x, size_t n) { (void)x, (void)n; }
-static inline void ranks_sum_floats(float *x, size_t n) { (void)x, (void)n; }
+static void ranks_sum(void *x, size_t n, size_t size) { (void)x, (void)n, (void)size; }
 static void piece_receive(float *sum, size_t n, size_t k) { (void)sum, (void)n, (void)k; }
 static void piece_send(const float *sum, size_t n, size_t k) { (void)sum, (void)n, (void)k; }
 static void pieces_wait(void) {}
 static inline void ranks_begin(void) {}
 static inline void ranks_finish(void) {}
-static void piece_share(float *x, size_t n, size_t last) { (void)x, (void)n, (void)last; }
+static void ranks_share(float *x, size_t n, size_t last) { (void)x, (void)n, (void)last; }
 #endif
 
-// Adds the gradients of part k to the sum; after the last part they are the sum, on all ranks.
+// Adds the gradients of part k to the sum; after the last part they are the sum.
 static void part_add(Step *s, size_t k, size_t parts) {
     float *sum = s->part_sum, *grads = s->model.grads;
     pieces_wait();
     for (size_t first = 0; first < s->model.count; first += PIECE) {
-        size_t n = s->model.count - first < PIECE ? s->model.count - first : PIECE;
-        if (k > 0) piece_receive(sum + first, n, k);
+        size_t n = min_size(s->model.count - first, PIECE);
+        if (k > 0 && all_ranks > 1) piece_receive(sum + first, n, k);
 #pragma omp parallel for simd schedule(static)
         for (size_t i = first; i < first + n; i++) sum[i] = k > 0 ? sum[i] + grads[i] : grads[i];
-        if (k + 1 < parts) piece_send(sum + first, n, k);
-        else memcpy(grads + first, sum + first, sizeof(float) * n);
+        if (k + 1 == parts) memcpy(grads + first, sum + first, sizeof(float) * n);
+        else if (all_ranks > 1) piece_send(sum + first, n, k);
     }
 }
 
@@ -2952,27 +2937,24 @@ static void batch_gradients(double loss[LOSSES], Step *s, size_t B, Load *load, 
     double count[LOSSES] = {0}, *part_loss = xmalloc(parts, LOSSES * sizeof *part_loss);
     if (parts > 1 && !s->part_sum) s->part_sum = floats_alloc(s->model.count, "a smaller model");
     for (size_t k = (size_t)my_rank; k < parts; k += (size_t)all_ranks) {  // the counts
-        load(s, k * M, B - k * M < M ? B - k * M : M, given);
+        load(s, k * M, min_size(B - k * M, M), given);
         for (int l = 0; l < LOSSES; l++) count[l] += s->batch.count[l];
         loaded = k;
     }
-    ranks_sum(count, LOSSES);
+    ranks_sum(count, LOSSES, sizeof *count);
     for (size_t k = (size_t)my_rank; k < parts; k += (size_t)all_ranks) {
-        if (k != loaded) load(s, k * M, B - k * M < M ? B - k * M : M, given);
+        if (k != loaded) load(s, k * M, min_size(B - k * M, M), given);
         loaded = k;
         memcpy(s->batch.count, count, sizeof count);
         if (s->task) task_gradients(part_loss + k * LOSSES, s);
         else gradients(part_loss + k * LOSSES, s);
         if (parts > 1) part_add(s, k, parts);
     }
-    if (parts > 1) pieces_wait();
-    for (size_t first = 0; first < s->model.count && all_ranks > 1; first += PIECE)
-        piece_share(s->model.grads + first,
-                    s->model.count - first < PIECE ? s->model.count - first : PIECE, parts - 1);
-    ranks_sum(part_loss, parts * LOSSES);
+    pieces_wait();
+    ranks_share(s->model.grads, s->model.count, parts - 1);
+    ranks_sum(part_loss, parts * LOSSES, sizeof *part_loss);
     for (int l = 0; l < LOSSES; l++) loss[l] = 0;
-    for (size_t k = 0; k < parts; k++)
-        for (int l = 0; l < LOSSES; l++) loss[l] += part_loss[k * LOSSES + l];
+    for (size_t k = 0; k < parts * LOSSES; k++) loss[k % LOSSES] += part_loss[k];
     free(part_loss);
 }
 
@@ -3236,11 +3218,11 @@ static Config start_config(const char *init) {
 
 // Columns of the log, a row a step.
 enum { LOG_LR = LOSSES, LOG_NORM, LOG_RATE, LOG_COLUMNS };
-// Columns of fine-tuning's history, a row an epoch: which seed, counted from the first; the epoch,
-// its mean loss, selection_metric(), the best epoch so far, and what calibration() says of the
-// validation set. A seed's last row has its metrics.
-enum { EPOCH_SEED, EPOCH_NUMBER, EPOCH_LOSS, EPOCH_VALID, EPOCH_BEST, EPOCH_SCALE, EPOCH_TEST,
-       EPOCH_COLUMNS = EPOCH_TEST + METRICS };
+// Fine-tuning's history has a row an epoch: which seed, counted from the first; the epoch, its mean
+// loss, selection_metric(), the best epoch so far, and what calibration() says of the validation
+// set. A seed's last row has its metrics.
+typedef struct { float seed, number, loss, valid, best, scale, test[METRICS]; } Epoch;
+enum { EPOCH_COLUMNS = sizeof(Epoch) / sizeof(float) };
 
 typedef struct {
     Step s;
@@ -3252,7 +3234,7 @@ typedef struct {
     int64_t epoch, done, steps, warmup;  // updates done, and in all
     int64_t nth;                 // fine-tuning: how many seeds are complete
     float *log;                  // (done, LOG_COLUMNS) of this seed
-    float *history;              // (epochs, EPOCH_COLUMNS) of all seeds
+    Epoch *history;              // (epochs) of all seeds
     float *best;                 // fine-tuning: parameters of this seed's best epoch
     int64_t epochs, shown;       // rows of history; rows that are in the CSV
     char *state_path, *log_path;
@@ -3342,7 +3324,7 @@ static void mean_losses(double loss[LOSSES], Run *run, const Dataset *data) {
     size_t batches = data->count / part_size((size_t)opt.batch) + 1;
     double *sums = xmalloc(batches, 2 * LOSSES * sizeof *sums), all[2 * LOSSES] = {0};
     visit_batches(run, data, SIZE_MAX, &opt.blend, 0, 1, visit_losses, sums);
-    ranks_sum(sums, batches * 2 * LOSSES);
+    ranks_sum(sums, batches * 2 * LOSSES, sizeof *sums);
     for (size_t k = 0; k < batches * 2 * LOSSES; k++) all[k % (2 * LOSSES)] += sums[k];
     loss_means(loss, all, all + LOSSES, &opt.weights);
     free(sums);
@@ -3369,8 +3351,8 @@ static void chance_losses(double chance[LOSSES], Run *run, const Dataset *data) 
     double sum[LOSSES] = {0, 1, 0, 0, 1}, count[LOSSES] = {0, 1, 0, 0, 1};
     visit_batches(run, &run->train, 4096, NULL, USE_SPD, 0, visit_classes, known);
     visit_batches(run, data, 4096, NULL, USE_SPD, 0, visit_classes, seen);
-    ranks_sum(known, SPD_CLASSES + EDGE_OUTPUTS);
-    ranks_sum(seen, SPD_CLASSES + EDGE_OUTPUTS);
+    ranks_sum(known, SPD_CLASSES + EDGE_OUTPUTS, sizeof *known);
+    ranks_sum(seen, SPD_CLASSES + EDGE_OUTPUTS, sizeof *seen);
     for (int group = 0; group <= PATH_BONDS; group++) {  // 0: SPD, then a slot each
         int first = group ? SPD_CLASSES + (group - 1) * EDGE_CLASSES : 0;
         int end = SPD_CLASSES + group * EDGE_CLASSES, loss = group ? LOSS_EDGE : LOSS_SPD;
@@ -3399,7 +3381,7 @@ static float *predict_all(float **labels, Run *run, const Dataset *data) {
     size_t Y = (size_t)run->s.model.config.tasks;
     float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
     visit_batches(run, data, SIZE_MAX, NULL, run->task.use, 1, visit_predictions, out);
-    ranks_sum_floats(out, data->count * Y);
+    ranks_sum(out, data->count * Y, sizeof *out);
     Molecule m = {0};
     Y = (size_t)data->n_tasks;
     *labels = xmalloc(mul_size(data->count, Y), sizeof **labels);
@@ -3482,11 +3464,10 @@ static const char *selection_name(const Run *run) {
 static int is_better(float a, float b) { return a > b || isnan(b); }
 
 // The row of the best epoch of the seed at hand; NULL before its first.
-static const float *best_epoch(const Run *run) {
-    if (run->epochs == 0) return NULL;
-    const float *last = run->history + (run->epochs - 1) * EPOCH_COLUMNS;
-    if ((int64_t)last[EPOCH_SEED] != run->nth) return NULL;
-    return last - (int64_t)(last[EPOCH_NUMBER] - last[EPOCH_BEST]) * EPOCH_COLUMNS;
+static const Epoch *best_epoch(const Run *run) {
+    const Epoch *last = run->epochs ? run->history + run->epochs - 1 : NULL;
+    if (!last || (int64_t)last->seed != run->nth) return NULL;
+    return last - (int64_t)(last->number - last->best);
 }
 
 // ---- saving and resuming
@@ -3503,36 +3484,28 @@ static char *run_meta(const Run *run, int of_state) {
     const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
                                 (long long)run->train.count, dataset_fingerprint(&run->train),
                                 run->s.task ? dataset_fingerprint(&run->valid) : 0, run->nth};
+    char *options = options_text(of_state);
     text_add(&t, "{");
     text_add_meta(&t, "format", "pt");
-    for (size_t k = 0; k < sizeof keys / sizeof keys[0]; k++) {
-        char number[32];
-        snprintf(number, sizeof number, "%lld", values[k]);
-        text_add_meta(&t, keys[k], number);
-    }
-    char *options = options_text(of_state);
-    text_add_meta(&t, "run", options);
-    free(options);
+    for (int k = 0; k < 10; k++) text_add_meta(&t, keys[k], "%lld", values[k]);
+    text_add_meta(&t, "run", "%s", options);
     for (int y = 0; run->s.task && y < c.tasks; y++) {
         text_add(&names, "%s%s", y ? "\n" : "", run->train.task_names[y]);
         text_add(&mean, "%s%.9g", y ? " " : "", (double)run->task.mean[y]);
         text_add(&std, "%s%.9g", y ? " " : "", (double)run->task.std[y]);
     }
     if (run->s.task) {
-        text_add_meta(&t, "task", KIND_NAMES[run->task.kind]);
-        text_add_meta(&t, "readout", READOUT_NAMES[run->task.readout]);
-        text_add_meta(&t, "modality", opt.modality);
-        text_add_meta(&t, "task_names", names.text);
-        text_add_meta(&t, "label_mean", mean.text);
-        text_add_meta(&t, "label_std", std.text);
-        if (best_epoch(run)) {
-            char scale[32];
-            snprintf(scale, sizeof scale, "%.9g", (double)best_epoch(run)[EPOCH_SCALE]);
-            text_add_meta(&t, "logit_scale", scale);
-        }
+        text_add_meta(&t, "task", "%s", KIND_NAMES[run->task.kind]);
+        text_add_meta(&t, "readout", "%s", READOUT_NAMES[run->task.readout]);
+        text_add_meta(&t, "modality", "%s", opt.modality);
+        text_add_meta(&t, "task_names", "%s", names.text);
+        text_add_meta(&t, "label_mean", "%s", mean.text);
+        text_add_meta(&t, "label_std", "%s", std.text);
+        if (best_epoch(run))
+            text_add_meta(&t, "logit_scale", "%.9g", (double)best_epoch(run)->scale);
     }
     text_add(&t, "}");
-    FREE_ALL(names.text, mean.text, std.text);
+    FREE_ALL(options, names.text, mean.text, std.text);
     return t.text;
 }
 
@@ -3543,22 +3516,20 @@ static void log_write(Run *run) {
     if (!run->csv) {
         run->csv = fopen(run->log_path, "w");
         CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
-        fprintf(run->csv, "%s", run->s.task ? "seed,epoch,loss,valid,best_epoch" : "step");
-        for (int k = 0; k < LOSSES && !run->s.task; k++)
-            fprintf(run->csv, ",%s", LOSS_NAMES[k]);
-        fprintf(run->csv, run->s.task ? "\n" : ",lr,gradient_norm,molecules_per_second\n");
+        fputs(run->s.task ? "seed,epoch,loss,valid,best_epoch\n" :
+              "step,total,denoise,spd,edge,3d,lr,gradient_norm,molecules_per_second\n", run->csv);
     }
     for (; run->shown < end; run->shown++) {
-        const float *row = run->s.task ? run->history + run->shown * EPOCH_COLUMNS
-                                           : run->log + run->shown * LOG_COLUMNS;
         if (run->s.task) {
-            fprintf(run->csv, "%lld,%.0f,%.6g,%.6g,%.0f\n", (long long)opt.seed +
-                    (long long)row[EPOCH_SEED], (double)row[EPOCH_NUMBER], (double)row[EPOCH_LOSS],
-                    shown_metric(run, row[EPOCH_VALID]), (double)row[EPOCH_BEST]);
+            const Epoch *row = run->history + run->shown;
+            fprintf(run->csv, "%lld,%.0f,%.6g,%.6g,%.0f\n",
+                    (long long)opt.seed + (long long)row->seed, (double)row->number,
+                    (double)row->loss, shown_metric(run, row->valid), (double)row->best);
             continue;
         }
         fprintf(run->csv, "%lld", (long long)run->shown + 1);
-        for (int k = 0; k < LOG_COLUMNS; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
+        for (int k = 0; k < LOG_COLUMNS; k++)
+            fprintf(run->csv, ",%.6g", (double)run->log[run->shown * LOG_COLUMNS + k]);
         fprintf(run->csv, "\n");
     }
     CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
@@ -3586,15 +3557,14 @@ static void run_arenas(float *arenas[ARENAS], const Run *run) {
 static void run_save(Run *run) {
     const TensorOut tables[] = {
         {"log", (size_t)run->done, LOG_COLUMNS, run->log},
-        {"history", (size_t)run->epochs, EPOCH_COLUMNS, run->history}};
+        {"history", (size_t)run->epochs, EPOCH_COLUMNS, (const float *)run->history}};
     size_t n_tables = (run->done > 0) + (run->epochs > 0);
     float *arenas[ARENAS], *const output[ARENAS] = {run->best ? run->best : run->s.model.params};
     char *meta = run_meta(run, 1), *short_meta = run_meta(run, 0);
-    const float *best = best_epoch(run);
+    const Epoch *best = best_epoch(run);
     int better = best != NULL;
-    for (const float *row = run->history; better && row[EPOCH_SEED] < best[EPOCH_SEED];
-         row += EPOCH_COLUMNS)
-        better = is_better(best[EPOCH_VALID], row[EPOCH_VALID]);
+    for (const Epoch *row = run->history; better && row->seed < best->seed; row++)
+        better = is_better(best->valid, row->valid);
     run_arenas(arenas, run);
     if (my_rank == 0) model_write(run->state_path, &run->s.model, arenas, tables, n_tables, meta);
     if (my_rank == 0 && (!run->s.task || better))
@@ -3629,7 +3599,8 @@ static void run_load(Run *run) {
     run->nth = meta_whole(f, "seeds_done");
     run->done = table_load(run->log, run->steps, LOG_COLUMNS, f, "log");
     if (run->s.task)
-        run->epochs = table_load(run->history, opt.epochs * opt.seeds, EPOCH_COLUMNS, f, "history");
+        run->epochs = table_load((float *)run->history, opt.epochs * opt.seeds, EPOCH_COLUMNS, f,
+                                 "history");
     CHECK(run->done == meta_whole(f, "step"), "%s: damaged state: the log does not fit the step",
           f->path);
     run_arenas(arenas, run);
@@ -3800,17 +3771,13 @@ static void finetune_after_step(Run *run, int terminal) {
     int64_t n = (int64_t)run->train.count, epoch = run->done * opt.batch / n;
     if (epoch == (run->done - 1) * opt.batch / n) return;
     double mean[LOG_COLUMNS];
-    const float *best = best_epoch(run);
+    const Epoch *best = best_epoch(run);
     float scale, valid = selection_metric(&scale, run, &run->valid);
     log_mean(mean, run, (epoch - 1) * n / opt.batch, run->done);
-    int better = !best || is_better(valid, best[EPOCH_VALID]);
-    float *row = run->history + run->epochs++ * EPOCH_COLUMNS;
-    row[EPOCH_SEED] = (float)run->nth;
-    row[EPOCH_NUMBER] = (float)epoch;
-    row[EPOCH_LOSS] = (float)mean[LOSS_TOTAL];
-    row[EPOCH_VALID] = valid;
-    row[EPOCH_SCALE] = scale;
-    row[EPOCH_BEST] = better ? (float)epoch : best[EPOCH_BEST];
+    int better = !best || is_better(valid, best->valid);
+    run->history[run->epochs++] =
+        (Epoch){(float)run->nth, (float)epoch, (float)mean[LOSS_TOTAL], valid,
+                better ? (float)epoch : best->best, scale, {0}};
     if (better) memcpy(run->best, run->s.model.params, sizeof(float) * run->s.model.count);
     if (terminal) fprintf(stderr, "\r\033[K");
     printf("%6llu %6lld %9.4f %10.4f%s\n", (unsigned long long)run_seed(run), (long long)epoch,
@@ -3820,16 +3787,14 @@ static void finetune_after_step(Run *run, int terminal) {
 
 // Have enough epochs passed without gain?
 static int is_enough(const Run *run) {
-    const float *best = best_epoch(run);
-    if (!best || opt.patience <= 0) return 0;
-    const float *last = run->history + (run->epochs - 1) * EPOCH_COLUMNS;
-    return (int64_t)(last[EPOCH_NUMBER] - best[EPOCH_NUMBER]) >= opt.patience;
+    const Epoch *best = best_epoch(run);
+    return best && opt.patience && run->history + run->epochs - 1 - best >= opt.patience;
 }
 
 // Has a signal asked a rank to stop?
 static int is_stopped(void) {
     double signals = mb_signal != 0;
-    ranks_sum(&signals, 1);
+    ranks_sum(&signals, 1, sizeof signals);
     return signals > 0;
 }
 
@@ -4005,7 +3970,7 @@ static int finetune_open(Run *run, const char *train_path) {
     c.tasks = run->train.n_tasks;
     model_create(&run->s.model, c, 1);
     run->history = xmalloc(mul_size((size_t)opt.epochs, (size_t)opt.seeds),
-                           EPOCH_COLUMNS * sizeof *run->history);
+                           sizeof *run->history);
     run->s.logits[LOSS_TOTAL] = xmalloc(2 * mul_size((size_t)opt.batch, Y), sizeof(float));
     run->best = xmalloc(run->s.model.count, sizeof *run->best);
     run_prepare(run);
@@ -4056,29 +4021,28 @@ static void finetune_report(double mean[METRICS], double chance[METRICS], Run *r
     FREE_ALL(constant, out, labels);
 }
 
-// The i-th row of the history if it is the last of its seed, else NULL.
-static float *seed_end(const Run *run, int64_t i) {
-    float *row = run->history + i * EPOCH_COLUMNS;
-    int ends = i + 1 == run->epochs || row[EPOCH_COLUMNS + EPOCH_SEED] > row[EPOCH_SEED];
-    return ends ? row : NULL;
-}
-
-// The result of a seed, from its last row.
-static void print_seed(const Run *run, const float *row) {
-    const float *best = row - (int64_t)(row[EPOCH_NUMBER] - row[EPOCH_BEST]) * EPOCH_COLUMNS;
+// The result of a seed, from its last row; adds its metrics and their squares to the sums.
+static void seed_end(const Run *run, const Epoch *row, double sum[METRICS],
+                     double square[METRICS]) {
+    const Epoch *best = row - (int64_t)(row->number - row->best);
     double metric[METRICS];
-    for (int k = 0; k < METRICS; k++) metric[k] = (double)row[EPOCH_TEST + k];
+    for (int k = 0; k < METRICS; k++) {
+        metric[k] = (double)row->test[k];
+        sum[k] += metric[k];
+        square[k] += metric[k] * metric[k];
+    }
     printf("seed %lld: best epoch %.0f, valid %.4f%s; %s",
-           (long long)opt.seed + (long long)row[EPOCH_SEED], (double)row[EPOCH_BEST],
-           shown_metric(run, best[EPOCH_VALID]),
+           (long long)opt.seed + (long long)row->seed, (double)row->best,
+           shown_metric(run, best->valid),
            run->task.kind == TASK_REGRESSION && run->train.n_tasks > 1 ? " deviations" : "",
            run->test.data ? "test" : "valid");
     print_metrics(stdout, metric);
     fflush(stdout);
 }
 
-// Trains one seed, or what is left of it; its metrics go to its last row of the history.
-static void finetune_seed(Run *run, double chance[METRICS], int resumed) {
+// Trains one seed, or what is left of it; its metrics go to its last row of the history, which it
+// returns.
+static const Epoch *finetune_seed(Run *run, double chance[METRICS], int resumed) {
     Model *model = &run->s.model;
     double mean[METRICS];
     if (!resumed) {
@@ -4091,12 +4055,12 @@ static void finetune_seed(Run *run, double chance[METRICS], int resumed) {
     }
     run_train(run);
     memcpy(model->params, run->best, sizeof(float) * model->count);
-    run->scale = best_epoch(run)[EPOCH_SCALE];
+    run->scale = best_epoch(run)->scale;
     finetune_report(mean, chance, run);
     run->scale = 1;
-    float *row = seed_end(run, run->epochs - 1);
-    for (int k = 0; k < METRICS; k++) row[EPOCH_TEST + k] = (float)mean[k];
-    print_seed(run, row);
+    Epoch *last = run->history + run->epochs - 1;
+    for (int k = 0; k < METRICS; k++) last->test[k] = (float)mean[k];
+    return last;
 }
 
 static void command_finetune(const char *train_path) {
@@ -4105,16 +4069,12 @@ static void command_finetune(const char *train_path) {
     int resumed = finetune_open(&run, train_path);
     const char *part = run.test.data ? "test" : "valid";
     printf("  seed  epoch      loss      valid (%s)\n", selection_name(&run));
-    for (int64_t i = 0; i < run.epochs; i++)
-        if (seed_end(&run, i) && (int64_t)seed_end(&run, i)[EPOCH_SEED] < run.nth)
-            print_seed(&run, seed_end(&run, i));
-    for (; run.nth < opt.seeds; run.nth++, resumed = 0) finetune_seed(&run, chance, resumed);
-    for (int64_t i = 0; i < run.epochs; i++)
-        for (int k = 0; k < METRICS && seed_end(&run, i); k++) {
-            double metric = (double)seed_end(&run, i)[EPOCH_TEST + k];
-            sum[k] += metric;
-            square[k] += metric * metric;
-        }
+    for (const Epoch *row = run.history; row < run.history + run.epochs; row++) {
+        int last = row + 1 == run.history + run.epochs || row[1].seed > row->seed;
+        if (last && (int64_t)row->seed < run.nth) seed_end(&run, row, sum, square);
+    }
+    for (; run.nth < opt.seeds; run.nth++, resumed = 0)
+        seed_end(&run, finetune_seed(&run, chance, resumed), sum, square);
     for (int k = 0; k < METRICS && opt.seeds > 1; k++) {
         double m = sum[k] / n, variance = (square[k] - n * m * m) / (n - 1);
         if (!isnan(m)) printf("%s %s: %.4f +- %.4f over %lld seeds\n", part, METRIC_NAMES[k], m,

@@ -1600,18 +1600,20 @@ static inline const char *tensor_meta(const TensorFile *f, const char *key) {
 
 // ---- writing
 
-// "key": "value", with what JSON needs escaped.
-static inline void text_add_meta(Text *t, const char *key, const char *value) {
+// "key": "value", a printf text, with what JSON needs escaped.
+MB_PRINTF(3, 4) static inline void text_add_meta(Text *t, const char *key, const char *fmt, ...) {
+    Text value = {0};
+    va_list args;
+    va_start(args, fmt);
+    text_add_list(&value, fmt, args);
+    va_end(args);
     text_add(t, "%s\"%s\":\"", t->text[t->length - 1] == '{' ? "" : ",", key);
-    for (; *value; value++) {
-        if (*value == '"' || *value == '\\')
-            text_add(t, "\\%c", *value);
-        else if ((unsigned char)*value < 32)
-            text_add(t, "\\u%04x", (unsigned)*value);
-        else
-            text_add(t, "%c", *value);
+    for (const char *c = value.text; *c; c++) {
+        if ((unsigned char)*c < 32) text_add(t, "\\u%04x", (unsigned)*c);
+        else text_add(t, "%s%c", *c == '"' || *c == '\\' ? "\\" : "", *c);
     }
     text_add(t, "\"");
+    free(value.text);
 }
 
 // Writes numbers; returns `crc` continued over their bytes.
