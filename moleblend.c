@@ -2677,8 +2677,6 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
     char *what = xprintf("a batch of %zu molecules with %zu atoms", room.B, room.A);
     memory_check(sizeof(float) * count, what, hint);
     free(what);
-    acts->memory = floats_alloc((size_t)count, hint);
-    acts->row_loss = xmalloc(room.A, sizeof *acts->row_loss);
     size_t width = (size_t)padded((int)room.N + 1), D = (size_t)padded(c.dim / c.heads);
     size_t attention = 4 * width * width + 6 * width * D;
     size_t pair_rows = width * 256 + (size_t)PAIR_WIDTH * 512;
@@ -2686,45 +2684,42 @@ static void acts_alloc(Acts *acts, Config c, Sizes room) {
     w->threads = thread_count();
     w->thread_size = max_size(attention, pair_rows) + (size_t)c.ffn + (size_t)c.kernels + 64;
     w->thread_size = (w->thread_size + 15) / 16 * 16;
-    w->thread = floats_alloc(mul_size((size_t)w->threads, w->thread_size), hint);
-    w->packed_a = floats_alloc((size_t)w->threads * MC * KC, hint);
-    w->packed_b = floats_alloc((size_t)widest_product(c) * KC, hint);
-    acts->memory_bytes = sizeof(float) * (count + (size_t)w->threads * (w->thread_size + MC * KC) +
-                                          (size_t)widest_product(c) * KC);
+    size_t threads = mul_size((size_t)w->threads, w->thread_size + MC * KC);
+    size_t all = (size_t)count + threads + (size_t)widest_product(c) * KC;
+    acts->memory = floats_alloc(all, hint);
+    acts->memory_bytes = sizeof(float) * all;
+    acts->row_loss = xmalloc(room.A, sizeof *acts->row_loss);
+    w->packed_a = acts->memory + count;
+    w->thread = w->packed_a + (size_t)w->threads * MC * KC;
+    w->packed_b = w->packed_a + threads;
 }
 
 static void acts_free(Acts *acts) {
-    Work *w = &acts->work;
-    FREE_ALL(acts->memory, acts->row_loss, w->thread, w->packed_a, w->packed_b);
+    FREE_ALL(acts->memory, acts->row_loss);
     *acts = (Acts){0};
 }
 
 // ---- parameters
 
 struct TensorInfo {
-    const char *pattern;  // official name, %d standing for the layer
-    int layer;
+    char name[128];       // official
     size_t rows, columns; // rows = 0: a vector
     InitRule rule;
     size_t offset, count; // floats, in the arena
     size_t field;         // byte offset in Tensors
 };
 
-// The official name of a tensor in a checkpoint, in static-size `name`.
-static const char *tensor_name(const TensorInfo *t, char name[128]) {
-    const char *mark = strchr(t->pattern, '%');
-    if (mark)
-        snprintf(name, 128, "%.*s%d%s", (int)(mark - t->pattern), t->pattern, t->layer, mark + 2);
-    else
-        snprintf(name, 128, "%s", t->pattern);
-    return name;
-}
-
-// Numbers of a tensor behind `offset` others; dies if there are no addresses for them.
-static size_t tensor_count(size_t rows, size_t columns, size_t offset) {
-    CHECK((double)rows * (double)columns <= SIZE_MAX / 16 - offset,
+// Row n of the table, of a tensor behind `offset` other numbers: info[n], unless info is NULL. The
+// %d of the pattern, if it has one, stands for the layer. Returns the tensor's count; dies if there
+// are no addresses for it.
+static size_t tensor_row(TensorInfo *info, int n, const char *pattern, size_t layer, size_t rows,
+                         size_t columns, InitRule rule, size_t offset, size_t field) {
+    size_t count = max_size(rows, 1) * columns;
+    CHECK((double)max_size(rows, 1) * (double)columns <= SIZE_MAX / 16 - offset,
           "this model needs more memory than has addresses; try a smaller one (--size)");
-    return rows * columns;
+    if (info) info[n] = (TensorInfo){"", rows, columns, rule, offset, count, field};
+    if (info) snprintf(info[n].name, sizeof info->name, pattern, (int)layer);
+    return count;
 }
 
 // Fills info (NULL: only counts) with the tensors of a model; returns how many there are.
@@ -2733,23 +2728,16 @@ static int tensor_table(Config c, TensorInfo *info) {
     const size_t G = (size_t)c.kernels, Y = (size_t)c.tasks, R = PAIR_WIDTH;
     size_t offset = 0, layer = offsetof(Tensors, layer), l = 0;
     int n = 0;
-#define ROW(name, rows, columns, rule, field)                                                      \
-    {                                                                                              \
-        size_t count = tensor_count(max_size((size_t)(rows), 1), (size_t)(columns), offset);       \
-        if (info)                                                                                  \
-            info[n] = (TensorInfo){name, (int)l, rows, columns, rule, offset, count, field};       \
-        offset += count;                                                                           \
-        n++;                                                                                       \
-    }
-#define X(field, name, rows, columns, rule) ROW(name, rows, columns, rule, offsetof(Tensors, field))
+#define X(field, name, rows, columns, rule)                                                        \
+    offset += tensor_row(info, n++, name, l, rows, columns, rule, offset, offsetof(Tensors, field));
 #define OF_LAYER(field, name, rows, columns, rule)                                                 \
-    ROW(name, rows, columns, rule, layer + offsetof(LayerTensors, field))
+    offset += tensor_row(info, n++, name, l, rows, columns, rule, offset,                          \
+                         layer + offsetof(LayerTensors, field));
     ENCODER_TENSORS(X)
     for (l = 0; l < L; l++, layer += sizeof(LayerTensors)) { LAYER_TENSORS(OF_LAYER) }
     if (Y == 0) { PRETRAIN_TENSORS(X) } else { FINETUNE_TENSORS(X) }
 #undef X
 #undef OF_LAYER
-#undef ROW
     return n;
 }
 
@@ -2973,13 +2961,11 @@ static void model_write(const char *path, const Model *model, float *const arena
                         const TensorOut *other, size_t others, const char *meta) {
     size_t n = 0, last;
     TensorOut *out = xmalloc(ARENAS * (size_t)model->n_tensors + others, sizeof *out);
-    char name[128];
     for (int a = 0; a < ARENAS; a++)
         for (int k = 0; k < model->n_tensors && arenas[a]; k++) {
             const TensorInfo *t = &model->info[k];
-            const char *module = strstr(t->pattern, "proj_out.") ? "" : "molecule_encoder.";
-            out[n++] = (TensorOut){xprintf("%sencoder.%s%s", ARENA_PREFIXES[a], module,
-                                           tensor_name(t, name)),
+            const char *module = strstr(t->name, "proj_out.") ? "" : "molecule_encoder.";
+            out[n++] = (TensorOut){xprintf("%sencoder.%s%s", ARENA_PREFIXES[a], module, t->name),
                                    t->rows, t->columns, arenas[a] + t->offset};
         }
     last = n;
@@ -3036,8 +3022,8 @@ static Config tensor_file_config(const TensorFile *f) {
 // has none of that name. Dies if it has another shape or no floating-point numbers.
 static const TensorEntry *tensor_load(float *arena, const TensorInfo *info, const TensorFile *f,
                                       const char *prefix) {
-    char name[128];
-    const TensorEntry *t = tensor_find_official(f, prefix, tensor_name(info, name));
+    const char *name = info->name;
+    const TensorEntry *t = tensor_find_official(f, prefix, name);
     if (!t) return NULL;
     CHECK(strchr(t->dtype, 'F'), "%s: tensor %s: expected type F32, F16, BF16 or F64, found %s",
           f->path, name, t->dtype);
@@ -3055,10 +3041,9 @@ static const TensorEntry *tensor_load(float *arena, const TensorInfo *info, cons
 
 // Copies all tensors of a model from a file; dies if one is missing.
 static void model_load(const Model *model, float *arena, const TensorFile *f, const char *prefix) {
-    char name[128];
     for (int i = 0; i < model->n_tensors; i++)
         CHECK(tensor_load(arena, &model->info[i], f, prefix), "%s: tensor %s%s is missing", f->path,
-              prefix, tensor_name(&model->info[i], name));
+              prefix, model->info[i].name);
 }
 
 // Metadata of a file that must be `kind`, or the end of the program.
@@ -3100,19 +3085,18 @@ static int is_head(const char *name) {
 // one of another shape ends the program.
 static void transfer_load(const Model *model, const char *path, int quiet) {
     TensorFile f;
-    char name[128];
     int loaded = 0, missing = 0;
     tensor_file_open(&f, path);
     char *used = xmalloc((size_t)f.count, 1);
     for (int i = 0; i < model->n_tensors; i++) {
-        if (is_head(model->info[i].pattern)) continue;
+        if (is_head(model->info[i].name)) continue;
         const TensorEntry *entry = tensor_load(model->params, &model->info[i], &f, "");
         if (entry) used[entry - f.entries] = 1;
         loaded += entry != NULL;
         missing += entry == NULL;
         if (!entry && !quiet)
             fprintf(stderr, "%s: tensor %s is missing; it keeps its initial values\n", path,
-                    tensor_name(&model->info[i], name));
+                    model->info[i].name);
     }
     CHECK(loaded > 0, "%s: no tensor of the encoder is there", path);
     for (int k = 0; k < f.count && !quiet; k++)
@@ -3414,14 +3398,14 @@ static void note_constant(const Run *run, const float *out, size_t n, char *cons
 // end of the table to its start.
 static void check_finite(Run *run, double value) {
     const Model *model = &run->s.model;
-    char name[128], gradient[256] = "the loss itself";
+    char gradient[256] = "the loss itself";
     Bad bad = {0};
     if (isfinite(value)) return;
     acts_place(&run->s.acts, run->s.acts.memory, model->config, batch_sizes(&run->s.batch), &bad);
     for (int i = 0; i < model->n_tensors && !bad.name[0]; i++) {
         const TensorInfo *t = &model->info[i];
         if (first_bad(model->grads + t->offset, t->count) < t->count)
-            snprintf(gradient, sizeof gradient, "the gradient of %s", tensor_name(t, name));
+            snprintf(gradient, sizeof gradient, "the gradient of %s", t->name);
     }
     DIE("step %lld: the loss is no longer a number. In the order of computation the first to be "
         "none: %s. What was saved before is kept. Try a lower --lr", (long long)run->done + 1,
@@ -3626,13 +3610,11 @@ static void check_positions(const Dataset *data, int use) {
 
 // Opens the state of the run to be resumed, if there is one, and takes its options.
 static void run_open_state(Run *run) {
-    FILE *there = fopen(run->state_path, "rb");
-    if (!there) {
+    if (access(run->state_path, F_OK) != 0) {
         fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
                 run->state_path);
         return;
     }
-    fclose(there);
     tensor_file_open(&run->file, run->state_path);
     options_from_state(required_meta(&run->file, "run", "the state of a run"), run->state_path);
     int64_t print = meta_whole(&run->file, "fingerprint");
@@ -4623,14 +4605,17 @@ static char *options_text(int of_state) {
     return options_describe(OPTIONS, N_OPTIONS, of_state ? SHAPES | FILES : SHAPES);
 }
 
+// Does the value of an option stand from `first` to `last`?
+static int is_between(const Option *o, const void *first, const void *last) {
+    const char *value = o->value;
+    return value >= (const char *)first && value <= (const char *)last;
+}
+
 // Takes a saved run's options where the command line is silent; --size speaks for five of them.
 static void options_from_state(const char *text, const char *path) {
     if (opt.size) start_config(NULL);
     for (int k = 0; k < N_OPTIONS && opt.size; k++)
-        if (OPTIONS[k].value == &opt.layers || OPTIONS[k].value == &opt.dim ||
-            OPTIONS[k].value == &opt.ffn || OPTIONS[k].value == &opt.heads ||
-            OPTIONS[k].value == &opt.kernels)
-            option_given[k] = 1;
+        option_given[k] |= is_between(&OPTIONS[k], &opt.layers, &opt.kernels);
     opt.size = NULL;
     options_resume(OPTIONS, N_OPTIONS, GROWS, option_given, text, path);
 }
@@ -4674,22 +4659,16 @@ static void note_parts(const char *names, const double *part, int n) {
         fprintf(stderr, "note    %s sum to %g and are taken as parts of that\n", names, sum);
 }
 
-// Has an option been given whose value stands from `first` to `last`?
-static int was_given(const void *first, const void *last) {
-    for (int k = 0; k < N_OPTIONS; k++)
-        if (option_given[k] && (const char *)OPTIONS[k].value >= (const char *)first &&
-            (const char *)OPTIONS[k].value <= (const char *)last) return 1;
-    return 0;
-}
-
 // What the ranges of single options cannot say.
 static void check_options(void) {
     CHECK(opt.blend.pair_spd + opt.blend.pair_edge > 0 && opt.blend.pair_3d >= 0,
           "--pair-spd, --pair-edge: expected one of them above 0 (molecules without 3D need it)");
     CHECK(opt.blend.atom_2d + opt.blend.atom_3d > 0, "--atom-2d, --atom-3d: expected one above 0");
     CHECK(opt.steps <= UINT32_MAX - 1, "--steps: too many");
-    CHECK(!opt.blend.all || !was_given(&opt.blend.pair_spd, &opt.blend.atom_3d),
-          "--no-blend shows everything of every pair; expected no --pair-* or --atom-* beside it");
+    for (int k = 0; k < N_OPTIONS && opt.blend.all; k++)
+        CHECK(!option_given[k] || !is_between(&OPTIONS[k], &opt.blend.pair_spd, &opt.blend.atom_3d),
+              "--no-blend shows everything of every pair; expected no --pair-* or --atom-* beside "
+              "it");
     note_parts("--pair-spd, --pair-edge and --pair-3d", &opt.blend.pair_spd, 3);
     note_parts("--atom-2d and --atom-3d", &opt.blend.atom_2d, 2);
 }
@@ -4701,9 +4680,8 @@ static const Command *command_find(const char *word) {
         if (strcmp(word, c->name) == 0) return c;
         if (edit_distance(word, c->name) <= 2) nearest = c;
     }
-    FILE *there = nearest ? fopen(word, "rb") : NULL;
-    CHECK(there || !nearest, "unknown command %s; did you mean %s?", word, nearest->name);
-    if (there) fclose(there);
+    CHECK(!nearest || access(word, F_OK) == 0, "unknown command %s; did you mean %s?", word,
+          nearest->name);
     return NULL;
 }
 

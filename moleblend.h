@@ -257,6 +257,8 @@ static inline FILE *out_lock(const char *tmp) {
         close(fd);
     }
 }
+#else
+static inline FILE *out_lock(const char *tmp) { return fopen(tmp, "wb"); }
 #endif
 
 // Opens PATH.tmp for writing, or for "-" a file without name that out_commit() copies to stdout.
@@ -270,11 +272,7 @@ static inline void out_open(OutFile *out, const char *path) {
           "%s: cannot write: expected a regular file", path);
     out->path = xprintf("%s", path);
     out->tmp = is_stdout ? xprintf("standard output") : xprintf("%s.tmp", path);
-#if MB_POSIX
     out->file = is_stdout ? tmpfile() : out_lock(out->tmp);
-#else
-    out->file = is_stdout ? tmpfile() : fopen(out->tmp, "wb");
-#endif
     CHECK(out->file, "%s: cannot write: %s", out->tmp, strerror(errno));
     setvbuf(out->file, NULL, _IOFBF, 1 << 16);
     out->next = mb_unfinished;

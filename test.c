@@ -184,8 +184,7 @@ static uint64_t formula_hash(const char *name, size_t e) {
 static void formula_params(const Model *model) {
     for (int i = 0; i < model->n_tensors; i++) {
         const TensorInfo *t = &model->info[i];
-        char name[128];
-        tensor_name(t, name);
+        const char *name = t->name;
         int norm = strstr(name, "layer_norm") || strstr(name, "LayerNorm");
         int bias = strstr(name, ".bias") && !strstr(name, "gbf.bias.weight");
         int table = (strstr(name, "atom_feature.") || strstr(name, "molecule_attn_bias.")) &&
@@ -376,8 +375,7 @@ static void golden_gradients(Report *r, const Golden *g, int print) {
     for (int i = 0; i < g->s.model.n_tensors; i++) {
         const TensorInfo *t = &g->s.model.info[i];
         const float *ours = g->s.model.grads + t->offset;
-        char name[128];
-        tensor_name(t, name);
+        const char *name = t->name;
         const TensorEntry *full = tensor_find_official(&g->file, "grad/", name);
         const TensorEntry *entry =
             full ? full : tensor_find_official(&g->file, "gradsum/", name);
@@ -1461,7 +1459,7 @@ static void test_sensitivity(const char *golden_path) {
     for (int i = 0; i < g.s.model.n_tensors; i++) {
         const TensorInfo *t = &g.s.model.info[i];
         Report r = {0};
-        if (strstr(t->pattern, "k_proj.bias")) continue;
+        if (strstr(t->name, "k_proj.bias")) continue;
         for (size_t k = 0; k < t->count; k++) g.s.model.grads[t->offset + k] *= 1.01f;
             golden_gradients(&r, &g, 0);
         for (size_t k = 0; k < t->count; k++) g.s.model.grads[t->offset + k] /= 1.01f;
@@ -1578,8 +1576,7 @@ static void test_checkpoint(void) {
     TensorOut *out = xmalloc((size_t)model.n_tensors, sizeof *out);
     for (int i = 0; i < model.n_tensors; i++) {
         const TensorInfo *t = &model.info[i];
-        char name[128];
-        out[i] = (TensorOut){xprintf("module.%s", tensor_name(t, name)), t->rows, t->columns,
+        out[i] = (TensorOut){xprintf("module.%s", t->name), t->rows, t->columns,
                              model.params + t->offset};
     }
     tensor_file_close(&f);
