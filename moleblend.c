@@ -4212,8 +4212,7 @@ static void command_predict(const char *path, const char *const *models, int n_m
     out_commit(&file);
     predict_metrics(&all, data.count);
     for (int y = 0; y < all.tasks; y++) free(all.names[y]);
-    void *const memory[] = {all.names, all.column, all.sum, all.mean};
-    for (size_t k = 0; k < sizeof memory / sizeof memory[0]; k++) free(memory[k]);
+    FREE_ALL(all.names, all.column, all.sum, all.mean);
     molecule_free(&m);
     dataset_close(&data);
 }

@@ -491,8 +491,8 @@ static inline double group_limit(const char *root, const char *file, const char 
             *end = 0;
             double limit = 0;
             for (int k = 0; k < 1 + (!second && strstr(old, "quota")); k++) {
-                path = xprintf("%s/sys/fs/cgroup/%s%s/%s", root, second ? "" : controller, group + 1,
-                               second ? file : k ? "cpu.cfs_period_us" : old);
+                path = xprintf("%s/sys/fs/cgroup/%s%s/%s", root, second ? "" : controller,
+                               group + 1, second ? file : k ? "cpu.cfs_period_us" : old);
                 FILE *f = fopen(path, "r");
                 int read = f ? fscanf(f, "%lf %lf", &number[0], &number[1]) : 0;
                 if (read > 0) limit = k ? limit / number[0] : number[0];
