@@ -3111,8 +3111,8 @@ static void transfer_load(const Model *model, const char *path, int quiet) {
 }
 
 // =================================================================================================
-// 13 Runs: one loop trains, for pretraining and fine-tuning; one loop goes through a dataset, for
-//   evaluation, predictions and embeddings
+// 13 Options, and runs: one loop trains, for pretraining and fine-tuning; one loop goes through a
+//   dataset, for evaluation, predictions and embeddings
 // =================================================================================================
 
 #ifndef MOLEBLEND_TEST
@@ -3150,6 +3150,107 @@ static Options opt = {
     .adam = {3e-4, 0.9, 0.98, 1e-8, 0, 5},
     .hold = 0.9,
 };
+
+enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, SHOW = 16, INFO = 32,
+       TRAIN = PRETRAIN | FINETUNE, READ = PREDICT | EMBED,
+       SHAPES = 64,     // an option that shapes a run's trajectory: --resume needs the same
+       GROWS = 128,     // or a larger number
+       FILES = 256 };   // an option that is kept for --resume, but not in a checkpoint
+
+#define HEADING(text, commands) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, commands}
+#define TEXT(name, field, argument, help, commands) \
+    {name, OPT_TEXT, &opt.field, 0, 0, argument, help, commands}
+#define WHOLE(name, field, min, max, help, commands) \
+    {name, OPT_INT, &opt.field, min, max, "N", help, commands}
+#define NUMBER(name, field, min, max, help, commands) \
+    {name, OPT_NUMBER, &opt.field, min, max, "X", help, commands}
+#define FLAG(name, field, help, commands) {name, OPT_FLAG, &opt.field, 0, 0, NULL, help, commands}
+
+static const Option OPTIONS[] = {
+    HEADING("Files", TRAIN | READ | SHOW),
+    TEXT("-o", output, "FILE",
+         "output; predict, embed: - is stdout", TRAIN | READ),
+    TEXT("--valid", valid, "FILE", "validation set (valid.bin beside train.bin)", TRAIN | FILES),
+    TEXT("--test", test, "FILE", "test set (test.bin beside train.bin)", FINETUNE | FILES),
+    TEXT("--init", init, "FILE", "start from this checkpoint", TRAIN | FILES),
+    TEXT("--model", model, "FILE",
+         "checkpoint to use; predict: or several, an ensemble; show: what it says of the pairs",
+         READ | SHOW),
+    TEXT("--svg", svg, "FILE", "the matrices as a picture", SHOW),
+    FLAG("--resume", resume, "continue the run that writes -o, with its options; more --steps, "
+         "--epochs or --seeds may be given", TRAIN),
+    WHOLE("--save-every", save_every, 1, 1e9, "steps between checkpoints", TRAIN),
+    HEADING("Model", TRAIN),
+    TEXT("--size", size, "NAME",
+         "tiny, small, or base, the paper's (default small, or that of --init)", TRAIN),
+    WHOLE("--layers", layers, 1, MAX_LAYERS, "instead of --size's; so the next four",
+          TRAIN | SHAPES),
+    WHOLE("--dim", dim, 1, MAX_DIM, "width of a token", TRAIN | SHAPES),
+    WHOLE("--ffn", ffn, 1, MAX_DIM, "width of the feed-forward layer", TRAIN | SHAPES),
+    WHOLE("--heads", heads, 1, MAX_HEADS, "attention heads, a divisor of --dim", TRAIN | SHAPES),
+    WHOLE("--kernels", kernels, 1, MAX_KERNELS, "Gaussian kernels", TRAIN | SHAPES),
+    HEADING("Training", TRAIN | READ | SHOW),
+    WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAIN | SHAPES | GROWS),
+    WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", FINETUNE | SHAPES | GROWS),
+    WHOLE("--patience", patience, 0, 1e6, "stop after N epochs without gain; 0: never",
+          FINETUNE | SHAPES),
+    WHOLE("--seeds", seeds, 1, 1000,
+          "repeat with N seeds: mean, deviation; each keeps FILE.seedN.safetensors, an ensemble",
+          FINETUNE | SHAPES | GROWS),
+    WHOLE("--batch-size", batch, 1, 1e6,
+          "molecules at a time (default: pretraining 12, else 64; at most all)",
+          TRAIN | READ | SHAPES),
+    WHOLE("--micro-batch", part, 0, 1e6,
+          "molecules at once: less memory; with MPI each rank takes some; 0: the whole batch",
+          TRAIN | SHAPES),
+    NUMBER("--lr", adam.lr, 0, 10, "peak learning rate", TRAIN | SHAPES),
+    WHOLE("--warmup", warmup, -1, 1e9, "steps; -1: 1/12 (finetune: 1/10) of all", TRAIN | SHAPES),
+    NUMBER("--hold", hold, 0, 1, "part of the steps at the peak, before the cosine to 0",
+           TRAIN | SHAPES),
+    WHOLE("--seed", seed, 0, 9e15, "names every random draw", TRAIN | SHOW | SHAPES),
+    WHOLE("--threads", threads, 0, 1024, "0: all we may use; results are the same", TRAIN | READ),
+    NUMBER("--beta1", adam.beta1, 0, 0.999999, "AdamW", TRAIN | SHAPES),
+    NUMBER("--beta2", adam.beta2, 0, 0.999999, "AdamW", TRAIN | SHAPES),
+    NUMBER("--eps", adam.eps, 1e-30, 1, "AdamW", TRAIN | SHAPES),
+    NUMBER("--weight-decay", adam.weight_decay, 0, 10, "AdamW, decoupled", TRAIN | SHAPES),
+    NUMBER("--clip", adam.clip, 0, 1e9, "largest gradient norm; 0: any", TRAIN | SHAPES),
+    NUMBER("--attention-dropout", drop.attention, 0, 0.99, "of probabilities", TRAIN | SHAPES),
+    NUMBER("--activation-dropout", drop.activation, 0, 0.99, "after gelu", TRAIN | SHAPES),
+    NUMBER("--path-dropout", drop.path, 0, 0.99, "of the last layer's branches", TRAIN | SHAPES),
+    NUMBER("--embedding-dropout", drop.embedding, 0, 0.99, "of the tokens", TRAIN | SHAPES),
+    HEADING("Task", FINETUNE | EMBED),
+    TEXT("--task", task, "NAME", "classification or regression (default: by the labels)",
+         FINETUNE | SHAPES),
+    TEXT("--loss-units", loss_units, "NAME",
+         "of regression: deviations (every task counts alike) or labels (as the release)",
+         FINETUNE | SHAPES),
+    TEXT("--readout", readout, "NAME", "mean, sum or cls (default mean; embed: as fine-tuned)",
+         FINETUNE | EMBED | SHAPES),
+    TEXT("--level", level, "NAME", "a vector a molecule, or an atom", EMBED),
+    WHOLE("--layer", layer, -1, MAX_LAYERS, "output of this layer; 0: its input, -1: the last",
+          EMBED),
+    TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",
+         FINETUNE | EMBED | SHAPES),
+    HEADING("Method", PRETRAIN | SHOW),
+    NUMBER("--pair-spd", blend.pair_spd, 0, 1, "how often a pair shows its path length",
+           PRETRAIN | SHOW | SHAPES),
+    NUMBER("--pair-edge", blend.pair_edge, 0, 1, "the bonds of its path", PRETRAIN | SHOW | SHAPES),
+    NUMBER("--pair-3d", blend.pair_3d, 0, 1, "its distance", PRETRAIN | SHOW | SHAPES),
+    NUMBER("--atom-2d", blend.atom_2d, 0, 1, "how often an atom shows its degree",
+           PRETRAIN | SHOW | SHAPES),
+    NUMBER("--atom-3d", blend.atom_3d, 0, 1, "its distances", PRETRAIN | SHOW | SHAPES),
+    FLAG("--no-blend", blend.all, "show everything of every pair", PRETRAIN | SHOW | SHAPES),
+    NUMBER("--noise", blend.noise, 0, 10, "on each coordinate, Angstrom", PRETRAIN | SHAPES),
+    NUMBER("--weight-denoise", weights.weight[LOSS_NOISE], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
+    NUMBER("--weight-spd", weights.weight[LOSS_SPD], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
+    NUMBER("--weight-edge", weights.weight[LOSS_EDGE], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
+    NUMBER("--weight-3d", weights.weight[LOSS_3D], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
+    FLAG("--help", help, "this text; after a command, its own, with its defaults", 0),
+    FLAG("--version", version, "which program this is", 0),
+};
+enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0] };
+
+static char option_given[N_OPTIONS];
 
 static const char *const READOUT_NAMES[] = {"cls", "mean", "sum"};
 static const char *const KIND_NAMES[] = {"classification", "regression"};
@@ -3198,6 +3299,21 @@ static Config start_config(const char *init) {
           "options that say otherwise", init, file.layers, file.dim, file.ffn, file.heads,
           file.kernels);
     return c;
+}
+
+// Does the value of an option stand from `first` to `last`?
+static int is_between(const Option *o, const void *first, const void *last) {
+    const char *value = o->value;
+    return value >= (const char *)first && value <= (const char *)last;
+}
+
+// Takes a saved run's options where the command line is silent; --size speaks for five of them.
+static void options_from_state(const char *text, const char *path) {
+    if (opt.size) start_config(NULL);
+    for (int k = 0; k < N_OPTIONS && opt.size; k++)
+        option_given[k] |= is_between(&OPTIONS[k], &opt.layers, &opt.kernels);
+    opt.size = NULL;
+    options_resume(OPTIONS, N_OPTIONS, GROWS, option_given, text, path);
 }
 
 // Columns of the log, a row a step.
@@ -3456,9 +3572,6 @@ static const Epoch *best_epoch(const Run *run) {
 
 // ---- saving and resuming
 
-static char *options_text(int of_state);  // what shapes a run's trajectory, see section 14
-static void options_from_state(const char *text, const char *path);
-
 // Metadata of a checkpoint: a model's sizes, and where its run is; or a fine-tuned model's task.
 static char *run_meta(const Run *run, int of_state) {
     Text t = {0}, names = {0}, mean = {0}, std = {0};
@@ -3468,7 +3581,7 @@ static char *run_meta(const Run *run, int of_state) {
     const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
                                 (long long)run->train.count, dataset_fingerprint(&run->train),
                                 run->s.task ? dataset_fingerprint(&run->valid) : 0, run->nth};
-    char *options = options_text(of_state);
+    char *options = options_describe(OPTIONS, N_OPTIONS, of_state ? SHAPES | FILES : SHAPES);
     text_add(&t, "{");
     text_add_meta(&t, "format", "pt");
     for (int k = 0; k < 10; k++) text_add_meta(&t, keys[k], "%lld", values[k]);
@@ -3810,7 +3923,7 @@ static void run_train(Run *run) {
 }
 
 // =================================================================================================
-// 14 Commands, options and main
+// 14 Commands and main
 // =================================================================================================
 
 // ---- pretrain: ./moleblend train.bin
@@ -4317,13 +4430,10 @@ static const char *const ELEMENTS =  // three characters each
     "Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th "
     "Pa U  Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og *  ";
 
-// Colour of a relation: in a picture, or on a terminal.
-static const char *use_colour(int use, int picture) {
-    static const char *const fill[] = {"#eeeeee", "#9ecae1", "#a1d99b", "#fdae6b"};
-    static const char *const terminal[] = {"", "\033[34m", "\033[32m", "\033[33m"};
-    int k = use == USE_SPD ? 1 : use == USE_EDGE ? 2 : use == USE_3D ? 3 : 0;
-    return picture ? fill[k] : terminal[k];
-}
+// Colours of what a pair shows, in a picture and on a terminal; the first: nothing or several.
+static const struct { const char *fill, *terminal; } COLOURS[] = {
+    {"#eeeeee", ""}, [USE_SPD] = {"#9ecae1", "\033[34m"}, [USE_EDGE] = {"#a1d99b", "\033[32m"},
+    [USE_3D] = {"#fdae6b", "\033[33m"}};
 
 // What a pair shows: cell (16 bytes) of its SPD, path or distance; "." if it has none.
 static void show_cell(char *cell, const Batch *batch, size_t p, int use) {
@@ -4367,10 +4477,11 @@ static void show_matrix(Canvas *c, const Batch *batch, const char *title, int us
             char cell[16];
             size_t p = (size_t)i * (size_t)N + (size_t)j;
             int drawn = use ? use : batch->pair_use[p];
+            int colour = drawn & (drawn - 1) ? 0 : drawn;  // several relations: none of them
             show_cell(cell, batch, p, drawn);
-            printf(" %s%5s%s", c->colour ? use_colour(drawn, 0) : "", cell,
+            printf(" %s%5s%s", c->colour ? COLOURS[colour].terminal : "", cell,
                    c->colour ? "\033[0m" : "");
-            if (c->svg) svg_cell(c, i, j, use_colour(drawn, 1), cell);
+            if (c->svg) svg_cell(c, i, j, COLOURS[colour].fill, cell);
         }
         printf("\n");
     }
@@ -4498,126 +4609,6 @@ static void command_show(const char *path, const char *index_text) {
 }
 
 // ---- the command line
-
-enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, SHOW = 16, INFO = 32,
-       TRAIN = PRETRAIN | FINETUNE, READ = PREDICT | EMBED,
-       SHAPES = 64,     // an option that shapes a run's trajectory: --resume needs the same
-       GROWS = 128,     // or a larger number
-       FILES = 256 };   // an option that is kept for --resume, but not in a checkpoint
-
-#define HEADING(text, commands) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, commands}
-#define TEXT(name, field, argument, help, commands) \
-    {name, OPT_TEXT, &opt.field, 0, 0, argument, help, commands}
-#define WHOLE(name, field, min, max, help, commands) \
-    {name, OPT_INT, &opt.field, min, max, "N", help, commands}
-#define NUMBER(name, field, min, max, help, commands) \
-    {name, OPT_NUMBER, &opt.field, min, max, "X", help, commands}
-#define FLAG(name, field, help, commands) {name, OPT_FLAG, &opt.field, 0, 0, NULL, help, commands}
-
-static const Option OPTIONS[] = {
-    HEADING("Files", TRAIN | READ | SHOW),
-    TEXT("-o", output, "FILE",
-         "output; predict, embed: - is stdout", TRAIN | READ),
-    TEXT("--valid", valid, "FILE", "validation set (valid.bin beside train.bin)", TRAIN | FILES),
-    TEXT("--test", test, "FILE", "test set (test.bin beside train.bin)", FINETUNE | FILES),
-    TEXT("--init", init, "FILE", "start from this checkpoint", TRAIN | FILES),
-    TEXT("--model", model, "FILE",
-         "checkpoint to use; predict: or several, an ensemble; show: what it says of the pairs",
-         READ | SHOW),
-    TEXT("--svg", svg, "FILE", "the matrices as a picture", SHOW),
-    FLAG("--resume", resume, "continue the run that writes -o, with its options; more --steps, "
-         "--epochs or --seeds may be given", TRAIN),
-    WHOLE("--save-every", save_every, 1, 1e9, "steps between checkpoints", TRAIN),
-    HEADING("Model", TRAIN),
-    TEXT("--size", size, "NAME",
-         "tiny, small, or base, the paper's (default small, or that of --init)", TRAIN),
-    WHOLE("--layers", layers, 1, MAX_LAYERS, "instead of --size's; so the next four",
-          TRAIN | SHAPES),
-    WHOLE("--dim", dim, 1, MAX_DIM, "width of a token", TRAIN | SHAPES),
-    WHOLE("--ffn", ffn, 1, MAX_DIM, "width of the feed-forward layer", TRAIN | SHAPES),
-    WHOLE("--heads", heads, 1, MAX_HEADS, "attention heads, a divisor of --dim", TRAIN | SHAPES),
-    WHOLE("--kernels", kernels, 1, MAX_KERNELS, "Gaussian kernels", TRAIN | SHAPES),
-    HEADING("Training", TRAIN | READ | SHOW),
-    WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAIN | SHAPES | GROWS),
-    WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", FINETUNE | SHAPES | GROWS),
-    WHOLE("--patience", patience, 0, 1e6, "stop after N epochs without gain; 0: never",
-          FINETUNE | SHAPES),
-    WHOLE("--seeds", seeds, 1, 1000,
-          "repeat with N seeds: mean, deviation; each keeps FILE.seedN.safetensors, an ensemble",
-          FINETUNE | SHAPES | GROWS),
-    WHOLE("--batch-size", batch, 1, 1e6,
-          "molecules at a time (default: pretraining 12, else 64; at most all)",
-          TRAIN | READ | SHAPES),
-    WHOLE("--micro-batch", part, 0, 1e6,
-          "molecules at once: less memory; with MPI each rank takes some; 0: the whole batch",
-          TRAIN | SHAPES),
-    NUMBER("--lr", adam.lr, 0, 10, "peak learning rate", TRAIN | SHAPES),
-    WHOLE("--warmup", warmup, -1, 1e9, "steps; -1: 1/12 (finetune: 1/10) of all", TRAIN | SHAPES),
-    NUMBER("--hold", hold, 0, 1, "part of the steps at the peak, before the cosine to 0",
-           TRAIN | SHAPES),
-    WHOLE("--seed", seed, 0, 9e15, "names every random draw", TRAIN | SHOW | SHAPES),
-    WHOLE("--threads", threads, 0, 1024, "0: all we may use; results are the same", TRAIN | READ),
-    NUMBER("--beta1", adam.beta1, 0, 0.999999, "AdamW", TRAIN | SHAPES),
-    NUMBER("--beta2", adam.beta2, 0, 0.999999, "AdamW", TRAIN | SHAPES),
-    NUMBER("--eps", adam.eps, 1e-30, 1, "AdamW", TRAIN | SHAPES),
-    NUMBER("--weight-decay", adam.weight_decay, 0, 10, "AdamW, decoupled", TRAIN | SHAPES),
-    NUMBER("--clip", adam.clip, 0, 1e9, "largest gradient norm; 0: any", TRAIN | SHAPES),
-    NUMBER("--attention-dropout", drop.attention, 0, 0.99, "of probabilities", TRAIN | SHAPES),
-    NUMBER("--activation-dropout", drop.activation, 0, 0.99, "after gelu", TRAIN | SHAPES),
-    NUMBER("--path-dropout", drop.path, 0, 0.99, "of the last layer's branches", TRAIN | SHAPES),
-    NUMBER("--embedding-dropout", drop.embedding, 0, 0.99, "of the tokens", TRAIN | SHAPES),
-    HEADING("Task", FINETUNE | EMBED),
-    TEXT("--task", task, "NAME", "classification or regression (default: by the labels)",
-         FINETUNE | SHAPES),
-    TEXT("--loss-units", loss_units, "NAME",
-         "of regression: deviations (every task counts alike) or labels (as the release)",
-         FINETUNE | SHAPES),
-    TEXT("--readout", readout, "NAME", "mean, sum or cls (default mean; embed: as fine-tuned)",
-         FINETUNE | EMBED | SHAPES),
-    TEXT("--level", level, "NAME", "a vector a molecule, or an atom", EMBED),
-    WHOLE("--layer", layer, -1, MAX_LAYERS, "output of this layer; 0: its input, -1: the last",
-          EMBED),
-    TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",
-         FINETUNE | EMBED | SHAPES),
-    HEADING("Method", PRETRAIN | SHOW),
-    NUMBER("--pair-spd", blend.pair_spd, 0, 1, "how often a pair shows its path length",
-           PRETRAIN | SHOW | SHAPES),
-    NUMBER("--pair-edge", blend.pair_edge, 0, 1, "the bonds of its path", PRETRAIN | SHOW | SHAPES),
-    NUMBER("--pair-3d", blend.pair_3d, 0, 1, "its distance", PRETRAIN | SHOW | SHAPES),
-    NUMBER("--atom-2d", blend.atom_2d, 0, 1, "how often an atom shows its degree",
-           PRETRAIN | SHOW | SHAPES),
-    NUMBER("--atom-3d", blend.atom_3d, 0, 1, "its distances", PRETRAIN | SHOW | SHAPES),
-    FLAG("--no-blend", blend.all, "show everything of every pair", PRETRAIN | SHOW | SHAPES),
-    NUMBER("--noise", blend.noise, 0, 10, "on each coordinate, Angstrom", PRETRAIN | SHAPES),
-    NUMBER("--weight-denoise", weights.weight[LOSS_NOISE], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    NUMBER("--weight-spd", weights.weight[LOSS_SPD], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    NUMBER("--weight-edge", weights.weight[LOSS_EDGE], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    NUMBER("--weight-3d", weights.weight[LOSS_3D], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    FLAG("--help", help, "this text; after a command, its own, with its defaults", 0),
-    FLAG("--version", version, "which program this is", 0),
-};
-enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0] };
-
-static char option_given[N_OPTIONS];
-
-static char *options_text(int of_state) {
-    return options_describe(OPTIONS, N_OPTIONS, of_state ? SHAPES | FILES : SHAPES);
-}
-
-// Does the value of an option stand from `first` to `last`?
-static int is_between(const Option *o, const void *first, const void *last) {
-    const char *value = o->value;
-    return value >= (const char *)first && value <= (const char *)last;
-}
-
-// Takes a saved run's options where the command line is silent; --size speaks for five of them.
-static void options_from_state(const char *text, const char *path) {
-    if (opt.size) start_config(NULL);
-    for (int k = 0; k < N_OPTIONS && opt.size; k++)
-        option_given[k] |= is_between(&OPTIONS[k], &opt.layers, &opt.kernels);
-    opt.size = NULL;
-    options_resume(OPTIONS, N_OPTIONS, GROWS, option_given, text, path);
-}
 
 typedef struct {
     const char *name;

@@ -280,7 +280,7 @@ static inline void out_open(OutFile *out, const char *path) {
 }
 
 static inline void out_write(OutFile *out, const void *data, size_t size) {
-    CHECK(fwrite(data, 1, size, out->file) == size, "%s: write failed: %s", out->tmp,
+    CHECK(!size || fwrite(data, 1, size, out->file) == size, "%s: write failed: %s", out->tmp,
           strerror(errno));
 }
 
