@@ -214,7 +214,7 @@ static void bench_step(Config c, size_t B, int atoms, double peak, const char *n
     for (int r = 0; r < repeats; r++) {
         bench.draws = (Draws){1, (uint32_t)r, 0, 1};
         double start = now_seconds();
-        gradients(loss, &bench, NULL, NULL);
+        gradients(loss, &bench);
         adamw_step(&bench.model, &adam, r + 1);
         best = fmin(best, now_seconds() - start);
         start = now_seconds();
