@@ -3142,6 +3142,7 @@ static Options opt = {
     .save_every = 500,
     .epochs = 40,
     .seeds = 1,
+    .patience = 15,
     .layer = -1,
     .loss_units = "deviations",
     .blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0},
@@ -3613,8 +3614,11 @@ static void log_write(Run *run) {
     if (!run->csv) {
         run->csv = fopen(run->log_path, "w");
         CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
-        fputs(run->s.task ? "seed,epoch,loss,valid,best_epoch\n" :
-              "step,total,denoise,spd,edge,3d,lr,gradient_norm,molecules_per_second\n", run->csv);
+        if (run->s.task)
+            fprintf(run->csv, "seed,epoch,loss,valid %s,best_epoch\n", selection_name(run));
+        else
+            fprintf(run->csv,
+                    "step,total,denoise,spd,edge,3d,lr,gradient_norm,molecules_per_second\n");
     }
     for (; run->shown < end; run->shown++) {
         if (run->s.task) {
@@ -4454,6 +4458,9 @@ typedef struct {
 
 enum { CELL_WIDTH = 44, CELL_HEIGHT = 20 };  // of a picture, in its units
 
+// Of N atoms, with room for a title.
+static int matrix_width(int N) { return max_int((N + 2) * CELL_WIDTH, 320); }
+
 static void svg_cell(const Canvas *c, int i, int j, const char *fill, const char *text) {
     int x = c->across + (j + 1) * CELL_WIDTH, y = c->down + (i + 2) * CELL_HEIGHT;
     fprintf(c->svg, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"%s\"/>"
@@ -4488,8 +4495,8 @@ static void show_matrix(Canvas *c, const Batch *batch, const char *title, int us
     if (!c->svg) return;
     fprintf(c->svg, "<text x=\"%d\" y=\"%d\" class=\"title\">%.*s</text>\n", c->across + CELL_WIDTH,
             c->down + 25, (int)strcspn(title, "("), title);
-    int right = c->across == 0, width = (N + 2) * CELL_WIDTH;  // two beside each other
-    c->across = right ? width : 0;
+    int right = c->across == 0;  // two beside each other
+    c->across = right ? matrix_width(N) : 0;
     c->down += right ? 0 : (N + 3) * CELL_HEIGHT;
 }
 
@@ -4578,15 +4585,14 @@ static void command_show(const char *path, const char *index_text) {
     printf("molecule %llu of %s: %s, %d atoms, %d bonds, %s\n", index, path, m.name, m.n_atoms,
            m.n_bonds, m.has_pos ? "3D" : "2D only");
     Canvas canvas = {.colour = isatty(1) && !getenv("NO_COLOR")};
-    int side = m.n_atoms + 2;
     if (opt.svg) {
         out_open(&svg, opt.svg);
         canvas.svg = svg.file;
         fprintf(svg.file, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" "
                 "font-family=\"monospace\" font-size=\"12\" text-anchor=\"middle\">\n<style>.title "
                 "{text-anchor: start; font-weight: bold}</style>\n<rect width=\"100%%\" "
-                "height=\"100%%\" fill=\"white\"/>\n", 2 * side * CELL_WIDTH,
-                2 * (side + 1) * CELL_HEIGHT);
+                "height=\"100%%\" fill=\"white\"/>\n", 2 * matrix_width(m.n_atoms),
+                2 * (m.n_atoms + 3) * CELL_HEIGHT);
     }
     show_matrix(&canvas, batch, "shortest path (bonds; . = not connected)", USE_SPD);
     show_matrix(&canvas, batch,

@@ -2375,7 +2375,7 @@ static void test_finetune_resume(void) {
     line = xprintf("rm -f build/test_f2*; timeout -s INT --preserve-status 1 %s --epochs 9999 -o "
                    "build/test_f2.safetensors; cat build/test_f2.log.csv", base);
     test_command(line, 0,
-                 "give the same command with --resume\nseed,epoch,loss,valid,best_epoch\n1,1,");
+                 "give the same command with --resume\nseed,epoch,loss,valid RMSE in ");
     free(line);
 #endif
 }

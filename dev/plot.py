@@ -67,14 +67,14 @@ def draw_pretraining(columns):
 def draw_finetuning(columns):
     """A line a seed: its training loss, and its metric on the validation set."""
     figure, axes = panels(2)
+    valid = next(name for name in columns if name.startswith("valid"))
     for seed in dict.fromkeys(columns["seed"]):
         rows = [k for k, s in enumerate(columns["seed"]) if s == seed]
         epochs = [int(columns["epoch"][k]) for k in rows]
-        for axis, name in zip(axes, ("loss", "valid")):
+        for axis, name in zip(axes, ("loss", valid)):
             axis.plot(epochs, [number(columns[name][k]) for k in rows], label=f"seed {seed}",
                       linewidth=1.2)
-            axis.set(xlabel="epoch", ylabel={"loss": "training loss",
-                                             "valid": "validation metric"}[name])
+            axis.set(xlabel="epoch", ylabel="training loss" if name == "loss" else name)
     axes[0].legend(fontsize=8)
     return figure
 
