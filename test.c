@@ -326,6 +326,7 @@ static void golden_close(Golden *g) {
     model_free(&g->s.model);
     batch_free(&g->s.batch);
     acts_free(&g->s.acts);
+    free(g->s.part_sum);
 }
 
 // Compares ours with tensor out/b/name, if the file has it.
