@@ -70,3 +70,4 @@ exit 0
 # 1 moleblend.c: warning: Uninitialized variable: metric [uninitvar]| there is a seed at least
 # 2 moleblend.h: error: va_list 'args' was opened but not closed by va_end(). [va_end_missing]| mb_die() does not return
 # 1 moleblend.h: warning: The left operand of '==' is a garbage value [clang-analyzer-core.UndefinedBinaryOperatorResult]| dataset_create() comes first
+# 1 moleblend.h: warning: Array access (from variable 'p') results in a null pointer dereference [clang-analyzer-core.NullDereference]| the record of a line that is none is not read
