@@ -17,10 +17,11 @@
 // ../moleblend.c: the matrix product gemm(), linear_forward(), exp_fast(), dropout_row(), Adam; and
 // from moleblend.h: molecules, datasets, random numbers, tensor files, options.
 //
-//   1 molecules of a batch      5 contrast               9 one training step     13 checkpoints
-//   2 layers                    6 noise                 10 fine-tuning           14 runs
-//   3 2D encoder: GIN           7 2D -> 3D              11 sampling conformers   15 commands
-//   4 3D encoder: SchNet        8 3D -> 2D              12 fast arithmetic, memory
+//   1 molecules of a batch      5 contrast               9 one training step    in run.c:
+//   2 layers                    6 noise                 10 sampling conformers  11 fine-tuning head
+//   3 2D encoder: GIN           7 2D -> 3D                                      12 machinery
+//   4 3D encoder: SchNet        8 3D -> 2D                                      13 checkpoints
+//                                                                               14 runs, 15 commands
 //
 //      graph                                     positions
 //        | 3 GIN                                   | 4 SchNet
@@ -121,19 +122,20 @@ static Place place_of(const Mols *m, size_t b) {
     return (Place){m->n_atoms[b], b, m->atom_start[b], m->pair_start[b]};
 }
 
-// Row of the pair of a molecule's atoms i and j, in any order.
+// All pairs of a molecule's atoms; the row of a pair, in any order.
+#define FOR_PAIRS(v, i, j)                                                                         \
+    for (int j = 0; j < (v).N; j++)                                                                \
+        for (int i = 0; i <= j; i++)
+
 static size_t pair_row(const Place *v, int i, int j) {
     size_t low = (size_t)min_int(i, j), high = (size_t)max_int(i, j);
     return v->pair + high * (high + 1) / 2 + low;
 }
 
-// `count` elements in the place of x (whose content is lost), of which *room bytes were allocated.
-static void *fresh(void *x, size_t *room, size_t count, size_t size) {
-    if (mul_size(count, size) <= *room && x) return x;
-    free(x);
-    *room = mul_size(count, size);
-    return xmalloc(count, size);
-}
+// `count` elements in the place of x (whose content is lost), of which *room bytes were allocated;
+// room for B molecules as read: section 12.
+static void *fresh(void *x, size_t *room, size_t count, size_t size);
+static void mols_reserve(Mols *m, size_t B);
 
 // Copies molecule b into the batch: features, the bonds of each atom, centred positions, distances.
 static void mols_set(Mols *m, size_t b, size_t first_bond) {
@@ -161,12 +163,11 @@ static void mols_set(Mols *m, size_t b, size_t first_bond) {
         for (int k = 0; k < 3; k++)
             m->pos[3 * (v.atom + (size_t)i) + (size_t)k] =
                 in->has_pos ? (float)((double)in->pos[3 * i + k] - mean[k]) : 0.0f;
-    for (int j = 0; j < v.N; j++)
-        for (int i = 0; i <= j; i++) {
-            const float *x = m->pos + 3 * (v.atom + (size_t)i), *y = m->pos + 3 * (v.atom + (size_t)j);
-            float d[3] = {x[0] - y[0], x[1] - y[1], x[2] - y[2]};
-            m->distance[pair_row(&v, i, j)] = sqrtf(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]);
-        }
+    FOR_PAIRS(v, i, j) {
+        const float *x = m->pos + 3 * (v.atom + (size_t)i), *y = m->pos + 3 * (v.atom + (size_t)j);
+        float d[3] = {x[0] - y[0], x[1] - y[1], x[2] - y[2]};
+        m->distance[pair_row(&v, i, j)] = sqrtf(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]);
+    }
 }
 
 // hops (N, N) of a molecule, and the number of edges into each of its atoms i at edge_start[i].
@@ -256,24 +257,6 @@ static void mols_build(Mols *m, size_t B, int n_labels) {
     }
 }
 
-static void mols_free(Mols *m) {
-    for (size_t b = 0; b < m->molecule_room; b++) molecule_free(&m->molecule[b]);
-    free(m->molecule);
-#define X(type, field, count) free(m->field);
-    MOLS_ARRAYS(X)
-    EDGE_ARRAYS(X)
-#undef X
-    *m = (Mols){0};
-}
-
-// Room for B molecules as read.
-static void mols_reserve(Mols *m, size_t B) {
-    if (B <= m->molecule_room) return;
-    m->molecule = xrealloc(m->molecule, B, sizeof *m->molecule);
-    memset(m->molecule + m->molecule_room, 0, (B - m->molecule_room) * sizeof *m->molecule);
-    m->molecule_room = B;
-}
-
 // Reads molecules ids[0..B) of a dataset into a batch. Dies if a record is damaged.
 static void mols_load(Mols *m, const Dataset *data, const uint32_t *ids, size_t B, int n_labels) {
     size_t bad = B;  // first molecule that cannot be read
@@ -287,8 +270,7 @@ static void mols_load(Mols *m, const Dataset *data, const uint32_t *ids, size_t 
 
 // =================================================================================================
 // 2 Layers, and the parameters made of them. Parameters, gradients and Adam's moments are arenas of
-//   one layout; *_place() of each network walks through its tensors, in every arena, and so is the
-//   table of their official names, shapes and initial values.
+//   one layout. The tables of all tensors, official names and initial values are in section 12.
 // =================================================================================================
 
 typedef struct { int in, out; float *w, *b; } Linear;              // w (out, in), b (out) or NULL
@@ -297,67 +279,6 @@ typedef struct { int n; float *w, *b; } LayerNorm;
 
 // Tensors that are updated at the rate lr, at lr * scale3d, and not at all (no gradient).
 typedef enum { GROUP_2D, GROUP_3D, GROUP_FIXED, GROUPS } Group;
-
-// What initial values are drawn from.
-typedef enum {
-    START_DEFAULT,  // U(+-1 / sqrt(columns)), of a bias: of its weight's columns
-    START_XAVIER,   // U(+-sqrt(6 / (rows + columns)))
-    START_NORMAL,   // N(0, 1)
-    START_ZERO, START_ONE,
-} Start;
-
-typedef struct {
-    float *arena;               // NULL: tensors are only counted
-    TensorInfo *info;           // NULL: not wanted
-    int n;
-    Group group;                // the one that is placed in this walk
-    size_t offset;
-} Table;
-
-// The next tensor of a group: *at points to it. rows = 0: a vector. fan_in: of START_DEFAULT.
-MB_PRINTF(8, 9) static void place(Table *t, Group group, float **at, size_t rows, size_t columns,
-                                  Start start, int fan_in, const char *name, ...) {
-    if (group != t->group) return;
-    size_t count = max_size(rows, 1) * columns;
-    *at = t->arena ? t->arena + t->offset : NULL;
-    if (t->info) {
-        char text[128];
-        va_list args;
-        va_start(args, name);
-        vsnprintf(text, sizeof text, name, args);
-        va_end(args);
-        t->info[t->n] = (TensorInfo){xprintf("%s", text), fan_in, rows, columns, (InitRule)start,
-                                     t->offset, count, 0};
-    }
-    t->offset += count;
-    t->n++;
-}
-
-static void place_linear(Table *t, Group group, Linear *l, int in, int out, Start start,
-                         const char *name) {
-    l->in = in;
-    l->out = out;
-    place(t, group, &l->w, (size_t)out, (size_t)in, start, in, "%s.weight", name);
-    place(t, group, &l->b, 0, (size_t)out, start == START_XAVIER ? START_ZERO : start, in, "%s.bias",
-          name);
-}
-
-static void place_batch_norm(Table *t, Group group, BatchNorm *bn, int n, const char *name) {
-    bn->n = n;
-    place(t, group, &bn->w, 0, (size_t)n, START_ONE, 0, "%s.weight", name);
-    place(t, group, &bn->b, 0, (size_t)n, START_ZERO, 0, "%s.bias", name);
-    place(t, GROUP_FIXED, &bn->mean, 0, (size_t)n, START_ZERO, 0, "%s.running_mean", name);
-    place(t, GROUP_FIXED, &bn->var, 0, (size_t)n, START_ONE, 0, "%s.running_var", name);
-}
-
-// A name made of a pattern and two numbers, valid until the fourth call after.
-static const char *numbered(const char *pattern, int k, int l) {
-    static char text[4][128];
-    static int turn;
-    char *out = text[turn++ % 4];
-    snprintf(out, 128, pattern, k, l);
-    return out;
-}
 
 // ---- linear maps of a whole batch: out (rows, l->out) = x (rows, l->in) w^T + b
 
@@ -713,7 +634,7 @@ enum {  // purposes of random draws, beside those of moleblend.h
     X(dphi, E * 2 * H)                                                                             \
     /* 8: 3D -> 2D; nodes (A, D + 4 W): G_0 = H^0, G_1..G_4 side by side */                        \
     X(nodes, A *Cn)                                                                                \
-    X(node_map, NODE_LAYERS *A *W)                                                                            \
+    X(node_map, NODE_LAYERS *A *W)                                                                 \
     HIDDEN(nodes_hidden, 2, A * 2 * Cn)                                                            \
     X(m_x, A *V)                                                                                   \
     X(adjacency, P *Ct)                      /* S_0..S_4 of a pair, side by side */                \
@@ -737,7 +658,7 @@ enum {  // purposes of random draws, beside those of moleblend.h
     X(dvalue, A *Cmax *W)                                                                          \
     X(dvalue_map, A *Cmax *W)                                                                      \
     X(dedge_h, A *W)                                                                               \
-    /* 10: fine-tuning */                                                                          \
+    /* 11: fine-tuning */                                                                          \
     X(pooled, B *D)                                                                                \
     X(dpooled, B *D)                                                                               \
     X(logits, B *Y)                                                                                \
@@ -799,28 +720,6 @@ static void drop_rows(float *x, int n, const Sde *s, int edges, double p, uint32
 //     u_i = (1 + eps) h_i + sum over bonds j - i of max(0, h_j + bond_vector[code])
 //     h'  = BN(W2 max(0, BN(W1 u + b1)) + b2), max(0, .) but in the last layer, dropout
 // =================================================================================================
-
-static void gin_place(Table *t, Gin *n, const Shape *c) {
-    int D = c->dim;
-    float *rest;  // tensors that follow each other are one matrix, named by the first
-    for (int f = 0; f < ATOM_FEATURES; f++)
-        place(t, GROUP_2D, f ? &rest : &n->atom, ATOM_FEATURE_SIZES[f], (size_t)D, START_XAVIER, 0,
-              "model_2D.atom_encoder.atom_embedding_list.%d.weight", f);
-    for (int l = 0; l < c->layers; l++) {
-        GinLayer *y = &n->layer[l];
-        const int rows[BOND_FEATURES] = {BOND_TYPES, BOND_STEREOS, 2};
-        for (int f = 0; f < BOND_FEATURES; f++)
-            place(t, GROUP_2D, f ? &rest : &y->bond, (size_t)rows[f], (size_t)D, START_XAVIER, 0,
-                  "model_2D.gnns.%d.bond_encoder.bond_embedding_list.%d.weight", l, f);
-        place(t, GROUP_2D, &y->eps, 0, 1, START_ZERO, 0, "model_2D.gnns.%d.eps", l);
-        place_linear(t, GROUP_2D, &y->in, D, 2 * D, START_DEFAULT,
-                     numbered("model_2D.gnns.%d.mlp.0", l, 0));
-        place_batch_norm(t, GROUP_2D, &y->norm_in, 2 * D, numbered("model_2D.gnns.%d.mlp.1", l, 0));
-        place_linear(t, GROUP_2D, &y->out, 2 * D, D, START_DEFAULT,
-                     numbered("model_2D.gnns.%d.mlp.3", l, 0));
-        place_batch_norm(t, GROUP_2D, &y->norm_out, D, numbered("model_2D.batch_norms.%d", l, 0));
-    }
-}
 
 // Rows of the atom table of an atom's features.
 static void atom_rows(size_t row[ATOM_FEATURES], const uint8_t *feature) {
@@ -891,7 +790,8 @@ static void gin_messages_backward(float *dh, Sde *s, const float *du, const floa
             for (size_t k = m->bond_start[i]; k < m->bond_start[i + 1]; k++) {
                 const float *h_j = h + m->bond_to[k] * D, *bond = vector + m->bond_code[k] * D;
                 float *dbond = a->dbond_vector + m->bond_code[k] * D;
-                for (size_t c = c0; c < c1; c++) dbond[c] += h_j[c] + bond[c] > 0 ? du[i * D + c] : 0;
+                for (size_t c = c0; c < c1; c++)
+                    dbond[c] += h_j[c] + bond[c] > 0 ? du[i * D + c] : 0.0f;
             }
         for (int code = 0; code < BOND_CODES; code++) {
             size_t row[BOND_FEATURES];
@@ -975,30 +875,6 @@ static void gin_backward(Sde *s) {
 
 #define CUTOFF 10.0f  // Angstrom
 
-static void schnet_place(Table *t, Schnet *n, const Shape *c) {
-    int D = c->dim, F = c->filters;
-    place(t, GROUP_3D, &n->atom, V, (size_t)D, START_NORMAL, 0, "model_3D.embedding.weight");
-    for (int k = 0; k < c->blocks; k++) {
-        SchnetBlock *b = &n->block[k];
-        place_linear(t, GROUP_3D, &b->filter[0], c->gaussians, F, START_XAVIER,
-                     numbered("model_3D.interactions.%d.mlp.0", k, 0));
-        b->filter[1].in = b->filter[1].out = b->lift.out = F;
-        b->lift.in = D;
-        place(t, GROUP_3D, &b->filter[1].w, (size_t)F, (size_t)F, START_XAVIER, 0,
-              "model_3D.interactions.%d.mlp.2.weight", k);
-        place(t, GROUP_3D, &b->filter[1].b, 0, (size_t)F, START_DEFAULT, F,
-              "model_3D.interactions.%d.mlp.2.bias", k);
-        place(t, GROUP_3D, &b->lift.w, (size_t)F, (size_t)D, START_XAVIER, 0,
-              "model_3D.interactions.%d.conv.lin1.weight", k);
-        place_linear(t, GROUP_3D, &b->out[0], F, D, START_XAVIER,
-                     numbered("model_3D.interactions.%d.conv.lin2", k, 0));
-        place_linear(t, GROUP_3D, &b->out[1], D, D, START_XAVIER,
-                     numbered("model_3D.interactions.%d.lin", k, 0));
-    }
-    place_linear(t, GROUP_3D, &n->out[0], D, D, START_XAVIER, "model_3D.lin1");
-    place_linear(t, GROUP_3D, &n->out[1], D, D, START_XAVIER, "model_3D.lin2");
-}
-
 // gauss (P, K) and cutoff (P), 0 for an atom with itself and beyond 10 A.
 static void schnet_distances(Sde *s) {
     const Mols *m = &s->mols;
@@ -1007,14 +883,13 @@ static void schnet_distances(Sde *s) {
 #pragma omp parallel for schedule(static)
     for (size_t b = 0; b < m->B; b++) {
         Place v = place_of(m, b);
-        for (int j = 0; j < v.N; j++)
-            for (int i = 0; i <= j; i++) {
-                size_t p = pair_row(&v, i, j);
-                float d = m->distance[p], *g = s->a.gauss + p * (size_t)K;
-                for (int k = 0; k < K; k++)
-                    g[k] = exp_fast(scale * (d - (float)k * width) * (d - (float)k * width));
-                s->a.cutoff[p] = i == j || d >= CUTOFF ? 0.0f : 0.5f * (cosf(d * 0.314159265f) + 1);
-            }
+        FOR_PAIRS(v, i, j) {
+            size_t p = pair_row(&v, i, j);
+            float d = m->distance[p], *g = s->a.gauss + p * (size_t)K;
+            for (int k = 0; k < K; k++)
+                g[k] = exp_fast(scale * (d - (float)k * width) * (d - (float)k * width));
+            s->a.cutoff[p] = i == j || d >= CUTOFF ? 0.0f : 0.5f * (cosf(d * 0.314159265f) + 1);
+        }
     }
 }
 
@@ -1045,15 +920,13 @@ static void schnet_filter_backward(float *dfilter, const float *dmessage, const 
 #pragma omp parallel for schedule(dynamic)
     for (size_t b = 0; b < m->B; b++) {
         Place v = place_of(m, b);
-        for (int j = 0; j < v.N; j++)
-            for (int i = 0; i <= j; i++) {
-                size_t p = pair_row(&v, i, j), at_i = (v.atom + (size_t)i) * F;
-                size_t at_j = (v.atom + (size_t)j) * F;
-                float cut = s->a.cutoff[p];  // forward: m_i += x_j f_ij, m_j += x_i f_ij
-                for (size_t c = 0; c < F; c++)
-                    dfilter[p * F + c] =
-                        cut * (dmessage[at_i + c] * x[at_j + c] + dmessage[at_j + c] * x[at_i + c]);
-            }
+        FOR_PAIRS(v, i, j) {
+            size_t p = pair_row(&v, i, j);
+            const float *x_i = x + (v.atom + (size_t)i) * F, *x_j = x + (v.atom + (size_t)j) * F;
+            const float *dm_i = dmessage + (x_i - x), *dm_j = dmessage + (x_j - x);
+            for (size_t c = 0; c < F; c++)  // forward: m_i += x_j f_ij, m_j += x_i f_ij
+                dfilter[p * F + c] = s->a.cutoff[p] * (dm_i[c] * x_j[c] + dm_j[c] * x_i[c]);
+        }
     }
 }
 
@@ -1115,7 +988,7 @@ static void schnet_backward(Sde *s) {
 // =================================================================================================
 // 5 Contrast (EBM-NCE): the vectors of an atom should agree, with those of another atom they should
 //   not. pi and pi' are random permutations of the atoms of the batch, sp(x) = log(1 + e^x),
-//     L = mean of sp(-X_i Y_i / T) + (mean of sp(X_i Y_pi(i) / T) + mean of sp(Y_i X_pi'(i) / T)) / 2
+//     L = mean sp(-X_i Y_i / T) + mean sp(X_i Y_pi(i) / T) / 2 + mean sp(Y_i X_pi'(i) / T) / 2
 // =================================================================================================
 
 #define TEMPERATURE 0.1  // T
@@ -1265,62 +1138,6 @@ static void mols_noised(Sde *s) {
 
 #define AXIS_EPS 1e-6
 
-static void to3d_place(Table *t, To3d *n, const Shape *c) {
-    static const char *const module = "SDE_2Dto3D_model";
-    static const char *const kinds[4] = {"query", "key", "value", "skip"};
-    int D = c->dim, H = c->hidden;
-    size_t h = (size_t)H;
-    float *rest;
-    place_linear(t, GROUP_2D, &n->node, D, H, START_XAVIER, "SDE_2Dto3D_model.node_emb.layers.0");
-    place_linear(t, GROUP_2D, &n->edge_in, 2 * D, D, START_DEFAULT,
-                 "SDE_2Dto3D_model.edge_2D_emb.0");
-    place_batch_norm(t, GROUP_2D, &n->edge_norm, D, "SDE_2Dto3D_model.edge_2D_emb.1");
-    place_linear(t, GROUP_2D, &n->edge_out, D, H, START_DEFAULT, "SDE_2Dto3D_model.edge_2D_emb.3");
-    if (c->gate) {
-        place(t, GROUP_FIXED, &n->gate_wave, 0, h, START_NORMAL, 0, "%s.dist_gaussian_fourier.W",
-              module);
-        place_linear(t, GROUP_2D, &n->gate, 2 * H, H, START_XAVIER,
-                     "SDE_2Dto3D_model.input_mlp.layers.0");
-    }
-    place(t, GROUP_FIXED, &n->frame_wave, 0, h, START_NORMAL, 0, "%s.coff_gaussian_fourier.W",
-          module);
-    place_linear(t, GROUP_2D, &n->frame, 4 * H, H, START_DEFAULT, "SDE_2Dto3D_model.coff_mlp");
-    place_linear(t, GROUP_2D, &n->project[0], 2 * H + 2, H, START_XAVIER,
-                 "SDE_2Dto3D_model.project.layers.0");
-    place_linear(t, GROUP_2D, &n->project[1], H, H, START_XAVIER,
-                 "SDE_2Dto3D_model.project.layers.1");
-    for (int l = 0; l < HOPS_OF_ATTENTION; l++) {
-        Attention *y = &n->layer[l];
-        char name[96];
-        snprintf(name, sizeof name, "%s.score_network.gnn_layers.%d.%d", module, l / 2, l % 2);
-        y->maps = (Linear){H, 4 * H, y->maps.w, y->maps.b};
-        for (int k = 0; k < 4; k++)
-            place(t, GROUP_2D, k ? &rest : &y->maps.w, h, h, START_DEFAULT, H, "%s.MHA.lin_%s.weight",
-                  name, kinds[k]);
-        for (int k = 0; k < 4; k++)
-            place(t, GROUP_2D, k ? &rest : &y->maps.b, 0, h, START_DEFAULT, H, "%s.MHA.lin_%s.bias",
-                  name, kinds[k]);
-        y->edge.in = y->edge.out = H;
-        place(t, GROUP_2D, &y->edge.w, h, h, START_DEFAULT, H, "%s.MHA.lin_edge.weight", name);
-        for (int k = 0; k < 2; k++) {
-            y->ffn[k].in = y->ffn[k].out = H;
-            place(t, GROUP_2D, &y->ffn[k].w, h, h, START_DEFAULT, H, "%s.FFN.%d.weight", name, 3 * k);
-            place(t, GROUP_2D, &y->ffn[k].b, 0, h, START_DEFAULT, H, "%s.FFN.%d.bias", name, 3 * k);
-            LayerNorm *norm = k ? &y->norm2 : &y->norm1;
-            norm->n = H;
-            place(t, GROUP_2D, &norm->w, 0, h, START_ONE, 0, "%s.norm%d.weight", name, k + 1);
-            place(t, GROUP_2D, &norm->b, 0, h, START_ZERO, 0, "%s.norm%d.bias", name, k + 1);
-        }
-    }
-    for (int k = 0; k < MODULES; k++) {
-        const char *pattern = "SDE_2Dto3D_model.score_network.basis_mlp_modules.%d.%d";
-        place_linear(t, GROUP_2D, &n->basis[k][0], 2 * H, COEFFICIENTS, START_DEFAULT,
-                     numbered(pattern, k, 0));
-        place_linear(t, GROUP_2D, &n->basis[k][1], COEFFICIENTS, 3, START_DEFAULT,
-                     numbered(pattern, k, 2));
-    }
-}
-
 // ---- what is made of the positions. Data: no gradient goes there
 
 // wave (2H) = G(y).
@@ -1460,7 +1277,8 @@ static void to3d_graph_backward(Sde *s, const float *dgraph) {
     To3d *g = &s->g.to3d;
     Buffers *a = &s->a;
     int D = s->shape.dim, A = (int)m->A;
-    apply_backward(&a->work, a->dedge_act, 0, &g->edge_out, dgraph, a->edge_act, &p->edge_out, m->E);
+    apply_backward(&a->work, a->dedge_act, 0, &g->edge_out, dgraph, a->edge_act, &p->edge_out,
+                   m->E);
     batch_norm_backward(a->dedge_act, &g->edge_norm, a->edge_act, a->edge_hat, a->edge_rstd,
                         &p->edge_norm, m->E);
     float *dfrom = a->x_from, *dto = a->x_to;  // in their places
@@ -1688,7 +1506,8 @@ static void to3d_basis_backward(Sde *s, int k) {
     apply_backward(&a->work, d, 0, &g[1], a->dcoefficient, d, &p[1], m->E);
     act_backward(SILU, d, a->basis_hidden[k].pre, m->E * COEFFICIENTS);
     // forward: pre = node part of s + node part of d + edge part + b
-    gemm(&a->work, 1, 0, COEFFICIENTS, H, E, d, COEFFICIENTS, a->edge, H, NULL, 0, g[0].w + H, 2 * H);
+    gemm(&a->work, 1, 0, COEFFICIENTS, H, E, d, COEFFICIENTS, a->edge, H, NULL, 0, g[0].w + H,
+         2 * H);
     column_sums(g[0].b, d, COEFFICIENTS, E, COEFFICIENTS);
     gemm(&a->work, 0, 0, E, H, COEFFICIENTS, d, COEFFICIENTS, p[0].w + H, 2 * H, NULL, 1, a->dedge,
          H);
@@ -1772,71 +1591,29 @@ static int edge_layer_hidden(const Shape *c, int l) {
     return 2 * max_int(to2d_channels(c, l), to2d_channels(c, l + 1));
 }
 
-static void place_mlp(Table *t, Group group, Linear *l, const int *sizes, int layers,
-                      const char *name) {
-    for (int k = 0; k < layers; k++) {
-        char text[160];
-        snprintf(text, sizeof text, "%s.layers.%d", name, k);
-        place_linear(t, group, &l[k], sizes[k], sizes[k + 1], START_XAVIER, text);
-    }
-}
-
-// A channel's tensors follow those of the channel before; so do query and key.
-static void edge_layer_place(Table *t, EdgeLayer *n, const Shape *c, int l) {
-    int C = to2d_channels(c, l), W = c->width, in = edge_layer_in(c, l);
-    int R = edge_layer_hidden(c, l);
-    size_t w2 = 2 * (size_t)W;
-    char name[64], text[128];
-    float *rest;
-    snprintf(name, sizeof name, "SDE_3Dto2D_model.edge_score_network.layers.%d", l);
-    n->first = (Linear){in, C * 4 * W, n->first.w, n->first.b};
-    for (int k = 0; k < 2 * C; k++)
-        place(t, GROUP_3D, k ? &rest : &n->first.w, w2, (size_t)in, START_XAVIER, 0,
-              "%s.attn.%d.func_%c.layers.0.weight", name, k / 2, "qk"[k % 2]);
-    for (int k = 0; k < 2 * C; k++)
-        place(t, GROUP_3D, k ? &rest : &n->first.b, 0, w2, START_ZERO, 0,
-              "%s.attn.%d.func_%c.layers.0.bias", name, k / 2, "qk"[k % 2]);
-    for (int k = 0; k < 2 * C; k++) {
-        snprintf(text, sizeof text, "%s.attn.%d.func_%c.layers.1", name, k / 2, "qk"[k % 2]);
-        place_linear(t, GROUP_3D, &n->second[k], 2 * W, 2 * W, START_XAVIER, text);
-    }
-    for (int k = 0; k < C; k++)
-        place(t, GROUP_3D, k ? &rest : &n->value_w, (size_t)in, (size_t)W, START_XAVIER, 0,
-              "%s.attn.%d.func_v.weight", name, k);
-    for (int k = 0; k < C; k++)
-        place(t, GROUP_3D, k ? &rest : &n->value_b, 0, (size_t)W, START_ZERO, 0,
-              "%s.attn.%d.func_v.bias", name, k);
-    snprintf(text, sizeof text, "%s.multi_channel", name);
-    place_mlp(t, GROUP_3D, n->nodes, (int[]){W * C, R, W}, 2, text);
-    snprintf(text, sizeof text, "%s.mlp", name);
-    place_mlp(t, GROUP_3D, n->pairs, (int[]){2 * C, R, R, to2d_channels(c, l + 1)}, 3, text);
-}
-
 static int to2d_all_channels(const Shape *c) {  // of S_0..S_4
     return to2d_offset(c, EDGE_LAYERS) + c->last_channels;
 }
 static int to2d_all_nodes(const Shape *c) { return c->dim + NODE_LAYERS * c->width; }
 
-static void to2d_place(Table *t, To2d *n, const Shape *c) {
-    int D = c->dim, W = c->width, Ct = to2d_all_channels(c), Cn = to2d_all_nodes(c);
-    place_linear(t, GROUP_3D, &n->embed_x, V, D, START_DEFAULT, "SDE_3Dto2D_model.embedding_X");
-    place_linear(t, GROUP_3D, &n->embed_y, D, D, START_DEFAULT, "SDE_3Dto2D_model.embedding_3D");
-    for (int l = 0; l < EDGE_LAYERS; l++) edge_layer_place(t, &n->edge[l], c, l);
-    place_mlp(t, GROUP_3D, n->pairs, (int[]){Ct, 2 * Ct, 2 * Ct, 1}, 3,
-              "SDE_3Dto2D_model.edge_score_network.final");
-    for (int l = 0; l < NODE_LAYERS; l++) {
-        const char *name = numbered("SDE_3Dto2D_model.node_score_network.layers.%d", l, 0);
-        place(t, GROUP_3D, &n->node_w[l], (size_t)(l ? W : D), (size_t)W, START_XAVIER, 0,
-              "%s.weight", name);
-        place(t, GROUP_3D, &n->node_b[l], 0, (size_t)W, START_ZERO, 0, "%s.bias", name);
-    }
-    place_mlp(t, GROUP_3D, n->nodes, (int[]){Cn, 2 * Cn, 2 * Cn, V}, 3,
-              "SDE_3Dto2D_model.node_score_network.final");
-}
-
 // Do both atoms of a pair have a bond?
 static int both_bonded(const Mols *m, const Place *v, int i, int j) {
     return m->bonded[v->atom + (size_t)i] && m->bonded[v->atom + (size_t)j];
+}
+
+// S_ij = M_ij + M_ji of every pair, 0 unless both atoms have a bond: n numbers of `in` at row
+// stride ldi. The same in both passes.
+static void pairs_doubled(float *out, size_t ldo, const float *in, size_t ldi, int n,
+                          const Mols *m) {
+#pragma omp parallel for schedule(static)
+    for (size_t b = 0; b < m->B; b++) {
+        Place v = place_of(m, b);
+        FOR_PAIRS(v, i, j) {
+            size_t p = pair_row(&v, i, j);
+            float scale = both_bonded(m, &v, i, j) ? 2.0f : 0.0f;
+            for (int c = 0; c < n; c++) out[p * ldo + (size_t)c] = scale * in[p * ldi + (size_t)c];
+        }
+    }
 }
 
 // ---- GCN of one molecule: out_i = sum over j of d_i S'_ij d_j z_j + b, z = H W (N, W).
@@ -1940,10 +1717,9 @@ static void pair_scores_forward(float *rows, const float *qk, int C, int W, int 
             pair_chunk(part, qk + (size_t)i * (size_t)(C * 4 * W) + c * 4 * W, kt, k, W, width);
             for (int j = 0; j < N; j++) score[i * N + j] += part[j] / CHUNKS;
         }
-    for (int j = 0; j < N; j++)
-        for (int i = 0; i <= j; i++)
-            rows[pair_row(v, i, j) * (size_t)(2 * C) + (size_t)c] =
-                (score[i * N + j] + score[j * N + i]) / 2;
+    FOR_PAIRS(*v, i, j)
+        rows[pair_row(v, i, j) * (size_t)(2 * C) + (size_t)c] =
+            (score[i * N + j] + score[j * N + i]) / 2;
 }
 
 // From drows, of a pair as a whole, to dqk of channel c. scratch: 2 (2W + 1) * padded N.
@@ -2028,7 +1804,8 @@ static void edge_layer_forward(Sde *s, int l) {
     const Work *w = &s->a.work;
     int A = (int)m->A, wide = e.C * 4 * e.W, last = l + 1 == EDGE_LAYERS;
     size_t Ct = (size_t)to2d_all_channels(&s->shape), W = (size_t)e.W;
-    gemm(w, 0, 1, A, wide, e.in, e.h, e.ld, p->first.w, e.in, p->first.b, 0, e.qk_hidden->pre, wide);
+    gemm(w, 0, 1, A, wide, e.in, e.h, e.ld, p->first.w, e.in, p->first.b, 0, e.qk_hidden->pre,
+         wide);
     act_forward(TANH, e.qk_hidden->act, e.qk_hidden->pre, m->A * (size_t)wide);
     for (int k = 0; k < 2 * e.C; k++)
         gemm(w, 0, 1, A, 2 * e.W, 2 * e.W, e.qk_hidden->act + 2 * k * e.W, wide, p->second[k].w,
@@ -2039,18 +1816,7 @@ static void edge_layer_forward(Sde *s, int l) {
 #pragma omp parallel for schedule(dynamic)
     for (size_t b = 0; b < m->B; b++) edge_layer_molecule(s, &e, p, b, last);
     mlp_forward(w, s->a.pair_out, e.pair_hidden, e.rows, p->pairs, 3, ELU, m->P);
-#pragma omp parallel for schedule(static)
-    for (size_t b = 0; b < m->B; b++) {
-        Place v = place_of(m, b);
-        for (int j = 0; j < v.N; j++)
-            for (int i = 0; i <= j; i++) {
-                size_t q = pair_row(&v, i, j);
-                float scale = both_bonded(m, &v, i, j) ? 2.0f : 0.0f;  // M_ij + M_ji
-                for (size_t c = 0; c < (size_t)e.out; c++)
-                    s->a.adjacency[q * Ct + e.to + c] =
-                        scale * s->a.pair_out[q * (size_t)e.out + c];
-            }
-    }
+    pairs_doubled(s->a.adjacency + e.to, Ct, s->a.pair_out, (size_t)e.out, e.out, m);
     if (last) return;
     float *next = s->a.edge_h + (size_t)l * m->A * W;
     mlp_forward(w, next, e.value_hidden, e.value, p->nodes, 2, ELU, m->A);
@@ -2091,17 +1857,7 @@ static void edge_layer_backward(Sde *s, int l) {
     const Work *w = &a->work;
     int A = (int)m->A, wide = e.C * 4 * e.W, last = l + 1 == EDGE_LAYERS;
     size_t Ct = (size_t)to2d_all_channels(&s->shape), W = (size_t)e.W;
-#pragma omp parallel for schedule(static)
-    for (size_t b = 0; b < m->B; b++) {
-        Place v = place_of(m, b);
-        for (int j = 0; j < v.N; j++)
-            for (int i = 0; i <= j; i++) {
-                size_t q = pair_row(&v, i, j);
-                float scale = both_bonded(m, &v, i, j) ? 2.0f : 0.0f;  // forward: S = M_ij + M_ji
-                for (size_t c = 0; c < (size_t)e.out; c++)
-                    a->pair_out[q * (size_t)e.out + c] = scale * a->dadjacency[q * Ct + e.to + c];
-            }
-    }
+    pairs_doubled(a->pair_out, (size_t)e.out, a->dadjacency + e.to, Ct, e.out, m);
     mlp_backward(w, a->dpair_in, 0, g->pairs, a->pair_out, e.rows, e.pair_hidden, p->pairs, 3, ELU,
                  m->P);
     if (!last) {
@@ -2188,14 +1944,13 @@ static void to2d_start(Sde *s) {
 #pragma omp parallel for schedule(dynamic)
     for (size_t b = 0; b < m->B; b++) {
         Place v = place_of(m, b);
-        for (int j = 0; j < v.N; j++)
-            for (int i = 0; i <= j; i++) {
-                float sum = 0;
-                for (int k = 0; k < v.N; k++)
-                    sum += m->adj[pair_row(&v, i, k)] * m->adj[pair_row(&v, k, j)];
-                s->a.adjacency[pair_row(&v, i, j) * Ct] = m->adj[pair_row(&v, i, j)];
-                s->a.adjacency[pair_row(&v, i, j) * Ct + 1] = sum;
-            }
+        FOR_PAIRS(v, i, j) {
+            float sum = 0, *row = s->a.adjacency + pair_row(&v, i, j) * Ct;
+            for (int k = 0; k < v.N; k++)
+                sum += m->adj[pair_row(&v, i, k)] * m->adj[pair_row(&v, k, j)];
+            row[0] = m->adj[pair_row(&v, i, j)];
+            row[1] = sum;
+        }
     }
 }
 
@@ -2253,15 +2008,14 @@ static void to2d_loss(double loss[TERMS], Sde *s) {
             sum_x += scale_x * error * error;
             s->a.dm_x[k] = m->bonded[k / V] ? (float)(-2 * half * scale_x * error / sigma) : 0;
         }
-        for (int j = 0; j < v.N; j++)
-            for (int i = 0; i <= j; i++) {
-                size_t q = pair_row(&v, i, j);
-                int counts = i != j && both_bonded(m, &v, i, j);
-                if (!counts) s->a.m_adj[q] = 0;
-                double error = (double)m->noise_adj[q] - (double)s->a.m_adj[q] / sigma;
-                sum_adj += scale_adj * error * error;
-                s->a.dm_adj[q] = counts ? (float)(-2 * half * scale_adj * error / sigma) : 0;
-            }
+        FOR_PAIRS(v, i, j) {
+            size_t q = pair_row(&v, i, j);
+            int counts = i != j && both_bonded(m, &v, i, j);
+            if (!counts) s->a.m_adj[q] = 0;
+            double error = (double)m->noise_adj[q] - (double)s->a.m_adj[q] / sigma;
+            sum_adj += scale_adj * error * error;
+            s->a.dm_adj[q] = counts ? (float)(-2 * half * scale_adj * error / sigma) : 0;
+        }
     }
     loss[TERM_ELEMENTS] = sum_x;
     loss[TERM_BONDS] = sum_adj;
@@ -2319,8 +2073,9 @@ static double update(Sde *s, const Adam *adam, double scale_3d, int64_t t) {
 }
 
 // Molecules ids[0..B) of a dataset: losses, gradients, update t = 1, 2, ...; returns the norm.
-static double sde_step(double loss[TERMS], Sde *s, const Dataset *data, const uint32_t *ids, size_t B,
-                       const Adam *adam, double scale_3d, const Draws *draws, int64_t t) {
+static double sde_step(double loss[TERMS], Sde *s, const Dataset *data, const uint32_t *ids,
+                       size_t B, const Adam *adam, double scale_3d, const Draws *draws,
+                       int64_t t) {
     s->draws = *draws;
     s->training = 1;
     mols_load(&s->mols, data, ids, B, 0);
@@ -2342,84 +2097,7 @@ static double sde_step(double loss[TERMS], Sde *s, const Dataset *data, const ui
 //   - fine-tuning regression takes any number of tasks.
 
 // =================================================================================================
-// 10 The fine-tuning head: logits (B, Y) = map of the mean of X (or Y) over a molecule's atoms
-// =================================================================================================
-
-static void head_place(Table *t, Linear *l, const Shape *c) {
-    place_linear(t, GROUP_2D, l, c->dim, c->tasks, START_DEFAULT, "graph_pred_linear");
-}
-
-// pooled (B, D), and logits of a fine-tuned model.
-static void head_forward(Sde *s) {
-    const Mols *m = &s->mols;
-    Buffers *a = &s->a;
-    size_t D = (size_t)s->shape.dim;
-    const float *x = s->shape.use_3d ? a->y : a->x;
-#pragma omp parallel for schedule(static)
-    for (size_t b = 0; b < m->B; b++) {
-        Place v = place_of(m, b);
-        for (size_t c = 0; c < D; c++) {
-            float sum = 0;
-            for (size_t i = v.atom; i < v.atom + (size_t)v.N; i++) sum += x[i * D + c];
-            a->pooled[b * D + c] = sum / (float)v.N;
-        }
-    }
-    if (s->shape.tasks) apply(&a->work, a->logits, a->pooled, &s->p.head, m->B);
-}
-
-// From dlogits (B, Y): the head's gradients, and dx or dy of the encoder.
-static void head_backward(Sde *s) {
-    const Mols *m = &s->mols;
-    Buffers *a = &s->a;
-    size_t D = (size_t)s->shape.dim;
-    float *d = s->shape.use_3d ? a->dy : a->dx;
-    apply_backward(&a->work, a->dpooled, 0, &s->g.head, a->dlogits, a->pooled, &s->p.head, m->B);
-    for (size_t i = 0; i < m->A; i++) {  // forward: pooled = mean over the atoms
-        size_t b = m->molecule_of[i];
-        for (size_t c = 0; c < D; c++) d[i * D + c] = a->dpooled[b * D + c] / (float)m->n_atoms[b];
-    }
-}
-
-// What a fine-tuned model needs besides its parameters: regression: prediction = out std + mean.
-typedef struct { TaskKind kind; const float *mean, *std; } Aim;
-
-// Mean over the labels that are there: cross-entropy, or |out - (label - mean) / std|. Stores
-// dlogits.
-static double head_loss(Sde *s, const Aim *aim) {
-    size_t count = 0, Y = (size_t)s->mols.Y, n = s->mols.B * Y;
-    double loss = 0;
-    for (size_t k = 0; k < n; k++) count += !isnan(s->mols.labels[k]);
-    for (size_t k = 0; k < n; k++) {
-        double x = (double)s->a.logits[k], label = (double)s->mols.labels[k], slope = 0;
-        if (!isnan(label) && aim->kind == TASK_CLASSIFICATION) {
-            loss += softplus(x) - x * label;
-            slope = sigmoid(x) - label;
-        } else if (!isnan(label)) {
-            double error = x - (label - (double)aim->mean[k % Y]) / (double)aim->std[k % Y];
-            loss += fabs(error);
-            slope = (error > 0) - (error < 0);
-        }
-        s->a.dlogits[k] = (float)(slope / (double)max_size(count, 1));
-    }
-    return loss / (double)max_size(count, 1);
-}
-
-// The encoder and head of a fine-tuned model, on the batch in s.
-static void task_forward(Sde *s) {
-    buffers_layout(s);
-    if (s->shape.use_3d) schnet_forward(s);
-    else gin_forward(s);
-    head_forward(s);
-}
-
-static void task_backward(Sde *s) {
-    head_backward(s);
-    if (s->shape.use_3d) schnet_backward(s);
-    else gin_backward(s);
-}
-
-// =================================================================================================
-// 11 Sampling conformers: from noise to positions in M steps, t from 1 to 0.0001. score = -eps_hat
+// 10 Sampling conformers: from noise to positions in M steps, t from 1 to 0.0001. score = -eps_hat
 //   / sigma(t). In each step the corrector walks along the score with fresh noise (Langevin), then
 //   the predictor undoes a step of the noising. All copies of the molecule are one batch.
 // =================================================================================================
@@ -2476,4 +2154,4 @@ static void sample_step(Sde *s, int i, int M, const float *corrector, const floa
     }
 }
 
-#include "run.c"  // sections 12 to 15: what is promised above, and the program
+#include "run.c"  // sections 11 to 15: what is promised above, and the program

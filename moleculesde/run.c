@@ -1,5 +1,78 @@
-// run.c - the machinery of moleculesde.c, which includes it: fast arithmetic, memory, checkpoints,
-// the loop that trains, the commands.
+// run.c - the rest of moleculesde.c, which includes it: the fine-tuning head, fast arithmetic,
+// memory and tables of parameters, checkpoints, the loop that trains, commands.
+
+// =================================================================================================
+// 11 The fine-tuning head: logits (B, Y) = map of the mean of X (or Y) over a molecule's atoms
+// =================================================================================================
+
+// pooled (B, D), and logits of a fine-tuned model.
+static void head_forward(Sde *s) {
+    const Mols *m = &s->mols;
+    Buffers *a = &s->a;
+    size_t D = (size_t)s->shape.dim;
+    const float *x = s->shape.use_3d ? a->y : a->x;
+#pragma omp parallel for schedule(static)
+    for (size_t b = 0; b < m->B; b++) {
+        Place v = place_of(m, b);
+        for (size_t c = 0; c < D; c++) {
+            float sum = 0;
+            for (size_t i = v.atom; i < v.atom + (size_t)v.N; i++) sum += x[i * D + c];
+            a->pooled[b * D + c] = sum / (float)v.N;
+        }
+    }
+    if (s->shape.tasks) apply(&a->work, a->logits, a->pooled, &s->p.head, m->B);
+}
+
+// From dlogits (B, Y): the head's gradients, and dx or dy of the encoder.
+static void head_backward(Sde *s) {
+    const Mols *m = &s->mols;
+    Buffers *a = &s->a;
+    size_t D = (size_t)s->shape.dim;
+    float *d = s->shape.use_3d ? a->dy : a->dx;
+    apply_backward(&a->work, a->dpooled, 0, &s->g.head, a->dlogits, a->pooled, &s->p.head, m->B);
+    for (size_t i = 0; i < m->A; i++) {  // forward: pooled = mean over the atoms
+        size_t b = m->molecule_of[i];
+        for (size_t c = 0; c < D; c++) d[i * D + c] = a->dpooled[b * D + c] / (float)m->n_atoms[b];
+    }
+}
+
+// What a fine-tuned model needs besides its parameters: regression: prediction = out std + mean.
+typedef struct { TaskKind kind; const float *mean, *std; } Aim;
+
+// Mean over the labels that are there: cross-entropy, or |out - (label - mean) / std|. Stores
+// dlogits.
+static double head_loss(Sde *s, const Aim *aim) {
+    size_t count = 0, Y = (size_t)s->mols.Y, n = s->mols.B * Y;
+    double loss = 0;
+    for (size_t k = 0; k < n; k++) count += !isnan(s->mols.labels[k]);
+    for (size_t k = 0; k < n; k++) {
+        double x = (double)s->a.logits[k], label = (double)s->mols.labels[k], slope = 0;
+        if (!isnan(label) && aim->kind == TASK_CLASSIFICATION) {
+            loss += softplus(x) - x * label;
+            slope = sigmoid(x) - label;
+        } else if (!isnan(label)) {
+            double error = x - (label - (double)aim->mean[k % Y]) / (double)aim->std[k % Y];
+            loss += fabs(error);
+            slope = (error > 0) - (error < 0);
+        }
+        s->a.dlogits[k] = (float)(slope / (double)max_size(count, 1));
+    }
+    return loss / (double)max_size(count, 1);
+}
+
+// The encoder and head of a fine-tuned model, on the batch in s.
+static void task_forward(Sde *s) {
+    buffers_layout(s);
+    if (s->shape.use_3d) schnet_forward(s);
+    else gin_forward(s);
+    head_forward(s);
+}
+
+static void task_backward(Sde *s) {
+    head_backward(s);
+    if (s->shape.use_3d) schnet_backward(s);
+    else gin_backward(s);
+}
 
 // =================================================================================================
 // 12 Fast arithmetic, and memory
@@ -125,7 +198,233 @@ static void normal_row(float *out, size_t n, const Draws *draws, uint32_t purpos
     }
 }
 
-// ---- parameters
+// ---- parameters. A walk through the tensors of all networks, with their official names: it makes
+//      the arenas, the initial values and the checkpoints
+
+// What initial values are drawn from.
+typedef enum {
+    START_DEFAULT,  // U(+-1 / sqrt(columns)), of a bias: of its weight's columns
+    START_XAVIER,   // U(+-sqrt(6 / (rows + columns)))
+    START_NORMAL,   // N(0, 1)
+    START_ZERO, START_ONE,
+} Start;
+
+typedef struct {
+    float *arena;               // NULL: tensors are only counted
+    TensorInfo *info;           // NULL: not wanted
+    int n;
+    Group group;                // the one that is placed in this walk
+    size_t offset;
+} Table;
+
+// The next tensor of a group: *at points to it. rows = 0: a vector. fan_in: of START_DEFAULT.
+MB_PRINTF(8, 9) static void place(Table *t, Group group, float **at, size_t rows, size_t columns,
+                                  Start start, int fan_in, const char *name, ...) {
+    if (group != t->group) return;
+    size_t count = max_size(rows, 1) * columns;
+    *at = t->arena ? t->arena + t->offset : NULL;
+    if (t->info) {
+        char text[128];
+        va_list args;
+        va_start(args, name);
+        vsnprintf(text, sizeof text, name, args);
+        va_end(args);
+        t->info[t->n] = (TensorInfo){xprintf("%s", text), fan_in, rows, columns, (InitRule)start,
+                                     t->offset, count, 0};
+    }
+    t->offset += count;
+    t->n++;
+}
+
+static void place_linear(Table *t, Group group, Linear *l, int in, int out, Start start,
+                         const char *name) {
+    l->in = in;
+    l->out = out;
+    place(t, group, &l->w, (size_t)out, (size_t)in, start, in, "%s.weight", name);
+    place(t, group, &l->b, 0, (size_t)out, start == START_XAVIER ? START_ZERO : start, in,
+          "%s.bias", name);
+}
+
+static void place_batch_norm(Table *t, Group group, BatchNorm *bn, int n, const char *name) {
+    bn->n = n;
+    place(t, group, &bn->w, 0, (size_t)n, START_ONE, 0, "%s.weight", name);
+    place(t, group, &bn->b, 0, (size_t)n, START_ZERO, 0, "%s.bias", name);
+    place(t, GROUP_FIXED, &bn->mean, 0, (size_t)n, START_ZERO, 0, "%s.running_mean", name);
+    place(t, GROUP_FIXED, &bn->var, 0, (size_t)n, START_ONE, 0, "%s.running_var", name);
+}
+
+// A name made of a pattern and two numbers, valid until the fourth call after.
+static const char *numbered(const char *pattern, int k, int l) {
+    static char text[4][128];
+    static int turn;
+    char *out = text[turn++ % 4];
+    snprintf(out, 128, pattern, k, l);
+    return out;
+}
+
+static void gin_place(Table *t, Gin *n, const Shape *c) {
+    int D = c->dim;
+    float *rest;  // tensors that follow each other are one matrix, named by the first
+    for (int f = 0; f < ATOM_FEATURES; f++)
+        place(t, GROUP_2D, f ? &rest : &n->atom, ATOM_FEATURE_SIZES[f], (size_t)D, START_XAVIER, 0,
+              "model_2D.atom_encoder.atom_embedding_list.%d.weight", f);
+    for (int l = 0; l < c->layers; l++) {
+        GinLayer *y = &n->layer[l];
+        const int rows[BOND_FEATURES] = {BOND_TYPES, BOND_STEREOS, 2};
+        for (int f = 0; f < BOND_FEATURES; f++)
+            place(t, GROUP_2D, f ? &rest : &y->bond, (size_t)rows[f], (size_t)D, START_XAVIER, 0,
+                  "model_2D.gnns.%d.bond_encoder.bond_embedding_list.%d.weight", l, f);
+        place(t, GROUP_2D, &y->eps, 0, 1, START_ZERO, 0, "model_2D.gnns.%d.eps", l);
+        place_linear(t, GROUP_2D, &y->in, D, 2 * D, START_DEFAULT,
+                     numbered("model_2D.gnns.%d.mlp.0", l, 0));
+        place_batch_norm(t, GROUP_2D, &y->norm_in, 2 * D, numbered("model_2D.gnns.%d.mlp.1", l, 0));
+        place_linear(t, GROUP_2D, &y->out, 2 * D, D, START_DEFAULT,
+                     numbered("model_2D.gnns.%d.mlp.3", l, 0));
+        place_batch_norm(t, GROUP_2D, &y->norm_out, D, numbered("model_2D.batch_norms.%d", l, 0));
+    }
+}
+
+static void schnet_place(Table *t, Schnet *n, const Shape *c) {
+    int D = c->dim, F = c->filters;
+    place(t, GROUP_3D, &n->atom, V, (size_t)D, START_NORMAL, 0, "model_3D.embedding.weight");
+    for (int k = 0; k < c->blocks; k++) {
+        SchnetBlock *b = &n->block[k];
+        place_linear(t, GROUP_3D, &b->filter[0], c->gaussians, F, START_XAVIER,
+                     numbered("model_3D.interactions.%d.mlp.0", k, 0));
+        b->filter[1].in = b->filter[1].out = b->lift.out = F;
+        b->lift.in = D;
+        place(t, GROUP_3D, &b->filter[1].w, (size_t)F, (size_t)F, START_XAVIER, 0,
+              "model_3D.interactions.%d.mlp.2.weight", k);
+        place(t, GROUP_3D, &b->filter[1].b, 0, (size_t)F, START_DEFAULT, F,
+              "model_3D.interactions.%d.mlp.2.bias", k);
+        place(t, GROUP_3D, &b->lift.w, (size_t)F, (size_t)D, START_XAVIER, 0,
+              "model_3D.interactions.%d.conv.lin1.weight", k);
+        place_linear(t, GROUP_3D, &b->out[0], F, D, START_XAVIER,
+                     numbered("model_3D.interactions.%d.conv.lin2", k, 0));
+        place_linear(t, GROUP_3D, &b->out[1], D, D, START_XAVIER,
+                     numbered("model_3D.interactions.%d.lin", k, 0));
+    }
+    place_linear(t, GROUP_3D, &n->out[0], D, D, START_XAVIER, "model_3D.lin1");
+    place_linear(t, GROUP_3D, &n->out[1], D, D, START_XAVIER, "model_3D.lin2");
+}
+
+static void to3d_place(Table *t, To3d *n, const Shape *c) {
+    static const char *const module = "SDE_2Dto3D_model";
+    static const char *const kinds[4] = {"query", "key", "value", "skip"};
+    int D = c->dim, H = c->hidden;
+    size_t h = (size_t)H;
+    float *rest;
+    place_linear(t, GROUP_2D, &n->node, D, H, START_XAVIER, "SDE_2Dto3D_model.node_emb.layers.0");
+    place_linear(t, GROUP_2D, &n->edge_in, 2 * D, D, START_DEFAULT,
+                 "SDE_2Dto3D_model.edge_2D_emb.0");
+    place_batch_norm(t, GROUP_2D, &n->edge_norm, D, "SDE_2Dto3D_model.edge_2D_emb.1");
+    place_linear(t, GROUP_2D, &n->edge_out, D, H, START_DEFAULT, "SDE_2Dto3D_model.edge_2D_emb.3");
+    if (c->gate) {
+        place(t, GROUP_FIXED, &n->gate_wave, 0, h, START_NORMAL, 0, "%s.dist_gaussian_fourier.W",
+              module);
+        place_linear(t, GROUP_2D, &n->gate, 2 * H, H, START_XAVIER,
+                     "SDE_2Dto3D_model.input_mlp.layers.0");
+    }
+    place(t, GROUP_FIXED, &n->frame_wave, 0, h, START_NORMAL, 0, "%s.coff_gaussian_fourier.W",
+          module);
+    place_linear(t, GROUP_2D, &n->frame, 4 * H, H, START_DEFAULT, "SDE_2Dto3D_model.coff_mlp");
+    place_linear(t, GROUP_2D, &n->project[0], 2 * H + 2, H, START_XAVIER,
+                 "SDE_2Dto3D_model.project.layers.0");
+    place_linear(t, GROUP_2D, &n->project[1], H, H, START_XAVIER,
+                 "SDE_2Dto3D_model.project.layers.1");
+    for (int l = 0; l < HOPS_OF_ATTENTION; l++) {
+        Attention *y = &n->layer[l];
+        char name[96];
+        snprintf(name, sizeof name, "%s.score_network.gnn_layers.%d.%d", module, l / 2, l % 2);
+        y->maps = (Linear){H, 4 * H, y->maps.w, y->maps.b};
+        for (int k = 0; k < 4; k++)
+            place(t, GROUP_2D, k ? &rest : &y->maps.w, h, h, START_DEFAULT, H,
+                  "%s.MHA.lin_%s.weight", name, kinds[k]);
+        for (int k = 0; k < 4; k++)
+            place(t, GROUP_2D, k ? &rest : &y->maps.b, 0, h, START_DEFAULT, H, "%s.MHA.lin_%s.bias",
+                  name, kinds[k]);
+        y->edge.in = y->edge.out = H;
+        place(t, GROUP_2D, &y->edge.w, h, h, START_DEFAULT, H, "%s.MHA.lin_edge.weight", name);
+        for (int k = 0; k < 2; k++) {
+            y->ffn[k].in = y->ffn[k].out = H;
+            place(t, GROUP_2D, &y->ffn[k].w, h, h, START_DEFAULT, H, "%s.FFN.%d.weight", name,
+                  3 * k);
+            place(t, GROUP_2D, &y->ffn[k].b, 0, h, START_DEFAULT, H, "%s.FFN.%d.bias", name, 3 * k);
+            LayerNorm *norm = k ? &y->norm2 : &y->norm1;
+            norm->n = H;
+            place(t, GROUP_2D, &norm->w, 0, h, START_ONE, 0, "%s.norm%d.weight", name, k + 1);
+            place(t, GROUP_2D, &norm->b, 0, h, START_ZERO, 0, "%s.norm%d.bias", name, k + 1);
+        }
+    }
+    for (int k = 0; k < MODULES; k++) {
+        const char *pattern = "SDE_2Dto3D_model.score_network.basis_mlp_modules.%d.%d";
+        place_linear(t, GROUP_2D, &n->basis[k][0], 2 * H, COEFFICIENTS, START_DEFAULT,
+                     numbered(pattern, k, 0));
+        place_linear(t, GROUP_2D, &n->basis[k][1], COEFFICIENTS, 3, START_DEFAULT,
+                     numbered(pattern, k, 2));
+    }
+}
+
+static void place_mlp(Table *t, Group group, Linear *l, const int *sizes, int layers,
+                      const char *name) {
+    for (int k = 0; k < layers; k++) {
+        char text[160];
+        snprintf(text, sizeof text, "%s.layers.%d", name, k);
+        place_linear(t, group, &l[k], sizes[k], sizes[k + 1], START_XAVIER, text);
+    }
+}
+
+// A channel's tensors follow those of the channel before; so do query and key.
+static void edge_layer_place(Table *t, EdgeLayer *n, const Shape *c, int l) {
+    int C = to2d_channels(c, l), W = c->width, in = edge_layer_in(c, l);
+    int R = edge_layer_hidden(c, l);
+    size_t w2 = 2 * (size_t)W;
+    char name[64], text[128];
+    float *rest;
+    snprintf(name, sizeof name, "SDE_3Dto2D_model.edge_score_network.layers.%d", l);
+    n->first = (Linear){in, C * 4 * W, n->first.w, n->first.b};
+    for (int k = 0; k < 2 * C; k++)
+        place(t, GROUP_3D, k ? &rest : &n->first.w, w2, (size_t)in, START_XAVIER, 0,
+              "%s.attn.%d.func_%c.layers.0.weight", name, k / 2, "qk"[k % 2]);
+    for (int k = 0; k < 2 * C; k++)
+        place(t, GROUP_3D, k ? &rest : &n->first.b, 0, w2, START_ZERO, 0,
+              "%s.attn.%d.func_%c.layers.0.bias", name, k / 2, "qk"[k % 2]);
+    for (int k = 0; k < 2 * C; k++) {
+        snprintf(text, sizeof text, "%s.attn.%d.func_%c.layers.1", name, k / 2, "qk"[k % 2]);
+        place_linear(t, GROUP_3D, &n->second[k], 2 * W, 2 * W, START_XAVIER, text);
+    }
+    for (int k = 0; k < C; k++)
+        place(t, GROUP_3D, k ? &rest : &n->value_w, (size_t)in, (size_t)W, START_XAVIER, 0,
+              "%s.attn.%d.func_v.weight", name, k);
+    for (int k = 0; k < C; k++)
+        place(t, GROUP_3D, k ? &rest : &n->value_b, 0, (size_t)W, START_ZERO, 0,
+              "%s.attn.%d.func_v.bias", name, k);
+    snprintf(text, sizeof text, "%s.multi_channel", name);
+    place_mlp(t, GROUP_3D, n->nodes, (int[]){W * C, R, W}, 2, text);
+    snprintf(text, sizeof text, "%s.mlp", name);
+    place_mlp(t, GROUP_3D, n->pairs, (int[]){2 * C, R, R, to2d_channels(c, l + 1)}, 3, text);
+}
+
+static void to2d_place(Table *t, To2d *n, const Shape *c) {
+    int D = c->dim, W = c->width, Ct = to2d_all_channels(c), Cn = to2d_all_nodes(c);
+    place_linear(t, GROUP_3D, &n->embed_x, V, D, START_DEFAULT, "SDE_3Dto2D_model.embedding_X");
+    place_linear(t, GROUP_3D, &n->embed_y, D, D, START_DEFAULT, "SDE_3Dto2D_model.embedding_3D");
+    for (int l = 0; l < EDGE_LAYERS; l++) edge_layer_place(t, &n->edge[l], c, l);
+    place_mlp(t, GROUP_3D, n->pairs, (int[]){Ct, 2 * Ct, 2 * Ct, 1}, 3,
+              "SDE_3Dto2D_model.edge_score_network.final");
+    for (int l = 0; l < NODE_LAYERS; l++) {
+        const char *name = numbered("SDE_3Dto2D_model.node_score_network.layers.%d", l, 0);
+        place(t, GROUP_3D, &n->node_w[l], (size_t)(l ? W : D), (size_t)W, START_XAVIER, 0,
+              "%s.weight", name);
+        place(t, GROUP_3D, &n->node_b[l], 0, (size_t)W, START_ZERO, 0, "%s.bias", name);
+    }
+    place_mlp(t, GROUP_3D, n->nodes, (int[]){Cn, 2 * Cn, 2 * Cn, V}, 3,
+              "SDE_3Dto2D_model.node_score_network.final");
+}
+
+static void head_place(Table *t, Linear *l, const Shape *c) {
+    place_linear(t, GROUP_2D, l, c->dim, c->tasks, START_DEFAULT, "graph_pred_linear");
+}
 
 // Dies unless the sizes make a model.
 static void shape_check(const Shape *c) {
@@ -202,6 +501,34 @@ static void sde_init(Sde *s, uint64_t seed) {
             }
         }
     }
+}
+
+// ---- batches
+
+// `count` elements in the place of x (whose content is lost), of which *room bytes were allocated.
+static void *fresh(void *x, size_t *room, size_t count, size_t size) {
+    if (mul_size(count, size) <= *room && x) return x;
+    free(x);
+    *room = mul_size(count, size);
+    return xmalloc(count, size);
+}
+
+static void mols_free(Mols *m) {
+    for (size_t b = 0; b < m->molecule_room; b++) molecule_free(&m->molecule[b]);
+    free(m->molecule);
+#define X(type, field, count) free(m->field);
+    MOLS_ARRAYS(X)
+    EDGE_ARRAYS(X)
+#undef X
+    *m = (Mols){0};
+}
+
+// Room for B molecules as read.
+static void mols_reserve(Mols *m, size_t B) {
+    if (B <= m->molecule_room) return;
+    m->molecule = xrealloc(m->molecule, B, sizeof *m->molecule);
+    memset(m->molecule + m->molecule_room, 0, (B - m->molecule_room) * sizeof *m->molecule);
+    m->molecule_room = B;
 }
 
 // ---- activations
@@ -1037,7 +1364,8 @@ static void command_embed(const char *path) {
     OutFile out;
     char shape[96], header[128];
     run_open_model(&run, path);
-    if (!run.s.shape.tasks) run.s.shape.use_3d = name_index("--encoder", opt.encoder, ENCODER_NAMES);
+    if (!run.s.shape.tasks)
+        run.s.shape.use_3d = name_index("--encoder", opt.encoder, ENCODER_NAMES);
     if (run.s.shape.use_3d) check_positions(&run.test);
     snprintf(shape, sizeof shape, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %d), }",
              run.test.count, run.s.shape.dim);
