@@ -91,10 +91,11 @@ asan:
 tsan: export TSAN_OPTIONS = ignore_noninstrumented_modules=1
 tsan:
 	$(MAKE) clean
-	$(MAKE) moleblend data_prep train.bin CC=clang CFLAGS="-O1 -g -fsanitize=thread"
+	$(MAKE) moleblend moleculesde data_prep train.bin CC=clang CFLAGS="-O1 -g -fsanitize=thread"
 	./moleblend train.bin --size tiny --steps 5 -o build/tsan.safetensors
 	./moleblend finetune train.bin --init build/tsan.safetensors --epochs 1 -o build/tsan2.safetensors
 	./moleblend embed valid.bin --model build/tsan.safetensors -o build/tsan.npy
+	./moleculesde/moleculesde train.bin --dim 32 --batch-size 16 --steps 3 -o build/tsan3.safetensors
 	$(MAKE) clean
 
 debug:

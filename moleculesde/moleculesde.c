@@ -21,7 +21,7 @@
 //   2 layers                    6 noise                 10 sampling conformers  11 fine-tuning head
 //   3 2D encoder: GIN           7 2D -> 3D                                      12 machinery
 //   4 3D encoder: SchNet        8 3D -> 2D                                      13 checkpoints
-//                                                                               14 runs, 15 commands
+//                                                                              14 runs, 15 commands
 //
 //      graph                                     positions
 //        | 3 GIN                                   | 4 SchNet
@@ -217,8 +217,8 @@ static void mols_build(Mols *m, size_t B, int n_labels) {
         squares += N * N;
         bonds += 2 * (size_t)m->molecule[b].n_bonds;
     }
-    CHECK(A < INT_MAX / 1024 && squares < INT_MAX, "a batch of %zu molecules with %zu atoms is too "
-          "large; try a lower --batch-size", B, A);
+    CHECK(A < INT_MAX / 1024 && squares < INT_MAX / 4, "a batch of %zu molecules with %zu atoms is "
+          "too large; try a lower --batch-size", B, A);
 #define X(type, field, count)                                                                      \
     m->field = fresh(m->field, &m->field##_room, count, sizeof(type));
     MOLS_ARRAYS(X)

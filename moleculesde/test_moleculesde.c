@@ -173,7 +173,8 @@ static void golden_batch(Sde *s, const TensorFile *f, int n_labels, const char *
         const TensorEntry *x = golden(f, "mol%s/%d/z_x", "", (int)b);
         for (size_t k = 0; k < noise->count; k++)
             m->noise[3 * v.atom + k] = (float)tensor_number(noise, k);
-        for (size_t k = 0; k < x->count; k++) m->noise_x[V * v.atom + k] = (float)tensor_number(x, k);
+        for (size_t k = 0; k < x->count; k++)
+            m->noise_x[V * v.atom + k] = (float)tensor_number(x, k);
         for (int j = 0; j < v.N; j++)
             for (int i = 0; i <= j; i++)
                 m->noise_adj[pair_row(&v, i, j)] = (float)tensor_number(adj, (size_t)(i * v.N + j));
@@ -188,7 +189,8 @@ static int meta_is(const TensorFile *f, const char *key, const char *value) {
 // A model and batch as the file says. task: NULL, "cls" or "reg".
 static void golden_open(Sde *s, const TensorFile *f, int gate, const char *task) {
     *s = (Sde){.training = 1};
-    Shape c = {.dim = (int)meta_number(f, "emb_dim", 0), .layers = (int)meta_number(f, "gin_layers", 0),
+    Shape c = {.dim = (int)meta_number(f, "emb_dim", 0),
+               .layers = (int)meta_number(f, "gin_layers", 0),
                .filters = (int)meta_number(f, "schnet_filters", 0),
                .gaussians = (int)meta_number(f, "schnet_gaussians", 0),
                .blocks = (int)meta_number(f, "schnet_interactions", 0),
@@ -322,14 +324,16 @@ static void golden_stages(Report *r, const TensorFile *f, Sde *s) {
         for (int l = 0; l < EDGE_LAYERS; l++) {
             EdgeActs e = edge_acts(s, l);
             snprintf(name, sizeof name, "G%d", l + 1);
-            golden_molecule(r, f, (int)b, name, a->nodes + v.atom * Cn + D + (size_t)l * W, N, W, Cn);
+            golden_molecule(r, f, (int)b, name, a->nodes + v.atom * Cn + D + (size_t)l * W, N, W,
+                            Cn);
             snprintf(name, sizeof name, "T%d", l + 1);
             golden_pairs(r, f, &v, name, e.rows, (size_t)e.C, 2 * (size_t)e.C);
             snprintf(name, sizeof name, "S%d", l + 1);
             golden_pairs(r, f, &v, name, a->adjacency + e.to, (size_t)e.out, Ct);
             snprintf(name, sizeof name, "H%d", l + 1);
             if (l + 1 < EDGE_LAYERS)
-                golden_molecule(r, f, (int)b, name, a->edge_h + ((size_t)l * A + v.atom) * W, N, W, W);
+                golden_molecule(r, f, (int)b, name, a->edge_h + ((size_t)l * A + v.atom) * W, N, W,
+                                W);
         }
     }
     free(row);
@@ -373,7 +377,8 @@ static void golden_gradients(Report *r, const TensorFile *f, const Sde *s, const
     const char *names[1024];
     int n_names = 0;
     for (int i = 0; i < model->n_tensors; i++)
-        if (model->info[i].offset < s->group_end[GROUP_3D]) names[n_names++] = model->info[i].pattern;
+        if (model->info[i].offset < s->group_end[GROUP_3D])
+            names[n_names++] = model->info[i].pattern;
     qsort(names, (size_t)n_names, sizeof *names, compare_names);
     for (int i = 0; i < model->n_tensors; i++) {
         const TensorInfo *t = &model->info[i];
@@ -455,14 +460,17 @@ static void golden_running(Report *r, const TensorFile *f, Sde *s) {
     }
     s->training = 0;
     gin_forward(s);
-    golden_rows(r, f, "eval/x", s->a.x, s->mols.A, (size_t)s->shape.dim, (size_t)s->shape.dim, NULL);
+    size_t D = (size_t)s->shape.dim;
+    golden_rows(r, f, "eval/x", s->a.x, s->mols.A, D, D, NULL);
 }
 
 // The sampler, with the noise of the file; BN has the file's statistics.
 static void golden_sample(Report *r, const TensorFile *f, Sde *s) {
-    int copies = (int)meta_number(f, "sample_repeats", 0), mol = (int)meta_number(f, "sample_mol", 0);
+    int copies = (int)meta_number(f, "sample_repeats", 0);
     int M = (int)meta_number(f, "sample_steps", 0);
-    const TensorEntry *init = tensor_find(f, "sample/init"), *noise = tensor_find(f, "sample/noise");
+    int mol = (int)meta_number(f, "sample_mol", 0);
+    const TensorEntry *init = tensor_find(f, "sample/init");
+    const TensorEntry *noise = tensor_find(f, "sample/noise");
     Molecule *m = s->mols.molecule, keep = m[0];
     m[0] = m[mol];
     m[mol] = keep;
@@ -516,7 +524,8 @@ static void golden_tuning(Report *r, const TensorFile *f, const char *task, int 
     loss = head_loss(&s, &aim);
     task_backward(&s);
     snprintf(name, sizeof name, "ft/%s/logits", task);
-    golden_rows(r, f, name, s.a.logits, s.mols.B, (size_t)s.shape.tasks, (size_t)s.shape.tasks, NULL);
+    size_t Y = (size_t)s.shape.tasks;
+    golden_rows(r, f, name, s.a.logits, s.mols.B, Y, Y, NULL);
     snprintf(name, sizeof name, "ft/%s/loss", task);
     report_add(r, name, fabs(loss / tensor_number(tensor_find(f, name), 0) - 1), 1e-5);
     snprintf(name, sizeof name, "ft/%s/gradsum", task);
@@ -595,9 +604,10 @@ static double test_number(size_t k) {  // in [-1, 1)
 static void rig_molecule(Molecule *m, int N, int bonds, size_t seed) {
     molecule_resize(m, N, bonds, 2, 0);
     m->has_pos = 1;
-    for (size_t k = 0; k < (size_t)N * ATOM_FEATURES; k++)
-        m->atom_feat[k] = (uint8_t)(formula_hash("feature", seed + k) %
-                                    (k % ATOM_FEATURES ? ATOM_FEATURE_SIZES[k % ATOM_FEATURES] : 9));
+    for (size_t k = 0; k < (size_t)N * ATOM_FEATURES; k++) {
+        size_t f = k % ATOM_FEATURES, values = f ? ATOM_FEATURE_SIZES[f] : 9;
+        m->atom_feat[k] = (uint8_t)(formula_hash("feature", seed + k) % values);
+    }
     for (int k = 0; k < bonds; k++) {  // a tree with the first atoms, then rings
         m->bonds[2 * k] = (uint16_t)(k + 1 < N ? k + 1 : k - N + 3);
         m->bonds[2 * k + 1] =
@@ -650,7 +660,7 @@ static void weights_into(float *dx, size_t n) {
 static void test_gradient(Sde *s, Scalar *f, float *x, const float *dx, size_t n, double total,
                           const char *what) {
     static const double steps[] = {3e-3, 1e-3, 3e-4, 1e-4};
-    double norm = 0, expected = 0, least = INFINITY, unit = 0;
+    double norm = 0, expected = 0, least = 1e300, unit = 0;
     float *keep = xmalloc(n, sizeof *keep);
     double *u = xmalloc(n, sizeof *u);
     memcpy(keep, x, n * sizeof *keep);
@@ -1058,13 +1068,16 @@ MB_PRINTF(1, 2) static int run_command(const char *fmt, ...) {
     return status == -1 ? -1 : status > 255 ? status >> 8 : status;
 }
 
-static int same_files(const char *a, const char *b) { return run_command("cmp -s %s %s", a, b) == 0; }
+static int same_files(const char *a, const char *b) {
+    return run_command("cmp -s %s %s", a, b) == 0;
+}
 
 static void test_program(void) {
     const char *quiet = "> build/sde.out 2> build/sde.err";
     for (int threads = 1; threads <= 4; threads *= 2)
         test_check(run_command(SDE " train.bin" SMALL "--steps 12 --threads %d -o build/sde%d"
-                               ".safetensors %s", threads, threads, quiet) == 0, "%d threads", threads);
+                               ".safetensors %s", threads, threads, quiet) == 0, "%d threads",
+                   threads);
     test_check(same_files("build/sde1.safetensors", "build/sde2.safetensors") &&
                same_files("build/sde1.safetensors", "build/sde4.safetensors"),
                "1, 2 and 4 threads give different bytes");
@@ -1093,10 +1106,18 @@ static void test_program(void) {
     test_check(run_command(SDE " embed valid.bin --model build/sde1.safetensors --encoder 3d -o "
                            "build/sde.npy %s", quiet) == 0, "embeddings");
     for (int k = 0; k < 2; k++)
-        test_check(run_command(SDE " generate valid.bin 3 --model build/sde1.safetensors --copies 2 "
-                               "--sample-steps 20 --threads %d -o build/sde%d.sdf %s", k + 1, k,
+        test_check(run_command(SDE " generate valid.bin 3 --model build/sde1.safetensors --copies "
+                               "2 --sample-steps 20 --threads %d -o build/sde%d.sdf %s", k + 1, k,
                                quiet) == 0, "conformers");
     test_check(same_files("build/sde0.sdf", "build/sde1.sdf"), "conformers of one seed differ");
+    run_command("printf 'CCO ethanol\\n' > build/sde.smi");
+    for (int k = 0; k < 2; k++)  // with and without positions: only the graph is looked at
+        run_command("./data_prep -o build/sdeg%d.bin %s %s && " SDE " generate build/sdeg%d.bin 0 "
+                    "--model build/sde1.safetensors --copies 2 --sample-steps 20 -o build/sdeg.sdf "
+                    "%s && sed -n '2,$p' build/sdeg.sdf | grep -v -i ethanol > build/sdeg%d.txt", k,
+                    k ? "build/sde.smi" : "data/ethanol.sdf", quiet, k, quiet, k);
+    test_check(run_command("test -s build/sdeg0.txt") == 0 &&
+               same_files("build/sdeg0.txt", "build/sdeg1.txt"), "conformers follow positions");
     test_check(run_command("./data_prep -o build/sde0.bin build/sde0.sdf %s", quiet) == 0,
                "conformers are no SD file");
 }
@@ -1113,6 +1134,7 @@ static void test_messages(void) {
         {"embed valid.bin --model data/mini.safetensors -o build/x.npy", "not a MoleculeSDE model"},
         {"generate valid.bin 200 --model build/sde1.safetensors -o build/x.sdf", "from 0 on"},
         {"generate valid.bin 0 --model build/sdef1.safetensors -o build/x.sdf", "pretrained"},
+        {"build/sdeg1.bin -o build/x.safetensors", "have no positions"},
         {"finetune train.bin --task guess -o build/x.safetensors", "--task: expected"},
     };
     for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
@@ -1123,8 +1145,27 @@ static void test_messages(void) {
     }
 }
 
+// A golden file that would not notice a gradient 1 % too large, or a stage.
 static void test_bundled(void) {
-    test_golden("data/moleculesde_mini.safetensors", 0);
+    static const char *const path = "data/moleculesde_mini.safetensors";
+    TensorFile f;
+    Report report = {0};
+    Sde s;
+    test_golden(path, 0);
+    tensor_file_open(&f, path);
+    golden_open(&s, &f, 1, NULL);
+    run_all(&s);
+    s.a.eps_hat[0] += 1e-2f;
+    golden_stages(&report, &f, &s);
+    gradients_of_losses(&s);
+    for (int k = 0; k < s.p.to2d.pairs[0].in; k++) s.g.to2d.pairs[0].w[k] *= 1.05f;
+    golden_gradients(&report, &f, &s, NULL, "spoiled", 0);
+    int noticed = 0;
+    for (int k = 0; k < report.count; k++)
+        noticed += report.family[k].error > report.family[k].tolerance;
+    test_check(noticed == 2, "of two spoiled numbers the golden file noticed %d", noticed);
+    sde_free(&s);
+    tensor_file_close(&f);
 }
 
 int main(int argc, char **argv) {
