@@ -471,7 +471,7 @@ typedef struct {
 } Shape;
 
 enum { MAX_DEPTH = 32, HEADS = 8, MODULES = 2, COEFFICIENTS = 128, EDGE_LAYERS = 4,
-       MAX_CHANNELS = 32, NODE_LAYERS = 4, HOPS_OF_ATTENTION = 2 * MODULES };
+       MAX_CHANNELS = 32, NODE_LAYERS = 4, ATTENTIONS = 2 * MODULES };
 
 typedef struct {
     float *bond;                                      // (13, D) rows of three features
@@ -502,7 +502,7 @@ typedef struct {
     float *gate_wave, *frame_wave;                    // (H) fixed frequencies
     Linear gate, frame;                               // Wd, Wc
     Linear project[2];                                // first (H, 2H + 2)
-    Attention layer[HOPS_OF_ATTENTION];
+    Attention layer[ATTENTIONS];
     Linear basis[MODULES][2];                         // first (128, 2H)
 } To3d;
 
@@ -607,18 +607,18 @@ enum {  // purposes of random draws, beside those of moleblend.h
     X(dedge_act, E *D)                                                                             \
     X(graph, E *H)                           /* g */                                               \
     X(edge, E *H)                            /* e */                                               \
-    X(node, (HOPS_OF_ATTENTION + 1) * A *H)  /* u_0..u_4 */                                        \
-    X(maps, HOPS_OF_ATTENTION *A * 4 * H)    /* query, key, value, skip */                         \
-    X(edge_map, HOPS_OF_ATTENTION *E *H)     /* e' */                                              \
-    X(alpha, HOPS_OF_ATTENTION *E *HEADS)                                                          \
+    X(node, (ATTENTIONS + 1) * A *H)  /* u_0..u_4 */                                        \
+    X(maps, ATTENTIONS *A * 4 * H)    /* query, key, value, skip */                         \
+    X(edge_map, ATTENTIONS *E *H)     /* e' */                                              \
+    X(alpha, ATTENTIONS *E *HEADS)                                                          \
     X(dropped, E *HEADS)                                                                           \
-    X(norm1_hat, HOPS_OF_ATTENTION *A *H)                                                          \
-    X(norm1_rstd, HOPS_OF_ATTENTION *A)                                                            \
-    X(mid, HOPS_OF_ATTENTION *A *H)                                                                \
-    HIDDEN(feed_hidden, HOPS_OF_ATTENTION, A *H)                                                   \
-    X(norm2_hat, HOPS_OF_ATTENTION *A *H)                                                          \
-    X(norm2_rstd, HOPS_OF_ATTENTION *A)                                                            \
-    X(node_sum, HOPS_OF_ATTENTION *A *H)     /* before the silu */                                 \
+    X(norm1_hat, ATTENTIONS *A *H)                                                          \
+    X(norm1_rstd, ATTENTIONS *A)                                                            \
+    X(mid, ATTENTIONS *A *H)                                                                \
+    HIDDEN(feed_hidden, ATTENTIONS, A *H)                                                   \
+    X(norm2_hat, ATTENTIONS *A *H)                                                          \
+    X(norm2_rstd, ATTENTIONS *A)                                                            \
+    X(node_sum, ATTENTIONS *A *H)     /* before the silu */                                 \
     X(basis_node, A *COEFFICIENTS)                                                                 \
     HIDDEN(basis_hidden, MODULES, E *COEFFICIENTS)                                                 \
     X(coefficient, MODULES *E * 3)                                                                 \
@@ -1528,7 +1528,7 @@ static void to3d_score_forward(Sde *s) {
     for (size_t k = 0; k < EH; k++)
         a->edge[k] = (s->shape.gate ? a->gate[k] : 1.0f) * a->graph[k] + a->frame[k];
     memset(a->eps_hat, 0, sizeof(float) * 3 * s->mols.A);
-    for (int l = 0; l < HOPS_OF_ATTENTION; l++) {
+    for (int l = 0; l < ATTENTIONS; l++) {
         to3d_layer_forward(s, l);
         if (l % 2) to3d_basis_forward(s, l / 2);
     }
@@ -1540,7 +1540,7 @@ static void to3d_backward(Sde *s) {
     size_t EH = s->mols.E * (size_t)s->shape.hidden, AH = s->mols.A * (size_t)s->shape.hidden;
     memset(a->dedge, 0, sizeof(float) * EH);
     memset(a->dnode, 0, sizeof(float) * AH);
-    for (int l = HOPS_OF_ATTENTION - 1; l >= 0; l--) {
+    for (int l = ATTENTIONS - 1; l >= 0; l--) {
         if (l % 2) to3d_basis_backward(s, l / 2);
         to3d_layer_backward(s, l);
     }

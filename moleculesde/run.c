@@ -332,7 +332,7 @@ static void to3d_place(Table *t, To3d *n, const Shape *c) {
                  "SDE_2Dto3D_model.project.layers.0");
     place_linear(t, GROUP_2D, &n->project[1], H, H, START_XAVIER,
                  "SDE_2Dto3D_model.project.layers.1");
-    for (int l = 0; l < HOPS_OF_ATTENTION; l++) {
+    for (int l = 0; l < ATTENTIONS; l++) {
         Attention *y = &n->layer[l];
         char name[96];
         snprintf(name, sizeof name, "%s.score_network.gnn_layers.%d.%d", module, l / 2, l % 2);
