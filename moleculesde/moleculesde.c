@@ -693,13 +693,13 @@ static void buffers_layout(Sde *s);  // room for the batch at hand, section 12
 // x (n): numbers of molecule b become 0 with probability p, else are scaled by 1 / (1 - p); the
 // same in both passes.
 static void drop_row(float *x, size_t n, size_t b, double p, const Draws *draws, uint32_t purpose) {
-    enum { PIECE = 256 };
-    float mask[PIECE];
+    enum { MASKS = 256 };
+    float mask[MASKS];
     if (!draws->active || p <= 0) return;
-    for (size_t k = 0; k < n; k += PIECE) {
-        size_t count = n - k < PIECE ? n - k : PIECE;
-        dropout_row(mask, PIECE, p, draws, purpose, draws->first_slot + (uint32_t)b,
-                    (uint32_t)(k / PIECE));
+    for (size_t k = 0; k < n; k += MASKS) {
+        size_t count = n - k < MASKS ? n - k : MASKS;
+        dropout_row(mask, MASKS, p, draws, purpose, draws->first_slot + (uint32_t)b,
+                    (uint32_t)(k / MASKS));
         for (size_t i = 0; i < count; i++) x[k + i] *= mask[i];
     }
 }
@@ -994,7 +994,7 @@ static void schnet_backward(Sde *s) {
 #define TEMPERATURE 0.1  // T
 
 static double softplus(double x) { return fmax(x, 0) + log1p(exp(-fabs(x))); }
-static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+static double sigmoid_of(double x) { return 1 / (1 + exp(-x)); }
 
 // Loss and accuracy; stores dx and dy (A, D).
 static void contrast(double loss[TERMS], Sde *s) {
@@ -1032,7 +1032,7 @@ static void contrast(double loss[TERMS], Sde *s) {
             memset(d, 0, sizeof(float) * D);
             for (int k = 0; k < 3; k++) {  // forward: sp(-dot), sp(dot) / 2, sp(dot) / 2
                 double x = (double)a->dot[dots[side][k]];
-                float slope = (float)(scale * (k ? sigmoid(x) / 2 : -sigmoid(-x)));
+                float slope = (float)(scale * (k ? sigmoid_of(x) / 2 : -sigmoid_of(-x)));
                 for (size_t c = 0; c < D; c++) d[c] += slope * theirs[with[side][k] * D + c];
             }
         }

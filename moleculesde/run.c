@@ -49,7 +49,7 @@ static double head_loss(Sde *s, const Aim *aim) {
         double x = (double)s->a.logits[k], label = (double)s->mols.labels[k], slope = 0;
         if (!isnan(label) && aim->kind == TASK_CLASSIFICATION) {
             loss += softplus(x) - x * label;
-            slope = sigmoid(x) - label;
+            slope = sigmoid_of(x) - label;
         } else if (!isnan(label)) {
             double error = x - (label - (double)aim->mean[k % Y]) / (double)aim->std[k % Y];
             loss += fabs(error);
@@ -1314,10 +1314,10 @@ static void visit_rows(Run *run, size_t first, size_t B, void *result) {
     visit_predictions(run, 0, B, result);
     for (size_t b = 0; b < B; b++) {
         dataset_read(&run->test, first + b, &m);
-        print_csv(m.name, (size_t)m.name_length);
+        print_csv(stdout, m.name, (size_t)m.name_length);
         for (size_t y = 0; y < Y; y++) {
             double x = (double)((float *)result)[b * Y + y];
-            printf(",%.6g", run->aim.kind == TASK_CLASSIFICATION ? sigmoid(x) : x);
+            printf(",%.6g", run->aim.kind == TASK_CLASSIFICATION ? sigmoid_of(x) : x);
         }
         printf("\n");
     }
@@ -1341,7 +1341,7 @@ static void command_predict(const char *path) {
     for (size_t y = 0; y < Y; y++) {
         size_t length = strcspn(names, "\n");
         putchar(',');
-        print_csv(names, length);
+        print_csv(stdout, names, length);
         names += length + (names[length] == '\n');
     }
     printf("\n");
@@ -1356,7 +1356,7 @@ static void visit_embed(Run *run, size_t first, size_t B, void *result) {
     (void)first;
     if (mb_signal) mb_exit(128 + mb_signal);
     task_forward(&run->s);
-    out_floats(result, run->s.a.pooled, B * (size_t)run->s.shape.dim);
+    out_floats(result, run->s.a.pooled, B * (size_t)run->s.shape.dim, 0);
 }
 
 static void command_embed(const char *path) {
@@ -1572,7 +1572,7 @@ static void print_help(unsigned command) {
 }
 
 int main(int argc, char **argv) {
-    threads_calm(argv);
+    program_begin(argv);
     int command = 0, named = 0;
     for (int k = 0; k < N_COMMANDS && argc > 1; k++)
         if (strcmp(argv[1], COMMANDS[k].name) == 0) command = k, named = 1;
@@ -1584,7 +1584,7 @@ int main(int argc, char **argv) {
                                 option_given);
     if (opt.help) {
         print_help(named ? bit : 0);
-        return 0;
+        mb_exit(EXIT_SUCCESS);
     }
     CHECK(n_words == COMMANDS[command].words, "expected ./moleculesde/moleculesde %s%s; see --help",
           named ? xprintf("%s ", COMMANDS[command].name) : "", COMMANDS[command].usage);
@@ -1600,7 +1600,7 @@ int main(int argc, char **argv) {
         case EMBED: command_embed(words[0]); break;
         default: command_generate(words[0], words[1]); break;
     }
-    return 0;
+    mb_exit(EXIT_SUCCESS);
 }
 
 #endif  // MOLECULESDE_TEST
