@@ -14,7 +14,7 @@
 // HOW TO READ IT. Sections 1 to 9 are the method, from a molecule to one training step; each
 // backward pass stands under its forward pass and quotes the line that it undoes. What follows the
 // border behind section 9 may be skipped. All that is not MoleculeSDE's own comes from
-// ../moleblend.c: the matrix product gemm(), linear_forward(), exp_fast(), dropout_row(), Adam; and
+// ../moleblend.c: the matrix product gemm(), column_sums(), exp_fast(), dropout_row(), Adam; and
 // from moleblend.h: molecules, datasets, random numbers, tensor files, options.
 //
 //   1 molecules of a batch      5 contrast               9 one training step    in run.c:
@@ -686,6 +686,7 @@ typedef struct {
     Method method;
     Draws draws;           // active: dropout
     int training;          // batch statistics in BN, else running ones
+    int no_pairs, no_edges;  // no memory for what runs on pairs (SchNet, 3D -> 2D), on edges
 } Sde;
 
 static void buffers_layout(Sde *s);  // room for the batch at hand, section 12

@@ -464,6 +464,8 @@ static void sde_create(Sde *s, Shape shape, int training) {
     const char *hint = "a smaller model";
     shape_check(&shape);
     s->shape = shape;
+    s->no_pairs = shape.tasks && !shape.use_3d;
+    s->no_edges = shape.tasks > 0;
     m->n_tensors = nets_place(&s->p, NULL, NULL, &shape, s->group_end);
     m->count = s->group_end[GROUPS - 1];
     m->info = xmalloc((size_t)m->n_tensors, sizeof *m->info);
@@ -533,13 +535,16 @@ static void mols_reserve(Mols *m, size_t B) {
 
 // ---- activations
 
-static size_t buffers_place(Buffers *a, float *at, const Shape *c, const Mols *m) {
+static size_t buffers_place(Sde *s, float *at) {
+    const Shape *c = &s->shape;
+    const Mols *m = &s->mols;
+    Buffers *a = &s->a;
     const size_t D = (size_t)c->dim, L = (size_t)c->layers, F = (size_t)c->filters;
     const size_t K = (size_t)c->gaussians, T = (size_t)c->blocks, H = (size_t)c->hidden;
     const size_t W = (size_t)c->width, Ct = (size_t)to2d_all_channels(c), Y = (size_t)c->tasks;
     const size_t Cn = (size_t)to2d_all_nodes(c), Cmax = (size_t)max_int(2, c->channels);
     const size_t R = 2 * max_size(Cmax, (size_t)c->last_channels), B = m->B, A = m->A;
-    const size_t P = c->tasks && !c->use_3d ? 0 : m->P, E = c->tasks ? 0 : m->E;
+    const size_t P = s->no_pairs ? 0 : m->P, E = s->no_edges ? 0 : m->E;
     size_t used = 0;
 #define ROOM(pointer, count)                                                                       \
     {                                                                                              \
@@ -582,7 +587,7 @@ static void buffers_layout(Sde *s) {
     const char *hint = "a lower --batch-size";
     Buffers *a = &s->a;
     Work *w = &a->work;
-    size_t count = buffers_place(a, NULL, &s->shape, &s->mols), N = (size_t)s->mols.N;
+    size_t count = buffers_place(s, NULL), N = (size_t)s->mols.N;
     size_t width = (size_t)padded(s->mols.N), keys = 2 * (2 * (size_t)s->shape.width + 1) * width;
     size_t scratch = (N * (3 * N + 3) + keys + 79) / 16 * 16;
     if (count > a->room) {
@@ -600,7 +605,7 @@ static void buffers_layout(Sde *s) {
         w->packed_b = floats_alloc((size_t)widest_map(&s->shape) * KC, hint);
     }
     a->bytes = sizeof(float) * (a->room + (size_t)w->threads * (w->thread_size + MC * KC));
-    buffers_place(a, a->memory, &s->shape, &s->mols);
+    buffers_place(s, a->memory);
 }
 
 static void sde_free(Sde *s) {
@@ -1367,6 +1372,8 @@ static void command_embed(const char *path) {
     if (!run.s.shape.tasks)
         run.s.shape.use_3d = name_index("--encoder", opt.encoder, ENCODER_NAMES);
     if (run.s.shape.use_3d) check_positions(&run.test);
+    run.s.no_pairs = !run.s.shape.use_3d;
+    run.s.no_edges = 1;
     snprintf(shape, sizeof shape, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %d), }",
              run.test.count, run.s.shape.dim);
     int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
@@ -1434,6 +1441,7 @@ static void command_generate(const char *path, const char *index_text) {
     float *z = xmalloc(3 * n, sizeof *z), *mean = z + 2 * n;
     out_open(&out, opt.output);
     signals_catch();
+    s->no_pairs = 1;
     buffers_layout(s);
     gin_forward(s);
     to3d_graph_forward(s);
