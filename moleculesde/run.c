@@ -1026,6 +1026,8 @@ static void run_open(Run *run, const char *train_path, int64_t batch) {
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
     if (!opt.batch) opt.batch = n < batch ? n : batch;
+    if (!opt.valid) opt.valid = sibling(train_path, "valid");
+    if (!opt.test && run->tuning) opt.test = sibling(train_path, "test");
     if (opt.valid) dataset_open(&run->valid, opt.valid);
     if (opt.test) dataset_open(&run->test, opt.test);
     opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
@@ -1598,8 +1600,6 @@ int main(int argc, char **argv) {
           named ? xprintf("%s ", COMMANDS[command].name) : "", COMMANDS[command].usage);
     CHECK(opt.steps < UINT32_MAX, "--steps: too many");
     if (!opt.output) opt.output = COMMANDS[command].output;
-    if (!opt.valid && bit & TRAIN) opt.valid = sibling(words[0], "valid");
-    if (!opt.test && bit == FINETUNE) opt.test = sibling(words[0], "test");
     threads_set(opt.threads);
     switch (bit) {
         case PRETRAIN: command_pretrain(words[0]); break;
