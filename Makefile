@@ -1,5 +1,6 @@
 # make            builds moleblend and data_prep, and train.bin and valid.bin from the bundled sample
 # make test       builds and runs every test; the last line is "N passed, N failed"
+# make moleculesde  the sibling program, see moleculesde/README.md
 # make bench      speed of the kernels and of a training step, next to the machine's FMA peak
 # make mpi        builds moleblend_mpi for clusters (needs Open MPI or another MPI)
 # make check      static analysis: gcc -fanalyzer, clang-tidy, cppcheck
@@ -54,6 +55,16 @@ data_prep: data_prep.c moleblend.h Makefile
 build/test: test.c moleblend.c data_prep.c moleblend.h Makefile
 	$(CC) $(ALL) test.c -o $@ $(LIBS)
 
+SDE = moleculesde/moleculesde.c moleculesde/run.c moleblend.c moleblend.h Makefile
+
+moleculesde/moleculesde: $(SDE)
+	$(CC) $(ALL) moleculesde/moleculesde.c -o $@ $(LIBS)
+
+moleculesde: moleculesde/moleculesde
+
+build/test_moleculesde: moleculesde/test_moleculesde.c $(SDE)
+	$(CC) $(ALL) moleculesde/test_moleculesde.c -o $@ $(LIBS)
+
 build/bench_openblas: dev/bench.c moleblend.c moleblend.h Makefile
 	$(CC) $(ALL) -DOPENBLAS dev/bench.c -o $@ $(LIBS) -lopenblas
 
@@ -64,8 +75,9 @@ valid.bin: train.bin
 train.bin: data/sample.sdf data_prep
 	./data_prep -o '{}.bin' --split 0.9,0.1 --split-by random --labels logP,TPSA data/sample.sdf
 
-test: all build/test
+test: all build/test moleculesde build/test_moleculesde
 	cp build/test test
+	OMP_WAIT_POLICY=passive build/test_moleculesde
 	OMP_WAIT_POLICY=passive ./test
 
 bench: all build/bench
@@ -79,10 +91,11 @@ asan:
 tsan: export TSAN_OPTIONS = ignore_noninstrumented_modules=1
 tsan:
 	$(MAKE) clean
-	$(MAKE) moleblend data_prep train.bin CC=clang CFLAGS="-O1 -g -fsanitize=thread"
+	$(MAKE) moleblend moleculesde data_prep train.bin CC=clang CFLAGS="-O1 -g -fsanitize=thread"
 	./moleblend train.bin --size tiny --steps 5 -o build/tsan.safetensors
 	./moleblend finetune train.bin --init build/tsan.safetensors --epochs 1 -o build/tsan2.safetensors
 	./moleblend embed valid.bin --model build/tsan.safetensors -o build/tsan.npy
+	./moleculesde/moleculesde train.bin --dim 32 --batch-size 16 --steps 3 -o build/tsan3.safetensors
 	$(MAKE) clean
 
 debug:
@@ -93,9 +106,9 @@ check:
 	dev/check.sh
 
 clean:
-	rm -rf build moleblend moleblend_mpi data_prep test train.bin valid.bin
+	rm -rf build moleblend moleblend_mpi data_prep test train.bin valid.bin moleculesde/moleculesde
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-.PHONY: check mpi all test bench asan tsan debug clean help
+.PHONY: check mpi all test moleculesde bench asan tsan debug clean help
