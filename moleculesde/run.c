@@ -224,13 +224,13 @@ MB_PRINTF(8, 9) static void place(Table *t, Group group, float **at, size_t rows
     size_t count = max_size(rows, 1) * columns;
     *at = t->arena ? t->arena + t->offset : NULL;
     if (t->info) {
-        char text[128];
+        TensorInfo *info = &t->info[t->n];
+        *info = (TensorInfo){.rows = rows, .columns = columns, .rule = (InitRule)start,
+                             .offset = t->offset, .count = count, .field = (size_t)fan_in};
         va_list args;
         va_start(args, name);
-        vsnprintf(text, sizeof text, name, args);
+        vsnprintf(info->name, sizeof info->name, name, args);
         va_end(args);
-        t->info[t->n] = (TensorInfo){xprintf("%s", text), fan_in, rows, columns, (InitRule)start,
-                                     t->offset, count, 0};
     }
     t->offset += count;
     t->n++;
@@ -487,7 +487,7 @@ static void sde_init(Sde *s, uint64_t seed) {
         float *x = s->model.params + t->offset;
         double bound = 1;
         switch ((int)t->rule) {
-            case START_DEFAULT: bound = 1 / sqrt((double)t->layer); break;  // columns of the weight
+            case START_DEFAULT: bound = 1 / sqrt((double)t->field); break;  // columns of the weight
             case START_XAVIER: bound = sqrt(6 / (double)(t->rows + t->columns)); break;
             default: break;
         }
@@ -609,7 +609,6 @@ static void buffers_layout(Sde *s) {
 }
 
 static void sde_free(Sde *s) {
-    for (int i = 0; i < s->model.n_tensors; i++) free((char *)(uintptr_t)s->model.info[i].pattern);
     model_free(&s->model);
     mols_free(&s->mols);
     free(s->a.memory);
@@ -634,7 +633,7 @@ static void sde_write(const char *path, const Sde *s, float *const arenas[STATES
     for (int a = 0; a < STATES; a++)
         for (int k = 0; k < m->n_tensors && arenas[a]; k++) {
             const TensorInfo *t = &m->info[k];
-            out[n++] = (TensorOut){xprintf("%s%s", STATE_PREFIXES[a], t->pattern), t->rows,
+            out[n++] = (TensorOut){xprintf("%s%s", STATE_PREFIXES[a], t->name), t->rows,
                                    t->columns, arenas[a] + t->offset};
         }
     named = n;
@@ -649,7 +648,7 @@ static void sde_write(const char *path, const Sde *s, float *const arenas[STATES
 static void sde_load(const Sde *s, float *arena, const TensorFile *f, const char *prefix) {
     for (int i = 0; i < s->model.n_tensors; i++)
         CHECK(tensor_load(arena, &s->model.info[i], f, prefix), "%s: tensor %s%s is missing",
-              f->path, prefix, s->model.info[i].pattern);
+              f->path, prefix, s->model.info[i].name);
 }
 
 // Dimension `axis` of a tensor that a file may have; 0: it has not.
@@ -700,8 +699,8 @@ static void sde_transfer(const Sde *s, const char *path) {
     tensor_file_open(&f, path);
     for (int i = 0; i < s->model.n_tensors; i++) {
         const TensorInfo *t = &s->model.info[i];
-        CHECK(tensor_load(s->model.params, t, &f, "") || strstr(t->pattern, "graph_pred"),
-              "%s: tensor %s is missing", path, t->pattern);
+        CHECK(tensor_load(s->model.params, t, &f, "") || strstr(t->name, "graph_pred"),
+              "%s: tensor %s is missing", path, t->name);
     }
     tensor_file_close(&f);
 }

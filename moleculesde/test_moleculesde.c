@@ -114,7 +114,7 @@ static uint64_t formula_hash(const char *name, size_t e) {
 static void formula_params(const Model *model) {
     for (int i = 0; i < model->n_tensors; i++) {
         const TensorInfo *t = &model->info[i];
-        const char *name = t->pattern;
+        const char *name = t->name;
         int norm = strstr(name, "norm") || strstr(name, "mlp.1.weight") ||
                    strstr(name, "edge_2D_emb.1.");
         norm = norm || (strstr(name, "mlp.1.") && strstr(name, "gnns"));
@@ -210,10 +210,10 @@ static void golden_open(Sde *s, const TensorFile *f, int gate, const char *task)
     sde_create(s, c, 1);
     formula_params(&s->model);  // also of the variant's and the head's, which no file holds
     for (int i = 0; i < s->model.n_tensors; i++)  // running statistics start afresh
-        if (strstr(s->model.info[i].pattern, "running_"))
+        if (strstr(s->model.info[i].name, "running_"))
             for (size_t k = 0; k < s->model.info[i].count; k++)
                 s->model.params[s->model.info[i].offset + k] =
-                    strstr(s->model.info[i].pattern, "running_var") ? 1.0f : 0.0f;
+                    strstr(s->model.info[i].name, "running_var") ? 1.0f : 0.0f;
     for (int i = 0; i < s->model.n_tensors && !tensor_meta(f, "params"); i++)
         tensor_load(s->model.params, &s->model.info[i], f, "param/");
     golden_batch(s, f, c.tasks, task);
@@ -378,27 +378,27 @@ static void golden_gradients(Report *r, const TensorFile *f, const Sde *s, const
     int n_names = 0;
     for (int i = 0; i < model->n_tensors; i++)
         if (model->info[i].offset < s->group_end[GROUP_3D])
-            names[n_names++] = model->info[i].pattern;
+            names[n_names++] = model->info[i].name;
     qsort(names, (size_t)n_names, sizeof *names, compare_names);
     for (int i = 0; i < model->n_tensors; i++) {
         const TensorInfo *t = &model->info[i];
         const float *ours = model->grads + t->offset;
         if (t->offset >= s->group_end[GROUP_3D]) continue;
-        const TensorEntry *full = packed ? NULL : golden(f, "grad/%s", t->pattern, 0);
-        const TensorEntry *sums = packed ? packed : golden(f, "gradsum/%s", t->pattern, 0);
+        const TensorEntry *full = packed ? NULL : golden(f, "grad/%s", t->name, 0);
+        const TensorEntry *sums = packed ? packed : golden(f, "gradsum/%s", t->name, 0);
         size_t row = 0, count = full ? t->count : 5;
-        int place = list_place(order, t->pattern);
+        int place = list_place(order, t->name);
         if (packed) {
             if (packed->shape[0] == (size_t)n_names) {
-                while (strcmp(names[row], t->pattern)) row++;
+                while (strcmp(names[row], t->name)) row++;
             } else {
                 row = (size_t)place;
             }
         }
-        CHECK(full || sums, "%s: no gradient of %s", f->path, t->pattern);
+        CHECK(full || sums, "%s: no gradient of %s", f->path, t->name);
         double part[5] = {0}, square = 0, gap = 0;
         for (size_t e = 0; e < t->count && !full; e++) {
-            uint64_t h = formula_hash(t->pattern, e);
+            uint64_t h = formula_hash(t->name, e);
             part[0] += (double)ours[e] * (double)ours[e];
             for (int k = 0; k < 4; k++) part[k + 1] += (double)ours[e] * (h >> k & 1 ? -1 : 1);
         }
@@ -422,7 +422,7 @@ static void golden_gradients(Report *r, const TensorFile *f, const Sde *s, const
         errors[n++] = error;
         if (error > worst) worst = error;
         if (print && !(error <= 2 * noise_worst))
-            printf("  gradient of %s: error %.2e\n", t->pattern, error);
+            printf("  gradient of %s: error %.2e\n", t->name, error);
     }
     qsort(errors, (size_t)n, sizeof *errors, compare_doubles);
     snprintf(label, sizeof label, "%s, median", family);
@@ -449,7 +449,7 @@ static void golden_losses(Report *r, const TensorFile *f, const char *name, size
 static void golden_running(Report *r, const TensorFile *f, Sde *s) {
     for (int i = 0; i < s->model.n_tensors; i++) {
         const TensorInfo *t = &s->model.info[i];
-        const TensorEntry *e = golden(f, "bn/%s", t->pattern, 0);
+        const TensorEntry *e = golden(f, "bn/%s", t->name, 0);
         if (!e) continue;
         float *expected = xmalloc(t->count, sizeof *expected);
         for (size_t k = 0; k < t->count; k++) expected[k] = (float)tensor_number(e, k);
@@ -696,11 +696,11 @@ static void test_parameters(Sde *s, Scalar *f, const char *prefix, int every) {
     for (size_t k = 0; k < s->model.count; k++) total += (double)grads[k] * (double)grads[k];
     for (int i = 0; i < s->model.n_tensors; i++) {
         const TensorInfo *t = &s->model.info[i];
-        if (strncmp(t->pattern, prefix, strlen(prefix)) || t->offset >= s->group_end[GROUP_3D])
+        if (strncmp(t->name, prefix, strlen(prefix)) || t->offset >= s->group_end[GROUP_3D])
             continue;
         if (tested++ % every) continue;
         test_gradient(s, f, s->model.params + t->offset, grads + t->offset, t->count, sqrt(total),
-                      t->pattern);
+                      t->name);
     }
     test_check(tested > 0, "no parameter begins with %s", prefix);
     free(grads);
@@ -1028,7 +1028,7 @@ static void test_shapes(void) {
     static const char *const prefixes[] = {"model_2D", "model_3D", "SDE_2D", "SDE_3D"};
     for (int i = 0; i < s.model.n_tensors; i++)
         for (int k = 0; k < 4; k++)
-            if (strncmp(s.model.info[i].pattern, prefixes[k], strlen(prefixes[k])) == 0 &&
+            if (strncmp(s.model.info[i].name, prefixes[k], strlen(prefixes[k])) == 0 &&
                 s.model.info[i].offset < s.group_end[GROUP_3D])
                 count[k] += s.model.info[i].count;
     test_check(count[0] == 1885205 && count[1] == 1359708 && count[2] == 256938 &&
