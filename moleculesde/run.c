@@ -224,14 +224,13 @@ MB_PRINTF(8, 9) static void place(Table *t, Group group, float **at, size_t rows
     size_t count = max_size(rows, 1) * columns;
     *at = t->arena ? t->arena + t->offset : NULL;
     if (t->info) {
-        char text[128];
+        TensorInfo *info = &t->info[t->n];
+        *info = (TensorInfo){.rows = rows, .columns = columns, .rule = (InitRule)start,
+                             .offset = t->offset, .count = count, .field = (size_t)fan_in};
         va_list args;
         va_start(args, name);
-        vsnprintf(text, sizeof text, name, args);
+        vsnprintf(info->name, sizeof info->name, name, args);
         va_end(args);
-        t->info[t->n] = (TensorInfo){"", rows, columns, (InitRule)start, t->offset, count, 0};
-        t->info[t->n].field = (size_t)fan_in;  // no struct of tensors here: see sde_init()
-        memcpy(t->info[t->n].name, text, sizeof text);
     }
     t->offset += count;
     t->n++;
