@@ -894,10 +894,10 @@ static char *run_meta(const Run *run) {
     for (size_t k = 0; k < sizeof keys / sizeof keys[0]; k++) {
         char number[32];
         snprintf(number, sizeof number, "%lld", values[k]);
-        text_add_meta(&t, keys[k], number);
+        text_add_meta(&t, keys[k], "%s", number);
     }
-    text_add_meta(&t, "run", options);
-    text_add_meta(&t, "method", method);
+    text_add_meta(&t, "run", "%s", options);
+    text_add_meta(&t, "method", "%s", method);
     free(options);
     free(method);
     if (run->tuning) {
@@ -907,10 +907,10 @@ static char *run_meta(const Run *run) {
             text_add(&mean, "%s%.9g", y ? " " : "", (double)run->aim.mean[y]);
             text_add(&std, "%s%.9g", y ? " " : "", (double)run->aim.std[y]);
         }
-        text_add_meta(&t, "task", KIND_NAMES[run->aim.kind]);
-        text_add_meta(&t, "task_names", names.text);
-        text_add_meta(&t, "label_mean", mean.text);
-        text_add_meta(&t, "label_std", std.text);
+        text_add_meta(&t, "task", "%s", KIND_NAMES[run->aim.kind]);
+        text_add_meta(&t, "task_names", "%s", names.text);
+        text_add_meta(&t, "label_mean", "%s", mean.text);
+        text_add_meta(&t, "label_std", "%s", std.text);
         free(names.text);
         free(mean.text);
         free(std.text);
