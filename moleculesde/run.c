@@ -1126,7 +1126,7 @@ static void pretrain_after_step(const Run *run, int terminal) {
 // best on the validation set.
 static void finetune_after_step(Run *run, int terminal) {
     int64_t n = (int64_t)run->train.count, epoch = run->done * opt.batch / n;
-    if (epoch == (run->done - 1) * opt.batch / n || mb_signal) return;
+    if (epoch == (run->done - 1) * opt.batch / n) return;
     double mean[LOG_COLUMNS], metric[METRICS];
     int number = run->aim.kind == TASK_CLASSIFICATION ? METRIC_AUC : METRIC_MAE;
     float *row = run->history + run->epochs * EPOCH_COLUMNS, *last = row - EPOCH_COLUMNS;

@@ -1090,12 +1090,13 @@ static void test_program(void) {
                            ".safetensors %s", quiet) == 0, "resumed after being killed");
     test_check(same_files("build/sde1.safetensors", "build/sdek.safetensors"),
                "a run that was killed and resumed gives other bytes");
-    for (int k = 0; k < 2; k++) {  // fine-tuning: in one go, and in two
+    for (int k = 0; k < 5; k++) {  // fine-tuning: in one go, and in two, stopped at any moment
         const char *name = k ? "sdef2" : "sdef1";
+        if (k > 1 && !same_files("build/sdef1.safetensors", "build/sdef2.safetensors")) break;
         run_command("rm -f build/%s.*", name);
-        if (k) run_command("timeout -s TERM 0.5 " SDE " finetune train.bin --init build/sde1"
+        if (k) run_command("timeout -s TERM 0.%d " SDE " finetune train.bin --init build/sde1"
                            ".safetensors --epochs 2 --save-every 3 -o build/%s.safetensors %s",
-                           name, quiet);
+                           1 + 2 * k, name, quiet);
         test_check(run_command(SDE " finetune train.bin --init build/sde1.safetensors --epochs 2 "
                                "%s -o build/%s.safetensors %s", k ? "--resume" : "", name,
                                quiet) == 0, "fine-tuning %d", k);
