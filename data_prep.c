@@ -4483,8 +4483,7 @@ static int find_task(const Conversion *c, Span name) {
 // The first field of a row of a table.
 static Span table_key(const Table *t, size_t row) {
     Span text = trim((Span){t->row[row], (int)(t->row[row + 1] - t->row[row])});
-    int n = 0;
-    int blank = t->separator == ' ';
+    int n = 0, blank = t->separator == ' ';
     while (n < text.n && text.p[n] != t->separator && !(blank && text.p[n] == '\t')) n++;
     Span key = trim((Span){text.p, n});
     return key.n > 1 && key.p[0] == '"' ? (Span){key.p + 1, key.n - 2} : key;
@@ -5227,7 +5226,8 @@ static int parse_fractions(const char *text, double *f) {
         p = is_rest ? p + 4 : end;
         good = good && (*p == ',' || *p == 0);
     }
-    CHECK(good && n >= 2 && *p == 0 && (whole && sum > 1 ? 1 : !rest && fabs(sum - 1) < 1e-6),
+    int counts = whole && sum > 1;
+    CHECK(good && n >= 2 && *p == 0 && (counts || (!rest && fabs(sum - 1) < 1e-6)),
           "--split: expected 2 or 3 fractions that add up to 1, such as 0.8,0.1,0.1, or counts, "
           "such as 1000,100,rest, found \"%s\"", text);
     return n;
@@ -5236,9 +5236,12 @@ static int parse_fractions(const char *text, double *f) {
 // Makes fractions of counts, of n molecules.
 static void counts_to_fractions(double *f, int n_parts, size_t n) {
     double sum = 0;
-    for (int k = 0; k < n_parts; k++) sum += fmax(f[k], 0);
+    int rest = 0;
+    for (int k = 0; k < n_parts; k++) sum += fmax(f[k], 0), rest |= f[k] < 0;
     if (sum <= 1 + 1e-6) return;
-    CHECK(sum <= (double)n, "--split: asks for %.0f molecules, there are %zu", sum, n);
+    CHECK(rest ? sum <= (double)n : fabs(sum - (double)n) < 0.5,
+          "--split: asks for %.0f molecules, there are %zu%s", sum, n,
+          rest ? "" : "; one part may be rest");
     for (int k = 0; k < n_parts; k++) f[k] = (f[k] < 0 ? (double)n - sum : f[k]) / (double)n;
 }
 

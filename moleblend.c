@@ -2515,7 +2515,8 @@ static void dir_split(Step *s, const float dbias[3]) {
 }
 
 // =================================================================================================
-// 11 Memory: arrays of a batch, activations, parameters. All of it is made before the first step.
+// 11 Memory: arrays of a batch, activations, parameters, made before the first step; and a batch
+//   that is cut into parts, whose activations need not fit at once
 // =================================================================================================
 
 static void sizes_add(Sizes *s, int n_atoms) {
@@ -2821,7 +2822,6 @@ static void model_init(Model *model, uint64_t seed) {
 
 #ifdef MB_MPI  // all that knows of MPI; without it there is one rank
 #include <mpi.h>
-#include <sys/wait.h>
 
 enum { PIECE = 1 << 18, MOST_PIECES = 1 << 12 };  // floats
 static int my_rank, all_ranks = 1, ranks_done, rank_stderr;
@@ -3169,8 +3169,7 @@ enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, SHOW = 16, INFO = 32,
 
 static const Option OPTIONS[] = {
     HEADING("Files", TRAIN | READ | SHOW),
-    TEXT("-o", output, "FILE",
-         "output; predict, embed: - is stdout", TRAIN | READ),
+    TEXT("-o", output, "FILE", "output; predict, embed: - is stdout", TRAIN | READ),
     TEXT("--valid", valid, "FILE", "validation set (valid.bin beside train.bin)", TRAIN | FILES),
     TEXT("--test", test, "FILE", "test set (test.bin beside train.bin)", FINETUNE | FILES),
     TEXT("--init", init, "FILE", "start from this checkpoint", TRAIN | FILES),
@@ -3292,7 +3291,7 @@ static Config start_config(const char *init) {
     int64_t *const asked[5] = {&opt.layers, &opt.dim, &opt.ffn, &opt.heads, &opt.kernels};
     for (int n = 0; n < 5; n++) {
         if (*asked[n]) *number[n] = (int)*asked[n];
-        *asked[n] = *number[n];  // for options_text()
+        *asked[n] = *number[n];  // for options_describe()
     }
     c.tasks = file.tasks = 0;
     CHECK(!init || memcmp(&c, &file, sizeof c) == 0,
@@ -3656,10 +3655,13 @@ static void run_arenas(float *arenas[ARENAS], const Run *run) {
 // two renames resumes from it; then the checkpoint: of fine-tuning this seed's best parameters, if
 // no earlier seed had better ones. Of several seeds each has its own file too.
 static void run_save(Run *run) {
-    const TensorOut tables[] = {
-        {"log", (size_t)run->done, LOG_COLUMNS, run->log},
-        {"history", (size_t)run->epochs, EPOCH_COLUMNS, (const float *)run->history}};
-    size_t n_tables = (run->done > 0) + (run->epochs > 0);
+    const float *history = (const float *)run->history;
+    TensorOut tables[2];  // without the empty ones
+    size_t n_tables = 0;
+    if (run->done)
+        tables[n_tables++] = (TensorOut){"log", (size_t)run->done, LOG_COLUMNS, run->log};
+    if (run->epochs)
+        tables[n_tables++] = (TensorOut){"history", (size_t)run->epochs, EPOCH_COLUMNS, history};
     float *arenas[ARENAS], *const output[ARENAS] = {run->best ? run->best : run->s.model.params};
     char *meta = run_meta(run, 1), *short_meta = run_meta(run, 0);
     const Epoch *best = best_epoch(run);
@@ -3702,8 +3704,13 @@ static void run_load(Run *run) {
     if (run->s.task)
         run->epochs = table_load((float *)run->history, opt.epochs * opt.seeds, EPOCH_COLUMNS, f,
                                  "history");
-    CHECK(run->done == meta_whole(f, "step"), "%s: damaged state: the log does not fit the step",
-          f->path);
+    CHECK(run->done == meta_whole(f, "step") && run->nth < opt.seeds,
+          "%s: damaged state: the log does not fit the step or the seed", f->path);
+    for (int64_t i = 0; i < run->epochs; i++) {  // see best_epoch()
+        const Epoch *row = run->history + i;
+        CHECK(row->best >= 1 && row->best <= row->number && row->number <= (float)(i + 1),
+              "%s: damaged state: row %lld of the history", f->path, (long long)i);
+    }
     run_arenas(arenas, run);
     for (int a = 0; a < ARENAS; a++)
         if (arenas[a]) model_load(&run->s.model, arenas[a], f, ARENA_PREFIXES[a]);
@@ -3778,6 +3785,7 @@ static void run_open(Run *run, const char *train_path) {
 // Model, buffers and settings of a checkpoint.
 static void run_open_model(Run *run, const char *model) {
     TensorFile *f = &run->file;
+    CHECK(model, "--model: expected a checkpoint");
     tensor_file_open(f, model);
     model_create(&run->s.model, tensor_file_config(f), 0);
     model_load(&run->s.model, run->s.model.params, f, "");
@@ -4068,8 +4076,7 @@ static int finetune_open(Run *run, const char *train_path) {
     Config c = start_config(opt.init);
     c.tasks = run->train.n_tasks;
     model_create(&run->s.model, c, 1);
-    run->history = xmalloc(mul_size((size_t)opt.epochs, (size_t)opt.seeds),
-                           sizeof *run->history);
+    run->history = xmalloc(mul_size((size_t)opt.epochs, (size_t)opt.seeds), sizeof *run->history);
     run->s.logits[LOSS_TOTAL] = xmalloc(2 * mul_size((size_t)opt.batch, Y), sizeof(float));
     run->best = xmalloc(run->s.model.count, sizeof *run->best);
     run_prepare(run);
@@ -4153,6 +4160,7 @@ static const Epoch *finetune_seed(Run *run, double chance[METRICS], int resumed)
         memset(model->v, 0, sizeof(float) * model->count);
     }
     run_train(run);
+    CHECK(best_epoch(run), "%s: damaged state: no epoch of this seed", run->state_path);
     memcpy(model->params, run->best, sizeof(float) * model->count);
     run->scale = best_epoch(run)->scale;
     finetune_report(mean, chance, run);
@@ -4625,8 +4633,7 @@ typedef struct {
 } Command;
 
 static const Command COMMANDS[] = {
-    {"pretrain", PRETRAIN, 1, "moleblend.safetensors", "train.bin",
-     "the same, spelt out"},
+    {"pretrain", PRETRAIN, 1, "moleblend.safetensors", "train.bin", "the same, spelt out"},
     {"finetune", FINETUNE, 1, "finetuned.safetensors", "train.bin --init FILE",
      "train on labels, from a checkpoint or from scratch"},
     {"predict", PREDICT, 1, "-", "data.bin --model FILE", "predictions as CSV on stdout"},

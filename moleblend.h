@@ -1644,7 +1644,7 @@ static inline void tensor_file_write(const char *path, const TensorOut *tensors,
     for (const TensorOut *t = tensors; t < tensors + n; t++) {
         size_t end = offset + 4 * max_size(t->rows, 1) * t->columns;
         text_add(&head, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t->name);
-        if (t->rows || strcmp(t->name, "log") == 0) text_add(&head, "%zu,", t->rows);
+        if (t->rows) text_add(&head, "%zu,", t->rows);
         text_add(&head, "%zu],\"data_offsets\":[%zu,%zu]}", t->columns, offset, end);
         offset = end;
     }

@@ -1852,6 +1852,8 @@ static void test_files_people_have(void) {
          "test            1 molecules"},
         {"./data_prep -o 'build/g.{}.bin' --split 4,1,rest build/g.sdf", 1,
          "asks for 5 molecules, there are 4"},
+        {"./data_prep -o 'build/g.{}.bin' --split 2,1 build/g.sdf", 1,
+         "asks for 3 molecules, there are 4"},
         {"./data_prep -o 'build/g.{}.bin' --split 0.5,0.6 build/g.sdf", 1, "that add up to 1"},
         {"printf '1 test\n2 train\ngdb_3 train\n4 val\n' > build/p.txt; ./data_prep -o "
          "'build/g.{}.bin' --split-by file:build/p.txt build/g.sdf && ./data_prep --dump "
@@ -1900,6 +1902,7 @@ static void test_using(void) {
         {"./moleblend predict build/test_u.bin --model build/test_en.seed1.safetensors "
          "build/test_ft.safetensors", 1, "expected the tasks of the first model"},
         {"./moleblend predict build/test_u.bin", 1, "--model: expected a checkpoint"},
+        {"./moleblend embed build/test_u.bin", 1, "--model: expected a checkpoint"},
         // vectors of atoms, of a layer; whose they are
         {"./moleblend embed build/test_u.bin --level atom --layer 1 --model "
          "build/test_model.safetensors -o build/test_v.npy && cat build/test_v.csv", 0,
@@ -2373,6 +2376,33 @@ static void test_finetune_resume(void) {
     test_check(same_files("build/test_f0.log.csv", "build/test_f1.log.csv"), "and the same log");
     test_command("./moleblend finetune build/test_train.bin --resume --seeds 3 -o "
                  "build/test_f1.safetensors", 0, "over 3 seeds");
+    // stopped between two seeds, while the first is measured: nothing of it is lost
+    write_test_dataset("build/test_big.bin", 3000, 0);
+    line = xprintf("rm -f build/test_f3*; %s --epochs 1 --test build/test_big.bin -o "
+                   "build/test_f3.safetensors & p=$!; i=0; while [ $i -lt 2000 ] && ! grep -qs "
+                   "'^1,1,' build/test_f3.log.csv; do sleep 0.01; i=$((i+1)); done; sleep 0.1; "
+                   "kill -TERM $p; wait $p", base);
+    test_command(line, 143, "saved after step 0;");
+    free(line);
+    line = xprintf("%s --epochs 1 --test build/test_big.bin -o build/test_f4.safetensors", base);
+    test_command(line, 0, "over 2 seeds");
+    free(line);
+    test_command("./moleblend finetune build/test_train.bin --resume -o build/test_f3.safetensors",
+                 0, "seed 1: best epoch 1");
+    test_check(same_files("build/test_f3.safetensors", "build/test_f4.safetensors") &&
+               same_files("build/test_f3.log.csv", "build/test_f4.log.csv"),
+               "stopped between two seeds: the bytes of the uninterrupted run");
+    // states without a checksum that do not add up
+    static const char *const damage[][2] = {{"s/\"history\"/\"histery\"/", "no epoch of this seed"},
+        {"s/\"seeds_done\":\"1/\"seeds_done\":\"7/", "does not fit"}};
+    for (int k = 0; k < 2; k++) {
+        line = xprintf("LC_ALL=C sed -e 's/moleblend.crc32/moleblend_crc32/' -e '%s' "
+                       "build/test_f3.safetensors.state > build/test_f5.safetensors.state; "
+                       "./moleblend finetune build/test_train.bin --resume -o "
+                       "build/test_f5.safetensors", damage[k][0]);
+        test_command(line, 1, damage[k][1]);
+        free(line);
+    }
     line = xprintf("rm -f build/test_f2*; timeout -s INT --preserve-status 1 %s --epochs 9999 -o "
                    "build/test_f2.safetensors; cat build/test_f2.log.csv", base);
     test_command(line, 0,

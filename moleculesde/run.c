@@ -943,12 +943,17 @@ static void log_write(Run *run) {
 // Writes the state, which is complete in itself, then the checkpoint.
 static void run_save(Run *run) {
     const Model *m = &run->s.model;
-    const TensorOut tables[] = {{"log", (size_t)run->done, LOG_COLUMNS, run->log},
-                                {"history", (size_t)run->epochs, EPOCH_COLUMNS, run->history}};
+    TensorOut tables[2];  // without the empty ones
+    size_t n_tables = 0;
+    if (run->done)
+        tables[n_tables++] = (TensorOut){"log", (size_t)run->done, LOG_COLUMNS, run->log};
+    if (run->epochs)
+        tables[n_tables++] =
+            (TensorOut){"history", (size_t)run->epochs, EPOCH_COLUMNS, run->history};
     float *const all[STATES] = {m->params, m->m, m->v, run->best};
     float *const one[STATES] = {run->epochs ? run->best : m->params};
     char *meta = run_meta(run);
-    sde_write(run->state_path, &run->s, all, tables, 2, meta);
+    sde_write(run->state_path, &run->s, all, tables, n_tables, meta);
     sde_write(opt.output, &run->s, one, NULL, 0, meta);
     log_write(run);
     free(meta);
@@ -975,6 +980,11 @@ static void run_load(Run *run) {
         run->epochs = table_load(run->history, opt.epochs, EPOCH_COLUMNS, &run->file, "history");
     CHECK(run->done == meta_whole(&run->file, "step"), "%s: damaged state: the log does not fit "
           "the step", run->file.path);
+    for (int64_t i = 0; i < run->epochs; i++) {  // finetune_after_step() looks the best epoch up
+        float best = run->history[i * EPOCH_COLUMNS + EPOCH_BEST];
+        CHECK(best >= 1 && best <= (float)(i + 1), "%s: damaged state: row %lld of the history",
+              run->file.path, (long long)i);
+    }
     for (int a = 0; a < STATES; a++)
         if (all[a]) sde_load(&run->s, all[a], &run->file, STATE_PREFIXES[a]);
     memset(m->live, 1, m->count / ADAM_CHUNK + 1);  // some have moments
