@@ -3681,28 +3681,14 @@ static void run_save(Run *run) {
     FREE_ALL(meta, short_meta);
 }
 
-// Reads a table of the state into `rows` (at most `most` rows); returns how many there are: of an
-// empty one nothing was written.
-static int64_t table_load(float *rows, int64_t most, int64_t columns, const TensorFile *f,
-                          const char *name) {
-    const TensorEntry *t = tensor_find(f, name);
-    if (!t) return 0;
-    CHECK(strcmp(t->dtype, "F32") == 0 && t->rank == 2 &&
-          t->shape[1] == (size_t)columns && t->shape[0] <= (size_t)most,
-          "%s: damaged state: expected a table %s of at most %lld rows", f->path, name,
-          (long long)most);
-    for (size_t k = 0; k < t->count; k++) rows[k] = tensor_value(t, k);
-    return (int64_t)t->shape[0];
-}
-
 // Continues the run whose state was opened by run_open().
 static void run_load(Run *run) {
     TensorFile *f = &run->file;
     float *arenas[ARENAS];
     run->nth = meta_whole(f, "seeds_done");
-    run->done = table_load(run->log, run->steps, LOG_COLUMNS, f, "log");
+    run->done = tensor_rows(run->log, run->steps, LOG_COLUMNS, f, "log");
     if (run->s.task)
-        run->epochs = table_load((float *)run->history, opt.epochs * opt.seeds, EPOCH_COLUMNS, f,
+        run->epochs = tensor_rows((float *)run->history, opt.epochs * opt.seeds, EPOCH_COLUMNS, f,
                                  "history");
     CHECK(run->done == meta_whole(f, "step") && run->nth < opt.seeds,
           "%s: damaged state: the log does not fit the step or the seed", f->path);
@@ -3850,21 +3836,12 @@ static void run_step(Run *run) {
     run->done++;
 }
 
-// Mean of the log's rows first..last-1.
-static void log_mean(double mean[LOG_COLUMNS], const Run *run, int64_t first, int64_t last) {
-    for (int k = 0; k < LOG_COLUMNS; k++) {
-        mean[k] = 0;
-        for (int64_t i = first; i < last; i++)
-            mean[k] += (double)run->log[i * LOG_COLUMNS + k] / (double)(last - first);
-    }
-}
-
 // Of pretraining: a line on stdout a twentieth of the way.
 static void pretrain_after_step(const Run *run, int terminal) {
     int64_t every = run->steps / 20 > 0 ? run->steps / 20 : 1, n = run->done;
     if (n != 1 && n % every && n != run->steps) return;
     double mean[LOG_COLUMNS];
-    log_mean(mean, run, n == 1 ? 0 : n - (n % every ? n % every : every), n);
+    rows_mean(mean, run->log, LOG_COLUMNS, n == 1 ? 0 : n - (n % every ? n % every : every), n);
     if (terminal) fprintf(stderr, "\r\033[K");
     printf("%7lld  %7.4f  %7.4f %7.4f %7.4f %7.4f  %8.2e %8.3f %7.0f\n", (long long)n,
            mean[LOSS_TOTAL], mean[LOSS_NOISE], mean[LOSS_SPD], mean[LOSS_EDGE], mean[LOSS_3D],
@@ -3880,7 +3857,7 @@ static void finetune_after_step(Run *run, int terminal) {
     double mean[LOG_COLUMNS];
     const Epoch *best = best_epoch(run);
     float scale, valid = selection_metric(&scale, run, &run->valid);
-    log_mean(mean, run, (epoch - 1) * n / opt.batch, run->done);
+    rows_mean(mean, run->log, LOG_COLUMNS, (epoch - 1) * n / opt.batch, run->done);
     int better = !best || is_better(valid, best->valid);
     run->history[run->epochs++] =
         (Epoch){(float)run->nth, (float)epoch, (float)mean[LOSS_TOTAL], valid,
@@ -3975,8 +3952,8 @@ static void pretrain_open(Run *run, const char *train_path) {
 static void pretrain_report(Run *run) {
     double start[LOG_COLUMNS], end[LOG_COLUMNS], valid[LOSSES], chance[LOSSES];
     int64_t window = run->steps / 50 + 1;
-    log_mean(start, run, 0, 1);
-    log_mean(end, run, run->done > window ? run->done - window : 0, run->done);
+    rows_mean(start, run->log, LOG_COLUMNS, 0, 1);
+    rows_mean(end, run->log, LOG_COLUMNS, run->done > window ? run->done - window : 0, run->done);
     mean_losses(valid, run, &run->valid);
     chance_losses(chance, run, run->valid.count ? &run->valid : &run->train);
     printf("\nloss        start     end   valid  by chance\n");

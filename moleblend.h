@@ -10,7 +10,7 @@
 //   8 molecules        the record both programs exchange, and its vocabularies
 //   9 dataset files    format (documented there), writer, reader
 //  10 tensor files     safetensors: reader, writer, what is in a file
-//  11 metrics          ROC-AUC, average precision, RMSE, MAE, R2
+//  11 metrics          ROC-AUC, average precision, RMSE, MAE, R2, reliability
 //
 // All functions are static inline: a program is one .c file and this header, nothing to link.
 #ifndef MOLEBLEND_H
@@ -1596,6 +1596,19 @@ static inline const char *tensor_meta(const TensorFile *f, const char *key) {
     return NULL;
 }
 
+// Reads the tensor of this name, a float32 matrix, into rows (most, columns); returns how many rows
+// it has, 0 if it is not there: an empty one is not written.
+static inline int64_t tensor_rows(float *rows, int64_t most, size_t columns, const TensorFile *f,
+                                  const char *name) {
+    const TensorEntry *t = tensor_find(f, name);
+    if (!t) return 0;
+    CHECK(strcmp(t->dtype, "F32") == 0 && t->rank == 2 && t->shape[1] == columns &&
+          t->shape[0] <= (size_t)most, "%s: damaged state: expected a table %s of at most %lld "
+          "rows", f->path, name, (long long)most);
+    for (size_t k = 0; k < t->count; k++) rows[k] = tensor_value(t, k);
+    return (int64_t)t->shape[0];
+}
+
 // ---- writing
 
 // "key": "value", a printf text, with what JSON needs escaped.
@@ -1802,6 +1815,16 @@ static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float
     for (int k = 0; k < METRICS; k++) {
         int units = Y > 1 && (k == METRIC_RMSE || k == METRIC_MAE);
         mean[k] = count[k] > 0 && !units ? sum[k] / count[k] : (double)NAN;
+    }
+}
+
+// mean (columns) of the rows first..last-1 of a table.
+static inline void rows_mean(double *mean, const float *rows, int columns, int64_t first,
+                             int64_t last) {
+    for (int k = 0; k < columns; k++) {
+        mean[k] = 0;
+        for (int64_t i = first; i < last; i++)
+            mean[k] += (double)rows[i * columns + k] / (double)(last - first);
     }
 }
 

@@ -18,7 +18,7 @@ compare() {
     # shellcheck disable=SC2086
     ./moleblend ${run[$1]} --resume --threads $threads -o $out/b.safetensors > $out/log 2>&1 \
         || { echo "$1, $2: does not resume:"; cat $out/log; bad=$((bad + 1)); return; }
-    columns=1-7  # of the log: all but the speed
+    columns=1-8  # of the log: all but the speed
     cmp -s $out/$1.safetensors $out/b.safetensors \
         && cmp -s <(cut -d, -f$columns $out/$1.log.csv) <(cut -d, -f$columns $out/b.log.csv) \
         && ! ls $out/*.tmp > /dev/null 2>&1 \

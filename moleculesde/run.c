@@ -959,25 +959,13 @@ static void run_save(Run *run) {
     free(meta);
 }
 
-// Reads a table of the state (at most `most` rows); returns how many there are.
-static int64_t table_load(float *rows, int64_t most, size_t columns, const TensorFile *f,
-                          const char *name) {
-    const TensorEntry *t = tensor_find(f, name);
-    if (!t) return 0;
-    CHECK(strcmp(t->dtype, "F32") == 0 && t->rank == 2 && t->shape[1] == columns &&
-          t->shape[0] <= (size_t)most, "%s: damaged state: expected a table %s of at most %lld "
-          "rows", f->path, name, (long long)most);
-    for (size_t k = 0; k < t->count; k++) rows[k] = tensor_value(t, k);
-    return (int64_t)t->shape[0];
-}
-
 // Continues the run whose state was opened by run_open().
 static void run_load(Run *run) {
     Model *m = &run->s.model;
     float *const all[STATES] = {m->params, m->m, m->v, run->best};
-    run->done = table_load(run->log, run->steps, LOG_COLUMNS, &run->file, "log");
+    run->done = tensor_rows(run->log, run->steps, LOG_COLUMNS, &run->file, "log");
     if (run->tuning)
-        run->epochs = table_load(run->history, opt.epochs, EPOCH_COLUMNS, &run->file, "history");
+        run->epochs = tensor_rows(run->history, opt.epochs, EPOCH_COLUMNS, &run->file, "history");
     CHECK(run->done == meta_whole(&run->file, "step"), "%s: damaged state: the log does not fit "
           "the step", run->file.path);
     for (int64_t i = 0; i < run->epochs; i++) {  // finetune_after_step() looks the best epoch up
@@ -1110,21 +1098,12 @@ static void run_step(Run *run) {
     row[LOG_RATE] = (float)((double)opt.batch / fmax(now_seconds() - start, 1e-6));
 }
 
-// Mean of the log's rows first..last-1.
-static void log_mean(double mean[LOG_COLUMNS], const Run *run, int64_t first, int64_t last) {
-    for (int k = 0; k < LOG_COLUMNS; k++) {
-        mean[k] = 0;
-        for (int64_t i = first; i < last; i++)
-            mean[k] += (double)run->log[i * LOG_COLUMNS + k] / (double)(last - first);
-    }
-}
-
 // Of pretraining: a line on stdout a twentieth of the way.
 static void pretrain_after_step(const Run *run, int terminal) {
     int64_t every = run->steps / 20 > 0 ? run->steps / 20 : 1, n = run->done;
     if (n != 1 && n % every && n != run->steps) return;
     double mean[LOG_COLUMNS];
-    log_mean(mean, run, n == 1 ? 0 : n - (n % every ? n % every : every), n);
+    rows_mean(mean, run->log, LOG_COLUMNS, n == 1 ? 0 : n - (n % every ? n % every : every), n);
     if (terminal) fprintf(stderr, "\r\033[K");
     printf("%7lld  %8.4f  %8.4f %8.4f %8.4f %8.4f  %8.3f %8.3f %7.0f\n", (long long)n,
            mean[TERM_TOTAL], mean[TERM_CONTRAST], mean[TERM_3D], mean[TERM_ELEMENTS],
@@ -1141,7 +1120,7 @@ static void finetune_after_step(Run *run, int terminal) {
     int number = run->aim.kind == TASK_CLASSIFICATION ? METRIC_AUC : METRIC_MAE;
     float *row = run->history + run->epochs * EPOCH_COLUMNS, *last = row - EPOCH_COLUMNS;
     data_metrics(metric, run, &run->valid, 0);
-    log_mean(mean, run, (epoch - 1) * n / opt.batch, run->done);
+    rows_mean(mean, run->log, LOG_COLUMNS, (epoch - 1) * n / opt.batch, run->done);
     float valid = (float)metric[number], best = NAN;
     if (run->epochs) best = run->history[(int)(last[EPOCH_BEST] - 1) * EPOCH_COLUMNS + EPOCH_VALID];
     int better = isnan(best) || (number == METRIC_AUC ? valid > best : valid < best);
@@ -1217,8 +1196,8 @@ static void command_pretrain(const char *train_path) {
     double start[LOG_COLUMNS], end[LOG_COLUMNS];
     int64_t window = run.steps / 50 + 1;
     LossSums valid = {{0}, 0, 0}, chance = {{0}, 0, 1};
-    log_mean(start, &run, 0, 1);
-    log_mean(end, &run, run.done > window ? run.done - window : 0, run.done);
+    rows_mean(start, run.log, LOG_COLUMNS, 0, 1);
+    rows_mean(end, run.log, LOG_COLUMNS, run.done > window ? run.done - window : 0, run.done);
     visit_batches(&run, &run.valid, SIZE_MAX, visit_losses, &valid);
     visit_batches(&run, run.valid.count ? &run.valid : &run.train, 4096, visit_losses, &chance);
     printf("\nloss        start     end   valid  by chance\n");
