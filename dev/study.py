@@ -2,60 +2,60 @@
 """Does pretraining help? Pretrains, fine-tunes from several starts with equal tuning, and prints
 the table.
 
-    python3 dev/study.py prepare  --work DIR --qm9 qm9.sdf --moleculenet FOLDER
-                                  [--qm9-labels labels.csv --qm9-labelled some.sdf] [--more lig.sdf]
-    python3 dev/study.py pretrain --work DIR [--size small --steps 4000]
+    python3 dev/study.py prepare  --work DIR --qm9 FOLDER --moleculenet FOLDER [--more drugs.sdf]
+    python3 dev/study.py pretrain --work DIR [--size small --steps 4000 --starts blend,sum,sde]
     python3 dev/study.py finetune --work DIR [--tasks esol,bbbp --starts scratch,blend --seeds 3]
+    python3 dev/study.py forest   --work DIR [--tasks ...]          (RDKit and scikit-learn)
     python3 dev/study.py table    --work DIR
 
-Files may be plain, .gz or .xz. `prepare` writes the datasets: QM9 in principal frames for
-pretraining (a twentieth for validation), MoleculeNet by scaffold split (80/10/10), the quantum
-labels by random split. `pretrain` makes the checkpoints blend (the paper's method), sum (no
-blending: every relation of every pair is shown) and, if `prepare` was given --more molecules, wide
-(blended, on QM9 and these). `finetune` runs every combination of task, start,
-learning rate and seed, and appends a line for each to results.jsonl; what is there already is not
-run again, so it can be stopped and continued. The test result of a cell is the one at the learning
-rate whose mean validation result is best, for every start alike: mean and standard deviation over
-the seeds.
+`prepare` writes the datasets: for pretraining the training part of QM9 in principal frames (the
+folder is what make_qm9.py wrote; losses are shown on its validation part) and --more molecules
+(make_geometries.py); MoleculeNet (esol.csv and so on, .gz too) by scaffold split (80/10/10);
+QM9's labels by its split. `pretrain` makes the
+checkpoints blend (the paper's method), sum (no blending: every relation of every pair is shown)
+and sde (MoleculeSDE), on one thread each, and says the CPU time that each took.
+
+`finetune` runs every task from every start: scratch, blend and sum are MoleBLEND's encoder, gin
+and sde MoleculeSDE's GIN. Each learning rate is tried with seed 1; the one with the best validation
+result is repeated with the other seeds: the same number of trials for every start, and the test
+part decides nothing. Every run appends a line to results.jsonl; what is there already is not run
+again, so it can be stopped and continued. `forest` does the same with a random forest of 500 trees
+on ECFP4 (Morgan fingerprints of radius 2, 2,048 bits), tried with two shares of features a split.
+The table shows mean and standard deviation over the seeds.
 """
 
 import argparse
-import csv
 import gzip
 import json
-import lzma
 import os
 import re
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PROGRAM = os.path.join(HERE, "..", "moleblend")
+MOLEBLEND = os.path.join(HERE, "..", "moleblend")
+MOLECULESDE = os.path.join(HERE, "..", "moleculesde", "moleculesde")
 DATA_PREP = os.path.join(HERE, "..", "data_prep")
+PARTS = ("train", "valid", "test")
 
 # name: (kind, modality, metric)
 TASKS = {
     "esol": ("regression", "2d", "RMSE"), "freesolv": ("regression", "2d", "RMSE"),
     "lipo": ("regression", "2d", "RMSE"), "bbbp": ("classification", "2d", "ROC-AUC"),
     "bace": ("classification", "2d", "ROC-AUC"), "sider": ("classification", "2d", "ROC-AUC"),
-    "clintox": ("classification", "2d", "ROC-AUC"), "gap": ("regression", "3d", "MAE"),
-    "dipole": ("regression", "3d", "MAE"),
+    "clintox": ("classification", "2d", "ROC-AUC"), "tox21": ("classification", "2d", "ROC-AUC"),
+    "gap": ("regression", "3d", "MAE"), "homo": ("regression", "3d", "MAE"),
+    "mu": ("regression", "3d", "MAE"),
 }
-QUANTUM = {"gap": "gap_eV", "dipole": "dipole_D"}  # task: column of the labels
-STARTS = {"scratch": None, "blend": "blend.safetensors", "sum": "sum.safetensors",
-          "wide": "wide.safetensors"}
-
-
-def opened(path):
-    opener = gzip.open if path.endswith(".gz") else lzma.open if path.endswith(".xz") else open
-    return opener(path, "rt", encoding="latin-1")
-
-
-def call(command):
-    print("$ " + " ".join(command), file=sys.stderr, flush=True)
-    subprocess.run(command, check=True)
+QUANTUM = ("gap", "homo", "mu")
+# name: (program that trains it, does it begin with a checkpoint?)
+STARTS = {"scratch": (MOLEBLEND, False), "blend": (MOLEBLEND, True), "sum": (MOLEBLEND, True),
+          "gin": (MOLECULESDE, False), "sde": (MOLECULESDE, True)}
+FOREST_FEATURES = ("sqrt", 0.3)  # tried for each split of a tree
 
 
 def size_options(size):
@@ -66,119 +66,182 @@ def size_options(size):
     return [word for pair in zip(names, size.split(",")) for word in pair]
 
 
-def unpacked(path, work):
-    """The path of a plain copy of a file in the work folder, or the file itself."""
-    if not path.endswith((".gz", ".xz")):
+def call(command, **more):
+    print("$ " + " ".join(command), file=sys.stderr, flush=True)
+    return subprocess.run(command, check=True, **more)
+
+
+def plain(path, work):
+    """The path of a file, or of an unpacked copy of FILE.gz in the work folder; None if neither is
+    there."""
+    if os.path.exists(path):
         return path
-    target = os.path.join(work, os.path.basename(path)[:-3])
-    with opened(path) as source, open(target, "w", encoding="latin-1") as out:
-        out.writelines(source)
+    if not os.path.exists(path + ".gz"):
+        return None
+    target = os.path.join(work, os.path.basename(path))
+    with gzip.open(path + ".gz", "rb") as source, open(target, "wb") as out:
+        shutil.copyfileobj(source, out)
     return target
 
 
 # ==================================================================================================
-# The three stages
+# The stages
 # ==================================================================================================
 
 def prepare(options):
     at = lambda name: os.path.join(options.work, name)
     if options.qm9:
-        call([DATA_PREP, "-o", at("qm9.{}.bin"), "--orient", "principal", "--split", "0.95,0.05",
-              "--split-by", "random", unpacked(options.qm9, options.work)])
-        if options.more:
-            call([DATA_PREP, "-o", at("wide.{}.bin"), "--orient", "principal", "--split",
-                  "0.95,0.05", "--split-by", "random", unpacked(options.qm9, options.work),
-                  unpacked(options.more, options.work)])
-    for name in TASKS:
-        if name in QUANTUM or not options.moleculenet:
+        source = lambda part: os.path.join(options.qm9, f"qm9.{part}.sdf")
+        for part, more in (("train", [options.more] if options.more else []), ("valid", [])):
+            call([DATA_PREP, "-o", at(f"pretrain.{part}.bin"), "--orient", "principal",
+                  source(part), *more])
+        for task in QUANTUM:
+            for part in PARTS:
+                call([DATA_PREP, "-o", at(f"{task}.{part}.bin"), "--labels", task, "--orient",
+                      "principal", source(part)])
+    for task in TASKS:
+        if task in QUANTUM or not options.moleculenet:
             continue
-        paths = [os.path.join(options.moleculenet, name + end) for end in (".csv", ".csv.gz")]
-        path = next((path for path in paths if os.path.exists(path)), None)
+        path = plain(os.path.join(options.moleculenet, task + ".csv"), options.work)
         if path is None:
-            print(f"{name}: no file in {options.moleculenet}, left out", file=sys.stderr)
+            print(f"{task}: no file in {options.moleculenet}, left out", file=sys.stderr)
             continue
-        call([DATA_PREP, "-o", at(name + ".{}.bin"), "--labels", "all", "--split", "0.8,0.1,0.1",
-              "--split-by", "scaffold", unpacked(path, options.work)])
-    if options.qm9_labels and options.qm9_labelled:
-        with opened(options.qm9_labels) as table:
-            labels = {row["id"]: row for row in csv.DictReader(table)}
-        with opened(options.qm9_labelled) as source, open(at("labelled.sdf"), "w") as out:
-            title = None
-            for line in source:
-                title = line.strip() if title is None else title
-                if line.startswith("$$$$"):
-                    for column in QUANTUM.values():
-                        out.write(f">  <{column}>\n{labels[title][column]}\n\n")
-                    title = None
-                out.write(line)
-        for name, column in QUANTUM.items():
-            call([DATA_PREP, "-o", at(name + ".{}.bin"), "--labels", column, "--orient",
-                  "principal", "--split", "0.8,0.1,0.1", "--split-by", "random",
-                  at("labelled.sdf")])
+        call([DATA_PREP, "-o", at(task + ".{}.bin"), "--labels", "all", "--split", "0.8,0.1,0.1",
+              "--split-by", "scaffold", path])
 
 
 def pretrain(options):
     at = lambda name: os.path.join(options.work, name)
-    for name, data, extra in (("blend", "qm9", []), ("sum", "qm9", ["--no-blend"]),
-                              ("wide", "wide", [])):
-        if not os.path.exists(at(data + ".train.bin")):
+    for name in options.starts:
+        program, begins = STARTS[name]
+        if not begins:
             continue
         if os.path.exists(at(name + ".safetensors")) and not options.again:
             print(f"{name}.safetensors is there already", file=sys.stderr)
             continue
-        start = time.time()
+        command = [program, at("pretrain.train.bin"), "--valid", at("pretrain.valid.bin"),
+                   "--threads", "1", "--seed", "1", "-o", at(name + ".unfinished.safetensors")]
+        if program == MOLEBLEND:
+            command += [*size_options(options.size), "--steps", str(options.steps), "--batch-size",
+                        str(options.pretrain_batch), "--lr", str(options.pretrain_lr), "--hold",
+                        "0", "--beta2", "0.999", *(["--no-blend"] if name == "sum" else [])]
+        else:
+            command += ["--steps", str(options.sde_steps)]
+        used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        start = used()
         with open(at(name + ".txt"), "w") as out:
-            command = [PROGRAM, at(data + ".train.bin"), "--valid", at(data + ".valid.bin"),
-                       *size_options(options.size), "--steps", str(options.steps),
-                       "--batch-size", str(options.pretrain_batch), "--lr",
-                       str(options.pretrain_lr), "--hold", "0", "--beta2", "0.999",
-                       "--warmup", str(options.steps // 20 + 1), "--seed", "1", "-o",
-                       at(name + ".unfinished.safetensors"), *extra]
-            print("$ " + " ".join(command), file=sys.stderr, flush=True)
-            subprocess.run(command, check=True, stdout=out)
-            out.write(f"seconds {time.time() - start:.0f}\n")
+            call(command, stdout=out)
+            out.write(f"CPU seconds {used() - start:.0f}\n")
         os.rename(at(name + ".unfinished.safetensors"), at(name + ".safetensors"))
 
 
 def finetune_once(options, task, start, lr, seed):
-    """One run: {"valid": ..., "test": {metric: value}, "epoch": ..., "seconds": ...}."""
+    """One run: {"valid": ..., "test": {metric: value}, "epoch": ..., "seconds": CPU time}."""
     kind, modality, _ = TASKS[task]
+    program, begins = STARTS[start]
     at = lambda name: os.path.join(options.work, name)
-    command = [PROGRAM, "finetune", at(task + ".train.bin"), "--valid", at(task + ".valid.bin"),
-               "--test", at(task + ".test.bin"), "--task", kind, "--modality", modality,
-               "--readout", options.readout, "--epochs", str(options.epochs),
-               "--patience", str(options.patience), "--batch-size", str(options.batch),
-               "--lr", repr(lr), "--seed", str(seed), "-o", at(f"study.{os.getpid()}.safetensors")]
-    command += ["--init", at(STARTS[start])] if STARTS[start] else size_options(options.size)
-    begin = time.time()
+    command = [program, "finetune", at(task + ".train.bin"), "--valid", at(task + ".valid.bin"),
+               "--test", at(task + ".test.bin"), "--task", kind, "--epochs", str(options.epochs),
+               "--batch-size", str(options.batch), "--lr", repr(lr), "--seed", str(seed),
+               "--threads", "1", "-o", at(f"study.{os.getpid()}.safetensors")]
+    if program == MOLEBLEND:
+        command += ["--modality", modality, "--readout", options.readout, "--patience",
+                    str(options.patience), *([] if begins else size_options(options.size))]
+    else:
+        command += ["--encoder", modality]
+    command += ["--init", at(start + ".safetensors")] if begins else []
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    begin = used()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    found = re.search(r"best epoch (\d+), valid ([-\d.einf]+); test\s+(.*)", done.stdout)
-    if not found:
+    kept = re.findall(r"(\d+)\s+\S+\s+(\S+)\s+best so far", done.stdout)
+    found = re.search(r"(?:; test|^test:)\s+(.*)$", done.stdout, re.M)
+    if not kept or not found:
         sys.exit(f"{' '.join(command)}\nno result in:\n{done.stdout}")
-    test = dict(re.findall(r"([A-Z][\w-]*)\s+(-?[\d.]+(?:e-?\d+)?)", found.group(3)))
-    return {"valid": float(found.group(2)), "epoch": int(found.group(1)),
+    test = dict(re.findall(r"([A-Z][\w-]*)\s+(-?[\d.]+(?:e-?\d+)?)", found.group(1)))
+    return {"valid": float(kept[-1][1]), "epoch": int(kept[-1][0]),
             "test": {name: float(value) for name, value in test.items()},
-            "seconds": round(time.time() - begin, 1)}
+            "seconds": round(used() - begin, 1)}
 
 
-def finetune(options):
-    done = {cell(row) for row in results(options)}
-    wanted = [(task, start, lr, seed) for seed in range(1, options.seeds + 1)
-              for task in options.tasks for start in options.starts for lr in options.lrs]
-    for k, (task, start, lr, seed) in enumerate(wanted):
-        row = {"task": task, "start": start, "lr": lr, "seed": seed, "epochs": options.epochs,
-               "size": options.size, "readout": options.readout}
-        if cell(row) in done or not os.path.exists(os.path.join(options.work, task + ".train.bin")):
-            continue
-        row.update(finetune_once(options, task, start, lr, seed))
+def tuned(options, task, start, rates, run):
+    """The runs of one cell of the table: every rate with seed 1, the best with the other seeds."""
+    def once(lr, seed):
+        row = {"task": task, "start": start, "lr": lr, "seed": seed, **settings(options)}
+        if cell(row) in done:
+            return done[cell(row)]
+        row.update(run(options, task, start, lr, seed))
         with open(os.path.join(options.work, "results.jsonl"), "a") as out:
             out.write(json.dumps(row) + "\n")
         metric = TASKS[task][2]
-        print(f"{k + 1}/{len(wanted)} {task} {start} lr {lr:g} seed {seed}: "
-              f"valid {row['valid']:g}, test {metric} {row['test'].get(metric)}, "
-              f"{row['seconds']:.0f} s", flush=True)
+        print(f"{task} {start} {lr} seed {seed}: valid {row['valid']:g}, test {metric} "
+              f"{row['test'].get(metric)}, {row['seconds']:.0f} CPU s", flush=True)
+        return row
+
+    done = {cell(row): row for row in results(options)}
+    if os.path.exists(os.path.join(options.work, task + ".train.bin")):
+        best = best_run([once(lr, 1) for lr in rates], task)
+        for seed in range(2, options.seeds + 1):
+            once(best["lr"], seed)
+
+
+def finetune(options):
+    for task in options.tasks:
+        for start in options.starts:
+            needed = os.path.join(options.work, start + ".safetensors")
+            if not STARTS[start][1] or os.path.exists(needed):
+                tuned(options, task, start, options.lrs, finetune_once)
+    table(options)
+
+
+def forest(options):
+    import numpy as np
+    from rdkit import Chem, DataStructs, RDLogger
+    from rdkit.Chem import rdMolDescriptors
+    from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+    from sklearn.metrics import roc_auc_score
+
+    RDLogger.DisableLog("rdApp.*")
+
+    def read(task, part):
+        """(fingerprints, labels with NaN where there is none)"""
+        path = os.path.join(options.work, f"{task}.{part}.bin")
+        text = call([DATA_PREP, "--dump", path], stdout=subprocess.PIPE, text=True).stdout
+        rows = [json.loads(line) for line in text.splitlines()]
+        bits = np.zeros((len(rows), 2048), np.uint8)
+        for k, row in enumerate(rows):  # the names are the SMILES
+            mol = Chem.MolFromSmiles(row["name"])
+            print_ = rdMolDescriptors.GetMorganFingerprintAsBitVect(mol, 2, 2048)
+            DataStructs.ConvertToNumpyArray(print_, bits[k])
+        return bits, np.array([row["labels"] for row in rows], float)
+
+    def once(_, task, start, features, seed):
+        kind = TASKS[task][0]
+        model = RandomForestClassifier if kind == "classification" else RandomForestRegressor
+        begin, scores = time.process_time(), {"valid": [], "test": []}
+        for k in range(data["train"][1].shape[1]):
+            bits, labels = data["train"][0], data["train"][1][:, k]
+            here = ~np.isnan(labels)
+            trees = model(500, max_features=features, random_state=seed, n_jobs=1)
+            trees.fit(bits[here], labels[here])
+            for part in scores:
+                bits, labels = data[part][0], data[part][1][:, k]
+                here = ~np.isnan(labels)
+                if kind == "regression":
+                    wrong = trees.predict(bits[here]) - labels[here]
+                    scores[part].append(float(np.sqrt((wrong ** 2).mean())))
+                elif len(set(labels[here])) == 2:
+                    chance = trees.predict_proba(bits[here])[:, 1]
+                    scores[part].append(float(roc_auc_score(labels[here], chance)))
+        return {"valid": statistics.fmean(scores["valid"]), "epoch": 0,
+                "test": {TASKS[task][2]: statistics.fmean(scores["test"])},
+                "seconds": round(time.process_time() - begin, 1)}
+
+    for task in options.tasks:
+        if task not in QUANTUM and os.path.exists(os.path.join(options.work, task + ".train.bin")):
+            data = {part: read(task, part) for part in PARTS}
+            tuned(options, task, "forest", FOREST_FEATURES, once)
     table(options)
 
 
@@ -186,9 +249,15 @@ def finetune(options):
 # The table
 # ==================================================================================================
 
+def settings(options):
+    """What all runs of a table have in common."""
+    return {"epochs": options.epochs, "size": options.size, "readout": options.readout}
+
+
 def cell(row):
-    """What must be equal for two runs to be the same."""
-    return tuple(row[key] for key in ("task", "start", "lr", "seed", "epochs", "size", "readout"))
+    """What must be equal for two runs to be the same; a forest has no size."""
+    common = () if row["start"] == "forest" else (row["epochs"], row["size"], row["readout"])
+    return (row["task"], row["start"], row["lr"], row["seed"], *common)
 
 
 def results(options):
@@ -199,65 +268,52 @@ def results(options):
         return [json.loads(line) for line in lines]
 
 
-def best_rate(rows, kind):
-    """(learning rate, its rows) with the best mean validation result."""
-    by_lr = {}
-    for row in rows:
-        by_lr.setdefault(row["lr"], []).append(row)
-    most = max(len(group) for group in by_lr.values())
-    by_lr = {lr: group for lr, group in by_lr.items() if len(group) == most}
-    mean = lambda lr: statistics.fmean(row["valid"] for row in by_lr[lr])
-    lr = max(by_lr, key=mean) if kind == "classification" else min(by_lr, key=mean)
-    return lr, by_lr[lr]
+def best_run(rows, task):
+    return (max if TASKS[task][0] == "classification" else min)(rows, key=lambda row: row["valid"])
 
 
 def table(options):
-    rows = [row for row in results(options) if row["size"] == options.size
-            and row["epochs"] == options.epochs and row["readout"] == options.readout]
-    starts = [start for start in options.starts if any(row["start"] == start for row in rows)]
-    print("\n| task | metric | " + " | ".join(starts) + " | learning rates | seeds |")
-    print("|---" * (len(starts) + 4) + "|")
+    rows = [row for row in results(options)
+            if cell(row) == cell({**row, **settings(options)})]
+    starts = [start for start in [*STARTS, "forest"] if any(row["start"] == start for row in rows)]
+    print("\n| task | metric | " + " | ".join(starts) + " | learning rates |")
+    print("|---" * (len(starts) + 3) + "|")
     for task in options.tasks:
         kind, modality, metric = TASKS[task]
-        shown, rates, seeds = [], [], []
+        shown, rates = [], []
         for start in starts:
             here = [row for row in rows if row["task"] == task and row["start"] == start]
-            if not here:
-                shown.append("")
-                continue
-            lr, group = best_rate(here, kind)
-            values = [row["test"][metric] for row in group]
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            shown.append(f"{statistics.fmean(values):.3f} ± {deviation:.3f}")
-            rates.append(f"{lr:g}")
-            seeds.append(str(len(values)))
-        if rates:
+            best = best_run([row for row in here if row["seed"] == 1], task)["lr"] if here else None
+            values = [row["test"][metric] for row in here if row["lr"] == best]
+            deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+            shown.append(f"{statistics.fmean(values):.3f} ± {deviation:.3f}" if values else "")
+            rates.append(str(best))
+        if any(shown):
             better = "higher is better" if kind == "classification" else "lower is better"
             print(f"| {task} ({modality}) | {metric}, {better} | " + " | ".join(shown)
-                  + f" | {', '.join(rates)} | {', '.join(sorted(set(seeds)))} |")
+                  + f" | {', '.join(rates)} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("prepare", "pretrain", "finetune", "table"))
+    parser.add_argument("stage", choices=("prepare", "pretrain", "finetune", "forest", "table"))
     parser.add_argument("--work", required=True, metavar="DIR", help="everything is written there")
-    parser.add_argument("--qm9", metavar="FILE", help="molecules to pretrain on")
-    parser.add_argument("--more", metavar="FILE", help="further molecules, for `wide`")
-    parser.add_argument("--qm9-labelled", metavar="FILE", help="molecules with quantum labels")
-    parser.add_argument("--qm9-labels", metavar="FILE", help="CSV: id, gap_eV, dipole_D")
+    parser.add_argument("--qm9", metavar="FOLDER", help="what make_qm9.py wrote")
+    parser.add_argument("--more", metavar="FILE", help="further molecules to pretrain on")
     parser.add_argument("--moleculenet", metavar="FOLDER", help="esol.csv and so on")
     parser.add_argument("--size", default="small",
                         help="a name, or layers,dim,ffn,heads,kernels (default small)")
     parser.add_argument("--steps", type=int, default=4000, help="of pretraining (default 4000)")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--sde-steps", type=int, default=3600, help="of MoleculeSDE, batches of 64")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pretrain-batch", type=int, default=128)
     parser.add_argument("--pretrain-lr", type=float, default=1e-3)
     parser.add_argument("--again", action="store_true", help="pretrain even if it has been done")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--starts", default=",".join(STARTS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lrs", default="1e-4,3e-4,1e-3")
+    parser.add_argument("--lrs", default="3e-4,1e-3")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--patience", type=int, default=0)
     parser.add_argument("--readout", default="mean")
@@ -268,8 +324,8 @@ def main():
         if name not in known:
             parser.error(f"unknown: {name}; there are {', '.join(known)}")
     os.makedirs(options.work, exist_ok=True)
-    {"prepare": prepare, "pretrain": pretrain, "finetune": finetune, "table": table}[options.stage](
-        options)
+    {"prepare": prepare, "pretrain": pretrain, "finetune": finetune, "forest": forest,
+     "table": table}[options.stage](options)
 
 
 if __name__ == "__main__":

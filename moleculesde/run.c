@@ -998,10 +998,15 @@ static void run_open_state(Run *run) {
 
 // Dies if a dataset lacks the positions that are needed.
 static void check_positions(const Dataset *data) {
-    size_t without = 0;
-    for (size_t i = 0; i < data->count; i++) without += !dataset_has_pos(data, i);
-    CHECK(without == 0, "%s: %zu of %zu molecules have no positions", data->path, without,
-          data->count);
+    size_t without = 0, first = 0;
+    for (size_t i = data->count; i-- > 0;)
+        if (!dataset_has_pos(data, i)) without++, first = i;
+    if (without == 0) return;
+    Molecule m = {0};
+    dataset_read(data, first, &m);
+    CHECK(0, "%s: %zu of %zu molecules have no positions, the first is %s: leave them out with "
+          "data_prep --skip-list, or if they are flat, mark their SD records as 3D", data->path,
+          without, data->count, m.name);
 }
 
 // Opens the datasets of a run and claims its output.

@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Writes an SD file of drug-like molecules with computed geometries, for pretraining.
+
+    python3 dev/make_geometries.py -o drugs.sdf hiv.csv muv.csv toxcast.csv tox21.csv
+        [--without esol.test.bin ...] [--limit 30000] [--processes 2]        (RDKit; hours)
+
+Every molecule of the CSV files (a column `smiles`; .gz too) is taken once, by its canonical SMILES
+without stereo marks, if it is one piece of at least 4 and at most --max-atoms heavy atoms. Left out
+are the molecules of the datasets named by --without (made by data_prep from the tasks that will be
+fine-tuned; their names must be the SMILES), so that pretraining never sees a test molecule. The
+rest is shuffled with a seed: --limit takes a random sample. Geometries: ETKDGv3 with a fixed seed,
+then MMFF94; what fails there is left out and counted. Heavy atoms only, as in data/sample.sdf.
+Counts and the time go to stdout.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import time
+
+from rdkit import Chem, RDLogger
+from rdkit.Chem import AllChem
+
+SEED = 20231117
+DATA_PREP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data_prep")
+
+
+def key(smiles):
+    """Canonical SMILES without stereo marks; None if RDKit does not read it."""
+    mol = Chem.MolFromSmiles(smiles)
+    return None if mol is None else Chem.MolToSmiles(mol, isomericSmiles=False)
+
+
+def names(dataset):
+    """The names of the molecules of a dataset."""
+    done = subprocess.run([DATA_PREP, "--dump", dataset], stdout=subprocess.PIPE, check=True,
+                          text=True)
+    return [json.loads(line)["name"] for line in done.stdout.splitlines()]
+
+
+def record(smiles):
+    """SD record of a SMILES with one MMFF94 geometry, or None."""
+    mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    if not AllChem.MMFFHasAllMoleculeParams(mol):
+        return None
+    options = AllChem.ETKDGv3()
+    options.randomSeed, options.maxIterations = SEED, 5
+    if AllChem.EmbedMolecule(mol, options) != 0:
+        return None
+    if AllChem.MMFFOptimizeMolecule(mol, maxIters=500) not in (0, 1):
+        return None
+    Chem.AssignStereochemistryFrom3D(mol)
+    mol.SetProp("_Name", smiles)
+    return Chem.MolToMolBlock(Chem.RemoveHs(mol), includeStereo=False) + "$$$$\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", metavar="FILE.csv")
+    parser.add_argument("-o", required=True, dest="out", metavar="FILE.sdf")
+    parser.add_argument("--without", nargs="*", default=[], metavar="FILE.bin")
+    parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--max-atoms", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    RDLogger.DisableLog("rdApp.*")
+    begin = time.time()
+    hidden = {key(name) for dataset in options.without for name in names(dataset)}
+    found, unread, unfit, kept_back = {}, 0, 0, set()
+    for path in options.tables:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt") as table:
+            for row in csv.DictReader(table):
+                mol = Chem.MolFromSmiles(row["smiles"])
+                if mol is None:
+                    unread += 1
+                    continue
+                plain = Chem.MolToSmiles(mol, isomericSmiles=False)
+                if plain in hidden:
+                    kept_back.add(plain)
+                elif "." in plain or not 4 <= mol.GetNumHeavyAtoms() <= options.max_atoms:
+                    unfit += 1
+                else:
+                    found.setdefault(plain, Chem.MolToSmiles(mol))
+    chosen = sorted(found.values())
+    random.Random(options.seed).shuffle(chosen)
+    print(f"{len(found)} molecules; left out: {unread} not read, {unfit} of several pieces or of "
+          f"another size, {len(kept_back)} of the datasets --without", flush=True)
+    if options.limit:
+        chosen = chosen[:options.limit]
+    good = 0
+    with multiprocessing.Pool(options.processes) as pool, open(options.out, "w") as out:
+        for text in pool.imap(record, chosen, chunksize=50):
+            if text is not None:
+                out.write(text)
+                good += 1
+    print(f"{good} of {len(chosen)} have a geometry; {time.time() - begin:.0f} s "
+          f"with {options.processes} processes")
+
+
+if __name__ == "__main__":
+    main()
