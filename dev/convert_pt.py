@@ -7,8 +7,10 @@ tensor names, as a safetensors file that moleblend reads:
     ./moleblend finetune train.bin --init converted.safetensors
 
 The state dict may stand under "model", as fairseq saves it, under "state_dict", or bare. Names stay
-as they are, numbers become float32. What moleblend does not read is left out and named: heads of
-the release without a loss, buffers, everything beside the state dict (options, optimizer).
+as they are, numbers become float32, or float16 with --half, for half the bytes: a checkpoint of
+moleblend (.safetensors) may be given for that too, and keeps what its head says of the model. What
+moleblend does not read is left out and named: heads of the release without a loss, buffers,
+everything beside the state dict (options, optimizer).
 
 fairseq may save Python objects beside the tensors. To load these is to run what the file says: a
 file that holds others than plain ones is refused, unless --trust says that you know where it is
@@ -19,6 +21,7 @@ import argparse
 import pickle
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 # Modules of the encoder that moleblend has; "proj_out.", the head of labels, stands beside them.
@@ -29,6 +32,16 @@ WRAPPERS = ("module.", "encoder.", "molecule_encoder.")
 
 
 def load(path, trust):
+    """The content of a file, and the head of a safetensors file."""
+    if path.endswith(".safetensors"):
+        with safe_open(path, "pt") as file:
+            head = {name: value for name, value in (file.metadata() or {}).items()
+                    if name != "moleblend.crc32"}  # of the other bytes
+            return {name: file.get_tensor(name) for name in file.keys()}, head
+    return load_pt(path, trust), {"format": "pt"}
+
+
+def load_pt(path, trust):
     """What torch.save() wrote. fairseq's options are a plain Namespace, or more than that."""
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
@@ -65,18 +78,21 @@ def main():
     parser.add_argument("output", help="the safetensors file to write")
     parser.add_argument("--trust", action="store_true",
                         help="load Python objects too, which runs what the file says")
+    parser.add_argument("--half", action="store_true", help="write float16")
     options = parser.parse_args()
-    state, left_out = state_dict(load(options.checkpoint, options.trust), options.checkpoint)
+    content, head = load(options.checkpoint, options.trust)
+    state, left_out = state_dict(content, options.checkpoint)
+    kind = torch.float16 if options.half else torch.float32
     tensors = {}
     for name, value in state.items():
         if torch.is_tensor(value) and value.is_floating_point() and belongs(name):
-            tensors[name] = value.detach().float().clone().contiguous()
+            tensors[name] = value.detach().to(kind).clone().contiguous()
         else:
             left_out.append(name)
     if not tensors:
         raise SystemExit(f"{options.checkpoint}: no tensor of the model is there; the first is "
                          f"{next(iter(state))}")
-    save_file(tensors, options.output, metadata={"format": "pt"})
+    save_file(tensors, options.output, metadata=head)
     print(f"{options.output}: {len(tensors)} tensors, "
           f"{sum(t.numel() for t in tensors.values()):,} numbers")
     if left_out:
