@@ -18,10 +18,13 @@ and sde (MoleculeSDE), on one thread each, and says the CPU time that each took.
 `finetune` runs every task from every start: scratch, blend and sum are MoleBLEND's encoder, gin
 and sde MoleculeSDE's GIN. Each learning rate is tried with seed 1; the one with the best validation
 result is repeated with the other seeds: the same number of trials for every start, and the test
-part decides nothing. Every run appends a line to results.jsonl; what is there already is not run
-again, so it can be stopped and continued. `forest` does the same with a random forest of 500 trees
-on ECFP4 (Morgan fingerprints of radius 2, 2,048 bits), tried with two shares of features a split.
-The table shows mean and standard deviation over the seeds.
+part decides nothing. NAME@2 is the same start, pretrained with seed 2; the table takes both
+together. The ablation: `pretrain`, `finetune` and `table --valid` with --starts blend,blend@2,
+equal,equal@2 and so on (STARTS has the names), which compares on the validation parts. Every run
+appends a line to results.jsonl; what is there already is not run again, so it can be stopped and
+continued. `forest` does the same with a random forest of 500 trees on ECFP4 (Morgan fingerprints of
+radius 2, 2,048 bits), tried with two shares of features a split. The table shows mean and standard deviation over the seeds, in brackets how many runs these are and
+the learning rate.
 """
 
 import argparse
@@ -52,10 +55,23 @@ TASKS = {
     "mu": ("regression", "3d", "MAE"),
 }
 QUANTUM = ("gap", "homo", "mu")
-# name: (program that trains it, does it begin with a checkpoint?)
-STARTS = {"scratch": (MOLEBLEND, False), "blend": (MOLEBLEND, True), "sum": (MOLEBLEND, True),
-          "gin": (MOLECULESDE, False), "sde": (MOLECULESDE, True)}
+# name: (program that trains it, options of the pretraining or None if there is none)
+STARTS = {
+    "scratch": (MOLEBLEND, None), "blend": (MOLEBLEND, []), "sum": (MOLEBLEND, ["--no-blend"]),
+    "gin": (MOLECULESDE, None), "sde": (MOLECULESDE, []),
+    # the ablation; blend shows path, bonds, distance of 0.2, 0.2, 0.6 of the pairs
+    "equal": (MOLEBLEND, "--pair-spd 0.33 --pair-edge 0.33 --pair-3d 0.34".split()),
+    "flat": (MOLEBLEND, "--pair-spd 0.4 --pair-edge 0.4 --pair-3d 0.2".split()),
+    "no-denoise": (MOLEBLEND, ["--weight-denoise", "0"]),
+    "no-spd": (MOLEBLEND, ["--weight-spd", "0"]), "no-edge": (MOLEBLEND, ["--weight-edge", "0"]),
+    "no-3d": (MOLEBLEND, ["--weight-3d", "0"]),
+}
 FOREST_FEATURES = ("sqrt", 0.3)  # tried for each split of a tree
+
+
+def base(start):
+    """The name of a start without the seed of its pretraining."""
+    return start.partition("@")[0]
 
 
 def size_options(size):
@@ -113,18 +129,19 @@ def prepare(options):
 def pretrain(options):
     at = lambda name: os.path.join(options.work, name)
     for name in options.starts:
-        program, begins = STARTS[name]
-        if not begins:
+        (program, extra), seed = STARTS[base(name)], name.partition("@")[2] or "1"
+        if extra is None:
             continue
         if os.path.exists(at(name + ".safetensors")) and not options.again:
             print(f"{name}.safetensors is there already", file=sys.stderr)
             continue
         command = [program, at("pretrain.train.bin"), "--valid", at("pretrain.valid.bin"),
-                   "--threads", "1", "--seed", "1", "-o", at(name + ".unfinished.safetensors")]
+                   "--threads", "1", "--seed", seed, *extra, "-o",
+                   at(name + ".unfinished.safetensors")]
         if program == MOLEBLEND:
             command += [*size_options(options.size), "--steps", str(options.steps), "--batch-size",
                         str(options.pretrain_batch), "--lr", str(options.pretrain_lr), "--hold",
-                        "0", "--beta2", "0.999", *(["--no-blend"] if name == "sum" else [])]
+                        "0", "--beta2", "0.999"]
         else:
             command += ["--steps", str(options.sde_steps)]
         used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
@@ -138,7 +155,7 @@ def pretrain(options):
 def finetune_once(options, task, start, lr, seed):
     """One run: {"valid": ..., "test": {metric: value}, "epoch": ..., "seconds": CPU time}."""
     kind, modality, _ = TASKS[task]
-    program, begins = STARTS[start]
+    program, begins = STARTS[base(start)][0], STARTS[base(start)][1] is not None
     at = lambda name: os.path.join(options.work, name)
     command = [program, "finetune", at(task + ".train.bin"), "--valid", at(task + ".valid.bin"),
                "--test", at(task + ".test.bin"), "--task", kind, "--epochs", str(options.epochs),
@@ -190,7 +207,7 @@ def finetune(options):
     for task in options.tasks:
         for start in options.starts:
             needed = os.path.join(options.work, start + ".safetensors")
-            if not STARTS[start][1] or os.path.exists(needed):
+            if STARTS[base(start)][1] is None or os.path.exists(needed):
                 tuned(options, task, start, options.lrs, finetune_once)
     table(options)
 
@@ -273,25 +290,31 @@ def best_run(rows, task):
 
 
 def table(options):
-    rows = [row for row in results(options)
-            if cell(row) == cell({**row, **settings(options)})]
-    starts = [start for start in [*STARTS, "forest"] if any(row["start"] == start for row in rows)]
-    print("\n| task | metric | " + " | ".join(starts) + " | learning rates |")
-    print("|---" * (len(starts) + 3) + "|")
+    rows = [row for row in results(options) if cell(row) == cell({**row, **settings(options)})]
+    starts = [start for start in [*STARTS, "forest"]
+              if any(base(row["start"]) == start for row in rows)]
+    print("\n| task | metric | " + " | ".join(starts) + " |")
+    print("|---" * (len(starts) + 2) + "|")
     for task in options.tasks:
         kind, modality, metric = TASKS[task]
-        shown, rates = [], []
+        shown = []
         for start in starts:
-            here = [row for row in rows if row["task"] == task and row["start"] == start]
-            best = best_run([row for row in here if row["seed"] == 1], task)["lr"] if here else None
-            values = [row["test"][metric] for row in here if row["lr"] == best]
+            values, rates = [], set()
+            for name in {row["start"] for row in rows if base(row["start"]) == start}:
+                here = [row for row in rows if row["task"] == task and row["start"] == name]
+                if not any(row["seed"] == 1 for row in here):
+                    continue
+                best = best_run([row for row in here if row["seed"] == 1], task)["lr"]
+                rates.add(str(best))
+                values += [row["valid"] if options.valid else row["test"][metric]
+                           for row in here if row["lr"] == best]
             deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-            shown.append(f"{statistics.fmean(values):.3f} ± {deviation:.3f}" if values else "")
-            rates.append(str(best))
+            shown.append(f"{statistics.fmean(values):.3f} ± {deviation:.3f} "
+                         f"({len(values)}; {', '.join(sorted(rates))})" if values else "")
         if any(shown):
             better = "higher is better" if kind == "classification" else "lower is better"
-            print(f"| {task} ({modality}) | {metric}, {better} | " + " | ".join(shown)
-                  + f" | {', '.join(rates)} |")
+            where = "validation" if options.valid else metric
+            print(f"| {task} ({modality}) | {where}, {better} | " + " | ".join(shown) + " |")
 
 
 def main():
@@ -311,7 +334,8 @@ def main():
     parser.add_argument("--pretrain-lr", type=float, default=1e-3)
     parser.add_argument("--again", action="store_true", help="pretrain even if it has been done")
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--starts", default=",".join(STARTS))
+    parser.add_argument("--starts", default="scratch,blend,sum,gin,sde")
+    parser.add_argument("--valid", action="store_true", help="table: the validation results")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lrs", default="3e-4,1e-3")
     parser.add_argument("--epochs", type=int, default=40)
@@ -320,7 +344,7 @@ def main():
     options = parser.parse_args()
     options.tasks, options.starts = options.tasks.split(","), options.starts.split(",")
     options.lrs = [float(lr) for lr in options.lrs.split(",")]
-    for name, known in [(t, TASKS) for t in options.tasks] + [(s, STARTS) for s in options.starts]:
+    for name, known in [(t, TASKS) for t in options.tasks] + [(base(s), STARTS) for s in options.starts]:
         if name not in known:
             parser.error(f"unknown: {name}; there are {', '.join(known)}")
     os.makedirs(options.work, exist_ok=True)
