@@ -12,7 +12,7 @@ with the file's parameters and draws it prints how far losses and ten training s
 file's. --bench takes turns between both programs. Both start from the checkpoint that ours writes,
 which also compares all names and shapes. What is timed of the release is the step alone: reading,
 graphs and batches are made before the clock starts; ours does it all (two runs of different
---steps, so that start and end cancel). CPU time is user + system over all threads; it is the figure
+--steps, so that start and end cancel). Both have grown their memory by then. CPU time is user + system over all threads; it is the figure
 to trust on a machine that others use too.
 
 Needs torch, torch_geometric, numpy and safetensors. torch_scatter, torch_sparse and radius_graph of
@@ -359,6 +359,9 @@ def cpu_time(who):
     return used.ru_utime + used.ru_stime
 
 
+WARM_UP = 6  # steps of ours that do not count
+
+
 def run_ours(program, data, batch_size, threads, steps, out):
     """Wall and CPU seconds of a whole run of ours, and the losses of its last step."""
     command = [program, data, "--batch-size", str(batch_size), "--threads", str(threads),
@@ -380,7 +383,7 @@ def bench(release, args):
     usable = [mol for mol in read_dataset(args.bench) if mol.pos is not None]
     order = np.random.default_rng(1).permutation(len(usable))
     wanted = (args.turns * args.steps + 1) * args.batch
-    order = np.resize(order, wanted)  # the warm-up, then other molecules in every step
+    order = np.resize(order, wanted)  # other molecules in every step
     batches = [make_batch(release, [usable[i] for i in order[k:k + args.batch]])
                for k in range(0, wanted, args.batch)]
     sizes = [len(mol.atom_feat) for mol in usable]
@@ -401,13 +404,13 @@ def bench(release, args):
         for model in models.values():
             model.train()
         optimizer = adam(models, 5e-4, 1)
-        shown = step(release, models, optimizer, batches[0])
+        shown = step(release, models, optimizer, batches.pop(int(np.argmax(longest))))
         print("losses   total, contrast, 2d->3d, elements, bonds, accuracy of the release's first "
               "step:", *(f"{value:.4f}" for value in shown))
         print(f"threads  {args.threads}; seconds a step by wall and by CPU time")
         ratios = []
         for turn in range(args.turns):
-            own = batches[1 + turn * args.steps:][:args.steps]
+            own = batches[turn * args.steps:][:args.steps]
             wall, cpu = time.time(), cpu_time(resource.RUSAGE_SELF)
             for batch in own:
                 shown = step(release, models, optimizer, batch)
@@ -416,9 +419,8 @@ def bench(release, args):
             line = (f"turn {turn + 1}   official {theirs[0]:.3f} {theirs[1]:.3f} "
                     f"({args.batch / theirs[1]:.1f} molecules/s of CPU time)")
             if args.beside:
-                few = run_ours(args.beside, args.bench, args.batch, args.threads, 1, out)
-                many = run_ours(args.beside, args.bench, args.batch, args.threads,
-                                1 + args.ours_steps, out)
+                few, many = (run_ours(args.beside, args.bench, args.batch, args.threads, steps, out)
+                             for steps in (WARM_UP, WARM_UP + args.ours_steps))
                 ours = [(many[k] - few[k]) / args.ours_steps for k in range(2)]
                 ratios.append([theirs[k] / ours[k] for k in range(2)])
                 line += (f"  ours {ours[0]:.3f} {ours[1]:.3f} ({args.batch / ours[1]:.1f})  ratio "
