@@ -12,8 +12,8 @@ with the file's parameters and draws it prints how far losses and ten training s
 file's. --bench takes turns between both programs. Both start from the checkpoint that ours writes,
 which also compares all names and shapes. What is timed of the release is the step alone: reading,
 graphs and batches are made before the clock starts; ours does it all (two runs of different
---steps, so that start and end cancel). Both have grown their memory by then. CPU time is user + system over all threads; it is the figure
-to trust on a machine that others use too.
+--steps, so that start and end cancel). Both have grown their memory by then. CPU time is user +
+system over all threads; it is the figure to trust on a machine that others use too.
 
 Needs torch, torch_geometric, numpy and safetensors. torch_scatter, torch_sparse and radius_graph of
 torch_cluster are replaced by the same operations in torch and torch_geometric, ogb's two encoders
@@ -222,7 +222,8 @@ def load(models, tensors):
         own = {name[len(prefix) + 1:]: tensor for name, tensor in tensors.items()
                if name.startswith(prefix + ".")}
         missing, unexpected = model.load_state_dict(own, strict=False)
-        wrong = [name for name in missing if not name.endswith(NOT_OURS) and ".conv.nn." not in name]
+        wrong = [name for name in missing
+                 if not name.endswith(NOT_OURS) and ".conv.nn." not in name]
         if wrong or unexpected:
             raise SystemExit(f"{prefix}: missing {wrong}, unexpected {unexpected}")
         used.update(f"{prefix}.{name}" for name in own)
@@ -273,7 +274,7 @@ def fixed_draws(draws):
     """Every random number of a step is the next of the given ones."""
     randn, randint, randperm = (iter(draws[kind]) for kind in ("randn", "randint", "randperm"))
     with mock.patch.object(torch, "randn_like", lambda x: next(randn).to(x.dtype)), \
-            mock.patch.object(torch, "randint", lambda low, high, size, device=None: next(randint)), \
+            mock.patch.object(torch, "randint", lambda *_, **__: next(randint)), \
             mock.patch.object(torch, "randperm", lambda n: next(randperm)):
         yield
 
