@@ -1,7 +1,7 @@
 // fuzz.c - libFuzzer's entry point: whole runs of a program, inside one process, on files that the
 // fuzzer makes up. run.sh compiles it with -DDATA_PREP or -DMOLECULESDE for these programs, without
-// for moleblend. The name that it is called by says which kind of file is to be made up: a target of
-// run.sh.
+// for moleblend. The name that it is called by says which kind of file is to be made up: a target
+// of run.sh.
 //
 // The program's main() is called as a function. What would end the process or outlive a run is
 // caught by macros: exit() is a jump back to the harness, memory and files are given back there,
