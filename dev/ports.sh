@@ -2,11 +2,12 @@
 # dev/ports.sh [PLATFORM...]   (all of them by default; --list names them)
 #
 # Builds the programs and the tests for each platform, runs what can be run, under an emulator where
-# it must, and prints a row of README's table for each: tests passed (the bundled golden files among
-# them), whether its datasets are byte for byte those of x86-64 with gcc, and how far from it the
-# losses of five training steps, what it makes of a checkpoint written there, and what is made there
-# of its own checkpoint are: the largest of the relative errors (Euclidean norm) of the three. More
-# than 1e-4 is a failure. The exit code is 1 if anything failed. Logs: build/ports/PLATFORM-N/log.
+# it must, and prints a row of PORTS.md's table for each: tests passed (the bundled golden files
+# among them; moleculesde's behind a plus), whether its datasets are byte for byte those of x86-64
+# with gcc, and how far from it the losses of five training steps, what it makes of a checkpoint
+# written there, and what is made there of its own checkpoint are: the largest of the relative errors
+# (Euclidean norm) of the three. More than 1e-4 is a failure. The exit code is 1 if anything
+# failed. Logs: build/ports/PLATFORM-N/log.
 #
 #   PORTS_GROUPS=all|quick   all groups of tests, or without the slow ones (default: quick where
 #                            arithmetic is slow: by an emulator, by x87, by tcc)
@@ -25,6 +26,8 @@ slow=(heads geometry attention model bias "500 atoms" messages using machine "fl
 alone=(functions "random numbers" "matrix products" relations linear gelu attention geometry bias embedding
        heads model packing "500 atoms" "numbers at edges" masks metrics dataset checkpoint data_prep
        "golden files")
+programs=(program messages)  # groups of moleculesde's tests that start programs, and the slow ones
+sde_slow=("${programs[@]}" "2D -> 3D" "3D -> 2D" model "fine-tuning head")
 fast="-ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd"
 m32="gcc -m32 -I/usr/include/x86_64-linux-gnu"  # Debian's gcc-12-multilib leaves the path to us
 
@@ -75,11 +78,12 @@ missing() {  # COMPILER: prints what the platform needs and this machine lacks
 port() { (cd "$dir" && $run ./"$1$end" "${@:2}"); }  # a program of the platform, in its directory
 
 build() {  # COMPILER
-    mkdir -p "$dir/build"
+    mkdir -p "$dir/build" "$dir/moleculesde"
     cp -- *.c *.h README.md Makefile "$dir"
+    cp -- moleculesde/*.c "$dir/moleculesde"
     ln -sfn "$top/data" "$dir/data"
     local program
-    for program in moleblend data_prep test; do
+    for program in moleblend data_prep test moleculesde/{,test_}moleculesde; do
         $1 $std $warn $fast $flags $program.c -o "$dir/$program$end" $libs || return 1
         [ "$end" = .bin ] || continue  # a wrapper, so that the tests can call it too
         printf '#!/bin/sh\nexec %s "%s.bin" "$@"\n' "$run" "$dir/$program" > "$dir/$program"
@@ -128,21 +132,30 @@ compare() {  # sets $same and $error; works on the platform's files and the refe
     error=$(awk -v e="$worst" 'BEGIN { if (e <= 1e-4) printf "%.0e", e; else print "FAILED" }')
 }
 
+run_tests() {  # PROGRAM ARGUMENT...: adds to $passed
+    local last verdict="FAILED: "
+    port "$@" && verdict=''
+    last=$(tail -n 1 "$dir/log" | tr -d '\r')
+    case $last in *", 0 failed") last=${last%% *} ;; *) verdict="FAILED: " ;; esac
+    passed+="${passed:+ + }$verdict$last"
+}
+
 try() {  # COMPILER: sets $passed, $same, $error
-    same=- error=-
-    local without=()
+    same=- error=- passed=''
+    local without=() sde_without=("no group")
     if [ -n "$refused" ] && $refused; then passed="FAILED: compiles"; return; fi
     build "$1" || { passed="FAILED: does not compile"; return; }
     [ "$run" != none ] || { passed="compiled and linked"; return; }
     [ "$tests" = all ] || without=("${slow[@]}")
+    case $end in .wasm | .exe) sde_without=("${programs[@]}") ;; esac
+    [ "$tests" = all ] || sde_without=("${sde_slow[@]}")
     compare
     if [ "$end" = .wasm ]; then  # where no program can start another
-        port test "${alone[@]}"
+        run_tests test "${alone[@]}"
     else
-        port test --without "busy machine" "${without[@]}"  # that one tells of the machine's load
+        run_tests test --without "busy machine" "${without[@]}"  # that one tells of the machine's load
     fi
-    passed=$(tail -n 1 "$dir/log" | tr -d '\r')
-    case $passed in *", 0 failed") passed=${passed%%,*} ;; *) passed="FAILED: $passed" ;; esac
+    run_tests moleculesde/test_moleculesde --without "${sde_without[@]}"
     [ "$tests" = all ] && [ "$end" != .wasm ] || passed+=" (quick)"
 }
 
@@ -195,5 +208,7 @@ for name in $(echo "${@:-$names}"); do
     echo "| $label | ${row[0]} | ${row[1]} | ${row[2]} | ${row[3]} | $(date +%F) |"
 done
 echo
-echo "quick: without the groups $(printf '%s, ' "${slow[@]}")and on WASI only $(printf '%s, ' "${alone[@]}")which start no programs."
+echo "tests passed: moleblend's and data_prep's + moleculesde's"
+echo "quick: without the groups $(printf '%s, ' "${slow[@]}")and on WASI only $(printf '%s, ' "${alone[@]}")which start no programs;"
+echo "of moleculesde's without $(printf '%s, ' "${sde_slow[@]}")on WASI and Windows without $(printf '%s, ' "${programs[@]}")"
 exit $failed

@@ -150,6 +150,10 @@ ALWAYS_INLINE float act_slope(Kind kind, float x) {
 
 enum { ACT_CHUNK = 4096 };
 
+#ifdef __TINYC__
+#define _Pragma(text)  // tcc 0.9.27 does not know it
+#endif
+
 // A loop of its own for each kind, which compilers vectorise.
 #define ACT_LOOPS(statement)                                                                       \
     _Pragma("omp parallel for schedule(static)")                                                   \
@@ -561,7 +565,7 @@ static size_t buffers_place(Sde *s, float *at) {
 #undef X
 #undef HIDDEN
 #undef ROOM
-    a->x = a->gin_h + (at ? L * A * D : 0);
+    if (at) a->x = a->gin_h + L * A * D;
     return used;
 }
 
@@ -691,6 +695,16 @@ static Shape file_shape(const TensorFile *f, Shape c) {
     c.use_3d = c.tasks && layers == 0;
     shape_check(&c);
     return c;
+}
+
+// Dies, before memory is taken, if a file has too few bytes for a model of its sizes.
+static void shape_fits(const Shape *c, const TensorFile *f) {
+    size_t group_end[GROUPS];
+    Nets n = {0};
+    nets_place(&n, NULL, NULL, c, group_end);
+    CHECK(group_end[GROUPS - 1] <= f->size / 2,  // two bytes of F16 or more each
+          "%s: damaged: its tensors' shapes make a model of %zu numbers, which it cannot hold",
+          f->path, group_end[GROUPS - 1]);
 }
 
 // Copies the encoder that a checkpoint shares with a fine-tuning model.
@@ -968,6 +982,8 @@ static void run_load(Run *run) {
         run->epochs = tensor_rows(run->history, opt.epochs, EPOCH_COLUMNS, &run->file, "history");
     CHECK(run->done == meta_whole(&run->file, "step"), "%s: damaged state: the log does not fit "
           "the step", run->file.path);
+    CHECK(!run->tuning || run->epochs == run->done * opt.batch / (int64_t)run->train.count,
+          "%s: damaged state: the history does not fit the log", run->file.path);
     for (int64_t i = 0; i < run->epochs; i++) {  // finetune_after_step() looks the best epoch up
         float best = run->history[i * EPOCH_COLUMNS + EPOCH_BEST];
         CHECK(best >= 1 && best <= (float)(i + 1), "%s: damaged state: row %lld of the history",
@@ -1050,7 +1066,9 @@ static void run_open_model(Run *run, const char *path) {
     const char *method = tensor_meta(&run->file, "method");
     if (method) options_from_state(method, opt.model);
     opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
-    sde_create(&run->s, file_shape(&run->file, option_shape()), 0);
+    Shape c = file_shape(&run->file, option_shape());
+    shape_fits(&c, &run->file);
+    sde_create(&run->s, c, 0);
     sde_load(&run->s, run->s.model.params, &run->file, "");
     run->s.method = opt.method;
     if (!opt.batch) opt.batch = 64;
@@ -1174,7 +1192,7 @@ static void run_train(Run *run) {
 // ---- pretrain: ./moleculesde train.bin
 
 static void command_pretrain(const char *train_path) {
-    static Run run;
+    Run run = {0};
     run_open(&run, train_path, 64);
     check_positions(&run.train);
     check_positions(&run.valid);
@@ -1253,7 +1271,7 @@ static void label_statistics(Run *run) {
 }
 
 static void command_finetune(const char *train_path) {
-    static Run run = {.tuning = 1};
+    Run run = {.tuning = 1};
     run_open(&run, train_path, 128);
     size_t Y = (size_t)run.train.n_tasks;
     CHECK(opt.valid && run.valid.count, "--valid: expected a validation set, to choose the best "
@@ -1266,14 +1284,18 @@ static void command_finetune(const char *train_path) {
     run.aim.std = run.statistics + Y;
     label_statistics(&run);
     Shape c = option_shape();
-    if (opt.init) {
-        TensorFile f;
-        tensor_file_open(&f, opt.init);
-        c = file_shape(&f, c);
-        tensor_file_close(&f);
+    int use_3d = name_index("--encoder", opt.encoder, ENCODER_NAMES);
+    if (run.file.path || opt.init) {  // a resumed run has its sizes in its state
+        TensorFile init = {0}, *f = run.file.path ? &run.file : &init;
+        if (f == &init) tensor_file_open(f, opt.init);
+        c = file_shape(f, c);
+        c.tasks = 1;  // the new head may be larger
+        c.use_3d = use_3d;
+        shape_fits(&c, f);
+        tensor_file_close(&init);
     }
     c.tasks = (int)Y;
-    c.use_3d = name_index("--encoder", opt.encoder, ENCODER_NAMES);
+    c.use_3d = use_3d;
     for (int k = 0; k < 3 && c.use_3d; k++) {
         const Dataset *all[] = {&run.train, &run.valid, &run.test};
         check_positions(all[k]);
@@ -1325,7 +1347,7 @@ static void visit_rows(Run *run, size_t first, size_t B, void *result) {
 }
 
 static void command_predict(const char *path) {
-    static Run run;
+    Run run = {0};
     run_open_model(&run, path);
     const char *kind = "a fine-tuned model, see ./moleculesde finetune";
     const char *names = required_meta(&run.file, "task_names", kind);
@@ -1360,7 +1382,7 @@ static void visit_embed(Run *run, size_t first, size_t B, void *result) {
 }
 
 static void command_embed(const char *path) {
-    static Run run;
+    Run run = {0};
     OutFile out;
     char shape[96], header[128];
     run_open_model(&run, path);
@@ -1415,7 +1437,7 @@ static void write_conformer(OutFile *out, const Molecule *m, const float *pos, i
 }
 
 static void command_generate(const char *path, const char *index_text) {
-    static Run run;
+    Run run = {0};
     OutFile out;
     char *end;
     run_open_model(&run, path);

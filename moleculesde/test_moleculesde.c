@@ -1103,6 +1103,10 @@ static void test_program(void) {
     }
     test_check(same_files("build/sdef1.safetensors", "build/sdef2.safetensors"),
                "fine-tuning that was stopped and resumed gives other bytes");
+    test_check(run_command("mv build/sde1.safetensors build/sde1.gone; " SDE " finetune train.bin "
+                           "--epochs 2 --resume -o build/sdef2.safetensors %s; code=$?; mv build/"
+                           "sde1.gone build/sde1.safetensors; exit $code", quiet) == 0,
+               "a run resumed without the file that it began with");
     test_check(run_command(SDE " predict valid.bin --model build/sdef1.safetensors | wc -l | "
                            "grep -qx 201") == 0, "predictions");
     test_check(run_command(SDE " embed valid.bin --model build/sde1.safetensors --encoder 3d -o "
@@ -1138,7 +1142,18 @@ static void test_messages(void) {
         {"generate valid.bin 0 --model build/sdef1.safetensors -o build/x.sdf", "pretrained"},
         {"build/sdeg1.bin -o build/x.safetensors", "have no positions"},
         {"finetune train.bin --task guess -o build/x.safetensors", "--task: expected"},
+        {"finetune train.bin --epochs 2 --resume -o build/sded.safetensors", "history does not"},
+        {"embed valid.bin --model build/sdew.safetensors -o build/x.npy", "shapes make a model of"},
     };
+    run_command("LC_ALL=C sed 's/moleblend.crc32/moleblend.crc--/; s/step\":\"29\"/step\":\"00\"/; "
+                "s/\"log\":/\"lag\":/' build/sdef1.safetensors.state > "
+                "build/sded.safetensors.state");
+    float *wide = xmalloc(1 << 16, sizeof *wide);  // the GIN of such a width would have 170 GB
+    TensorOut tensors[2] = {{"model_2D.gnns.0.mlp.0.weight", 1, 1, wide},
+                            {"model_2D.atom_encoder.atom_embedding_list.0.weight", 1, 1 << 16,
+                             wide}};
+    tensor_file_write("build/sdew.safetensors", tensors, 2, "{\"format\":\"pt\"}");
+    free(wide);
     for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
         int code = run_command(SDE " %s > build/sde.out 2> build/sde.err", rows[k].args);
         int said = run_command("grep -q -e '%s' build/sde.err", rows[k].message) == 0;
@@ -1170,6 +1185,13 @@ static void test_bundled(void) {
     tensor_file_close(&f);
 }
 
+// Does the command line ask for this group?
+static int test_wanted(const char *name, int argc, char **argv) {
+    int without = argc > 1 && strcmp(argv[1], "--without") == 0, named = 0;
+    for (int i = 1 + without; i < argc; i++) named |= strcmp(argv[i], name) == 0;
+    return argc == 1 || named != without;
+}
+
 int main(int argc, char **argv) {
     static const struct { const char *name; void (*run)(void); } tests[] = {
         {"functions", test_functions}, {"normal numbers", test_normal}, {"GIN", test_gin},
@@ -1182,7 +1204,7 @@ int main(int argc, char **argv) {
     for (size_t k = 0; k < sizeof tests / sizeof tests[0] && !only; k++) {
         int passed = tests_passed, failed = tests_failed;
         double start = now_seconds();
-        if (argc > 1 && strcmp(argv[1], tests[k].name)) continue;
+        if (!test_wanted(tests[k].name, argc, argv)) continue;
         tests[k].run();
         printf("%-18s %3d passed, %d failed  %5.1f s\n", tests[k].name, tests_passed - passed,
                tests_failed - failed, now_seconds() - start);

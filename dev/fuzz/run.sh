@@ -2,7 +2,7 @@
 # Coverage-guided fuzzing of everything that the programs read: dev/fuzz/run.sh [SECONDS [TARGET...]]
 #
 #   SECONDS   for each target, one after another (default 60); a target's first finding ends it
-#   TARGET    of sdf v3000 smiles csv dataset tensors state (default all)
+#   TARGET    of sdf v3000 smiles csv dataset tensors state sde-tensors sde-state (default all)
 #
 # Needs clang with its sanitizers and libFuzzer. Corpora grow from run to run in build/fuzz/, which
 # may be removed at any time. What was found is in build/fuzz/TARGET.found/; to repeat it:
@@ -11,9 +11,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 seconds=${1:-60}
 shift || true
-targets=${*:-sdf v3000 smiles csv dataset tensors state}
+all="sdf v3000 smiles csv dataset tensors state sde-tensors sde-state"
+targets=${*:-$all}
 root=$PWD work=$PWD/build/fuzz
-mkdir -p "$work"
+mkdir -p "$work/moleculesde"
 
 # ---- copies of the sources: without checksums, which a fuzzer cannot guess; with buffers and a budget
 #      of a record that small files use up, so that what takes longer than that has none; with smaller
@@ -31,14 +32,20 @@ copy moleblend.h 'crc = ~crc;' 'return (void)table, (void)p, (void)n, 0; crc = ~
 copy data_prep.c 'CHUNK_BYTES = 1 << 20' 'CHUNK_BYTES = 1 << 10' 'BUDGET = [0-9]*' 'BUDGET = 4000000' \
     'RECORD_BYTES_MAX = 16 << 20' 'RECORD_BYTES_MAX = 1 << 13' 'CHUNK_RECORDS = 8192' 'CHUNK_RECORDS = 16'
 copy moleblend.c 'PAIR_WIDTH = 32' 'PAIR_WIDTH = 4'
+copy moleculesde/moleculesde.c 'COEFFICIENTS = 128' 'COEFFICIENTS = 16'
+copy moleculesde/run.c
 
 flags="-std=c11 -g -O1 -I $work"
 sanitizers="-fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all"
 clang $flags $sanitizers -DDATA_PREP dev/fuzz/fuzz.c -o "$work/fuzz_data_prep" -lm
 clang $flags $sanitizers dev/fuzz/fuzz.c -o "$work/fuzz_moleblend" -lm
+clang $flags $sanitizers -DMOLECULESDE dev/fuzz/fuzz.c -o "$work/fuzz_moleculesde" -lm
 for target in sdf v3000 smiles csv; do ln -sf fuzz_data_prep "$work/$target"; done
 for target in dataset tensors state; do ln -sf fuzz_moleblend "$work/$target"; done
-for program in data_prep moleblend; do clang $flags "$work/$program.c" -o "$work/$program" -lm; done
+for target in sde-tensors sde-state; do ln -sf fuzz_moleculesde "$work/$target"; done
+for program in data_prep moleblend moleculesde/moleculesde; do
+    clang $flags "$work/$program.c" -o "$work/$program" -lm
+done
 
 # ---- seeds: small pieces of real files
 
@@ -46,7 +53,7 @@ rm -rf "$work/scratch"
 mkdir "$work/scratch"
 cd "$work/scratch"
 tiny="--layers 1 --dim 8 --ffn 8 --heads 2 --kernels 3"
-for target in sdf v3000 smiles csv dataset tensors state; do
+for target in $all; do
     mkdir -p "$work/$target.corpus" "$work/$target.found"
 done
 
@@ -121,9 +128,27 @@ seeds_binary() {
         > "$work/state.corpus/half"
 }
 
+# The same of moleculesde; of its runs the states at the end and before.
+seeds_moleculesde() {
+    local k sde="$work/moleculesde/moleculesde" end="--batch-size 2 -o sde" encoder
+    local tiny="--dim 8 --layers 1 --blocks 1 --filters 4 --gaussians 3"
+    for k in 1 2; do
+        "$sde" data.bin $tiny --hidden 8 --width 4 --channels 1 --last-channels 1 --steps $k $end
+        cp sde.state "$work/sde-state.corpus/pretrained$k"
+    done
+    cp sde "$work/sde-tensors.corpus/pretrained"
+    for encoder in 2d 3d; do
+        "$sde" finetune data.bin --valid data.bin $tiny --encoder $encoder --epochs 1 $end
+        cp sde "$work/sde-tensors.corpus/finetuned$encoder"
+        sed 's/--epochs 1/--epochs 2/' sde.state > "$work/sde-state.corpus/half$encoder"
+        "$sde" finetune data.bin --valid data.bin $tiny --encoder $encoder --epochs 2 $end
+        cp sde.state "$work/sde-state.corpus/finetuned$encoder"
+    done
+}
+
 seeds_mol_blocks
 seeds_smiles
-seeds_binary > seeds.log 2>&1 || { cat seeds.log; exit 1; }
+{ seeds_binary && seeds_moleculesde; } > seeds.log 2>&1 || { cat seeds.log; exit 1; }
 
 # ---- words that a fuzzer would not find by itself
 
@@ -150,7 +175,7 @@ printf '%s\n' F32 F16 BF16 F64 I64 BOOL '"dtype":' '"shape":[' '"data_offsets":[
     '[1,1]' '18446744073709551615' '9223372036854775807' '[]' '{}' '\u0041' '\n' nan inf 1e39 -1 0 \
     '"run":' '"step":"2"' '"label_std":"0"' '"task":"classification"' '"readout":"cls"' \
     '"modality":"3d"' '"checksum":"0"' | words tensors
-cp tensors.words state.words
+tee state.words sde-tensors.words < tensors.words > sde-state.words
 printf '%s\n' '\x00\x00\x80\x7f' '\x00\x00\xc0\x7f' '\xff\xff' '\xff\xff\x00\x00' '\x00\x00\x01\x00' |
     sed 's/.*/"&"/' > dataset.words
 
@@ -160,8 +185,8 @@ memory=$(mktemp -d "$([ -w /dev/shm ] && echo /dev/shm || echo "$work")/fuzz.XXX
 trap 'rm -rf "$memory"' EXIT
 export ASAN_OPTIONS=quarantine_size_mb=8:malloc_context_size=8
 declare -A longest=([sdf]=8000 [v3000]=8000 [smiles]=1000 [csv]=4000 [dataset]=4000
-                    [tensors]=400000 [state]=1000000)
-printf '%-10s %12s %8s %10s %9s\n' target executions edges features findings
+                    [tensors]=400000 [state]=1000000 [sde-tensors]=400000 [sde-state]=1000000)
+printf '%-11s %12s %8s %10s %9s\n' target executions edges features findings
 failed=0
 for target in $targets; do
     log=$work/$target.log
@@ -175,6 +200,6 @@ for target in $targets; do
     awk -v target="$target" -v found="$found" '
         / cov: / { for (k = 1; k < NF; k++) value[$k] = $(k + 1); cov = value["cov:"]; ft = value["ft:"] }
         /number_of_executed_units/ { n = $2 }
-        END { printf "%-10s %12d %8d %10d %9d\n", target, n, cov, ft, found }' "$log"
+        END { printf "%-11s %12d %8d %10d %9d\n", target, n, cov, ft, found }' "$log"
 done
 exit $failed
