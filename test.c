@@ -1903,6 +1903,10 @@ static void test_using(void) {
          "build/test_ft.safetensors", 1, "expected the tasks of the first model"},
         {"./moleblend predict build/test_u.bin", 1, "--model: expected a checkpoint"},
         {"./moleblend embed build/test_u.bin", 1, "--model: expected a checkpoint"},
+        // the model of the default size, as float16
+        {"./moleblend finetune build/test_u.bin --valid build/test_u.bin --epochs 1 --init "
+         "data/small.safetensors -o build/test_sm.safetensors 2>&1", 0,
+         "116 encoder tensors loaded, 0 missing, 48 left behind"},
         // vectors of atoms, of a layer; whose they are
         {"./moleblend embed build/test_u.bin --level atom --layer 1 --model "
          "build/test_model.safetensors -o build/test_v.npy && cat build/test_v.csv", 0,
