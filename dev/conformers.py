@@ -7,10 +7,10 @@
 For the first --count molecules of --sdf with at least 4 heavy atoms (--data is the same file
 prepared by data_prep): the RMSD of the best of --copies conformers from the geometry in the file,
 heavy atoms, symmetric atoms interchanged and the copies turned as fits best (RDKit's GetBestRMS).
-Three makers: MoleculeSDE; RDKit's ETKDGv3, from the same graph with its stereo marks, with hydrogens,
-without a force field; and by chance: normal deviates as wide along each axis as the geometry itself.
-Also how far lengths of bonds are off in the mean, and how many of the best copies have the handedness
-of every stereo centre right.
+Three makers: MoleculeSDE; RDKit's ETKDGv3, from the same graph with its stereo marks, with
+hydrogens, without a force field; and by chance: normal deviates as wide along each axis as the
+geometry itself. Also how far lengths of bonds are off in the mean over all copies, and in how many
+of the best copies every stereo centre is as in the file (without one it is).
 """
 
 import argparse
@@ -127,8 +127,8 @@ def main():
         share = lambda test: 100 * sum(map(test, found)) / len(found)
         print(f"| {name} | {statistics.fmean(rms):.3f} | {statistics.median(rms):.3f} | "
               f"{share(lambda row: row[0] < 0.5):.0f} % | {share(lambda row: row[0] < 1):.0f} % | "
-              f"{statistics.fmean(row[1] for row in found):.3f} | {share(lambda row: row[2]):.0f} % | "
-              f"{seconds[name]:.0f} |")
+              f"{statistics.fmean(row[1] for row in found):.3f} | "
+              f"{share(lambda row: row[2]):.0f} % | {seconds[name]:.0f} |")
     print(f"{len(rows['MoleculeSDE'])} molecules; lengths in Angstrom")
 
 

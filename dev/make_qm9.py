@@ -12,8 +12,9 @@ or the folder of the installed package.
 Every record is verified. Its heavy atoms stand in the order of the SMILES: elements must agree, and
 the distance of two heavy atoms, divided by the sum of their covalent radii, must be below 1.3 where
 the SMILES has a bond and above 1.15 where it has none (strained rings come near both); where that
-does not fit, a match of the graph of all pairs below 1.2 is searched for. Each hydrogen belongs to the nearest heavy atom, and every heavy atom
-must have as many as the SMILES says. What fails is left out and listed, with the reason.
+does not fit, a match of the graph of all pairs below 1.2 is searched for. Each hydrogen belongs to
+the nearest heavy atom, and every heavy atom must have as many as the SMILES says. What fails is
+left out and listed, with the reason.
 
 Labels are SD tags, in the units of the literature: mu (Debye), alpha (Bohr^3), homo, lumo, gap
 (eV), r2 (Bohr^2), zpve (eV), u0, u298, h298, g298 (eV, less those of the free atoms at the same

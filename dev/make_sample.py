@@ -64,16 +64,18 @@ def candidates():
     return found
 
 
-def conformer(mol):
-    """The molecule with hydrogens and one MMFF94 geometry, or None."""
+def conformer(mol, attempts=0, steps=5000, unfinished=False):
+    """The molecule with hydrogens and one MMFF94 geometry, or None: after so many attempts to embed
+    it (0: RDKit's choice) and steps, converged or, if that will do, unfinished."""
     mol = Chem.AddHs(mol)
     if not AllChem.MMFFHasAllMoleculeParams(mol):
         return None
     options = AllChem.ETKDGv3()
-    options.randomSeed = SEED
+    options.randomSeed, options.maxIterations = SEED, attempts
     if AllChem.EmbedMolecule(mol, options) != 0:
         return None
-    if AllChem.MMFFOptimizeMolecule(mol, maxIters=5000, ignoreInterfragInteractions=False) != 0:
+    more = AllChem.MMFFOptimizeMolecule(mol, maxIters=steps, ignoreInterfragInteractions=False)
+    if more != 0 and not (unfinished and more == 1):
         return None
     Chem.AssignStereochemistryFrom3D(mol)  # what the SMILES left open is now decided
     return mol

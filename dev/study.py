@@ -11,9 +11,9 @@ the table.
 `prepare` writes the datasets: for pretraining the training part of QM9 in principal frames (the
 folder is what make_qm9.py wrote; losses are shown on its validation part) and --more molecules
 (make_geometries.py); MoleculeNet (esol.csv and so on, .gz too) by scaffold split (80/10/10);
-QM9's labels by its split. `pretrain` makes the
-checkpoints blend (the paper's method), sum (no blending: every relation of every pair is shown)
-and sde (MoleculeSDE), on one thread each, and says the CPU time that each took.
+QM9's labels by its split. `pretrain` makes the checkpoints blend (the paper's method), sum (no
+blending: every relation of every pair is shown) and sde (MoleculeSDE), on one thread each, and says
+the CPU time that each took.
 
 `finetune` runs every task from every start: scratch, blend and sum are MoleBLEND's encoder, gin
 and sde MoleculeSDE's GIN. Each learning rate is tried with seed 1; the one with the best validation
@@ -23,8 +23,8 @@ together. The ablation: `pretrain`, `finetune` and `table --valid` with --starts
 equal,equal@2 and so on (STARTS has the names), which compares on the validation parts. Every run
 appends a line to results.jsonl; what is there already is not run again, so it can be stopped and
 continued. `forest` does the same with a random forest of 500 trees on ECFP4 (Morgan fingerprints of
-radius 2, 2,048 bits), tried with two shares of features a split. The table shows mean and standard deviation over the seeds, in brackets how many runs these are and
-the learning rate.
+radius 2, 2,048 bits), tried with two shares of features a split. The table shows mean and standard
+deviation over the seeds, in brackets how many runs these are and the learning rate.
 """
 
 import argparse
@@ -87,6 +87,11 @@ def call(command, **more):
     return subprocess.run(command, check=True, **more)
 
 
+def cpu_seconds():
+    """CPU time of all programs that were called and have ended."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
 def plain(path, work):
     """The path of a file, or of an unpacked copy of FILE.gz in the work folder; None if neither is
     there."""
@@ -144,11 +149,10 @@ def pretrain(options):
                         "0", "--beta2", "0.999"]
         else:
             command += ["--steps", str(options.sde_steps)]
-        used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-        start = used()
+        begin = cpu_seconds()
         with open(at(name + ".txt"), "w") as out:
             call(command, stdout=out)
-            out.write(f"CPU seconds {used() - start:.0f}\n")
+            out.write(f"CPU seconds {cpu_seconds() - begin:.0f}\n")
         os.rename(at(name + ".unfinished.safetensors"), at(name + ".safetensors"))
 
 
@@ -167,8 +171,7 @@ def finetune_once(options, task, start, lr, seed):
     else:
         command += ["--encoder", modality]
     command += ["--init", at(start + ".safetensors")] if begins else []
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    begin = used()
+    begin = cpu_seconds()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
@@ -179,7 +182,7 @@ def finetune_once(options, task, start, lr, seed):
     test = dict(re.findall(r"([A-Z][\w-]*)\s+(-?[\d.]+(?:e-?\d+)?)", found.group(1)))
     return {"valid": float(kept[-1][1]), "epoch": int(kept[-1][0]),
             "test": {name: float(value) for name, value in test.items()},
-            "seconds": round(used() - begin, 1)}
+            "seconds": round(cpu_seconds() - begin, 1)}
 
 
 def tuned(options, task, start, rates, run):
@@ -229,8 +232,8 @@ def forest(options):
         bits = np.zeros((len(rows), 2048), np.uint8)
         for k, row in enumerate(rows):  # the names are the SMILES
             mol = Chem.MolFromSmiles(row["name"])
-            print_ = rdMolDescriptors.GetMorganFingerprintAsBitVect(mol, 2, 2048)
-            DataStructs.ConvertToNumpyArray(print_, bits[k])
+            fingerprint = rdMolDescriptors.GetMorganFingerprintAsBitVect(mol, 2, 2048)
+            DataStructs.ConvertToNumpyArray(fingerprint, bits[k])
         return bits, np.array([row["labels"] for row in rows], float)
 
     def once(_, task, start, features, seed):
@@ -344,7 +347,8 @@ def main():
     options = parser.parse_args()
     options.tasks, options.starts = options.tasks.split(","), options.starts.split(",")
     options.lrs = [float(lr) for lr in options.lrs.split(",")]
-    for name, known in [(t, TASKS) for t in options.tasks] + [(base(s), STARTS) for s in options.starts]:
+    for name, known in ([(task, TASKS) for task in options.tasks]
+                        + [(base(start), STARTS) for start in options.starts]):
         if name not in known:
             parser.error(f"unknown: {name}; there are {', '.join(known)}")
     os.makedirs(options.work, exist_ok=True)

@@ -1020,9 +1020,9 @@ static void check_positions(const Dataset *data) {
     if (without == 0) return;
     Molecule m = {0};
     dataset_read(data, first, &m);
-    CHECK(0, "%s: %zu of %zu molecules have no positions, the first is %s: leave them out with "
-          "data_prep --skip-list, or if they are flat, mark their SD records as 3D", data->path,
-          without, data->count, m.name);
+    DIE("%s: %zu of %zu molecules have no positions, the first is %s: leave them out with "
+        "data_prep --skip-list, or if they are flat, mark their SD records as 3D", data->path,
+        without, data->count, m.name);
 }
 
 // Opens the datasets of a run and claims its output.
