@@ -24,7 +24,8 @@ equal,equal@2 and so on (STARTS has the names), which compares on the validation
 appends a line to results.jsonl; what is there already is not run again, so it can be stopped and
 continued. `forest` does the same with a random forest of 500 trees on ECFP4 (Morgan fingerprints of
 radius 2, 2,048 bits), tried with two shares of features a split. The table shows mean and standard
-deviation over the seeds, in brackets how many runs these are and the learning rate.
+deviation over the seeds, in brackets how many runs these are and the learning rate. qm9 is one
+network for three labels and gives three lines.
 """
 
 import argparse
@@ -45,16 +46,16 @@ MOLECULESDE = os.path.join(HERE, "..", "moleculesde", "moleculesde")
 DATA_PREP = os.path.join(HERE, "..", "data_prep")
 PARTS = ("train", "valid", "test")
 
-# name: (kind, modality, metric)
+# name: (kind, modality, metric, epochs)
 TASKS = {
-    "esol": ("regression", "2d", "RMSE"), "freesolv": ("regression", "2d", "RMSE"),
-    "lipo": ("regression", "2d", "RMSE"), "bbbp": ("classification", "2d", "ROC-AUC"),
-    "bace": ("classification", "2d", "ROC-AUC"), "sider": ("classification", "2d", "ROC-AUC"),
-    "clintox": ("classification", "2d", "ROC-AUC"), "tox21": ("classification", "2d", "ROC-AUC"),
-    "gap": ("regression", "3d", "MAE"), "homo": ("regression", "3d", "MAE"),
-    "mu": ("regression", "3d", "MAE"),
+    "esol": ("regression", "2d", "RMSE", 40), "freesolv": ("regression", "2d", "RMSE", 40),
+    "lipo": ("regression", "2d", "RMSE", 20), "bbbp": ("classification", "2d", "ROC-AUC", 12),
+    "bace": ("classification", "2d", "ROC-AUC", 12),
+    "sider": ("classification", "2d", "ROC-AUC", 12),
+    "clintox": ("classification", "2d", "ROC-AUC", 12),
+    "tox21": ("classification", "2d", "ROC-AUC", 8), "qm9": ("regression", "3d", "MAE", 3),
 }
-QUANTUM = ("gap", "homo", "mu")
+QUANTUM = ("gap", "homo", "mu")  # the labels of qm9, which one network learns together
 # name: (program that trains it, options of the pretraining or None if there is none)
 STARTS = {
     "scratch": (MOLEBLEND, None), "blend": (MOLEBLEND, []), "sum": (MOLEBLEND, ["--no-blend"]),
@@ -116,12 +117,11 @@ def prepare(options):
         for part, more in (("train", [options.more] if options.more else []), ("valid", [])):
             call([DATA_PREP, "-o", at(f"pretrain.{part}.bin"), "--orient", "principal",
                   source(part), *more])
-        for task in QUANTUM:
-            for part in PARTS:
-                call([DATA_PREP, "-o", at(f"{task}.{part}.bin"), "--labels", task, "--orient",
-                      "principal", source(part)])
+        for part in PARTS:
+            call([DATA_PREP, "-o", at(f"qm9.{part}.bin"), "--labels", ",".join(QUANTUM),
+                  "--orient", "principal", source(part)])
     for task in TASKS:
-        if task in QUANTUM or not options.moleculenet:
+        if task == "qm9" or not options.moleculenet:
             continue
         path = plain(os.path.join(options.moleculenet, task + ".csv"), options.work)
         if path is None:
@@ -158,13 +158,14 @@ def pretrain(options):
 
 def finetune_once(options, task, start, lr, seed):
     """One run: {"valid": ..., "test": {metric: value}, "epoch": ..., "seconds": CPU time}."""
-    kind, modality, _ = TASKS[task]
+    kind, modality = TASKS[task][:2]
     program, begins = STARTS[base(start)][0], STARTS[base(start)][1] is not None
     at = lambda name: os.path.join(options.work, name)
     command = [program, "finetune", at(task + ".train.bin"), "--valid", at(task + ".valid.bin"),
-               "--test", at(task + ".test.bin"), "--task", kind, "--epochs", str(options.epochs),
-               "--batch-size", str(options.batch), "--lr", repr(lr), "--seed", str(seed),
-               "--threads", "1", "-o", at(f"study.{os.getpid()}.safetensors")]
+               "--test", at(task + ".test.bin"), "--task", kind, "--epochs",
+               str(settings(options, task)["epochs"]), "--batch-size", str(options.batch),
+               "--lr", repr(lr), "--seed", str(seed), "--threads", "1", "-o",
+               at(f"study.{os.getpid()}.safetensors")]
     if program == MOLEBLEND:
         command += ["--modality", modality, "--readout", options.readout, "--patience",
                     str(options.patience), *([] if begins else size_options(options.size))]
@@ -175,20 +176,25 @@ def finetune_once(options, task, start, lr, seed):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    def metrics(line):
+        return {name: float(value)
+                for name, value in re.findall(r"([A-Z][\w-]*)\s+(-?[\d.]+(?:e-?\d+)?)", line)}
+
     kept = re.findall(r"(\d+)\s+\S+\s+(\S+)\s+best so far", done.stdout)
     found = re.search(r"(?:; test|^test:)\s+(.*)$", done.stdout, re.M)
     if not kept or not found:
         sys.exit(f"{' '.join(command)}\nno result in:\n{done.stdout}")
-    test = dict(re.findall(r"([A-Z][\w-]*)\s+(-?[\d.]+(?:e-?\d+)?)", found.group(1)))
+    each = {label: metrics(line) for label in QUANTUM if task == "qm9"
+            for line in re.findall(rf"^{label} +(.*)$", done.stdout, re.M)}
     return {"valid": float(kept[-1][1]), "epoch": int(kept[-1][0]),
-            "test": {name: float(value) for name, value in test.items()},
+            "test": metrics(found.group(1)), **({"each": each} if each else {}),
             "seconds": round(cpu_seconds() - begin, 1)}
 
 
 def tuned(options, task, start, rates, run):
     """The runs of one cell of the table: every rate with seed 1, the best with the other seeds."""
     def once(lr, seed):
-        row = {"task": task, "start": start, "lr": lr, "seed": seed, **settings(options)}
+        row = {"task": task, "start": start, "lr": lr, "seed": seed, **settings(options, task)}
         if cell(row) in done:
             return done[cell(row)]
         row.update(run(options, task, start, lr, seed))
@@ -259,7 +265,7 @@ def forest(options):
                 "seconds": round(time.process_time() - begin, 1)}
 
     for task in options.tasks:
-        if task not in QUANTUM and os.path.exists(os.path.join(options.work, task + ".train.bin")):
+        if task != "qm9" and os.path.exists(os.path.join(options.work, task + ".train.bin")):
             data = {part: read(task, part) for part in PARTS}
             tuned(options, task, "forest", FOREST_FEATURES, once)
     table(options)
@@ -269,9 +275,10 @@ def forest(options):
 # The table
 # ==================================================================================================
 
-def settings(options):
-    """What all runs of a table have in common."""
-    return {"epochs": options.epochs, "size": options.size, "readout": options.readout}
+def settings(options, task):
+    """What all runs of a task have in common."""
+    return {"epochs": options.epochs or TASKS[task][3], "size": options.size,
+            "readout": options.readout}
 
 
 def cell(row):
@@ -293,13 +300,16 @@ def best_run(rows, task):
 
 
 def table(options):
-    rows = [row for row in results(options) if cell(row) == cell({**row, **settings(options)})]
+    rows = [row for row in results(options)
+            if cell(row) == cell({**row, **settings(options, row["task"])})]
     starts = [start for start in [*STARTS, "forest"]
               if any(base(row["start"]) == start for row in rows)]
     print("\n| task | metric | " + " | ".join(starts) + " |")
     print("|---" * (len(starts) + 2) + "|")
-    for task in options.tasks:
-        kind, modality, metric = TASKS[task]
+    lines = [(task, label) for task in options.tasks
+             for label in (QUANTUM if task == "qm9" and not options.valid else [None])]
+    for task, label in lines:
+        kind, modality, metric = TASKS[task][:3]
         shown = []
         for start in starts:
             values, rates = [], set()
@@ -309,7 +319,8 @@ def table(options):
                     continue
                 best = best_run([row for row in here if row["seed"] == 1], task)["lr"]
                 rates.add(str(best))
-                values += [row["valid"] if options.valid else row["test"][metric]
+                values += [row["valid"] if options.valid else
+                           (row["each"][label] if label else row["test"])[metric]
                            for row in here if row["lr"] == best]
             deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
             shown.append(f"{statistics.fmean(values):.3f} ± {deviation:.3f} "
@@ -317,7 +328,8 @@ def table(options):
         if any(shown):
             better = "higher is better" if kind == "classification" else "lower is better"
             where = "validation" if options.valid else metric
-            print(f"| {task} ({modality}) | {where}, {better} | " + " | ".join(shown) + " |")
+            print(f"| {label or task} ({modality}) | {where}, {better} | "
+                  + " | ".join(shown) + " |")
 
 
 def main():
@@ -341,7 +353,7 @@ def main():
     parser.add_argument("--valid", action="store_true", help="table: the validation results")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lrs", default="3e-4,1e-3")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=0, help="instead of the task's own (TASKS)")
     parser.add_argument("--patience", type=int, default=0)
     parser.add_argument("--readout", default="mean")
     options = parser.parse_args()
