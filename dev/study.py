@@ -48,12 +48,12 @@ PARTS = ("train", "valid", "test")
 
 # name: (kind, modality, metric, epochs)
 TASKS = {
-    "esol": ("regression", "2d", "RMSE", 40), "freesolv": ("regression", "2d", "RMSE", 40),
-    "lipo": ("regression", "2d", "RMSE", 20), "bbbp": ("classification", "2d", "ROC-AUC", 12),
+    "esol": ("regression", "2d", "RMSE", 25), "freesolv": ("regression", "2d", "RMSE", 40),
+    "lipo": ("regression", "2d", "RMSE", 12), "bbbp": ("classification", "2d", "ROC-AUC", 8),
     "bace": ("classification", "2d", "ROC-AUC", 12),
     "sider": ("classification", "2d", "ROC-AUC", 12),
-    "clintox": ("classification", "2d", "ROC-AUC", 12),
-    "tox21": ("classification", "2d", "ROC-AUC", 8), "qm9": ("regression", "3d", "MAE", 3),
+    "clintox": ("classification", "2d", "ROC-AUC", 8),
+    "tox21": ("classification", "2d", "ROC-AUC", 6), "qm9": ("regression", "3d", "MAE", 3),
 }
 QUANTUM = ("gap", "homo", "mu")  # the labels of qm9, which one network learns together
 # name: (program that trains it, options of the pretraining or None if there is none)
