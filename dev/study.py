@@ -52,7 +52,7 @@ TASKS = {
     "lipo": ("regression", "2d", "RMSE", 12), "bbbp": ("classification", "2d", "ROC-AUC", 8),
     "bace": ("classification", "2d", "ROC-AUC", 12),
     "sider": ("classification", "2d", "ROC-AUC", 12),
-    "clintox": ("classification", "2d", "ROC-AUC", 8),
+    "clintox": ("classification", "2d", "ROC-AUC", 20),
     "tox21": ("classification", "2d", "ROC-AUC", 6), "qm9": ("regression", "3d", "MAE", 3),
 }
 QUANTUM = ("gap", "homo", "mu")  # the labels of qm9, which one network learns together
@@ -67,7 +67,6 @@ STARTS = {
     "no-spd": (MOLEBLEND, ["--weight-spd", "0"]), "no-edge": (MOLEBLEND, ["--weight-edge", "0"]),
     "no-3d": (MOLEBLEND, ["--weight-3d", "0"]),
 }
-FOREST_FEATURES = ("sqrt", 0.3)  # tried for each split of a tree
 
 
 def base(start):
@@ -267,7 +266,7 @@ def forest(options):
     for task in options.tasks:
         if task != "qm9" and os.path.exists(os.path.join(options.work, task + ".train.bin")):
             data = {part: read(task, part) for part in PARTS}
-            tuned(options, task, "forest", FOREST_FEATURES, once)
+            tuned(options, task, "forest", options.features, once)
     table(options)
 
 
@@ -353,12 +352,16 @@ def main():
     parser.add_argument("--valid", action="store_true", help="table: the validation results")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lrs", default="3e-4,1e-3")
+    parser.add_argument("--features", default="sqrt,0.3",
+                        help="forest: tried for each split of a tree (default sqrt,0.3)")
     parser.add_argument("--epochs", type=int, default=0, help="instead of the task's own (TASKS)")
     parser.add_argument("--patience", type=int, default=0)
     parser.add_argument("--readout", default="mean")
     options = parser.parse_args()
     options.tasks, options.starts = options.tasks.split(","), options.starts.split(",")
     options.lrs = [float(lr) for lr in options.lrs.split(",")]
+    options.features = [part if part == "sqrt" else float(part)
+                        for part in options.features.split(",")]
     for name, known in ([(task, TASKS) for task in options.tasks]
                         + [(base(start), STARTS) for start in options.starts]):
         if name not in known:
