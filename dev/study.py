@@ -200,8 +200,9 @@ def tuned(options, task, start, rates, run):
         with open(os.path.join(options.work, "results.jsonl"), "a") as out:
             out.write(json.dumps(row) + "\n")
         metric = TASKS[task][2]
+        shown = [values[metric] for values in row.get("each", {0: row["test"]}).values()]
         print(f"{task} {start} {lr} seed {seed}: valid {row['valid']:g}, test {metric} "
-              f"{row['test'].get(metric)}, {row['seconds']:.0f} CPU s", flush=True)
+              f"{', '.join(map(str, shown))}, {row['seconds']:.0f} CPU s", flush=True)
         return row
 
     done = {cell(row): row for row in results(options)}
