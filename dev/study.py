@@ -155,8 +155,15 @@ def pretrain(options):
         os.rename(at(name + ".unfinished.safetensors"), at(name + ".safetensors"))
 
 
+def metrics(line):
+    """The metrics on a line of output: {name: value}."""
+    return {name: float(value)
+            for name, value in re.findall(r"([A-Z][\w-]*)\s+(-?[\d.]+(?:e-?\d+)?)", line)}
+
+
 def finetune_once(options, task, start, lr, seed):
-    """One run: {"valid": ..., "test": {metric: value}, "epoch": ..., "seconds": CPU time}."""
+    """One run: {"valid": ..., "test": {metric: value}, "epoch": ..., "seconds": CPU time}; for qm9
+    also "each": {label: {metric: value}} of the test part."""
     kind, modality = TASKS[task][:2]
     program, begins = STARTS[base(start)][0], STARTS[base(start)][1] is not None
     at = lambda name: os.path.join(options.work, name)
@@ -175,9 +182,6 @@ def finetune_once(options, task, start, lr, seed):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    def metrics(line):
-        return {name: float(value)
-                for name, value in re.findall(r"([A-Z][\w-]*)\s+(-?[\d.]+(?:e-?\d+)?)", line)}
 
     kept = re.findall(r"(\d+)\s+\S+\s+(\S+)\s+best so far", done.stdout)
     found = re.search(r"(?:; test|^test:)\s+(.*)$", done.stdout, re.M)
