@@ -1915,7 +1915,9 @@ static double training_step(double loss[LOSSES], Step *s, size_t B, const Given 
 
 // =================================================================================================
 // 9 The fine-tuning head (paper 4): out = W2 gelu(W1 x + b1) + b2 on a token, read out as that of
-//   the graph token, or as the mean or sum over the atoms
+//   the graph token, or as the mean or sum over the atoms. Of classes it begins at their base
+//   rates, b2 = log(p / (1 - p)) with p the share of ones: or else the first steps do nothing but
+//   shift all molecules alike, which a pretrained encoder may not recover from
 // =================================================================================================
 
 typedef enum { READ_CLS, READ_MEAN, READ_SUM } Readout;
@@ -3328,7 +3330,7 @@ typedef struct {
     Step s;
     Dataset train, valid, test;  // opened if their path is set
     Task task;                   // of fine-tuning
-    float *statistics;           // (2, Y) mean and deviation of the training labels
+    float *statistics;           // (3, Y) of the training labels: mean, deviation, first bias
     float scale;                 // of logits, by calibration(); 1 while training
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
     int64_t epoch, done, steps, warmup;  // updates done, and in all
@@ -3983,7 +3985,8 @@ static void command_pretrain(const char *train_path) {
 #define LABEL_MAX 1e15  // squares of errors still fit a float
 
 // The kind of the labels, recognised by their values if --task does not say; and their mean and
-// standard deviation, task by task (1 where all are equal). Dies where there is nothing to learn.
+// standard deviation, task by task (1 where all are equal); and the bias that the head begins with.
+// Dies where there is nothing to learn.
 static void label_statistics(Run *run) {
     const Dataset *data = &run->train;
     size_t Y = (size_t)data->n_tasks, other = data->count;
@@ -4024,6 +4027,7 @@ static void label_statistics(Run *run) {
         int spread = !classes && variance > 1e-12 * (1 + mean * mean);
         run->statistics[y] = classes ? 0 : (float)mean;
         run->statistics[Y + y] = spread ? (float)sqrt(variance) : 1;
+        run->statistics[2 * Y + y] = classes ? (float)log(mean / (1 - mean)) : 0;
     }
     molecule_free(&m);
     free(sum);
@@ -4041,7 +4045,7 @@ static int finetune_open(Run *run, const char *train_path) {
     if (opt.test) dataset_same_tasks(&run->train, &run->test);
     if (!opt.readout) opt.readout = DEFAULT_READOUT;
     if (!opt.modality) opt.modality = DEFAULT_MODALITY;
-    run->statistics = xmalloc(2 * Y, sizeof *run->statistics);
+    run->statistics = xmalloc(3 * Y, sizeof *run->statistics);
     run->task = (Task){
         .readout = (Readout)name_index("--readout", opt.readout, READOUT_NAMES, 3),
         .use = modality_use(opt.modality), .mean = run->statistics, .std = run->statistics + Y,
@@ -4127,12 +4131,15 @@ static void seed_end(const Run *run, const Epoch *row, double sum[METRICS],
 // returns.
 static const Epoch *finetune_seed(Run *run, double chance[METRICS], int resumed) {
     Model *model = &run->s.model;
+    size_t Y = (size_t)run->train.n_tasks;
     double mean[METRICS];
     if (!resumed) {
         run->done = 0;
         run->epoch = -1;
         model_init(model, run_seed(run));
         if (opt.init) transfer_load(model, opt.init, run->nth > 0);
+        if (run->task.readout != READ_SUM)  // of a sum the bias counts once an atom
+            memcpy(model->p.head2_b, run->statistics + 2 * Y, sizeof(float) * Y);
         memset(model->m, 0, sizeof(float) * model->count);
         memset(model->v, 0, sizeof(float) * model->count);
     }

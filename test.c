@@ -1894,6 +1894,11 @@ static void test_using(void) {
          "build/test_ft.safetensors && wc -l < build/p.csv", 0, "RMSE"},
         {"printf 'smiles,a\\nC,0\\nCC,1\\nCCC,0\\n' | ./data_prep --format csv --labels a -o "
          "build/test_u.bin -", 0, "3"},
+        // a classifier that has learnt nothing says the share of ones, 1/3
+        {"./moleblend finetune build/test_u.bin --valid build/test_u.bin --size tiny --epochs 1 "
+         "--lr 1e-9 -o build/test_br.safetensors && ./moleblend predict build/test_u.bin --model "
+         "build/test_br.safetensors | awk -F, 'NR > 1 { s += $3 } END { print s / 3 }'", 0,
+         "\n0.33"},
         // an ensemble: mean and deviation of its members
         {"./moleblend finetune build/test_u.bin --valid build/test_u.bin --size tiny "
          "--epochs 1 --seeds 2 -o build/test_en.safetensors", 0, "Brier score"},

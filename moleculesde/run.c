@@ -2,7 +2,8 @@
 // memory and tables of parameters, checkpoints, the loop that trains, commands.
 
 // =================================================================================================
-// 11 The fine-tuning head: logits (B, Y) = map of the mean of X (or Y) over a molecule's atoms
+// 11 The fine-tuning head: logits (B, Y) = map of the mean of X (or Y) over a molecule's atoms. Of
+//   classes it begins at their base rates: its bias is log(p / (1 - p)) with p the share of ones
 // =================================================================================================
 
 // pooled (B, D), and logits of a fine-tuned model.
@@ -772,7 +773,7 @@ typedef struct {
     Dataset train, valid, test;  // opened if their path is set; of --model: test
     int tuning;
     Aim aim;                     // of fine-tuning
-    float *statistics;           // (2, Y) mean and deviation of the training labels
+    float *statistics;           // (3, Y) of the training labels: mean, deviation, first bias
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
     int64_t epoch, done, steps, epochs, shown;  // done: updates; shown: rows in the CSV
     float *log, *history, *best;
@@ -1237,7 +1238,8 @@ static void command_pretrain(const char *train_path) {
 
 // ---- finetune: ./moleculesde finetune train.bin --init FILE
 
-// The kind of the labels, if --task does not say; their mean and deviation, task by task.
+// The kind of the labels, if --task does not say; their mean and deviation, task by task; and the
+// bias that the head begins with, which is finite for a task of one class too.
 static void label_statistics(Run *run) {
     size_t Y = (size_t)run->train.n_tasks;
     int classes = 1;
@@ -1265,6 +1267,9 @@ static void label_statistics(Run *run) {
         int spread = run->aim.kind == TASK_REGRESSION && variance > 1e-12 * (1 + mean * mean);
         run->statistics[y] = run->aim.kind == TASK_REGRESSION ? (float)mean : 0;
         run->statistics[Y + y] = spread ? (float)sqrt(variance) : 1;
+        mean = fmin(fmax(mean, 0.5 / count[y]), 1 - 0.5 / count[y]);
+        run->statistics[2 * Y + y] =
+            run->aim.kind == TASK_CLASSIFICATION ? (float)log(mean / (1 - mean)) : 0;
     }
     molecule_free(&m);
     free(sum);
@@ -1279,7 +1284,7 @@ static void command_finetune(const char *train_path) {
     CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
     dataset_same_tasks(&run.train, &run.valid);
     if (opt.test) dataset_same_tasks(&run.train, &run.test);
-    run.statistics = xmalloc(2 * Y, sizeof *run.statistics);
+    run.statistics = xmalloc(3 * Y, sizeof *run.statistics);
     run.aim.mean = run.statistics;
     run.aim.std = run.statistics + Y;
     label_statistics(&run);
@@ -1308,6 +1313,7 @@ static void command_finetune(const char *train_path) {
     } else {
         sde_init(&run.s, (uint64_t)opt.seed);
         if (opt.init) sde_transfer(&run.s, opt.init);
+        memcpy(run.s.p.head.b, run.statistics + 2 * Y, sizeof(float) * Y);
     }
     fprintf(stderr, "model   %s, %d wide: %.2f M parameters; %s, %zu task%s\ndata    %zu training, "
             "%zu validation, %zu test molecules\n", c.use_3d ? "SchNet" : "GIN", c.dim,

@@ -1107,6 +1107,13 @@ static void test_program(void) {
                            "--epochs 2 --resume -o build/sdef2.safetensors %s; code=$?; mv build/"
                            "sde1.gone build/sde1.safetensors; exit $code", quiet) == 0,
                "a run resumed without the file that it began with");
+    test_check(run_command("printf 'smiles,a\\nC,0\\nCC,1\\nCCC,0\\n' | ./data_prep --format csv "
+                           "--labels a -o build/sdec.bin - %s && " SDE " finetune build/sdec.bin "
+                           "--valid build/sdec.bin --init build/sde1.safetensors --epochs 1 --lr "
+                           "1e-9 -o build/sdec.safetensors %s && " SDE " predict build/sdec.bin "
+                           "--model build/sdec.safetensors | awk -F, 'NR > 1 { s += $2 } END { "
+                           "exit !(s > 0.9 && s < 1.1) }'", quiet, quiet) == 0,
+               "a classifier that has learnt nothing says the share of ones, 1/3");
     test_check(run_command(SDE " predict valid.bin --model build/sdef1.safetensors | wc -l | "
                            "grep -qx 201") == 0, "predictions");
     test_check(run_command(SDE " embed valid.bin --model build/sde1.safetensors --encoder 3d -o "
