@@ -1915,9 +1915,9 @@ static double training_step(double loss[LOSSES], Step *s, size_t B, const Given 
 
 // =================================================================================================
 // 9 The fine-tuning head (paper 4): out = W2 gelu(W1 x + b1) + b2 on a token, read out as that of
-//   the graph token, or as the mean or sum over the atoms. Of classes it begins at their base
-//   rates, b2 = log(p / (1 - p)) with p the share of ones: or else the first steps do nothing but
-//   shift all molecules alike, which a pretrained encoder may not recover from
+//   the graph token, or as the mean or sum over the atoms. For classes, but for a sum, it begins at
+//   their base rates, b2 = log(p / (1 - p)) with p the share of ones: or else the first steps do
+//   nothing but shift all molecules alike, which a pretrained encoder may not recover from
 // =================================================================================================
 
 typedef enum { READ_CLS, READ_MEAN, READ_SUM } Readout;
@@ -3330,7 +3330,7 @@ typedef struct {
     Step s;
     Dataset train, valid, test;  // opened if their path is set
     Task task;                   // of fine-tuning
-    float *statistics;           // (3, Y) of the training labels: mean, deviation, first bias
+    float *statistics;           // (3, Y) of training labels: mean, deviation, first bias (tuning)
     float scale;                 // of logits, by calibration(); 1 while training
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
     int64_t epoch, done, steps, warmup;  // updates done, and in all
@@ -3984,9 +3984,9 @@ static void command_pretrain(const char *train_path) {
 
 #define LABEL_MAX 1e15  // squares of errors still fit a float
 
-// The kind of the labels, recognised by their values if --task does not say; and their mean and
-// standard deviation, task by task (1 where all are equal); and the bias that the head begins with.
-// Dies where there is nothing to learn.
+// The kind of the labels, recognised by their values if --task does not say; task by task, their
+// mean and standard deviation (1 where all are equal), and the bias that the head begins with. Dies
+// where there is nothing to learn.
 static void label_statistics(Run *run) {
     const Dataset *data = &run->train;
     size_t Y = (size_t)data->n_tasks, other = data->count;

@@ -773,7 +773,7 @@ typedef struct {
     Dataset train, valid, test;  // opened if their path is set; of --model: test
     int tuning;
     Aim aim;                     // of fine-tuning
-    float *statistics;           // (3, Y) of the training labels: mean, deviation, first bias
+    float *statistics;           // (3, Y) of training labels: mean, deviation, first bias (tuning)
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
     int64_t epoch, done, steps, epochs, shown;  // done: updates; shown: rows in the CSV
     float *log, *history, *best;
