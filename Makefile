@@ -36,26 +36,29 @@ ifeq ($(shell $(call PROBE,-Xpreprocessor -fopenmp -I$(BREW)/include,-L$(BREW)/l
 endif
 endif
 endif
+LIB = moleblend.h $(wildcard lib/*.h) Makefile
+COMMANDS = $(wildcard commands/*.h)
+PREP = $(wildcard prep/*.h)
 ALL = $(WARN) $(FAST) $(ARCH) $(OMPFLAGS) $(CFLAGS)
 
 all: moleblend data_prep train.bin valid.bin
 	@echo "built with $(CC), $(if $(OMPFLAGS),OpenMP,one thread (no OpenMP found: install libomp, or use gcc)). Next: ./moleblend train.bin"
 
-moleblend: moleblend.c moleblend.h Makefile
+moleblend: moleblend.c $(COMMANDS) $(LIB)
 	$(CC) $(ALL) moleblend.c -o $@ $(LIBS)
 
 # For clusters: one program on many machines, `mpirun -n 4 ./moleblend_mpi train.bin --micro-batch 32`
 mpi: moleblend_mpi
-moleblend_mpi: moleblend.c moleblend.h Makefile
+moleblend_mpi: moleblend.c $(COMMANDS) $(LIB)
 	OMPI_CC="$(CC)" mpicc $(ALL) -DMB_MPI moleblend.c -o $@ $(LIBS)
 
-data_prep: data_prep.c moleblend.h Makefile
+data_prep: data_prep.c $(PREP) $(LIB)
 	$(CC) $(ALL) data_prep.c -o $@ $(LIBS)
 
-build/test: test.c moleblend.c data_prep.c moleblend.h Makefile
+build/test: test.c $(wildcard tests/*.h) moleblend.c data_prep.c $(COMMANDS) $(PREP) $(LIB)
 	$(CC) $(ALL) test.c -o $@ $(LIBS)
 
-SDE = moleculesde/moleculesde.c moleculesde/run.c moleblend.c moleblend.h Makefile
+SDE = moleculesde/moleculesde.c moleculesde/run.c moleblend.c $(LIB)
 
 moleculesde/moleculesde: $(SDE)
 	$(CC) $(ALL) moleculesde/moleculesde.c -o $@ $(LIBS)
@@ -65,10 +68,10 @@ moleculesde: moleculesde/moleculesde
 build/test_moleculesde: moleculesde/test_moleculesde.c $(SDE)
 	$(CC) $(ALL) moleculesde/test_moleculesde.c -o $@ $(LIBS)
 
-build/bench_openblas: dev/bench.c moleblend.c moleblend.h Makefile
+build/bench_openblas: dev/bench.c moleblend.c $(LIB)
 	$(CC) $(ALL) -DOPENBLAS dev/bench.c -o $@ $(LIBS) -lopenblas
 
-build/bench: dev/bench.c moleblend.c moleblend.h Makefile
+build/bench: dev/bench.c moleblend.c $(LIB)
 	$(CC) $(ALL) dev/bench.c -o $@ $(LIBS)
 
 valid.bin: train.bin

@@ -80,6 +80,7 @@ port() { (cd "$dir" && $run ./"$1$end" "${@:2}"); }  # a program of the platform
 build() {  # COMPILER
     mkdir -p "$dir/build" "$dir/moleculesde"
     cp -- *.c *.h README.md Makefile "$dir"
+    cp -r -- lib commands prep tests "$dir"
     cp -- moleculesde/*.c "$dir/moleculesde"
     ln -sfn "$top/data" "$dir/data"
     local program

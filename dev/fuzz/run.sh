@@ -29,7 +29,10 @@ copy() {  # FILE 'WHAT IS THERE' 'WHAT IT BECOMES' ...
     done
 }
 copy moleblend.h 'crc = ~crc;' 'return (void)table, (void)p, (void)n, 0; crc = ~crc;'
-copy data_prep.c 'CHUNK_BYTES = 1 << 20' 'CHUNK_BYTES = 1 << 10' 'BUDGET = [0-9]*' 'BUDGET = 4000000' \
+rm -rf "$work"/{lib,commands,prep}
+cp -r lib commands prep "$work"
+copy data_prep.c 'BUDGET = [0-9]*' 'BUDGET = 4000000'
+copy prep/records.h 'CHUNK_BYTES = 1 << 20' 'CHUNK_BYTES = 1 << 10' \
     'RECORD_BYTES_MAX = 16 << 20' 'RECORD_BYTES_MAX = 1 << 13' 'CHUNK_RECORDS = 8192' 'CHUNK_RECORDS = 16'
 copy moleblend.c 'PAIR_WIDTH = 32' 'PAIR_WIDTH = 4'
 copy moleculesde/moleculesde.c 'COEFFICIENTS = 128' 'COEFFICIENTS = 16'
@@ -93,7 +96,7 @@ seeds_mol_blocks() {
 
 # The SMILES of the tests, one a file; and as rows of tables.
 seeds_smiles() {
-    sed -n '/PREP_SMILES\[\]/,/^};/s/^ *{"[^"]*", "\([^"]*\)",$/\1/p' "$root/test.c" |
+    sed -n '/PREP_SMILES\[\]/,/^};/s/^ *{"[^"]*", "\([^"]*\)",$/\1/p' "$root/tests/chemistry.h" |
         sed 's/\\\\/\\/g' | grep -v , > smiles.txt
     split -l 1 -a 3 smiles.txt "$work/smiles.corpus/test"
     split -l 20 -a 3 smiles.txt "$work/smiles.corpus/tests"

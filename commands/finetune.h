@@ -1,0 +1,196 @@
+// commands/finetune.h - ./moleblend finetune train.bin --valid v.bin --test t.bin --init FILE
+
+#define LABEL_MAX 1e15  // squares of errors still fit a float
+
+// The kind of the labels, recognised by their values if --task does not say; task by task, their
+// mean and standard deviation (1 where all are equal), and the bias that the head begins with. Dies
+// where there is nothing to learn.
+static void label_statistics(Run *run) {
+    const Dataset *data = &run->train;
+    size_t Y = (size_t)data->n_tasks, other = data->count;
+    double *sum = xmalloc(3 * Y, sizeof *sum), *square = sum + Y, *count = square + Y, odd = 0;
+    Molecule m = {0};
+    for (size_t i = 0; i < data->count; i++) {
+        dataset_read(data, i, &m);
+        for (size_t y = 0; y < Y; y++) {
+            double label = (double)m.labels[y];
+            if (isnan(label)) continue;
+            CHECK(fabs(label) <= LABEL_MAX, "%s: molecule %zu: task %s: label %g is beyond range; "
+                  "expected at most %g", data->path, i, data->task_names[y], label, LABEL_MAX);
+            if (label != 0 && label != 1 && other == data->count) {
+                other = i;
+                odd = label;
+            }
+            sum[y] += label;
+            square[y] += label * label;
+            count[y] += 1;
+        }
+    }
+    if (!opt.task) {
+        opt.task = KIND_NAMES[other < data->count ? TASK_REGRESSION : TASK_CLASSIFICATION];
+        fprintf(stderr, "task    %s: the labels are %s 0 and 1 (--task overrules)\n", opt.task,
+                other < data->count ? "more than" : "all");
+    }
+    run->task.kind = (TaskKind)name_index("--task", opt.task, KIND_NAMES, 2);
+    int classes = run->task.kind == TASK_CLASSIFICATION;
+    CHECK(!classes || other == data->count,
+          "%s: molecule %zu: expected labels 0 and 1 for --task classification, found %g",
+          data->path, other, odd);
+    for (size_t y = 0; y < Y; y++) {
+        CHECK(count[y] > 0, "%s: task %s has no labels", data->path, data->task_names[y]);
+        CHECK(!classes || (sum[y] > 0 && sum[y] < count[y]),
+              "%s: task %s: all labels are %d; expected both classes (data_prep --labels leaves a "
+              "task out)", data->path, data->task_names[y], sum[y] > 0);
+        double mean = sum[y] / count[y], variance = square[y] / count[y] - mean * mean;
+        int spread = !classes && variance > 1e-12 * (1 + mean * mean);
+        run->statistics[y] = classes ? 0 : (float)mean;
+        run->statistics[Y + y] = spread ? (float)sqrt(variance) : 1;
+        run->statistics[2 * Y + y] = classes ? (float)log(mean / (1 - mean)) : 0;
+    }
+    molecule_free(&m);
+    free(sum);
+}
+
+// Opens what fine-tuning needs, and says what will be done. Returns 1 if it goes on from a state.
+static int finetune_open(Run *run, const char *train_path) {
+    run->s.task = &run->task;
+    run_open(run, train_path);
+    CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
+    size_t Y = (size_t)run->train.n_tasks;
+    CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
+    CHECK(run->valid.count > 0, "%s: the dataset is empty", opt.valid);
+    dataset_same_tasks(&run->train, &run->valid);
+    if (opt.test) dataset_same_tasks(&run->train, &run->test);
+    if (!opt.readout) opt.readout = DEFAULT_READOUT;
+    if (!opt.modality) opt.modality = DEFAULT_MODALITY;
+    run->statistics = xmalloc(3 * Y, sizeof *run->statistics);
+    run->task = (Task){
+        .readout = (Readout)name_index("--readout", opt.readout, READOUT_NAMES, 3),
+        .use = modality_use(opt.modality), .mean = run->statistics, .std = run->statistics + Y,
+        .label_units = name_index("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
+    label_statistics(run);
+    check_positions(&run->train, run->task.use);
+    check_positions(&run->valid, run->task.use);
+    check_positions(&run->test, run->task.use);
+    Config c = start_config(opt.init);
+    c.tasks = run->train.n_tasks;
+    model_create(&run->s.model, c, 1);
+    run->history = xmalloc(mul_size((size_t)opt.epochs, (size_t)opt.seeds), sizeof *run->history);
+    run->s.logits[LOSS_TOTAL] = xmalloc(2 * mul_size((size_t)opt.batch, Y), sizeof(float));
+    run->best = xmalloc(run->s.model.count, sizeof *run->best);
+    run_prepare(run);
+    fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n",
+            c.layers, c.dim, (double)run->s.model.count / 1e6, opt.task, opt.readout, opt.modality);
+    fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n",
+            run->train.count, run->valid.count, run->test.count, c.tasks, c.tasks > 1 ? "s" : "");
+    if (!run->file.path) return 0;
+    CHECK(meta_whole(&run->file, "valid_fingerprint") == dataset_fingerprint(&run->valid),
+          "%s: --resume needs the same data; %s is not the validation set that the run began with",
+          run->state_path, opt.valid);
+    run_load(run);
+    fprintf(stderr, "resumed after step %lld of seed %llu\n", (long long)run->done,
+            (unsigned long long)run_seed(run));
+    return 1;
+}
+
+static void print_metrics(FILE *out, const double metric[METRICS]) {
+    for (int k = 0; k < METRICS; k++)
+        if (!isnan(metric[k])) fprintf(out, "  %s %.6f", METRIC_NAMES[k], metric[k]);
+    fputc('\n', out);
+}
+
+// Metrics of the test set (validation set without one): of several tasks, one by one on stdout;
+// `mean` over the tasks; `chance`: the mean if every prediction were the training mean.
+static void finetune_report(double mean[METRICS], double chance[METRICS], Run *run) {
+    const Dataset *data = run->test.data ? &run->test : &run->valid;
+    TaskKind kind = run->task.kind;
+    float *labels, *out = predict_all(&labels, run, data);
+    size_t Y = (size_t)data->n_tasks, n = data->count;
+    float *constant = xmalloc(mul_size(n, Y), sizeof *constant);
+    for (size_t k = 0; k < n * Y; k++) constant[k] = run->task.mean[k % Y];
+    mean_metrics(mean, kind, out, labels, n, Y);
+    mean_metrics(chance, kind, constant, labels, n, Y);
+    for (size_t y = 0; y < Y && Y > 1; y++) {
+        double metric[METRICS];
+        task_metrics(metric, kind, out, labels, n, Y, y);
+        printf("%-24s", data->task_names[y]);
+        print_metrics(stdout, metric);
+        if (kind == TASK_CLASSIFICATION) continue;
+        task_metrics(metric, kind, constant, labels, n, Y, y);
+        printf("%24s", "by chance");
+        print_metrics(stdout, metric);
+    }
+    note_constant(run, out, n, data->task_names);
+    for (size_t k = 0; k < n * Y && kind == TASK_CLASSIFICATION; k++) out[k] = sigmoid(out[k]);
+    if (kind == TASK_CLASSIFICATION) print_reliability(stdout, out, labels, n * Y);
+    FREE_ALL(constant, out, labels);
+}
+
+// The result of a seed, from its last row; adds its metrics and their squares to the sums.
+static void seed_end(const Run *run, const Epoch *row, double sum[METRICS],
+                     double square[METRICS]) {
+    const Epoch *best = row - (int64_t)(row->number - row->best);
+    double metric[METRICS];
+    for (int k = 0; k < METRICS; k++) {
+        metric[k] = (double)row->test[k];
+        sum[k] += metric[k];
+        square[k] += metric[k] * metric[k];
+    }
+    printf("seed %lld: best epoch %.0f, valid %.4f%s; %s",
+           (long long)opt.seed + (long long)row->seed, (double)row->best,
+           shown_metric(run, best->valid),
+           run->task.kind == TASK_REGRESSION && run->train.n_tasks > 1 ? " deviations" : "",
+           run->test.data ? "test" : "valid");
+    print_metrics(stdout, metric);
+    fflush(stdout);
+}
+
+// Trains one seed, or what is left of it; its metrics go to its last row of the history, which it
+// returns.
+static const Epoch *finetune_seed(Run *run, double chance[METRICS], int resumed) {
+    Model *model = &run->s.model;
+    size_t Y = (size_t)run->train.n_tasks;
+    double mean[METRICS];
+    if (!resumed) {
+        run->done = 0;
+        run->epoch = -1;
+        model_init(model, run_seed(run));
+        if (opt.init) transfer_load(model, opt.init, run->nth > 0);
+        if (run->task.readout != READ_SUM)  // of a sum the bias counts once an atom
+            memcpy(model->p.head2_b, run->statistics + 2 * Y, sizeof(float) * Y);
+        memset(model->m, 0, sizeof(float) * model->count);
+        memset(model->v, 0, sizeof(float) * model->count);
+    }
+    run_train(run);
+    CHECK(best_epoch(run), "%s: damaged state: no epoch of this seed", run->state_path);
+    memcpy(model->params, run->best, sizeof(float) * model->count);
+    run->scale = best_epoch(run)->scale;
+    finetune_report(mean, chance, run);
+    run->scale = 1;
+    Epoch *last = run->history + run->epochs - 1;
+    for (int k = 0; k < METRICS; k++) last->test[k] = (float)mean[k];
+    return last;
+}
+
+static void command_finetune(const char *train_path) {
+    Run run = {0};
+    double chance[METRICS], sum[METRICS] = {0}, square[METRICS] = {0}, n = (double)opt.seeds;
+    int resumed = finetune_open(&run, train_path);
+    const char *part = run.test.data ? "test" : "valid";
+    printf("  seed  epoch      loss      valid (%s)\n", selection_name(&run));
+    for (const Epoch *row = run.history; row < run.history + run.epochs; row++) {
+        int last = row + 1 == run.history + run.epochs || row[1].seed > row->seed;
+        if (last && (int64_t)row->seed < run.nth) seed_end(&run, row, sum, square);
+    }
+    for (; run.nth < opt.seeds; run.nth++, resumed = 0)
+        seed_end(&run, finetune_seed(&run, chance, resumed), sum, square);
+    for (int k = 0; k < METRICS && opt.seeds > 1; k++) {
+        double m = sum[k] / n, variance = (square[k] - n * m * m) / (n - 1);
+        if (!isnan(m)) printf("%s %s: %.4f +- %.4f over %lld seeds\n", part, METRIC_NAMES[k], m,
+                              sqrt(fmax(variance, 0)), (long long)opt.seeds);
+    }
+    printf("by chance (the training mean for all): %s", part);
+    print_metrics(stdout, chance);
+    printf("wrote %s, %s\n", opt.output, run.log_path);
+    run_close(&run);
+}

@@ -1,0 +1,187 @@
+// commands/show.h - ./moleblend show data.bin INDEX; what the model is given of one molecule
+
+static const char *const ELEMENTS =  // three characters each
+    "H  He Li Be B  C  N  O  F  Ne Na Mg Al Si P  S  Cl Ar K  Ca Sc Ti V  Cr Mn Fe Co Ni Cu Zn "
+    "Ga Ge As Se Br Kr Rb Sr Y  Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I  Xe Cs Ba La Ce Pr Nd "
+    "Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th "
+    "Pa U  Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og *  ";
+
+// Colours of what a pair shows, in a picture and on a terminal; the first: nothing or several.
+static const struct { const char *fill, *terminal; } COLOURS[] = {
+    {"#eeeeee", ""}, [USE_SPD] = {"#9ecae1", "\033[34m"}, [USE_EDGE] = {"#a1d99b", "\033[32m"},
+    [USE_3D] = {"#fdae6b", "\033[33m"}};
+
+// What a pair shows: cell (16 bytes) of its SPD, path or distance; "." if it has none.
+static void show_cell(char *cell, const Batch *batch, size_t p, int use) {
+    static const char bond_signs[] = "-=#~?";  // single, double, triple, aromatic, other
+    const uint8_t *path = batch->path + p * PATH_BONDS;
+    snprintf(cell, 16, ".");
+    if (use == USE_SPD && batch->spd[p] != SPD_UNREACHABLE) snprintf(cell, 16, "%d", batch->spd[p]);
+    if (use == USE_3D) snprintf(cell, 16, "%.1f", (double)batch->distance[p]);
+    for (int t = 0; use == USE_EDGE && t < PATH_BONDS && path[t] < PATH_NONE; t++)
+        snprintf(cell + t, 16 - (size_t)t, "%c", bond_signs[path[t] / 12]);
+}
+
+// Where matrices are shown: the terminal, or a picture (svg) in which each has its place.
+typedef struct {
+    FILE *svg;
+    int colour, across, down;  // of the terminal; of the next matrix of the picture
+} Canvas;
+
+enum { CELL_WIDTH = 44, CELL_HEIGHT = 20 };  // of a picture, in its units
+
+// Of N atoms, with room for a title.
+static int matrix_width(int N) { return max_int((N + 2) * CELL_WIDTH, 320); }
+
+static void svg_cell(const Canvas *c, int i, int j, const char *fill, const char *text) {
+    int x = c->across + (j + 1) * CELL_WIDTH, y = c->down + (i + 2) * CELL_HEIGHT;
+    fprintf(c->svg, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"%s\"/>"
+            "<text x=\"%d\" y=\"%d\">%s</text>\n", x, y, CELL_WIDTH - 1, CELL_HEIGHT - 1, fill,
+            x + CELL_WIDTH / 2, y + 15, text);
+}
+
+// One matrix of a molecule: a row an atom. use = 0: what each pair drew.
+static void show_matrix(Canvas *c, const Batch *batch, const char *title, int use) {
+    int N = batch->n_atoms[0];
+    printf("\n%s\n      ", title);
+    for (int j = 0; j < N; j++) printf(" %5d", j);
+    printf("\n");
+    for (int i = 0; i < N; i++) {
+        const char *element = ELEMENTS + 3 * batch->atom_feat[i * ATOM_FEATURES];
+        char label[16];
+        snprintf(label, sizeof label, "%d %.2s", i, element);
+        if (c->svg) svg_cell(c, i, -1, "none", label);
+        printf("%3d %.2s", i, element);
+        for (int j = 0; j < N; j++) {
+            char cell[16];
+            size_t p = (size_t)i * (size_t)N + (size_t)j;
+            int drawn = use ? use : batch->pair_use[p];
+            int colour = drawn & (drawn - 1) ? 0 : drawn;  // several relations: none of them
+            show_cell(cell, batch, p, drawn);
+            printf(" %s%5s%s", c->colour ? COLOURS[colour].terminal : "", cell,
+                   c->colour ? "\033[0m" : "");
+            if (c->svg) svg_cell(c, i, j, COLOURS[colour].fill, cell);
+        }
+        printf("\n");
+    }
+    if (!c->svg) return;
+    fprintf(c->svg, "<text x=\"%d\" y=\"%d\" class=\"title\">%.*s</text>\n", c->across + CELL_WIDTH,
+            c->down + 25, (int)strcspn(title, "("), title);
+    int right = c->across == 0;  // two beside each other
+    c->across = right ? matrix_width(N) : 0;
+    c->down += right ? 0 : (N + 3) * CELL_HEIGHT;
+}
+
+// The pairs (0, j): how the bias of each is made, and what the heads must say of it.
+static void show_pairs(const Batch *batch) {
+    printf("\npair    %-44sSPD  edge classes     direction\n", "bias of head h");
+    for (int j = 0; j < batch->n_atoms[0]; j++) {
+        const uint8_t *path = batch->path + j * PATH_BONDS;
+        char how[96] = "0";
+        int use = batch->pair_use[j], bonds = max_int(1, min_int(batch->spd[j], PATH_BONDS));
+        for (int t = 0, n = 0; use == USE_EDGE && t < PATH_BONDS && path[t] != PATH_NONE; t++) {
+            n += snprintf(how + n, 20, "%spath_bias[%d][%d]", t ? " + " : "(", t, path[t]);
+            snprintf(how + n, 8, ") / %d", bonds);
+        }
+        if (use == USE_SPD) snprintf(how, 64, "spd_table[%d]", batch->spd[j] + 1);
+        if (use == USE_3D) snprintf(how, 64, "bias3d_out[%d]", batch->pair_row[j]);
+        printf("0 %-5d %-44s%3d ", j, how, batch->spd_target[j]);
+        for (int t = 0; t < PATH_BONDS; t++) printf(" %2d", batch->edge_target[j * PATH_BONDS + t]);
+        for (int k = 0; k < 3 && batch->has_pos[0]; k++)
+            printf(" %5.2f", (double)(batch->pos[3 * j + k] - batch->pos[k]));
+        printf("\n");
+    }
+}
+
+static int argmax(const float *x, int n) {
+    int best = 0;
+    for (int k = 1; k < n; k++) best = x[k] > x[best] ? k : best;
+    return best;
+}
+
+// What the model of --model says of the pairs (0, j) of the molecule in run->s.batch, beside the
+// truth: the class of the path's length that it holds most likely and its probability, the bonds'
+// classes, the direction.
+static void show_model(Run *run) {
+    Step *s = &run->s;
+    const Batch *batch = &s->batch;
+    double sum[LOSSES];
+    run_open_model(run, opt.model);
+    CHECK(s->model.config.tasks == 0, "%s: a fine-tuned model has no heads that recover the "
+          "relations; expected a pretrained one", opt.model);
+    acts_alloc(&s->acts, s->model.config, batch->room);
+    float *spd = xmalloc(batch->P, (SPD_CLASSES + EDGE_OUTPUTS + 3) * sizeof *spd);
+    float *edge = spd + batch->P * SPD_CLASSES, *d3 = edge + batch->P * EDGE_OUTPUTS;
+    s->logits[LOSS_TOTAL] = s->logits[LOSS_SPD] = spd;  // run_close() frees the first
+    s->logits[LOSS_EDGE] = edge;
+    s->logits[LOSS_3D] = d3;
+    encoder_forward(s);
+    pretrain_heads(sum, s, 0);
+    printf("\npair    path length (truth)  probability   edge classes (truth)%12sdirection\n", "");
+    for (int j = 0; j < batch->n_atoms[0]; j++) {
+        float *p = spd + j * SPD_CLASSES;
+        softmax_row(p, SPD_CLASSES);
+        int best = argmax(p, SPD_CLASSES);
+        printf("0 %-5d %7d %9d %15.2f   ", j, best, batch->spd_target[j], (double)p[best]);
+        for (int t = 0; t < PATH_BONDS; t++) {
+            int class = argmax(edge + j * EDGE_OUTPUTS + t * EDGE_CLASSES, EDGE_CLASSES);
+            int truth = batch->edge_target[j * PATH_BONDS + t];
+            if (truth >= 0) printf(" %d (%d)", class, truth);
+            else printf(" -    ");
+        }
+        for (int k = 0; k < 3; k++) printf(" %5.2f", (double)d3[3 * j + k]);
+        printf("\n");
+    }
+}
+
+static void command_show(const char *path, const char *index_text) {
+    Run run = {0};
+    Batch *batch = &run.s.batch;
+    Sizes room = {0};
+    Molecule m = {0};
+    OutFile svg = {0};
+    dataset_open(&run.test, path);
+    char *end = NULL;
+    unsigned long long index = strtoull(index_text, &end, 10);
+    CHECK(end != index_text && *end == 0 && index < run.test.count,
+          "%s: expected the index of one of its %zu molecules, from 0 on, found \"%s\"", path,
+          run.test.count, index_text);
+    uint32_t id = (uint32_t)index;
+    run.s.draws = (Draws){(uint64_t)opt.seed, 0, id, 1};
+    Blend still = opt.blend;
+    still.noise = 0;
+    sizes_add(&room, dataset_atoms(&run.test, id));
+    batch_alloc(batch, room, 0);
+    batch_load(batch, &run.test, &id, 1, &still, 0, &run.s.draws);
+    dataset_read(&run.test, id, &m);
+    printf("molecule %llu of %s: %s, %d atoms, %d bonds, %s\n", index, path, m.name, m.n_atoms,
+           m.n_bonds, m.has_pos ? "3D" : "2D only");
+    Canvas canvas = {.colour = isatty(1) && !getenv("NO_COLOR")};
+    if (opt.svg) {
+        out_open(&svg, opt.svg);
+        canvas.svg = svg.file;
+        fprintf(svg.file, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" "
+                "font-family=\"monospace\" font-size=\"12\" text-anchor=\"middle\">\n<style>.title "
+                "{text-anchor: start; font-weight: bold}</style>\n<rect width=\"100%%\" "
+                "height=\"100%%\" fill=\"white\"/>\n", 2 * matrix_width(m.n_atoms),
+                2 * (m.n_atoms + 3) * CELL_HEIGHT);
+    }
+    show_matrix(&canvas, batch, "shortest path (bonds; . = not connected)", USE_SPD);
+    show_matrix(&canvas, batch,
+                "bonds of the path, the first five (- = # single, double, triple, ~ aromatic)",
+                USE_EDGE);
+    if (batch->has_pos[0]) show_matrix(&canvas, batch, "distance (Angstrom)", USE_3D);
+    show_matrix(&canvas, batch, "one blend: what the encoder would see of each pair", 0);
+    if (opt.svg) {
+        fprintf(svg.file, "</svg>\n");
+        out_commit(&svg);
+    }
+    printf("\natoms' own structure: ");
+    for (int i = 0; i < batch->n_atoms[0]; i++)
+        printf("%s ", batch->atom_use[i] == USE_3D ? "3D" : "2D");
+    printf("\n");
+    show_pairs(batch);
+    if (opt.model) show_model(&run);
+    molecule_free(&m);
+    run_close(&run);
+}

@@ -1,0 +1,358 @@
+// prep/convert.h - Conversion: chunks of records are converted in parallel, each thread with its own memory, and
+//   written in the order they were read. Nothing depends on the number of threads.
+
+// The command line.
+typedef struct {
+    const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
+    const char *labels_from, *labels_by, *skip_list, *rejects;
+    int64_t seed, max_atoms;
+    double max_reject;
+    int keep_hydrogens, largest_fragment, strict, help, version;
+} PrepOptions;
+
+// A file of rows that say something of records, each by its name or number: labels (a CSV file with
+// a header), or lists of records to leave out and of parts of a split (their fields end at commas
+// if every line has one, else at blanks: separator ' ').
+typedef struct {
+    const char *path;
+    const uint8_t *bytes;
+    char separator;
+    size_t size, n_rows, n_slots;
+    const char **row;        // (n_rows + 1) where each begins; the last: the end
+    uint32_t *slot;          // (n_slots) hash table: 1 + the row of a key, its first field
+    int *task_of_column, n_columns;  // labels: what each column is
+} Table;
+
+#define SKIP_LISTED "in --skip-list"  // a kind of fault
+
+// What to do with every record.
+typedef struct {
+    int n_tasks;
+    char **task_names;
+    int *slots;              // hash table of TASK_SLOTS: 1 + the task of a name, see find_task()
+    const PrepOptions *opt;
+    int want_keys;           // for a scaffold split, or one that is given
+    Table labels, skips, parts;  // without rows if not given
+    const char *part_column; // CSV column or SD tag of the part; NULL: none
+} Conversion;
+
+// One thread's memory.
+typedef struct {
+    ChemMol mol;
+    Molecule molecule;
+    Molecule check;          // what a reader makes of the encoded record
+    uint8_t *bytes;          // encoded records of the chunk
+    size_t used, room;
+} Worker;
+
+// Frees everything w owns.
+static void worker_free(Worker *w) {
+    mol_free(&w->mol);
+    molecule_free(&w->molecule);
+    molecule_free(&w->check);
+    free(w->bytes);
+}
+
+// What became of a record.
+typedef struct {
+    int worker, ok, none, n_atoms, bad_labels;  // none: it is not a record after all
+    int unmatched;           // --labels-from has no row for it
+    size_t offset, size;     // of the record, or of its name if it is refused, in worker's bytes
+    Span name;
+    int64_t n_lines;         // line breaks in the record
+    ScaffoldKey key;         // for a scaffold split; of a given split, key.a is the part
+    Fault fault;
+} Outcome;
+
+// Line breaks between p and end.
+static int64_t count_lines(const char *p, const char *end) {
+    int64_t n = 0;
+    while (p < end && (p = memchr(p, '\n', (size_t)(end - p)))) p++, n++;
+    return n;
+}
+
+// Room for `size` more bytes, and one more.
+static void worker_room(Worker *w, size_t size) {
+    if (w->room - w->used > size) return;
+    w->room = 2 * w->room + size + 1;
+    w->bytes = xrealloc(w->bytes, w->room, 1);
+}
+
+// Encodes the molecule at the end of the worker's bytes. One record that a reader refuses would
+// make the whole dataset useless, so the reader's own checks decide whether this one is kept.
+static int store_molecule(Worker *w, Outcome *o) {
+    const Molecule *m = &w->molecule;
+    size_t size = record_size(m->n_atoms, m->n_bonds, m->n_tasks, m->name_length, m->has_pos);
+    worker_room(w, size);
+    o->offset = w->used;
+    o->size = record_encode(w->bytes + w->used, m);
+    const char *wrong = record_content(&w->check, w->bytes + w->used, o->size, m->n_tasks);
+    if (wrong) return fault_at(&o->fault, 0, 0, "cannot be written", "%s", wrong);
+    o->n_atoms = m->n_atoms;
+    w->used += o->size;
+    return 0;
+}
+
+static uint32_t hash_name(Span name) {
+    uint32_t hash = 2166136261u;  // FNV-1a
+    for (int k = 0; k < name.n; k++) hash = (hash ^ (uint8_t)name.p[k]) * 16777619u;
+    return hash ^ hash >> 17;
+}
+
+// Where a name's task stands, or would stand, in the hash table.
+static int *find_slot(const Conversion *c, Span name) {
+    uint32_t at = hash_name(name) % TASK_SLOTS;
+    while (c->slots[at] && !span_is(name, c->task_names[c->slots[at] - 1]))
+        at = (at + 1) % TASK_SLOTS;
+    return &c->slots[at];
+}
+
+// The task of a name, or -1.
+static int find_task(const Conversion *c, Span name) {
+    return c->n_tasks ? *find_slot(c, name) - 1 : -1;
+}
+
+// The first field of a row of a table.
+static Span table_key(const Table *t, size_t row) {
+    Span text = trim((Span){t->row[row], (int)(t->row[row + 1] - t->row[row])});
+    int n = 0, blank = t->separator == ' ';
+    while (n < text.n && text.p[n] != t->separator && !(blank && text.p[n] == '\t')) n++;
+    Span key = trim((Span){text.p, n});
+    return key.n > 1 && key.p[0] == '"' ? (Span){key.p + 1, key.n - 2} : key;
+}
+
+// Slot of the row with this key, or the free one where it would stand.
+static uint32_t *table_slot(const Table *t, Span key) {
+    size_t at = hash_name(key) % t->n_slots;
+    for (; t->slot[at]; at = (at + 1) % t->n_slots) {
+        Span there = table_key(t, t->slot[at] - 1);
+        if (there.n == key.n && memcmp(there.p, key.p, (size_t)key.n) == 0) break;
+    }
+    return &t->slot[at];
+}
+
+// 1 + the row of a record: that of its name, or else of its number; 0 if there is none.
+static size_t table_find(const Table *t, Span name, int64_t number) {
+    char text[24];
+    int n = snprintf(text, sizeof text, "%lld", (long long)number);
+    size_t row = t->n_rows ? *table_slot(t, name) : 0;
+    return row || !t->n_rows ? row : *table_slot(t, (Span){text, n});
+}
+
+// Opens a table; of two rows with one key the first counts. `path` must live as long.
+static void table_open(Table *t, const char *path, int is_list) {
+    *t = (Table){.path = path};
+    t->bytes = file_bytes(path, &t->size);
+    const char *p = (const char *)t->bytes, *end = p + t->size, *quote = NULL, *next;
+    size_t room = 0, commas = 0;
+    next = t->size ? line_end(p, end) : NULL;
+    if (!is_list) t->separator = memchr(p, '\t', (size_t)((next ? next : end) - p)) ? '\t' : ',';
+    for (; p < end; p = next) {
+        next = is_list ? line_end(p, end) : csv_row_end(p, end, t->separator, &quote);
+        if (!next) next = end;
+        if (trim((Span){p, (int)(next - p)}).n == 0) continue;
+        if (t->n_rows + 1 >= room) t->row = xrealloc(t->row, room = 2 * room + 64, sizeof *t->row);
+        t->row[t->n_rows++] = p;
+        t->row[t->n_rows] = next;
+        commas += memchr(p, ',', (size_t)(next - p)) != NULL;
+    }
+    if (is_list) t->separator = commas == t->n_rows ? ',' : ' ';
+    CHECK(t->n_rows > 0 && t->n_rows < UINT32_MAX, "%s: expected rows, found none", path);
+    t->n_slots = 2 * t->n_rows + 1;
+    t->slot = xmalloc(t->n_slots, sizeof *t->slot);
+    for (size_t k = 0; k < t->n_rows; k++) {
+        uint32_t *slot = table_slot(t, table_key(t, k));
+        if (!*slot) *slot = (uint32_t)k + 1;
+    }
+}
+
+static void table_close(Table *t) {
+    file_release(t->bytes, t->size);
+    free(t->row);
+    free(t->slot);
+    free(t->task_of_column);
+}
+
+// Reads the labels of a record from --labels-from: of the row that begins with its title, or
+// (--labels-by number) of the row of its number.
+static void read_side_labels(const Conversion *c, const Record *r, Arena *arena, float *labels,
+                             Outcome *o) {
+    const Table *t = &c->labels;
+    int by_number = strcmp(c->opt->labels_by, "number") == 0;
+    size_t row = by_number ? (size_t)r->number : *table_slot(t, o->name);
+    o->unmatched = by_number ? row >= t->n_rows : row < 2;  // row 0 is the header
+    if (o->unmatched) return;
+    row -= !by_number;
+    Record text = {.text = t->row[row], .size = (size_t)(t->row[row + 1] - t->row[row])};
+    const char *p = text.text, *end = row_end(&text);
+    Span field;
+    for (int k = 0; csv_field(arena, &p, end, t->separator, &field) && k < t->n_columns; k++)
+        if (t->task_of_column[k] >= 0)
+            o->bad_labels += !parse_label(field, &labels[t->task_of_column[k]]);
+}
+
+// The part that a word names, or the end of the record.
+static int read_part(const Conversion *c, const Record *r, Span word, Outcome *o) {
+    static const char *const names[] = {"train", "valid", "test", "training", "validation", "test",
+                                        "train", "val", "test"};
+    if (c->parts.n_rows) {
+        size_t row = table_find(&c->parts, o->name, r->number);
+        if (!row)
+            return fault_at(&o->fault, 0, 0, "in no part", "%s does not name it", c->parts.path);
+        Span key = table_key(&c->parts, row - 1);
+        const char *begin = key.p + key.n, *end = c->parts.row[row];
+        while (begin < end && strchr("\", \t", *begin)) begin++;
+        word = trim((Span){begin, (int)(end - begin)});
+    }
+    for (int k = 0; k < 9; k++)
+        if (word_is(word, names[k])) return o->key.a = (uint64_t)(k % 3), 0;
+    return fault_at(&o->fault, 0, 0, "in no part", "expected train, valid or test, found \"%.*s\"",
+                    min_int(word.n, 40), word.p);
+}
+
+// Reads labels and, if a tag is asked for, name and part from the data items of an SD record.
+static void read_tags(const Conversion *c, Lines in, float *labels, Span *part, Outcome *o) {
+    Span tag, value;
+    while (next_tag(&in, &tag, &value)) {
+        int task = find_task(c, tag);
+        if (c->opt->name && span_is(tag, c->opt->name)) o->name = value;
+        if (c->part_column && span_is(tag, c->part_column)) *part = value;
+        if (task >= 0 && !c->labels.n_rows) o->bad_labels += !parse_label(value, &labels[task]);
+    }
+}
+
+// Splits "SMILES name" of a .smi line or a CSV cell.
+static void split_smiles(Span line, Span *smiles, Span *name) {
+    Span text = trim(line);
+    int k = 0;
+    while (k < text.n && text.p[k] != ' ' && text.p[k] != '\t') k++;
+    *smiles = (Span){text.p, k};
+    *name = trim((Span){text.p + k, text.n - k});
+    if (name->n && name->p[0] == '|') {  // a CXSMILES extension
+        const char *close = memchr(name->p + 1, '|', (size_t)name->n - 1);
+        *name = close ? trim((Span){close + 1, (int)(name->p + name->n - close) - 1})
+                      : (Span){name->p, 0};
+    }
+}
+
+// Reads the fields of a CSV row that matter.
+static int read_row(const Source *s, const Record *r, Worker *w, float *labels, Span *smiles,
+                    Span *part, Outcome *o) {
+    const char *p = r->text, *end = row_end(r);
+    int column = 0, found = 0;
+    Span field, rest;
+    for (; csv_field(&w->mol.arena, &p, end, separator_of(s), &field); column++) {
+        if (column >= s->n_columns) break;
+        if (column == s->smiles_column) {
+            found = 1;
+            split_smiles(field, smiles, &rest);
+        }
+        if (column == s->name_column) o->name = trim(field);
+        if (column == s->part_column) *part = trim(field);
+        int task = s->task_of_column[column];
+        if (task >= 0) o->bad_labels += !parse_label(field, &labels[task]);
+    }
+    if (found) return 0;
+    return fault_at(&o->fault, 1, 0, "no SMILES field",
+                    "expected a SMILES in field %d, found %d fields", s->smiles_column + 1, column);
+}
+
+// Reads and perceives one record; on success o says where the encoded molecule is. `in` moves over
+// the lines of a mol block.
+static int build_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
+                        Lines *in, Outcome *o) {
+    ChemMol *m = &w->mol;
+    Span smiles = {"", 0}, title = {"", 0}, part = {"", 0};
+    o->name = (Span){"", 0};
+    mol_clear(m);
+    if (r->kind == RECORD_TOO_LONG)
+        return fault_at(&o->fault, 1, 0, "record too long", "the record is longer than %d MiB",
+                        RECORD_BYTES_MAX >> 20);
+    if (r->quote) {
+        const char *line = whole_lines(r->text, r->quote);
+        return fault_at(&o->fault, 1 + (int)count_lines(r->text, r->quote),
+                        (int)(r->quote - (line ? line : r->text)) + 1, "unclosed quote",
+                        "the quote that opens here is never closed: the row is given up");
+    }
+    float *labels = arena_take(&m->arena, (size_t)c->n_tasks, sizeof *labels);
+    for (int t = 0; t < c->n_tasks; t++) labels[t] = NAN;
+    if (s->format == FORMAT_SDF) {
+        int failed = read_mol_block(m, in, &title, &o->fault);
+        o->name = trim(title);
+        if (failed) return -1;
+        if (c->n_tasks || c->opt->name || c->part_column) read_tags(c, *in, labels, &part, o);
+    } else {
+        if (s->format == FORMAT_SMI) {
+            split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &o->name);
+        } else if (read_row(s, r, w, labels, &smiles, &part, o)) {
+            return -1;
+        }
+        if (!o->name.n && s->name_column < 0) o->name = smiles;
+        if (read_smiles(m, smiles, &o->fault)) return -1;
+    }
+    if (table_find(&c->skips, o->name, r->number))
+        return fault_at(&o->fault, 0, 0, SKIP_LISTED, "%s names it", c->skips.path);
+    if ((c->parts.n_rows || c->part_column) && read_part(c, r, part, o)) return -1;
+    if (c->labels.n_rows) read_side_labels(c, r, &m->arena, labels, o);
+    int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
+    if (perceive(m, c->opt->keep_hydrogens, c->opt->largest_fragment, (int)c->opt->max_atoms,
+                 &o->fault)) return -1;
+    if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, principal, &o->fault)) return -1;
+    memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
+    if (store_molecule(w, o)) return -1;
+    if (c->want_keys && !c->parts.n_rows && !c->part_column) o->key = scaffold_key(m);
+    return 0;
+}
+
+// The same, but a record that has used up its budget is refused, whatever came of it.
+static int convert_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
+                          Lines *in, Outcome *o) {
+    int result = build_record(c, s, r, w, in, o);
+    if (w->mol.arena.left > 0) return result;
+    return fault_at(&o->fault, 0, 0, "too intricate",
+                    "%d atoms and %d bonds take more work or memory than one record may",
+                    w->mol.n_atoms, w->mol.n_bonds);
+}
+
+// Records that are not molecules: rests of others, empty lines, comments and the header line of a
+// .smi file. `first`: it is the first of its file.
+static int is_no_record(const Source *s, const Record *r, int first) {
+    if (r->kind == RECORD_REST || s->format == FORMAT_SDF) return r->kind == RECORD_REST;
+    Span text = trim((Span){r->text, (int)r->size});
+    if (text.n == 0 || s->format != FORMAT_SMI) return text.n == 0;
+    return r->text[0] == '#' || (first && starts_with_word(text, "SMILES"));
+}
+
+// Keeps the name of a record that is refused; what it points to ends with the next record.
+static void keep_name(Worker *w, Outcome *o) {
+    o->size = (size_t)min_int(o->name.n, MAX_NAME);
+    worker_room(w, o->size);
+    memcpy(w->bytes + w->used, o->name.p, o->size);
+    o->offset = w->used;
+    w->used += o->size;
+}
+
+// Converts n records with all threads; one of them first reads the bytes that follow.
+static void convert_records(const Conversion *c, Source *s, Record *records, int n,
+                            Worker *workers, Outcome *outcomes) {
+    for (int k = 0; k < n; k++)
+        if (!is_no_record(s, &records[k], s->line == 1 && k == 0))
+            records[k].number = ++s->n_records;
+#pragma omp parallel
+    {
+#pragma omp single nowait
+        if (s->starved) source_read_ahead(s);
+#pragma omp for schedule(dynamic, 16)
+        for (int k = 0; k < n; k++) {
+            Outcome *o = &outcomes[k];
+            const Record *r = &records[k];
+            Lines in = {r->text, r->text + r->size, 0};
+            o->worker = thread_id();
+            o->bad_labels = o->unmatched = 0;
+            o->none = r->number == 0;
+            o->ok = !o->none && convert_record(c, s, r, &workers[o->worker], &in, o) == 0;
+            if (!o->ok && !o->none) keep_name(&workers[o->worker], o);
+            o->n_lines = in.line + count_lines(in.at, in.end);
+        }
+    }
+}

@@ -1,0 +1,300 @@
+// prep/records.h - Records. A source is cut into records: what ends in $$$$, a line, or a CSV row. A record too
+//   long to be one is passed over.
+
+typedef enum { FORMAT_NONE, FORMAT_SDF, FORMAT_SMI, FORMAT_CSV, FORMAT_TSV } Format;
+
+enum { CHUNK_BYTES = 1 << 20, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192,
+       TASK_SLOTS = 1 << 17 };
+
+typedef struct { char *bytes; size_t begin, end, room; } Buffer;  // unread: [begin, end)
+
+typedef struct {
+    const char *path;
+    Format format;
+    FILE *file;
+    Buffer now, next;        // records are taken from `now`; `next` is being filled
+    int eof, starved, ready; // no whole record left in `now`; `next` can take its place
+    int skipping;            // what comes next is the rest of a record that was too long
+    int64_t line;            // number of the line at now.begin, from 1
+    int64_t bytes_done, bytes_total;  // total 0: unknown
+    int n_columns;           // CSV: what the header says each column is
+    int smiles_column, name_column, part_column, *task_of_column;
+    int64_t n_records;       // given out so far
+} Source;
+
+enum { RECORD_FINE, RECORD_TOO_LONG, RECORD_REST };  // REST: what follows a beginning too long
+
+typedef struct {
+    const char *text;
+    size_t size;
+    int kind;
+    const char *quote;       // in the last line: opens and is never closed; NULL: none does
+    int64_t number;          // in the input, from 1; 0: it is no record
+} Record;
+
+// The format of a name that ends in an ending (or is one, like "sdf"), FORMAT_NONE if unknown.
+static Format format_by_name(const char *name, int n) {
+    static const struct { const char *name; Format format; } known[] = {
+        {"sdf", FORMAT_SDF}, {"sd", FORMAT_SDF}, {"mol", FORMAT_SDF}, {"mdl", FORMAT_SDF},
+        {"smi", FORMAT_SMI}, {"smiles", FORMAT_SMI}, {"csv", FORMAT_CSV}, {"tsv", FORMAT_TSV}};
+    int start = n;
+    while (start > 0 && name[start - 1] != '.') start--;
+    for (int k = 0; k < 8; k++)
+        if (word_is((Span){name + start, n - start}, known[k].name)) return known[k].format;
+    return FORMAT_NONE;
+}
+
+// Fills the next buffer: what was not used of the other one, then the next bytes of the file. Runs
+// beside the conversion of the records in that one, see convert_records().
+static void source_read_ahead(Source *s) {
+    Buffer *next = &s->next;
+    size_t rest = s->now.end - s->now.begin;
+    if (rest >= next->room / 2) {
+        next->room = 2 * next->room + rest;
+        next->bytes = xrealloc(next->bytes, next->room, 1);
+    }
+    memcpy(next->bytes, s->now.bytes + s->now.begin, rest);
+    next->begin = 0;
+    next->end = rest;
+    while (next->end < next->room && !s->eof) {
+        size_t got = fread(next->bytes + next->end, 1, next->room - next->end, s->file);
+        CHECK(!ferror(s->file), "%s: read failed: %s", s->path, strerror(errno));
+        next->end += got;
+        s->bytes_done += (int64_t)got;
+        s->eof = got == 0;
+    }
+    s->starved = 0;
+    s->ready = 1;
+}
+
+// Looks at the first bytes. Dies if they are no text, saying what makes text of them; passes over
+// the byte order mark of UTF-8.
+static void check_first_bytes(Source *s, const char *format) {
+    static const struct { const char *bytes; size_t n; const char *what, *command; } known[] = {
+        {"\xEF\xBB\xBF", 3, NULL, NULL}, {"\x1F\x8B", 2, "compressed by gzip", "gzip -dc"},
+        {"\xFD" "7zXZ", 5, "compressed by xz", "xz -dc"},
+        {"PK\3\4", 4, "a zip archive", "unzip -p"},
+        {"\xFF\xFE", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"},
+        {"\xFE\xFF", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"}};
+    static const char *const names[] = {"FORMAT", "sdf", "smi", "csv", "tsv"};
+    const char *dot = strrchr(s->path, '.');
+    Format guess = s->format ? s->format : format_by_name(s->path, dot ? (int)(dot - s->path) : 0);
+    for (int k = 0; k < 6; k++) {
+        if (s->next.end < known[k].n || memcmp(s->next.bytes, known[k].bytes, known[k].n)) continue;
+        CHECK(k == 0, "%s: is %s; type: %s %s | ./data_prep --format %s ... -", s->path,
+              known[k].what, known[k].command, s->file == stdin ? "FILE" : s->path,
+              format ? format : names[guess]);
+        if (s->format != FORMAT_SDF) s->next.begin = 3;  // there it becomes part of the name
+    }
+}
+
+// Signs of a SMILES, without those that make a path.
+#define SMILES_SIGNS "BCNOPSFIHclbrnopsaeiu0123456789()[]=#+-@%"
+
+// Opens PATH ("-" is standard input); `format` may be NULL: then the file's ending decides.
+static void source_open(Source *s, const char *path, const char *format) {
+    int standard = strcmp(path, "-") == 0;
+    const char *name = format ? format : path;
+    *s = (Source){.path = path, .line = 1, .format = format_by_name(name, (int)strlen(name))};
+    s->file = standard ? stdin : fopen(path, "rb");
+    CHECK(s->file || errno != ENOENT || path[strspn(path, SMILES_SIGNS)] || path[0] == '-',
+          "%s: no such file; if it is a SMILES, type: echo '%s' | ./data_prep --format smi ... -",
+          path, path);
+    CHECK(s->file, "%s: cannot read: %s", path, strerror(errno));
+#if MB_POSIX
+    struct stat info;
+    if (fstat(fileno(s->file), &info) == 0) {
+        CHECK(!S_ISDIR(info.st_mode), "%s: cannot read: it is a directory", path);
+        if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
+    }
+#endif
+    s->now = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
+    s->next = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
+    source_read_ahead(s);
+    check_first_bytes(s, format);
+    CHECK(s->format, "%s: cannot tell the format%s%s; give --format sdf, smi, csv or tsv", path,
+          format ? " from --format " : "", format ? format : "");
+}
+
+// Closes the file and frees what the source owns.
+static void source_close(Source *s) {
+    if (s->file != stdin) fclose(s->file);
+    free(s->now.bytes);
+    free(s->next.bytes);
+    free(s->task_of_column);
+}
+
+// The end of the line at p (just after its line break), or NULL if it is not there yet.
+static const char *line_end(const char *p, const char *end) {
+    const char *stop = memchr(p, '\n', (size_t)(end - p));
+    return stop ? stop + 1 : NULL;
+}
+
+// End of the SD record at p (just after the line of its $$$$), or NULL if it is not there yet.
+static const char *sd_record_end(const char *p, const char *end) {
+    for (const char *q = p; (q = memchr(q, '$', (size_t)(end - q))); q++) {
+        if (end - q < 4 || memcmp(q, "$$$$", 4) != 0 || (q > p && q[-1] != '\n')) continue;
+        return line_end(q, end);
+    }
+    return NULL;
+}
+
+// End of the CSV row at p: the first line break outside quotes. A quote opens only at the start
+// of a field. *quote: the one that is open at the end, if that is not there.
+static const char *csv_row_end(const char *p, const char *end, char separator, const char **quote) {
+    const char *stop = line_end(p, end);
+    if (!stop || !memchr(p, '"', (size_t)(stop - p))) return stop;
+    int quoted = 0, start = 1;
+    for (const char *q = p; q < end; q++) {
+        if (quoted) {
+            quoted = *q != '"';
+            if (!quoted && q + 1 < end && q[1] == '"') quoted = 1, q++;
+        } else if (*q == '\n') {
+            return q + 1;
+        } else if (*q == '"' && start) {
+            quoted = 1;
+            *quote = q;
+        }
+        start = !quoted && *q == separator;
+    }
+    if (!quoted) *quote = NULL;
+    return NULL;
+}
+
+// Whether records are rows of a table; what separates their fields.
+static int is_table(const Source *s) { return s->format == FORMAT_CSV || s->format == FORMAT_TSV; }
+static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
+
+// End of the record at p, or of the rest of one that is skipped, or NULL if it is not there yet.
+static const char *record_end(const Source *s, const char *p, const char *end, const char **quote) {
+    if (s->format == FORMAT_SDF) return sd_record_end(p, end);
+    if (is_table(s) && !s->skipping) return csv_row_end(p, end, separator_of(s), quote);
+    return line_end(p, end);
+}
+
+// The end of the last whole line from p on, NULL if there is none.
+static const char *whole_lines(const char *p, const char *end) {
+    while (end > p && end[-1] != '\n') end--;
+    return end > p ? end : NULL;
+}
+
+// The next records of the source, at most CHUNK_RECORDS; they stay valid until the next call.
+// Returns how many, 0 at the end.
+static int next_records(Source *s, Record *records) {
+    Buffer *now = &s->now;
+    for (int n = 0;;) {
+        if (s->ready) {
+            Buffer used = *now;
+            *now = s->next;
+            s->next = used;
+            s->ready = 0;
+        }
+        while (n < CHUNK_RECORDS && now->begin < now->end) {
+            const char *p = now->bytes + now->begin, *end = now->bytes + now->end, *quote = NULL;
+            const char *stop = record_end(s, p, end, &quote);
+            int over = (size_t)(end - p) >= RECORD_BYTES_MAX, rest = s->skipping;
+            if (stop || !(over || s->eof)) quote = NULL;
+            if (quote) stop = line_end(quote, end);  // only that line is lost
+            s->skipping = !stop && !s->eof && (over || rest);
+            if (s->skipping) stop = whole_lines(p, end);
+            if (!stop && (over || s->eof)) stop = end;
+            if (!stop) break;
+            size_t size = (size_t)(stop - p);
+            int too_long = s->skipping || size > RECORD_BYTES_MAX;
+            records[n] = (Record){p, size, rest ? RECORD_REST : too_long, quote, 0};
+            now->begin += size;
+            if (stop == end && s->eof && trim((Span){p, (int)size}).n == 0) continue;
+            n++;
+        }
+        s->starved = n < CHUNK_RECORDS && !s->eof;
+        if (n || (now->begin == now->end && s->eof)) return n;
+        source_read_ahead(s);
+    }
+}
+
+// ---- SD tags
+
+// The next data item of an SD record: its name and its first line. 0 at the end.
+static int next_tag(Lines *in, Span *name, Span *value) {
+    Span line;
+    while (next_line(in, &line)) {
+        if (starts_with(line, "$$$$")) return 0;
+        if (!line.n || line.p[0] != '>') continue;
+        const char *open = memchr(line.p + 1, '<', (size_t)line.n - 1);
+        const char *close = open ? memchr(open, '>', (size_t)(line.p + line.n - open)) : NULL;
+        if (!close || close == open + 1) continue;
+        *name = (Span){open + 1, (int)(close - open) - 1};
+        Lines before = *in;
+        *value = (Span){line.p + line.n, 0};
+        if (next_line(in, value)) {
+            if (starts_with(*value, "$$$$")) *in = before, value->n = 0;
+            *value = trim(*value);
+        }
+        return 1;
+    }
+    return 0;
+}
+
+// A label: a number up to 1e30 in size, which leaves room to compute with it, or missing (empty,
+// nan, none, na, null). Returns 0 if it is neither.
+static int parse_label(Span s, float *label) {
+    static const char *const missing[] = {"NAN", "NA", "N/A", "NONE", "NULL", "?"};
+    char copy[64], *end;
+    s = trim(s);
+    *label = NAN;
+    if (s.n <= 0) return 1;
+    for (int k = 0; k < 6; k++)
+        if (word_is(s, missing[k])) return 1;
+    if (s.n >= (int)sizeof copy) return 0;
+    memcpy(copy, s.p, (size_t)s.n);
+    copy[s.n] = 0;
+    for (int k = 0; k < s.n; k++)
+        if (!strchr("+-.0123456789eE", copy[k])) return 0;  // no hexadecimal, no "inf"
+    float v = strtof(copy, &end);
+    if (end != copy + s.n || fabsf(v) > 1e30f) return 0;
+    *label = v;
+    return 1;
+}
+
+// ---- CSV fields
+
+// The next field of a row from *p, quotes undone (in `arena` memory); advances *p behind it. 0 if
+// there is none.
+static int csv_field(Arena *arena, const char **p, const char *end, char separator, Span *field) {
+    const char *q = *p;
+    if (!q || q > end) return 0;
+    if (q == end || *q != '"') {
+        const char *stop = q < end ? memchr(q, separator, (size_t)(end - q)) : NULL;
+        *field = (Span){q, (int)((stop ? stop : end) - q)};
+        *p = stop ? stop + 1 : end + 1;
+        return 1;
+    }
+    char *copy = NULL;
+    int n, quoted;
+    for (int pass = 0; pass < 2; pass++) {  // first for its length
+        n = 0;
+        quoted = 1;
+        for (q = *p + 1; q < end; q++) {
+            if (!quoted && *q == separator) break;
+            if (quoted && *q == '"') {
+                quoted = q + 1 < end && q[1] == '"';
+                if (!quoted) continue;
+                q++;
+            }
+            if (copy) copy[n] = *q;
+            n++;
+        }
+        if (!copy) copy = arena_take(arena, (size_t)n + 1, 1);
+    }
+    *field = (Span){copy, n};
+    *p = q + 1;
+    return 1;
+}
+
+// A row without its line break.
+static const char *row_end(const Record *r) {
+    const char *end = r->text + r->size;
+    if (end > r->text && end[-1] == '\n') end--;
+    if (end > r->text && end[-1] == '\r') end--;
+    return end;
+}

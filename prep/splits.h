@@ -1,0 +1,133 @@
+// prep/splits.h - Splits. The encoded records go to a temporary file first; when their number (and scaffolds)
+//   are known, they are copied to the parts, in input order within each.
+
+enum { PARTS_MAX = 3 };
+
+static const char *const PART_NAMES[PARTS_MAX] = {"train", "valid", "test"};
+
+typedef struct {
+    OutFile file;            // of records, each behind its size and number
+    ScaffoldKey *key;        // (count), only for scaffold splits
+    size_t count, room;
+} Pool;
+
+// Appends a record and, for scaffold splits, its key.
+static void pool_append(Pool *p, const uint8_t *record, size_t size, uint32_t number,
+                        const ScaffoldKey *key) {
+    if (key && p->count == p->room) {
+        p->room = p->room ? 2 * p->room : 4096;
+        p->key = xrealloc(p->key, p->room, sizeof *p->key);
+    }
+    if (key) p->key[p->count] = *key;
+    p->count++;
+    out_write(&p->file, &size, sizeof size);
+    out_write(&p->file, &number, sizeof number);
+    out_write(&p->file, record, size);
+}
+
+// Parts by position in `order` (NULL: input order): first fraction[0], then fraction[1], ...
+static void split_by_order(uint8_t *part, size_t n, const uint32_t *order, const double *fraction,
+                           int n_parts) {
+    double edge = 0;
+    size_t at = 0;
+    for (int p = 0; p < n_parts; p++) {
+        edge += fraction[p];
+        size_t stop = p + 1 == n_parts ? n : (size_t)(edge * (double)n + 1e-9);
+        for (; at < stop && at < n; at++) part[order ? order[at] : at] = (uint8_t)p;
+    }
+}
+
+typedef struct { size_t first, start, size; } ScaffoldGroup;  // of the sorted entries
+typedef struct { ScaffoldKey key; size_t molecule; } ScaffoldEntry;
+
+// By scaffold, then by position.
+static int compare_scaffold_entries(const void *a, const void *b) {
+    const ScaffoldEntry *x = a, *y = b;
+    if (x->key.a != y->key.a) return x->key.a < y->key.a ? -1 : 1;
+    if (x->key.b != y->key.b) return x->key.b < y->key.b ? -1 : 1;
+    return (x->molecule > y->molecule) - (x->molecule < y->molecule);
+}
+
+// Largest group first; among equals the one with the later first member.
+static int compare_scaffold_groups(const void *a, const void *b) {
+    const ScaffoldGroup *x = a, *y = b;
+    if (x->size != y->size) return x->size < y->size ? 1 : -1;
+    return (x->first < y->first) - (x->first > y->first);
+}
+
+// Parts by scaffold (MoleculeNet, OGB): whole groups go to the first part that they do not
+// overfill, what fits none goes to the last.
+static void split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
+                              const double *fraction, int n_parts) {
+    ScaffoldEntry *entries = xmalloc(n, sizeof *entries);
+    ScaffoldGroup *groups = xmalloc(n, sizeof *groups);
+    size_t n_groups = 0, filled[PARTS_MAX] = {0};
+    for (size_t i = 0; i < n; i++) entries[i] = (ScaffoldEntry){key[i], i};
+    qsort(entries, n, sizeof *entries, compare_scaffold_entries);
+    for (size_t i = 0; i < n; i++) {
+        ScaffoldEntry *e = &entries[i];
+        if (i == 0 || e->key.a != e[-1].key.a || e->key.b != e[-1].key.b)
+            groups[n_groups++] = (ScaffoldGroup){e->molecule, i, 0};
+        groups[n_groups - 1].size++;
+    }
+    qsort(groups, n_groups, sizeof *groups, compare_scaffold_groups);
+    for (size_t g = 0; g < n_groups; g++) {
+        size_t total = groups[g].size;
+        double cutoff = 0;
+        int p = 0;
+        for (; p + 1 < n_parts; p++) {
+            total += filled[p];
+            cutoff += fraction[p];
+            if ((double)total <= cutoff * (double)n + 1e-9) break;
+        }
+        filled[p] += groups[g].size;
+        for (size_t k = 0; k < groups[g].size; k++)
+            part[entries[groups[g].start + k].molecule] = (uint8_t)p;
+    }
+    free(entries);
+    free(groups);
+}
+
+// Path of one part: {} in the pattern becomes its name; else "train" in the file name does, or
+// the name goes before the ending: data.bin -> data.train.bin.
+static char *part_path(const char *pattern, const char *part) {
+    const char *base = strrchr(pattern, '/');
+    base = base ? base + 1 : pattern;
+    const char *hole = strstr(pattern, "{}"), *train = strstr(base, "train");
+    const char *dot = strrchr(base, '.'), *at = hole ? hole : train ? train : dot;
+    if (!at) return xprintf("%s.%s", pattern, part);
+    return xprintf("%.*s%s%s%s", (int)(at - pattern), pattern, hole || train ? "" : ".", part,
+                   hole ? at + 2 : train ? at + 5 : at);
+}
+
+// Copies the pooled records to their parts.
+static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char *pattern,
+                        const Conversion *c) {
+    DatasetWriter writers[PARTS_MAX];
+    uint8_t *record = NULL;
+    size_t room = 0, size;
+    CHECK(fflush(pool->file.file) == 0, "%s: write failed: %s", pool->file.tmp, strerror(errno));
+    FILE *in = fopen(pool->file.tmp, "rb");
+    CHECK(in, "%s: cannot read: %s", pool->file.tmp, strerror(errno));
+    for (int p = 0; p < n_parts; p++) {
+        char *path = part_path(pattern, PART_NAMES[p]);
+        dataset_create(&writers[p], path, c->n_tasks, c->task_names);
+        free(path);
+    }
+    for (size_t i = 0; i < pool->count; i++) {
+        uint32_t number;
+        int whole = fread(&size, sizeof size, 1, in) == 1 &&
+                    fread(&number, sizeof number, 1, in) == 1;
+        if (whole && size > room) record = xrealloc(record, room = 2 * size, 1);
+        CHECK(whole && fread(record, 1, size, in) == size, "%s: read failed: %s", pool->file.tmp,
+              strerror(errno));
+        dataset_append(&writers[part[i]], record, size, number);
+    }
+    fclose(in);
+    free(record);
+    for (int p = 0; p < n_parts; p++) {
+        fprintf(stderr, "%-8s %8zu molecules -> %s\n", PART_NAMES[p], writers[p].count,
+                writers[p].out.path);
+        dataset_finish(&writers[p]);
+    }
+}
