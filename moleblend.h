@@ -319,6 +319,9 @@ enum { BOND_TYPES = 5, BOND_STEREOS = 6, BOND_CODES = BOND_TYPES * BOND_STEREOS 
 
 enum { MAX_ATOMS = 65535, MAX_BONDS = 65535, MAX_NAME = 65535, MAX_TASKS = 65535 };
 
+// The size of a label: squares of errors, and sums of 1e8 of them, still fit a float.
+#define LABEL_MAX 1e15
+
 typedef struct {
     int n_atoms, n_bonds, n_tasks;
     int has_pos;           // positions are a property of the whole molecule

@@ -1,7 +1,5 @@
 // commands/finetune.h - ./moleblend finetune train.bin --valid v.bin --test t.bin --init FILE
 
-#define LABEL_MAX 1e15  // squares of errors still fit a float
-
 // The kind of the labels, recognised by their values if --task does not say; task by task, their
 // mean and standard deviation (1 where all are equal), and the bias that the head begins with. Dies
 // where there is nothing to learn.

@@ -257,6 +257,6 @@ static void print_summary(Summary *sum, int n_sources) {
         fprintf(stderr, "records of which --labels-from says nothing: %lld\n",
                 (long long)sum->unmatched);
     if (sum->bad_labels)
-        fprintf(stderr, "labels that are no numbers up to 1e30, taken as missing: %lld\n",
-                (long long)sum->bad_labels);
+        fprintf(stderr, "labels that are no numbers up to %g, taken as missing: %lld\n",
+                LABEL_MAX, (long long)sum->bad_labels);
 }

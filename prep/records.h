@@ -235,8 +235,8 @@ static int next_tag(Lines *in, Span *name, Span *value) {
     return 0;
 }
 
-// A label: a number up to 1e30 in size, which leaves room to compute with it, or missing (empty,
-// nan, none, na, null). Returns 0 if it is neither.
+// A label: a number up to LABEL_MAX in size, or missing (empty, nan, none, na, null). Returns 0 if
+// it is neither.
 static int parse_label(Span s, float *label) {
     static const char *const missing[] = {"NAN", "NA", "N/A", "NONE", "NULL", "?"};
     char copy[64], *end;
@@ -251,7 +251,7 @@ static int parse_label(Span s, float *label) {
     for (int k = 0; k < s.n; k++)
         if (!strchr("+-.0123456789eE", copy[k])) return 0;  // no hexadecimal, no "inf"
     float v = strtof(copy, &end);
-    if (end != copy + s.n || fabsf(v) > 1e30f) return 0;
+    if (end != copy + s.n || fabs((double)v) > LABEL_MAX) return 0;
     *label = v;
     return 1;
 }

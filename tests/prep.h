@@ -125,7 +125,7 @@ static const struct { const char *ending, *pattern, *options; int code; const ch
     {"sdf", SD_HEAD "> <n>\nx\n\n> <y>\n1\n\n$$$$\n", "--labels all", 0,
      "leaves out \"n\": no usable number in record 1\n"},
     {"csv", "smiles,y\nC,1e31\nCC,2\n", "--labels y", 0,
-     "labels that are no numbers up to 1e30, taken as missing: 1"},
+     "labels that are no numbers up to 1e+15, taken as missing: 1"},
     // looked up every tag among all labels
     {"sdf", "{300|" SD_HEAD "{4000|> <t#>\n1\n\n}$$$$\n}", "--labels all", 0, "300 molecules"},
     // no text
