@@ -3338,6 +3338,7 @@ typedef struct {
     float *log;                  // (done, LOG_COLUMNS) of this seed
     Epoch *history;              // (epochs) of all seeds
     float *best;                 // fine-tuning: parameters of this seed's best epoch
+    char *residuals;             // of regression, at a seed's end: see valid_residuals()
     int64_t epochs, shown;       // rows of history; rows that are in the CSV
     char *state_path, *log_path;
     FILE *csv;                   // grows while the run does
@@ -3602,6 +3603,7 @@ static char *run_meta(const Run *run, int of_state) {
         text_add_meta(&t, "label_std", "%s", std.text);
         if (best_epoch(run))
             text_add_meta(&t, "logit_scale", "%.9g", (double)best_epoch(run)->scale);
+        if (run->residuals) text_add_meta(&t, "valid_residuals", "%s", run->residuals);
     }
     text_add(&t, "}");
     FREE_ALL(options, names.text, mean.text, std.text);
@@ -3653,9 +3655,24 @@ static void run_arenas(float *arenas[ARENAS], const Run *run) {
     memcpy(arenas, all, sizeof all);
 }
 
+// Writes the checkpoint: of fine-tuning this seed's best parameters, if no earlier seed had better
+// ones. Of several seeds each has its own file too.
+static void checkpoint_write(const Run *run) {
+    float *const output[ARENAS] = {run->best ? run->best : run->s.model.params};
+    char *meta = run_meta(run, 0), *own = seed_path(run);
+    const Epoch *best = best_epoch(run);
+    int better = best != NULL;
+    for (const Epoch *row = run->history; better && row->seed < best->seed; row++)
+        better = is_better(best->valid, row->valid);
+    if (my_rank == 0 && (!run->s.task || better))
+        model_write(opt.output, &run->s.model, output, NULL, 0, meta);
+    if (my_rank == 0 && best && opt.seeds > 1)
+        model_write(own, &run->s.model, output, NULL, 0, meta);
+    FREE_ALL(meta, own);
+}
+
 // Writes first the state for --resume, which is complete in itself, so that a run killed between
-// two renames resumes from it; then the checkpoint: of fine-tuning this seed's best parameters, if
-// no earlier seed had better ones. Of several seeds each has its own file too.
+// two renames resumes from it; then the checkpoint.
 static void run_save(Run *run) {
     const float *history = (const float *)run->history;
     TensorOut tables[2];  // without the empty ones
@@ -3664,23 +3681,13 @@ static void run_save(Run *run) {
         tables[n_tables++] = (TensorOut){"log", (size_t)run->done, LOG_COLUMNS, run->log};
     if (run->epochs)
         tables[n_tables++] = (TensorOut){"history", (size_t)run->epochs, EPOCH_COLUMNS, history};
-    float *arenas[ARENAS], *const output[ARENAS] = {run->best ? run->best : run->s.model.params};
-    char *meta = run_meta(run, 1), *short_meta = run_meta(run, 0);
-    const Epoch *best = best_epoch(run);
-    int better = best != NULL;
-    for (const Epoch *row = run->history; better && row->seed < best->seed; row++)
-        better = is_better(best->valid, row->valid);
+    float *arenas[ARENAS];
+    char *meta = run_meta(run, 1);
     run_arenas(arenas, run);
     if (my_rank == 0) model_write(run->state_path, &run->s.model, arenas, tables, n_tables, meta);
-    if (my_rank == 0 && (!run->s.task || better))
-        model_write(opt.output, &run->s.model, output, NULL, 0, short_meta);
-    if (my_rank == 0 && best && opt.seeds > 1) {
-        char *path = seed_path(run);
-        model_write(path, &run->s.model, output, NULL, 0, short_meta);
-        free(path);
-    }
+    free(meta);
+    checkpoint_write(run);
     log_write(run);
-    FREE_ALL(meta, short_meta);
 }
 
 // Continues the run whose state was opened by run_open().
@@ -3810,7 +3817,8 @@ static void run_close(Run *run) {
     batch_free(&run->s.batch);
     if (run->csv) fclose(run->csv);
     FREE_ALL(run->order, run->ids, run->log, run->history, run->best, run->s.part_sum,
-             run->s.logits[LOSS_TOTAL], run->statistics, run->state_path, run->log_path);
+             run->s.logits[LOSS_TOTAL], run->statistics, run->residuals, run->state_path,
+             run->log_path);
 }
 
 // ---- the loop

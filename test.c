@@ -1495,6 +1495,7 @@ static void test_sensitivity(const char *golden_path) {
 #include "tests/programs.h"   // the programs as a user meets them
 #include "tests/chemistry.h"  // molecules and what RDKit says of them
 #include "tests/prep.h"       // faults, hostile records and files, fields, splits, threads
+#include "tests/predict.h"    // intervals, ensembles, nearest training molecules
 
 // =================================================================================================
 // Main
@@ -1557,6 +1558,7 @@ int main(int argc, char **argv) {
                      {"reproducible", test_reproducible},
                      {"files people have", test_files_people_have},
                      {"using", test_using},
+                     {"residuals", test_residuals},
                      {"resumed tuning", test_finetune_resume},
                      {"not finite", test_not_finite},
                      {"quotas", test_quota},
