@@ -4117,6 +4117,7 @@ static void output_finish(Output *out, const Conversion *c) {
     const PrepOptions *opt = c->opt;
     if (out->n_parts == 1) {
         fprintf(stderr, "%zu molecules -> %s\n", out->writer.count, opt->output);
+        out->writer.flags = prep_flags(opt);
         dataset_finish(&out->writer);
         return;
     }

@@ -3589,6 +3589,8 @@ static char *run_meta(const Run *run, int of_state) {
     text_add_meta(&t, "format", "pt");
     for (int k = 0; k < 10; k++) text_add_meta(&t, keys[k], "%lld", values[k]);
     text_add_meta(&t, "run", "%s", options);
+    text_add_meta(&t, "largest_fragment", "%u",
+                  (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
     for (int y = 0; run->s.task && y < c.tasks; y++) {
         text_add(&names, "%s%s", y ? "\n" : "", run->train.task_names[y]);
         text_add(&mean, "%s%.9g", y ? " " : "", (double)run->task.mean[y]);
@@ -3725,6 +3727,15 @@ static void check_positions(const Dataset *data, int use) {
     if (without)
         fprintf(stderr, "note    %s: %zu of %zu molecules have no positions and take part with 2D "
                 "only\n", data->path, without, data->count);
+}
+
+// Says so if the dataset was prepared otherwise than what the model has learnt from.
+static void check_preparation(const Dataset *data, const TensorFile *model) {
+    const char *then = tensor_meta(model, "largest_fragment");
+    int now = (data->flags & PREP_LARGEST_FRAGMENT) != 0;
+    if (then && now != (*then == '1'))
+        fprintf(stderr, "note    %s: made with%s --largest-fragment, what the model learnt from %s "
+                "it\n", data->path, now ? "" : "out", now ? "without" : "with");
 }
 
 // Opens the state of the run to be resumed, if there is one, and takes its options.

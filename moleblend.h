@@ -373,7 +373,7 @@ static inline void molecule_free(Molecule *m) {
 //      8  4  format version, 2         40  4  most atoms of a molecule
 //     12  4  number of tasks           44  4  most bonds of a molecule
 //     16  8  number of molecules       48  8  number of skipped records
-//     24  8  offset of the index       56  4  zero
+//     24  8  offset of the index       56  4  flags: how its molecules were prepared, see below
 //                                      60  4  CRC-32 of header (these four as 0) and task names
 //   task names     per task: u16 length, bytes
 //   records        one a molecule, in order:
@@ -391,6 +391,7 @@ static inline void molecule_free(Molecule *m) {
 
 static const char DATASET_MAGIC[8] = {'M', 'O', 'L', 'B', 'L', 'E', 'N', 'D'};
 enum { DATASET_VERSION = 2, DATASET_HEADER = 64, RECORD_HEADER = 12 };
+enum { PREP_LARGEST_FRAGMENT = 1 };  // flags: only the largest fragment of each record
 
 static inline uint32_t get_u16(const uint8_t *p) { return (uint32_t)p[0] | (uint32_t)p[1] << 8; }
 static inline uint32_t get_u32(const uint8_t *p) { return get_u16(p) | get_u16(p + 2) << 16; }
@@ -524,7 +525,7 @@ typedef struct {
     Text skips;             // records that were skipped, as they will be in the file
     size_t head_size, count, room, skipped;
     uint64_t offset;
-    uint32_t max_atoms, max_bonds;
+    uint32_t max_atoms, max_bonds, flags;  // flags: 0, or set before dataset_finish()
     int n_tasks;
 } DatasetWriter;
 
@@ -598,6 +599,7 @@ static inline void dataset_finish(DatasetWriter *w) {
     put_u32(w->head + 40, w->max_atoms);
     put_u32(w->head + 44, w->max_bonds);
     put_u64(w->head + 48, w->skipped);
+    put_u32(w->head + 56, w->flags);
     put_u32(w->head + 60, crc32_add(0, w->head, w->head_size));
     out_rewrite(&w->out, 0, w->head, w->head_size);
     out_commit(&w->out);
@@ -610,6 +612,7 @@ typedef struct {
     const uint8_t *data;  // the whole file, mapped or read
     size_t size, count, skipped;
     const uint8_t *index, *skips;
+    uint32_t flags;
     int n_tasks, max_atoms, max_bonds;
     char **task_names;    // (n_tasks)
 } Dataset;
@@ -652,6 +655,7 @@ static inline void dataset_open(Dataset *d, const char *path) {
     d->n_tasks = (int)get_u32(h + 12);
     d->max_atoms = (int)get_u32(h + 40);
     d->max_bonds = (int)get_u32(h + 44);
+    d->flags = get_u32(h + 56);
     d->task_names = xmalloc((size_t)d->n_tasks, sizeof *d->task_names);
     size_t at = DATASET_HEADER;
     for (int t = 0; t < d->n_tasks; t++) {

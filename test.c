@@ -1495,6 +1495,7 @@ static void test_sensitivity(const char *golden_path) {
 #include "tests/programs.h"   // the programs as a user meets them
 #include "tests/chemistry.h"  // molecules and what RDKit says of them
 #include "tests/prep.h"       // faults, hostile records and files, fields, splits, threads
+#include "tests/tables.h"     // tables and labels as people have them
 #include "tests/predict.h"    // intervals, ensembles, nearest training molecules
 
 // =================================================================================================
@@ -1545,6 +1546,7 @@ int main(int argc, char **argv) {
                      {"dataset", test_dataset},
                      {"checkpoint", test_checkpoint},
                      {"data_prep", test_data_prep},
+                     {"tables", test_tables},
                      {"messages", test_messages},
 #if MB_POSIX
                      {"machine", test_machine},

@@ -67,6 +67,7 @@ static void command_embed(const char *path) {
     dataset_open(&run.test, path);
     run_open_model(&run, opt.model);
     check_positions(&run.test, run.task.use);
+    check_preparation(&run.test, &run.file);
     Config c = run.s.model.config;
     CHECK(opt.layer <= c.layers, "--layer: expected at most %d, found %lld", c.layers,
           (long long)opt.layer);

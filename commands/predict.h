@@ -6,6 +6,7 @@ static void predict_open(Run *run, const char *path, const char *model) {
     dataset_open(&run->test, path);
     run_open_model(run, model);
     check_positions(&run->test, run->task.use);
+    check_preparation(&run->test, &run->file);
     const TensorFile *f = &run->file;
     size_t Y = (size_t)run->s.model.config.tasks;
     required_meta(f, "task_names", kind);

@@ -100,6 +100,11 @@ static char *part_path(const char *pattern, const char *part) {
                    hole ? at + 2 : train ? at + 5 : at);
 }
 
+// What the header of a dataset says of how its molecules were prepared.
+static uint32_t prep_flags(const PrepOptions *opt) {
+    return opt->largest_fragment ? PREP_LARGEST_FRAGMENT : 0;
+}
+
 // Copies the pooled records to their parts.
 static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char *pattern,
                         const Conversion *c) {
@@ -126,6 +131,7 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
     fclose(in);
     free(record);
     for (int p = 0; p < n_parts; p++) {
+        writers[p].flags = prep_flags(c->opt);
         fprintf(stderr, "%-8s %8zu molecules -> %s\n", PART_NAMES[p], writers[p].count,
                 writers[p].out.path);
         dataset_finish(&writers[p]);
