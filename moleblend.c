@@ -3332,6 +3332,7 @@ typedef struct {
     Task task;                   // of fine-tuning
     float *statistics;           // (3, Y) of training labels: mean, deviation, first bias (tuning)
     float scale;                 // of logits, by calibration(); 1 while training
+    int judged;                  // can the validation set judge? Else the training loss does
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
     int64_t epoch, done, steps, warmup;  // updates done, and in all
     int64_t nth;                 // fine-tuning: how many seeds are complete
@@ -3485,14 +3486,7 @@ static float *predict_all(float **labels, Run *run, const Dataset *data) {
     float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
     visit_batches(run, data, SIZE_MAX, NULL, run->task.use, 1, visit_predictions, out);
     ranks_sum(out, data->count * Y, sizeof *out);
-    Molecule m = {0};
-    Y = (size_t)data->n_tasks;
-    *labels = xmalloc(mul_size(data->count, Y), sizeof **labels);
-    for (size_t i = 0; i < data->count; i++) {
-        dataset_read(data, i, &m);
-        memcpy(*labels + i * Y, m.labels, sizeof(float) * Y);
-    }
-    molecule_free(&m);
+    *labels = dataset_labels(data);
     return out;
 }
 
@@ -3534,13 +3528,15 @@ static void check_finite(Run *run, double value) {
 // ---- fine-tuning's choice of an epoch
 
 // The number by which epochs are chosen, better when larger: the mean ROC-AUC, or minus the mean
-// RMSE in deviations of the training labels, so that no task's unit outweighs another's. Of classes
-// also the calibration().
-static float selection_metric(float *scale, Run *run, const Dataset *data) {
+// RMSE in deviations of the training labels, so that no task's unit outweighs another's, over the
+// tasks that the dataset can judge; minus the training loss if there is none. Of classes also the
+// calibration().
+static float selection_metric(float *scale, Run *run, const Dataset *data, double loss) {
     const Task *task = &run->task;
     size_t Y = (size_t)data->n_tasks, defined = 0;
     float *labels, *out = predict_all(&labels, run, data);
     double sum = 0, metric[METRICS];
+    labels_judge(labels, data, NULL, NULL);
     *scale = task->kind == TASK_REGRESSION ? 1 : calibration(out, labels, data->count * Y);
     for (size_t y = 0; y < Y; y++) {
         task_metrics(metric, task->kind, out, labels, data->count, Y, y);
@@ -3550,11 +3546,12 @@ static float selection_metric(float *scale, Run *run, const Dataset *data) {
         sum += isnan(now) ? 0 : now;
     }
     FREE_ALL(out, labels);
-    return defined ? (float)(sum / (double)defined) : NAN;
+    return (float)(run->judged ? sum / (double)defined : -loss);
 }
 
-// A selection_metric() for people: of a single task in its units.
+// A selection_metric() for people: of a single task in its units; NaN if no label judged.
 static double shown_metric(const Run *run, float metric) {
+    if (!run->judged) return (double)NAN;
     return fabs((double)metric) * (run->train.n_tasks == 1 ? (double)run->task.std[0] : 1);
 }
 
@@ -3628,9 +3625,11 @@ static void log_write(Run *run) {
     for (; run->shown < end; run->shown++) {
         if (run->s.task) {
             const Epoch *row = run->history + run->shown;
-            fprintf(run->csv, "%lld,%.0f,%.6g,%.6g,%.0f\n",
+            char valid[32] = "";
+            if (run->judged) snprintf(valid, sizeof valid, "%.6g", shown_metric(run, row->valid));
+            fprintf(run->csv, "%lld,%.0f,%.6g,%s,%.0f\n",
                     (long long)opt.seed + (long long)row->seed, (double)row->number,
-                    (double)row->loss, shown_metric(run, row->valid), (double)row->best);
+                    (double)row->loss, valid, (double)row->best);
             continue;
         }
         fprintf(run->csv, "%lld", (long long)run->shown + 1);
@@ -3774,8 +3773,8 @@ static void run_open(Run *run, const char *train_path) {
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
     if (!opt.batch) opt.batch = n < batch ? n : batch;
-    if (opt.valid) dataset_open(&run->valid, opt.valid);
-    if (opt.test) dataset_open(&run->test, opt.test);
+    dataset_open_part(&run->valid, opt.valid);
+    dataset_open_part(&run->test, opt.test);
     run->epoch = -1;
     run->scale = 1;
     run->order = xmalloc(run->train.count, sizeof *run->order);
@@ -3877,16 +3876,17 @@ static void finetune_after_step(Run *run, int terminal) {
     if (epoch == (run->done - 1) * opt.batch / n) return;
     double mean[LOG_COLUMNS];
     const Epoch *best = best_epoch(run);
-    float scale, valid = selection_metric(&scale, run, &run->valid);
     rows_mean(mean, run->log, LOG_COLUMNS, (epoch - 1) * n / opt.batch, run->done);
+    float scale, valid = selection_metric(&scale, run, &run->valid, mean[LOSS_TOTAL]);
     int better = !best || is_better(valid, best->valid);
     run->history[run->epochs++] =
         (Epoch){(float)run->nth, (float)epoch, (float)mean[LOSS_TOTAL], valid,
                 better ? (float)epoch : best->best, scale, {0}};
     if (better) memcpy(run->best, run->s.model.params, sizeof(float) * run->s.model.count);
     if (terminal) fprintf(stderr, "\r\033[K");
-    printf("%6llu %6lld %9.4f %10.4f%s\n", (unsigned long long)run_seed(run), (long long)epoch,
-           mean[LOSS_TOTAL], shown_metric(run, valid), better ? "  best so far" : "");
+    printf("%6llu %6lld %9s %10s%s\n", (unsigned long long)run_seed(run), (long long)epoch,
+           number_text(mean[LOSS_TOTAL], 4), number_text(shown_metric(run, valid), 4),
+           better ? "  best so far" : "");
     fflush(stdout);
 }
 

@@ -697,6 +697,15 @@ static inline void dataset_close(Dataset *d) {
     free(d->task_names);
 }
 
+// Opens the part beside a training set, if there is a path; one that is empty is left out, said.
+static inline void dataset_open_part(Dataset *d, const char *path) {
+    if (path) dataset_open(d, path);
+    if (!path || d->count) return;
+    fprintf(stderr, "note    %s: the dataset is empty and is left out\n", path);
+    dataset_close(d);
+    *d = (Dataset){0};
+}
+
 // Atoms of molecule i, without touching its record.
 static inline int dataset_atoms(const Dataset *d, size_t i) {
     return (int)get_u16(d->index + 8 * i);

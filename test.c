@@ -1494,6 +1494,7 @@ static void test_sensitivity(const char *golden_path) {
 #include "tests/files.h"      // datasets and checkpoints as files; the parameter table
 #include "tests/programs.h"   // the programs as a user meets them
 #include "tests/chemistry.h"  // molecules and what RDKit says of them
+#include "tests/judging.h"    // labels of any scale, sets that cannot judge, numbers that are none
 #include "tests/prep.h"       // faults, hostile records and files, fields, splits, threads
 #include "tests/tables.h"     // tables and labels as people have them
 #include "tests/predict.h"    // intervals, ensembles, nearest training molecules
@@ -1551,6 +1552,7 @@ int main(int argc, char **argv) {
 #if MB_POSIX
                      {"machine", test_machine},
                      {"flipped bits", test_flips},
+                     {"judging", test_judging},
 #endif
                      {"worked example", test_example},
                      {"damaged files", test_damage},
@@ -1561,6 +1563,7 @@ int main(int argc, char **argv) {
                      {"files people have", test_files_people_have},
                      {"using", test_using},
                      {"residuals", test_residuals},
+                     {"scales", test_scales},
                      {"resumed tuning", test_finetune_resume},
                      {"not finite", test_not_finite},
                      {"quotas", test_quota},

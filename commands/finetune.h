@@ -5,48 +5,38 @@
 // where there is nothing to learn.
 static void label_statistics(Run *run) {
     const Dataset *data = &run->train;
-    size_t Y = (size_t)data->n_tasks, other = data->count;
-    double *sum = xmalloc(3 * Y, sizeof *sum), *square = sum + Y, *count = square + Y, odd = 0;
-    Molecule m = {0};
-    for (size_t i = 0; i < data->count; i++) {
-        dataset_read(data, i, &m);
-        for (size_t y = 0; y < Y; y++) {
-            double label = (double)m.labels[y];
-            if (isnan(label)) continue;
-            CHECK(fabs(label) <= LABEL_MAX, "%s: molecule %zu: task %s: label %g is beyond range; "
-                  "expected at most %g", data->path, i, data->task_names[y], label, LABEL_MAX);
-            if (label != 0 && label != 1 && other == data->count) {
-                other = i;
-                odd = label;
-            }
-            sum[y] += label;
-            square[y] += label * label;
-            count[y] += 1;
-        }
+    size_t Y = (size_t)data->n_tasks, n = data->count * Y, other = n;
+    float *labels = dataset_labels(data);
+    for (size_t k = 0; k < n; k++) {
+        CHECK(!(fabsf(labels[k]) > (float)LABEL_MAX), "%s: molecule %zu: task %s: label %g is "
+              "beyond range; expected at most %g", data->path, k / Y, data->task_names[k % Y],
+              (double)labels[k], LABEL_MAX);
+        if (!isnan(labels[k]) && labels[k] != 0 && labels[k] != 1 && other == n) other = k;
     }
     if (!opt.task) {
-        opt.task = KIND_NAMES[other < data->count ? TASK_REGRESSION : TASK_CLASSIFICATION];
+        opt.task = KIND_NAMES[other < n ? TASK_REGRESSION : TASK_CLASSIFICATION];
         fprintf(stderr, "task    %s: the labels are %s 0 and 1 (--task overrules)\n", opt.task,
-                other < data->count ? "more than" : "all");
+                other < n ? "more than" : "all");
     }
     run->task.kind = (TaskKind)name_index("--task", opt.task, KIND_NAMES, 2);
     int classes = run->task.kind == TASK_CLASSIFICATION;
-    CHECK(!classes || other == data->count,
+    CHECK(!classes || other == n,
           "%s: molecule %zu: expected labels 0 and 1 for --task classification, found %g",
-          data->path, other, odd);
+          data->path, other / Y, (double)labels[other]);
     for (size_t y = 0; y < Y; y++) {
-        CHECK(count[y] > 0, "%s: task %s has no labels", data->path, data->task_names[y]);
-        CHECK(!classes || (sum[y] > 0 && sum[y] < count[y]),
-              "%s: task %s: all labels are %d; expected both classes (data_prep --labels leaves a "
-              "task out)", data->path, data->task_names[y], sum[y] > 0);
-        double mean = sum[y] / count[y], variance = square[y] / count[y] - mean * mean;
-        int spread = !classes && variance > 1e-12 * (1 + mean * mean);
-        run->statistics[y] = classes ? 0 : (float)mean;
-        run->statistics[Y + y] = spread ? (float)sqrt(variance) : 1;
-        run->statistics[2 * Y + y] = classes ? (float)log(mean / (1 - mean)) : 0;
+        LabelSummary s = label_summary(labels, data->count, Y, y);
+        const char *name = data->task_names[y];
+        CHECK(s.count > 0, "%s: task %s has no labels", data->path, name);
+        CHECK(!classes || s.deviation > 0, "%s: task %s: all labels are %g; expected both classes "
+              "(data_prep --labels leaves a task out)", data->path, name, s.mean);
+        if (s.deviation <= 0)
+            fprintf(stderr, "note    %s: task %s: all labels are %g, there is nothing to learn\n",
+                    data->path, name, s.mean);
+        run->statistics[y] = classes ? 0 : (float)s.mean;
+        run->statistics[Y + y] = classes || s.deviation <= 0 ? 1 : (float)s.deviation;
+        run->statistics[2 * Y + y] = classes ? (float)log(s.mean / (1 - s.mean)) : 0;
     }
-    molecule_free(&m);
-    free(sum);
+    free(labels);
 }
 
 // Opens what fine-tuning needs, and says what will be done. Returns 1 if it goes on from a state.
@@ -56,9 +46,9 @@ static int finetune_open(Run *run, const char *train_path) {
     CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
     size_t Y = (size_t)run->train.n_tasks;
     CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
-    CHECK(run->valid.count > 0, "%s: the dataset is empty", opt.valid);
+    CHECK(run->valid.count > 0, "%s: expected molecules, to choose the best epoch by", opt.valid);
     dataset_same_tasks(&run->train, &run->valid);
-    if (opt.test) dataset_same_tasks(&run->train, &run->test);
+    if (run->test.data) dataset_same_tasks(&run->train, &run->test);
     if (!opt.readout) opt.readout = DEFAULT_READOUT;
     if (!opt.modality) opt.modality = DEFAULT_MODALITY;
     run->statistics = xmalloc(3 * Y, sizeof *run->statistics);
@@ -67,6 +57,10 @@ static int finetune_open(Run *run, const char *train_path) {
         .use = modality_use(opt.modality), .mean = run->statistics, .std = run->statistics + Y,
         .label_units = name_index("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
     label_statistics(run);
+    float *labels = dataset_labels(&run->valid);
+    run->judged = labels_judge(labels, &run->valid, "no say in the choice of an epoch",
+                               "the training loss chooses the epoch and when to stop") > 0;
+    free(labels);
     check_positions(&run->train, run->task.use);
     check_positions(&run->valid, run->task.use);
     check_positions(&run->test, run->task.use);
@@ -89,12 +83,6 @@ static int finetune_open(Run *run, const char *train_path) {
     fprintf(stderr, "resumed after step %lld of seed %llu\n", (long long)run->done,
             (unsigned long long)run_seed(run));
     return 1;
-}
-
-static void print_metrics(FILE *out, const double metric[METRICS]) {
-    for (int k = 0; k < METRICS; k++)
-        if (!isnan(metric[k])) fprintf(out, "  %s %.6f", METRIC_NAMES[k], metric[k]);
-    fputc('\n', out);
 }
 
 // Metrics of the test set (validation set without one): of several tasks, one by one on stdout;
@@ -134,9 +122,9 @@ static void seed_end(const Run *run, const Epoch *row, double sum[METRICS],
         sum[k] += metric[k];
         square[k] += metric[k] * metric[k];
     }
-    printf("seed %lld: best epoch %.0f, valid %.4f%s; %s",
+    printf("seed %lld: best epoch %.0f, valid %s%s; %s",
            (long long)opt.seed + (long long)row->seed, (double)row->best,
-           shown_metric(run, best->valid),
+           number_text(shown_metric(run, best->valid), 4),
            run->task.kind == TASK_REGRESSION && run->train.n_tasks > 1 ? " deviations" : "",
            run->test.data ? "test" : "valid");
     print_metrics(stdout, metric);
@@ -210,8 +198,9 @@ static void command_finetune(const char *train_path) {
         seed_end(&run, finetune_seed(&run, chance, resumed), sum, square);
     for (int k = 0; k < METRICS && opt.seeds > 1; k++) {
         double m = sum[k] / n, variance = (square[k] - n * m * m) / (n - 1);
-        if (!isnan(m)) printf("%s %s: %.4f +- %.4f over %lld seeds\n", part, METRIC_NAMES[k], m,
-                              sqrt(fmax(variance, 0)), (long long)opt.seeds);
+        if (!isnan(m)) printf("%s %s: %s +- %s over %lld seeds\n", part, METRIC_NAMES[k],
+                              number_text(m, 4), number_text(sqrt(fmax(variance, 0)), 4),
+                              (long long)opt.seeds);
     }
     printf("by chance (the training mean for all): %s", part);
     print_metrics(stdout, chance);

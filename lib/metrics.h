@@ -29,6 +29,79 @@ static inline void ranking_metrics(double *auc, double *ap, const Scored *sorted
     *ap = positives > 0 ? precision_sum / positives : (double)NAN;
 }
 
+// x for people: with that many decimals where they show decimals - 1 significant digits, else with a
+// power of ten; "-" if it is none. Valid until the eighth call after.
+static inline const char *number_text(double x, int decimals) {
+    static char text[8][32];
+    static int turn;
+    char *out = text[turn++ % 8];
+    double size = fabs(x);
+    if (isnan(x)) snprintf(out, sizeof *text, "-");
+    else if (size > 0 && (size < pow(10, 2 - decimals) || size >= 1e6))
+        snprintf(out, sizeof *text, "%#.*g", size < 1 ? decimals - 1 : decimals + 2, x);
+    else snprintf(out, sizeof *text, "%.*f", decimals, x);
+    return out;
+}
+
+// The labels (n, tasks) of a dataset, in fresh memory.
+static inline float *dataset_labels(const Dataset *d) {
+    size_t Y = (size_t)d->n_tasks;
+    float *labels = xmalloc(mul_size(d->count, Y), sizeof *labels);
+    Molecule m = {0};
+    for (size_t i = 0; i < d->count; i++) {
+        dataset_read(d, i, &m);
+        memcpy(labels + i * Y, m.labels, sizeof *labels * Y);
+    }
+    molecule_free(&m);
+    return labels;
+}
+
+// The labels of one task that are there; deviation 0: they are constant, but for their rounding.
+typedef struct { double count, mean, deviation, first; } LabelSummary;
+
+static inline LabelSummary label_summary(const float *labels, size_t n, size_t Y, size_t y) {
+    LabelSummary s = {0};
+    double sum = 0, square = 0;
+    for (size_t k = y; k < n * Y; k += Y) {
+        if (isnan(labels[k])) continue;
+        if (s.count++ == 0) s.first = (double)labels[k];
+        sum += (double)labels[k] - s.first;
+    }
+    if (s.count > 0) s.mean = s.first + sum / s.count;
+    for (size_t k = y; k < n * Y; k += Y) {
+        double d = isnan(labels[k]) ? 0 : (double)labels[k] - s.mean;
+        square += d * d;
+    }
+    s.deviation = s.count > 0 ? sqrt(square / s.count) : 0;
+    if (s.deviation <= 1e-6 * fabs(s.mean) || s.deviation < (double)FLT_MIN) s.deviation = 0;
+    return s;
+}
+
+// Which tasks' labels (n, tasks) can judge predictions: not those that are missing or all the same,
+// which become NaN. Returns how many can, and says once which cannot and what follows: if they are
+// `some` of the tasks, or if `none` can; NULL: in silence.
+static inline size_t labels_judge(float *labels, const Dataset *d, const char *some,
+                                  const char *none) {
+    size_t Y = (size_t)d->n_tasks, mute = 0, first = 0;
+    double label = (double)NAN;  // of all molecules
+    for (size_t y = Y; y-- > 0;) {
+        LabelSummary s = label_summary(labels, d->count, Y, y);
+        if (s.deviation > 0) continue;
+        for (size_t k = y; k < d->count * Y; k += Y) labels[k] = NAN;
+        mute++;
+        first = y;
+        label = s.count > 0 ? s.first : (double)NAN;
+    }
+    if (!mute || !some) return Y - mute;
+    fprintf(stderr, "note    %s: ", d->path);
+    if (mute > 1) fprintf(stderr, "%zu of %zu tasks have no labels or all the same, first %s", mute,
+                          Y, d->task_names[first]);
+    else fprintf(stderr, isnan(label) ? "task %s has no labels" : "all labels of task %s are %g",
+                 d->task_names[first], label);
+    fprintf(stderr, ": %s\n", mute < Y ? some : none);
+    return Y - mute;
+}
+
 enum { METRIC_AUC, METRIC_AP, METRIC_RMSE, METRIC_MAE, METRIC_R2, METRICS };
 static const char *const METRIC_NAMES[METRICS] = {"ROC-AUC", "AP", "RMSE", "MAE", "R2"};
 
@@ -42,25 +115,36 @@ static inline void task_metrics(double metric[METRICS], TaskKind kind, const flo
         if (!isnan(labels[i * Y + y]))
             list[count++] = (Scored){scores[i * Y + y], labels[i * Y + y]};
     qsort(list, count, sizeof *list, scored_compare);
-    double square = 0, absolute = 0, mean = 0, variance = 0;
-    int varied = 0;  // constant labels have a variance too, of rounding
+    double square = 0, absolute = 0;
     for (int k = 0; k < METRICS; k++) metric[k] = (double)NAN;
-    for (size_t i = 0; i < count; i++) mean += (double)list[i].label / (double)count;
     for (size_t i = 0; i < count; i++) {
         double error = (double)list[i].score - (double)list[i].label;
-        varied |= list[i].label != list[0].label;
         square += error * error;
         absolute += fabs(error);
-        variance += ((double)list[i].label - mean) * ((double)list[i].label - mean);
     }
     if (kind == TASK_CLASSIFICATION) {
         ranking_metrics(&metric[METRIC_AUC], &metric[METRIC_AP], list, count);
     } else if (count > 0) {
         metric[METRIC_RMSE] = sqrt(square / (double)count);
         metric[METRIC_MAE] = absolute / (double)count;
-        metric[METRIC_R2] = varied ? 1 - square / variance : (double)NAN;
+        double deviation = label_summary(labels, n, Y, y).deviation;
+        if (deviation > 0)
+            metric[METRIC_R2] = 1 - square / ((double)count * deviation * deviation);
     }
     free(list);
+}
+
+// The metrics that are defined; "-" if none is. Errors have the labels' scale, others have none.
+static inline void print_metrics(FILE *out, const double metric[METRICS]) {
+    int n = 0;
+    for (int k = 0; k < METRICS; k++) {
+        double x = metric[k];
+        if (isnan(x)) continue;
+        if (fabs(x) < 1 && k != METRIC_RMSE && k != METRIC_MAE) x = round(1e6 * x) / 1e6 + 0.0;
+        fprintf(out, "  %s %s", METRIC_NAMES[k], number_text(x, 6));
+        n++;
+    }
+    fputs(n ? "\n" : "  -\n", out);
 }
 
 // Means over the tasks in which a metric is defined; NaN if there is none, and of errors in the

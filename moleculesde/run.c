@@ -771,7 +771,7 @@ enum { EPOCH_LOSS, EPOCH_VALID, EPOCH_BEST, EPOCH_COLUMNS };    // a row an epoc
 typedef struct {
     Sde s;
     Dataset train, valid, test;  // opened if their path is set; of --model: test
-    int tuning;
+    int tuning, judged;          // judged: the validation set can judge; else the loss does
     Aim aim;                     // of fine-tuning
     float *statistics;           // (3, Y) of training labels: mean, deviation, first bias (tuning)
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
@@ -854,39 +854,33 @@ static void visit_predictions(Run *run, size_t first, size_t B, void *result) {
     }
 }
 
-// Mean metrics over the tasks of a dataset; of constant predictions if `chance`.
-static void data_metrics(double mean[METRICS], Run *run, const Dataset *data, int chance) {
+// What data_metrics() is asked for: metrics of predictions, those of them by which an epoch is
+// chosen (without tasks that cannot judge), or metrics of constant predictions.
+typedef enum { OF_MODEL, OF_CHOICE, OF_CHANCE } Asked;
+
+// Mean metrics over the tasks of a dataset in which they are defined.
+static void data_metrics(double mean[METRICS], Run *run, const Dataset *data, Asked asked) {
     size_t Y = (size_t)run->s.shape.tasks, n = data->count;
-    float *out = xmalloc(n * Y, sizeof *out), *labels = xmalloc(n * Y, sizeof *labels);
-    Molecule m = {0};
-    if (!chance) visit_batches(run, data, SIZE_MAX, visit_predictions, out);
-    for (size_t i = 0; i < n; i++) {
-        dataset_read(data, i, &m);
-        memcpy(labels + i * Y, m.labels, sizeof(float) * Y);
-        for (size_t y = 0; y < Y && chance; y++) out[i * Y + y] = run->aim.mean[y];
+    float *out = xmalloc(n * Y, sizeof *out), *labels = dataset_labels(data);
+    int units = Y > 1 && run->aim.kind == TASK_REGRESSION;  // errors are in deviations, not in them
+    double one[METRICS], count[METRICS] = {0};
+    if (asked != OF_CHANCE) visit_batches(run, data, SIZE_MAX, visit_predictions, out);
+    if (asked == OF_CHOICE) labels_judge(labels, data, NULL, NULL);
+    for (size_t k = 0; k < n * Y; k++) {
+        if (asked == OF_CHANCE) out[k] = run->aim.mean[k % Y];
+        CHECK(isfinite(out[k]), "%s: molecule %zu: the prediction is no number; try a lower --lr",
+              data->path, k / Y);
+        if (units) out[k] /= run->aim.std[k % Y], labels[k] /= run->aim.std[k % Y];
     }
-    if (Y == 1 || run->aim.kind == TASK_CLASSIFICATION) {
-        mean_metrics(mean, run->aim.kind, out, labels, n, Y);
-    } else {  // several units: errors in deviations of the training labels
-        for (size_t k = 0; k < n * Y; k++) out[k] /= run->aim.std[k % Y];
-        for (size_t k = 0; k < n * Y; k++) labels[k] /= run->aim.std[k % Y];
-        for (int k = 0; k < METRICS; k++) mean[k] = 0;
-        for (size_t y = 0; y < Y; y++) {
-            double one[METRICS];
-            task_metrics(one, run->aim.kind, out, labels, n, Y, y);
-            for (int k = 0; k < METRICS; k++) mean[k] += one[k] / (double)Y;
-        }
+    for (int k = 0; k < METRICS; k++) mean[k] = 0;
+    for (size_t y = 0; y < Y; y++) {
+        task_metrics(one, run->aim.kind, out, labels, n, Y, y);
+        for (int k = 0; k < METRICS; k++)
+            if (!isnan(one[k])) mean[k] += one[k], count[k] += 1;
     }
-    molecule_free(&m);
+    for (int k = 0; k < METRICS; k++) mean[k] = count[k] > 0 ? mean[k] / count[k] : (double)NAN;
     free(out);
     free(labels);
-}
-
-static void print_metrics(const char *what, const double metric[METRICS]) {
-    printf("%s:", what);
-    for (int k = 0; k < METRICS; k++)
-        if (!isnan(metric[k])) printf("  %s %.6f", METRIC_NAMES[k], metric[k]);
-    printf("\n");
 }
 
 // ---- saving and resuming
@@ -948,7 +942,9 @@ static void log_write(Run *run) {
     for (; run->shown < end; run->shown++) {
         const float *row = (run->tuning ? run->history : run->log) + run->shown * n;
         fprintf(run->csv, "%lld", (long long)run->shown + 1);
-        for (int64_t k = 0; k < n; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
+        for (int64_t k = 0; k < n; k++)
+            if (run->tuning && !run->judged && k == EPOCH_VALID) fprintf(run->csv, ",");
+            else fprintf(run->csv, ",%.6g", (double)row[k]);
         fprintf(run->csv, "\n");
     }
     CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
@@ -1047,8 +1043,8 @@ static void run_open(Run *run, const char *train_path, int64_t batch) {
     if (!opt.batch) opt.batch = n < batch ? n : batch;
     if (!opt.valid) opt.valid = sibling(train_path, "valid");
     if (!opt.test && run->tuning) opt.test = sibling(train_path, "test");
-    if (opt.valid) dataset_open(&run->valid, opt.valid);
-    if (opt.test) dataset_open(&run->test, opt.test);
+    dataset_open_part(&run->valid, opt.valid);
+    dataset_open_part(&run->test, opt.test);
     opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
     run->s.method = opt.method;
     if (!run->tuning) run->s.method.dropout = 0;
@@ -1143,19 +1139,20 @@ static void finetune_after_step(Run *run, int terminal) {
     double mean[LOG_COLUMNS], metric[METRICS];
     int number = run->aim.kind == TASK_CLASSIFICATION ? METRIC_AUC : METRIC_MAE;
     float *row = run->history + run->epochs * EPOCH_COLUMNS, *last = row - EPOCH_COLUMNS;
-    data_metrics(metric, run, &run->valid, 0);
+    data_metrics(metric, run, &run->valid, OF_CHOICE);
     rows_mean(mean, run->log, LOG_COLUMNS, (epoch - 1) * n / opt.batch, run->done);
-    float valid = (float)metric[number], best = NAN;
+    float valid = (float)(run->judged ? metric[number] : mean[TERM_TOTAL]), best = NAN;
     if (run->epochs) best = run->history[(int)(last[EPOCH_BEST] - 1) * EPOCH_COLUMNS + EPOCH_VALID];
-    int better = isnan(best) || (number == METRIC_AUC ? valid > best : valid < best);
+    int more = run->judged && number == METRIC_AUC;
+    int better = isnan(best) || (more ? valid > best : valid < best);
     row[EPOCH_LOSS] = (float)mean[TERM_TOTAL];
     row[EPOCH_VALID] = valid;
     row[EPOCH_BEST] = better ? (float)epoch : last[EPOCH_BEST];
     run->epochs++;
     if (better) memcpy(run->best, run->s.model.params, sizeof(float) * run->s.model.count);
     if (terminal) fprintf(stderr, "\r\033[K");
-    printf("%6lld %9.4f %10.4f%s\n", (long long)epoch, mean[TERM_TOTAL], (double)valid,
-           better ? "  best so far" : "");
+    printf("%6lld %9s %10s%s\n", (long long)epoch, number_text(mean[TERM_TOTAL], 4),
+           run->judged ? number_text((double)valid, 4) : "-", better ? "  best so far" : "");
     fflush(stdout);
 }
 
@@ -1241,38 +1238,32 @@ static void command_pretrain(const char *train_path) {
 // The kind of the labels, if --task does not say; their mean and deviation, task by task; and the
 // bias that the head begins with, which is finite for a task of one class too.
 static void label_statistics(Run *run) {
-    size_t Y = (size_t)run->train.n_tasks;
-    int classes = 1;
-    double *sum = xmalloc(3 * Y, sizeof *sum), *square = sum + Y, *count = square + Y;
-    Molecule m = {0};
-    for (size_t i = 0; i < run->train.count; i++) {
-        dataset_read(&run->train, i, &m);
-        for (size_t y = 0; y < Y; y++) {
-            double label = (double)m.labels[y];
-            if (isnan(label)) continue;
-            classes &= label >= 1 ? label <= 1 : label >= 0 && label <= 0;
-            sum[y] += label;
-            square[y] += label * label;
-            count[y] += 1;
-        }
+    const Dataset *data = &run->train;
+    size_t Y = (size_t)data->n_tasks, n = data->count * Y, other = 0;
+    float *labels = dataset_labels(data);
+    for (size_t k = 0; k < n; k++) {
+        CHECK(!(fabsf(labels[k]) > (float)LABEL_MAX), "%s: molecule %zu: task %s: label %g is "
+              "beyond range; expected at most %g", data->path, k / Y, data->task_names[k % Y],
+              (double)labels[k], LABEL_MAX);
+        other += !isnan(labels[k]) && labels[k] != 0 && labels[k] != 1;
     }
-    if (!opt.task) opt.task = KIND_NAMES[!classes];
+    if (!opt.task) opt.task = KIND_NAMES[other > 0];
     run->aim.kind = (TaskKind)name_index("--task", opt.task, KIND_NAMES);
-    CHECK(classes || run->aim.kind == TASK_REGRESSION,
-          "%s: expected labels 0 and 1 for --task classification", run->train.path);
+    int classes = run->aim.kind == TASK_CLASSIFICATION;
+    CHECK(!classes || other == 0, "%s: expected labels 0 and 1 for --task classification",
+          data->path);
     for (size_t y = 0; y < Y; y++) {
-        CHECK(count[y] > 0, "%s: task %s has no labels", run->train.path,
-              run->train.task_names[y]);
-        double mean = sum[y] / count[y], variance = square[y] / count[y] - mean * mean;
-        int spread = run->aim.kind == TASK_REGRESSION && variance > 1e-12 * (1 + mean * mean);
-        run->statistics[y] = run->aim.kind == TASK_REGRESSION ? (float)mean : 0;
-        run->statistics[Y + y] = spread ? (float)sqrt(variance) : 1;
-        mean = fmin(fmax(mean, 0.5 / count[y]), 1 - 0.5 / count[y]);
-        run->statistics[2 * Y + y] =
-            run->aim.kind == TASK_CLASSIFICATION ? (float)log(mean / (1 - mean)) : 0;
+        LabelSummary s = label_summary(labels, data->count, Y, y);
+        CHECK(s.count > 0, "%s: task %s has no labels", data->path, data->task_names[y]);
+        if (s.deviation <= 0)
+            fprintf(stderr, "note    %s: task %s: all labels are %g, there is nothing to learn\n",
+                    data->path, data->task_names[y], s.mean);
+        run->statistics[y] = classes ? 0 : (float)s.mean;
+        run->statistics[Y + y] = classes || s.deviation <= 0 ? 1 : (float)s.deviation;
+        double ones = fmin(fmax(s.mean, 0.5 / s.count), 1 - 0.5 / s.count);
+        run->statistics[2 * Y + y] = classes ? (float)log(ones / (1 - ones)) : 0;
     }
-    molecule_free(&m);
-    free(sum);
+    free(labels);
 }
 
 static void command_finetune(const char *train_path) {
@@ -1283,11 +1274,15 @@ static void command_finetune(const char *train_path) {
           "epoch by");
     CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
     dataset_same_tasks(&run.train, &run.valid);
-    if (opt.test) dataset_same_tasks(&run.train, &run.test);
+    if (run.test.data) dataset_same_tasks(&run.train, &run.test);
     run.statistics = xmalloc(3 * Y, sizeof *run.statistics);
     run.aim.mean = run.statistics;
     run.aim.std = run.statistics + Y;
     label_statistics(&run);
+    float *labels = dataset_labels(&run.valid);
+    run.judged = labels_judge(labels, &run.valid, "no say in the choice of an epoch",
+                              "the training loss chooses the epoch") > 0;
+    free(labels);
     Shape c = option_shape();
     int use_3d = name_index("--encoder", opt.encoder, ENCODER_NAMES);
     if (run.file.path || opt.init) {  // a resumed run has its sizes in its state
@@ -1326,10 +1321,12 @@ static void command_finetune(const char *train_path) {
     memcpy(run.s.model.params, run.best, sizeof(float) * run.s.model.count);
     const Dataset *last = run.test.count ? &run.test : &run.valid;
     double metric[METRICS];
-    data_metrics(metric, &run, last, 0);
-    print_metrics(run.test.count ? "test" : "valid", metric);
-    data_metrics(metric, &run, last, 1);
-    print_metrics("by chance (the training mean for all)", metric);
+    data_metrics(metric, &run, last, OF_MODEL);
+    printf("%s:", run.test.count ? "test" : "valid");
+    print_metrics(stdout, metric);
+    data_metrics(metric, &run, last, OF_CHANCE);
+    printf("by chance (the training mean for all):");
+    print_metrics(stdout, metric);
     printf("wrote %s, %s\n", opt.output, run.log_path);
     run_close(&run);
 }

@@ -1135,6 +1135,33 @@ static void test_program(void) {
                "conformers are no SD file");
 }
 
+// Labels of any scale, validation sets that cannot judge, parts that are empty.
+static void test_judging(void) {
+    static const struct { const char *command, *expected; } rows[] = {
+        {"{ echo smiles,a,b,kd,set; i=0; for s in C CC CCC CCO CCN CCCC CCCO CCCN; do i=$((i+1)); "
+         "echo $s,$((i%2)),$((i/2%2)),$((i%3+9))e-9,train; echo $s,1,,9e-9,valid; done; } > "
+         "build/sdej.csv; ./data_prep --labels a,b --split-by column:set -o 'build/sdej.{}.bin' "
+         "build/sdej.csv && ./data_prep --labels kd --split-by column:set -o 'build/sdek.{}.bin' "
+         "build/sdej.csv", "test            0 molecules"},
+        {SDE " finetune build/sdej.train.bin --epochs 3 -o build/sdej.safetensors --dim 16",
+         "build/sdej.valid.bin: 2 of 2 tasks have no labels or all the same, first a: the training"},
+        {"awk -F, 'NR > 1 { bad += $3 != \"\" } END { print NR bad }' build/sdej.log.csv", "40"},
+        {SDE " finetune build/sdek.train.bin --valid build/sdek.train.bin --epochs 30 --lr 1e-2 "
+         "--dim 16 -o build/sdej.safetensors", "e-10  R2"},
+        {SDE " predict build/sdek.train.bin --model build/sdej.safetensors | awk -F, 'NR > 1 { s "
+         "+= $2 > 8e-9 && $2 < 12e-9 } END { print s \" within\" }'", "8 within"},
+        {SDE " finetune build/sdek.train.bin --test build/sdej.test.bin --epochs 1 --dim 16 -o "
+         "build/sdej.safetensors", "build/sdej.test.bin: the dataset is empty and is left out"},
+    };
+    for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
+        int code = run_command("{ %s; } > build/sde.out 2>&1", rows[k].command);
+        int said = run_command("grep -q -e '%s' build/sde.out", rows[k].expected) == 0;
+        int nan = run_command("grep -qi '[^a-z]nan[^a-z]' build/sde.out") == 0;
+        test_check(code == 0 && said && !nan, "%s: exit code %d, expected \"%s\" and no NaN",
+                   rows[k].command, code, rows[k].expected);
+    }
+}
+
 // What is refused, and how.
 static void test_messages(void) {
     static const struct { const char *args, *message; } rows[] = {
@@ -1205,7 +1232,7 @@ int main(int argc, char **argv) {
         {"SchNet", test_schnet}, {"contrast", test_contrast}, {"2D -> 3D", test_to3d},
         {"3D -> 2D", test_to2d}, {"model", test_model}, {"fine-tuning head", test_head},
         {"rotation", test_rotation}, {"permutation", test_permutation}, {"shapes", test_shapes},
-        {"program", test_program}, {"messages", test_messages}, {"golden file", test_bundled}};
+        {"program", test_program}, {"judging", test_judging}, {"messages", test_messages}, {"golden file", test_bundled}};
     int only = argc > 2 && strcmp(argv[1], "--golden") == 0;
     for (int i = 2; i < argc && only; i++) test_golden(argv[i], 1);
     for (size_t k = 0; k < sizeof tests / sizeof tests[0] && !only; k++) {
