@@ -4206,7 +4206,7 @@ static void convert_source(Source *s, Conversion *c, Output *out, Worker *worker
         if (!out->open) {  // the tasks are known now
             sum->labelled = xmalloc((size_t)c->n_tasks, 1);
             char *name = xprintf("%s.records", c->opt->output);
-            if (out->n_parts > 1) out_open(&out->pool.file, name);
+            if (out->n_parts > 1) pool_open(&out->pool, name);
             else dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
             out->open = 1;
             free(name);
@@ -4300,6 +4300,21 @@ static void check_options(int n_inputs) {
           "-o: {} stands for a part's name; give --split too");
 }
 
+// Notes all inputs, then finds out whether the outputs can be written, before anything is.
+static void claim_files(const char *const *inputs, int n_inputs, int n_parts) {
+    const PrepOptions *o = &prep_opt;
+    for (int k = 0; k < n_inputs; k++) files_input(inputs[k]);
+    files_input(o->labels_from);
+    files_input(o->skip_list);
+    if (strncmp(o->split_by, "file:", 5) == 0) files_input(o->split_by + 5);
+    for (int p = 0; p < n_parts; p++) {
+        char *path = n_parts > 1 ? part_path(o->output, PART_NAMES[p]) : xprintf("%s", o->output);
+        out_probe(path, DATASET_BEGINS);
+        free(path);
+    }
+    if (o->rejects) files_output(o->rejects);
+}
+
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
     program_begin(argv);
@@ -4326,14 +4341,15 @@ int main(int argc, char **argv) {
     if (prep_opt.skip_list) table_open(&c.skips, prep_opt.skip_list, 1);
     c.want_keys = out.n_parts > 1 && (c.part_column || c.parts.n_rows ||
                                       strcmp(prep_opt.split_by, "scaffold") == 0);
+    claim_files(inputs, n_inputs, out.n_parts);
     Worker *workers = xmalloc((size_t)thread_count(), sizeof *workers);
     static Record records[CHUNK_RECORDS];
     static Outcome outcomes[CHUNK_RECORDS];
     Summary sum = {0};
     name_tasks(&c);
     if (prep_opt.rejects) {
-        out_open(&sum.rejects, prep_opt.rejects);
-        fprintf(sum.rejects.file, "record,name,line,reason\n");
+        out_open(&sum.rejects, prep_opt.rejects, REJECTS_BEGIN);
+        fputs(REJECTS_BEGIN, sum.rejects.file);
     }
     signals_catch();
     for (int k = 0; k < n_inputs; k++) {
@@ -4361,6 +4377,6 @@ int main(int argc, char **argv) {
     free(sum.labelled);
     free(workers);
     free(inputs);
-    return 0;
+    mb_exit(EXIT_SUCCESS);
 }
 #endif

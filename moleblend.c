@@ -3609,6 +3609,8 @@ static char *run_meta(const Run *run, int of_state) {
     return t.text;
 }
 
+#define LOG_BEGINS "step,total,denoise,|seed,epoch,loss,valid "
+
 // Adds the rows to the CSV that it has not yet: of fine-tuning an epoch each, else a step each.
 static void log_write(Run *run) {
     int64_t end = run->s.task ? run->epochs : run->done;
@@ -3763,10 +3765,10 @@ static void run_open(Run *run, const char *train_path) {
     run->log_path = path_with(opt.output, ".safetensors", ".log.csv");
     if (my_rank == 0) {
         char *lock = xprintf("%s.run", opt.output);
-        out_probe(opt.output);
-        out_probe(run->state_path);
-        out_probe(run->log_path);
-        out_open(&run->lock, lock);
+        out_probe(opt.output, TENSORS_BEGIN);
+        out_probe(run->state_path, TENSORS_BEGIN);
+        out_probe(run->log_path, LOG_BEGINS);
+        out_open(&run->lock, lock, NULL);
         free(lock);
     }
     if (opt.resume) run_open_state(run);
@@ -4111,6 +4113,10 @@ int main(int argc, char **argv) {
     check_options();
     if (!opt.valid && command->bit & TRAIN) opt.valid = sibling(words[0], "valid");
     if (!opt.test && command->bit & FINETUNE) opt.test = sibling(words[0], "test");
+    CHECK(!(command->bit & TRAIN) || strcmp(opt.output, "-") != 0, "-o: expected a file");
+    const char *const files[] = {words[0], opt.valid, opt.test, opt.init, opt.model};
+    for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
+    for (int k = 0; k < n_models; k++) files_input(command->bit == PREDICT ? models[k] : NULL);
     if (command->bit & TRAIN) ranks_begin();
     threads_set(opt.threads);
     switch (command->bit) {

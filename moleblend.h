@@ -106,10 +106,11 @@ static inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
 // There is no other way out of a program that failed.
 // =================================================================================================
 
-// A file being written: `tmp` until out_commit() renames it to `path`.
+// A file being written: `tmp` until out_commit() renames it to `target`, which is `path` or what
+// that leads to as a symbolic link.
 typedef struct OutFile {
     FILE *file;
-    char *path, *tmp;
+    char *path, *target, *tmp;
     struct OutFile *next;  // list of unfinished outputs, see mb_unfinished
 } OutFile;
 
@@ -389,7 +390,7 @@ static inline void molecule_free(Molecule *m) {
 // dataset larger than memory opens at once and damage is still found before it is used.
 // =================================================================================================
 
-static const char DATASET_MAGIC[8] = {'M', 'O', 'L', 'B', 'L', 'E', 'N', 'D'};
+#define DATASET_BEGINS "MOLBLEND"
 enum { DATASET_VERSION = 2, DATASET_HEADER = 64, RECORD_HEADER = 12 };
 enum { PREP_LARGEST_FRAGMENT = 1 };  // flags: only the largest fragment of each record
 
@@ -540,8 +541,9 @@ static inline void dataset_create(DatasetWriter *w, const char *path, int n_task
         w->head = xrealloc(w->head, w->head_size += 2 + length, 1);
         memcpy(put_u16(w->head + at, (uint32_t)length), task_names[t], length);
     }
-    out_open(&w->out, path);
-    out_write(&w->out, w->head, w->head_size);  // a placeholder; dataset_finish() fills it in
+    out_open(&w->out, path, DATASET_BEGINS);
+    memcpy(w->head, DATASET_BEGINS, 8);
+    out_write(&w->out, w->head, w->head_size);  // of version 0, until dataset_finish()
     w->offset = w->head_size;
 }
 
@@ -590,7 +592,6 @@ static inline void dataset_finish(DatasetWriter *w) {
     out_write(&w->out, w->skips.text, w->skips.length);
     out_write(&w->out, w->index, 12 * w->count);
     out_write(&w->out, end, 12);
-    memcpy(w->head, DATASET_MAGIC, 8);
     put_u32(w->head + 8, DATASET_VERSION);
     put_u32(w->head + 12, (uint32_t)w->n_tasks);
     put_u64(w->head + 16, w->count);
@@ -640,7 +641,7 @@ static inline void dataset_open(Dataset *d, const char *path) {
     *d = (Dataset){.path = path};
     d->data = file_bytes(path, &d->size);
     const uint8_t *h = d->data;
-    CHECK(d->size >= DATASET_HEADER && memcmp(h, DATASET_MAGIC, 8) == 0,
+    CHECK(d->size >= DATASET_HEADER && memcmp(h, DATASET_BEGINS, 8) == 0,
           "%s: not a dataset file (expected one made by data_prep)", path);
     CHECK(get_u32(h + 8) == DATASET_VERSION, "%s: expected format version %d, found %u; make it "
           "again with data_prep", path, DATASET_VERSION, (unsigned)get_u32(h + 8));

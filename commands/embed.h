@@ -8,6 +8,8 @@ typedef struct {
     size_t rows;          // written
 } Embedding;
 
+#define NAMES_BEGIN "row,rows,record,name\n"
+
 // Begins an array in NumPy's format: (rows, columns), or (rows) if columns is 0.
 static void npy_begin(OutFile *out, const char *path, const char *type, size_t rows,
                       size_t columns) {
@@ -17,7 +19,7 @@ static void npy_begin(OutFile *out, const char *path, const char *type, size_t r
              type, rows, second);
     int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
     const uint8_t magic[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (uint8_t)length, 0};
-    out_open(out, path);
+    out_open(out, path, NPY_BEGINS);
     out_write(out, magic, 10);
     out_write(out, header, (size_t)length);
 }
@@ -78,8 +80,8 @@ static void command_embed(const char *path) {
     char *names = path_with(opt.output, ".npy", ".csv");
     char *index = path_with(opt.output, ".npy", ".index.npy");
     npy_begin(&e.out, opt.output, "<f4", rows, (size_t)c.dim);
-    if (files) out_open(&e.names, names);
-    if (files) fprintf(e.names.file, "row,rows,record,name\n");
+    if (files) out_open(&e.names, names, NAMES_BEGIN);
+    if (files) fputs(NAMES_BEGIN, e.names.file);
     if (atoms) npy_begin(&e.index, index, "<u4", rows, 0);
     e.row = xmalloc((size_t)c.dim, sizeof *e.row);
     signals_catch();

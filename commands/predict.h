@@ -114,7 +114,7 @@ static void command_predict(const char *path, const char *const *models, int n_m
     Molecule m = {0};
     CHECK(n_models > 0, "--model: expected a checkpoint, or several");
     for (int k = 0; k < n_models; k++) predict_add(&all, path, models[k]);
-    out_open(&file, opt.output);
+    out_open(&file, opt.output, "record,name,");
     fprintf(file.file, "record,name");
     for (int y = 0; y < all.tasks; y++)
         for (int k = 0; k < 3; k++) {

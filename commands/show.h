@@ -158,7 +158,7 @@ static void command_show(const char *path, const char *index_text) {
            m.n_bonds, m.has_pos ? "3D" : "2D only");
     Canvas canvas = {.colour = isatty(1) && !getenv("NO_COLOR")};
     if (opt.svg) {
-        out_open(&svg, opt.svg);
+        out_open(&svg, opt.svg, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 ");
         canvas.svg = svg.file;
         fprintf(svg.file, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" "
                 "font-family=\"monospace\" font-size=\"12\" text-anchor=\"middle\">\n<style>.title "

@@ -35,6 +35,8 @@ static inline void option_store(const Option *o, const char *text) {
     char *end = NULL;
     errno = 0;
     if (o->kind == OPT_TEXT) {
+        CHECK(*text || strncmp(o->argument, "FILE", 4) != 0, "%s: expected a file, found \"\"",
+              o->name);
         *(const char **)o->value = text;
     } else if (o->kind == OPT_INT) {
         long long v = strtoll(text, &end, 10);

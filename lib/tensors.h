@@ -287,6 +287,10 @@ typedef struct {
     const float *data;
 } TensorOut;
 
+// How files of tensor_file_write() begin, and our arrays in NumPy's format, see check_ours().
+#define TENSORS_BEGIN "????????{\"__metadata__\":{\"moleblend"
+#define NPY_BEGINS "\x93NUMPY????{'descr': '<?4', 'fortran_order': False, 'shape': ("
+
 // Writes n float32 tensors. meta: a JSON object, not empty, of the metadata.
 static inline void tensor_file_write(const char *path, const TensorOut *tensors, size_t n,
                                      const char *meta) {
@@ -307,7 +311,7 @@ static inline void tensor_file_write(const char *path, const TensorOut *tensors,
     OutFile out;
     uint8_t length[8];
     char digits[9];
-    out_open(&out, path);
+    out_open(&out, path, TENSORS_BEGIN);
     put_u64(length, head.length);
     out_write(&out, length, 8);
     out_write(&out, head.text, head.length);
@@ -367,7 +371,7 @@ static inline void info_tensors(const char *path) {
 static inline void file_info(const char *path) {
     size_t size;
     const uint8_t *bytes = file_bytes(path, &size);
-    int dataset = size >= 8 && memcmp(bytes, DATASET_MAGIC, 8) == 0;
+    int dataset = size >= 8 && memcmp(bytes, DATASET_BEGINS, 8) == 0;
     file_release(bytes, size);
     if (dataset) info_dataset(path);
     else info_tensors(path);

@@ -1032,17 +1032,15 @@ static void run_open(Run *run, const char *train_path, int64_t batch) {
     if (stem > 12 && strcmp(opt.output + stem - 12, ".safetensors") == 0) stem -= 12;
     run->log_path = xprintf("%.*s.log.csv", (int)stem, opt.output);
     char *lock = xprintf("%s.run", opt.output);
-    out_probe(opt.output);
-    out_probe(run->state_path);
-    out_probe(run->log_path);
-    out_open(&run->lock, lock);
+    out_probe(opt.output, TENSORS_BEGIN);
+    out_probe(run->state_path, TENSORS_BEGIN);
+    out_probe(run->log_path, "step,total,contrast,|epoch,loss,valid,best_epoch\n");
+    out_open(&run->lock, lock, NULL);
     free(lock);
     if (opt.resume) run_open_state(run);
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
     if (!opt.batch) opt.batch = n < batch ? n : batch;
-    if (!opt.valid) opt.valid = sibling(train_path, "valid");
-    if (!opt.test && run->tuning) opt.test = sibling(train_path, "test");
     dataset_open_part(&run->valid, opt.valid);
     dataset_open_part(&run->test, opt.test);
     opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
@@ -1398,7 +1396,7 @@ static void command_embed(const char *path) {
              run.test.count, run.s.shape.dim);
     int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
     const uint8_t magic[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (uint8_t)length, 0};
-    out_open(&out, opt.output);
+    out_open(&out, opt.output, NPY_BEGINS);
     out_write(&out, magic, 10);
     out_write(&out, header, (size_t)length);
     signals_catch();
@@ -1459,7 +1457,7 @@ static void command_generate(const char *path, const char *index_text) {
     CHECK(m->n_atoms <= 999 && m->n_bonds <= 999, "molecule %llu: too large for an SD file", index);
     size_t n = 3 * s->mols.A, row = 3 * (size_t)m->n_atoms;
     float *z = xmalloc(3 * n, sizeof *z), *mean = z + 2 * n;
-    out_open(&out, opt.output);
+    out_open(&out, opt.output, "*\n  moleculesde conformer ");
     signals_catch();
     s->no_pairs = 1;
     buffers_layout(s);
@@ -1617,7 +1615,12 @@ int main(int argc, char **argv) {
     CHECK(n_words == COMMANDS[command].words, "expected ./moleculesde/moleculesde %s%s; see --help",
           named ? xprintf("%s ", COMMANDS[command].name) : "", COMMANDS[command].usage);
     CHECK(opt.steps < UINT32_MAX, "--steps: too many");
+    if (!opt.valid && bit & TRAIN) opt.valid = sibling(words[0], "valid");
+    if (!opt.test && bit & FINETUNE) opt.test = sibling(words[0], "test");
     if (!opt.output) opt.output = COMMANDS[command].output;
+    CHECK(!(bit & TRAIN) || strcmp(opt.output, "-") != 0, "-o: expected a file");
+    const char *const files[] = {words[0], opt.valid, opt.test, opt.init, opt.model};
+    for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
     threads_set(opt.threads);
     switch (bit) {
         case PRETRAIN: command_pretrain(words[0]); break;

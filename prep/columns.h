@@ -205,6 +205,8 @@ typedef struct {
     char *example[EXAMPLES];
 } Reason;
 
+#define REJECTS_BEGIN "record,name,line,reason\n"
+
 typedef struct {
     Reason reasons[32];
     int n_reasons;

@@ -11,6 +11,13 @@ typedef struct {
     size_t count, room;
 } Pool;
 
+#define POOL_BEGINS "records of data_prep\n"
+
+static void pool_open(Pool *p, const char *path) {
+    out_open(&p->file, path, POOL_BEGINS);
+    out_write(&p->file, POOL_BEGINS, sizeof POOL_BEGINS - 1);
+}
+
 // Appends a record and, for scaffold splits, its key.
 static void pool_append(Pool *p, const uint8_t *record, size_t size, uint32_t number,
                         const ScaffoldKey *key) {
@@ -113,7 +120,8 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
     size_t room = 0, size;
     CHECK(fflush(pool->file.file) == 0, "%s: write failed: %s", pool->file.tmp, strerror(errno));
     FILE *in = fopen(pool->file.tmp, "rb");
-    CHECK(in, "%s: cannot read: %s", pool->file.tmp, strerror(errno));
+    CHECK(in && fseek(in, sizeof POOL_BEGINS - 1, SEEK_SET) == 0, "%s: cannot read: %s",
+          pool->file.tmp, strerror(errno));
     for (int p = 0; p < n_parts; p++) {
         char *path = part_path(pattern, PART_NAMES[p]);
         dataset_create(&writers[p], path, c->n_tasks, c->task_names);

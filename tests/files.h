@@ -7,6 +7,7 @@ static void write_test_dataset(const char *path, int n, int moved) {
     DatasetWriter w;
     Molecule m = {0};
     uint8_t *record = NULL;
+    remove(path);  // a test may have damaged it
     dataset_create(&w, path, 2, tasks);
     for (int i = 0; i < n; i++) {
         random_molecule(&m, 1 + i * 5 % 23, 1 + i % 2, i % 7 != 3, (uint32_t)i);

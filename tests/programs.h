@@ -364,7 +364,7 @@ static void load_damaged(void *argument) {
     const Model *model = argument;
     Model again;
     TensorFile f;
-    tensor_file_open(&f, "build/test_bad.bin");
+    tensor_file_open(&f, "build/test_flip.bin");
     model_create(&again, tensor_file_config(&f), 1);
     model_load(&again, again.params, &f, "");
     model_load(&again, again.m, &f, "exp_avg.");
@@ -387,14 +387,15 @@ static void test_flips(void) {
     model_init(&model, 3);
     for (size_t k = 0; k < model.count; k++) model.m[k] = 0.5f;
     float *const arenas[ARENAS] = {model.params, model.m, model.v};
-    model_write("build/test_bad.bin", &model, arenas, &(TensorOut){"log", 2, 2, log}, 1,
+    remove("build/test_flip.bin");  // damaged by an earlier test
+    model_write("build/test_flip.bin", &model, arenas, &(TensorOut){"log", 2, 2, log}, 1,
                 "{\"step\":\"2\"}");
     test_check(run_apart(load_damaged, &model) == 0, "the state without damage is read");
-    char *bytes = file_text("build/test_bad.bin", &n);
+    char *bytes = file_text("build/test_flip.bin", &n);
     for (size_t k = 0; k < 560; k++, tried++) {
         size_t bit = k < 416 ? k : rng_bits(1, 71, 0, 0, (uint32_t)k) % (8 * n);
         bytes[bit / 8] = (char)(bytes[bit / 8] ^ 1 << bit % 8);
-        write_bytes("build/test_bad.bin", bytes, n);
+        write_bytes("build/test_flip.bin", bytes, n);
         bytes[bit / 8] = (char)(bytes[bit / 8] ^ 1 << bit % 8);
         int code = run_apart(load_damaged, &model);
         refused += code == 1;
@@ -433,10 +434,6 @@ static void test_machine(void) {
         {"./data_prep --dump build/test_train.bin > /dev/full", 1,
          "data_prep: standard output: write failed"},
         {"./data_prep --help > /dev/full", 1, "data_prep: standard output: write failed"},
-        // and behind an output
-        {"ln -sf /dev/full build/test_full.bin.tmp; timeout 9 ./data_prep -o build/test_full.bin "
-         "data/ethanol.sdf; c=$?; rm build/test_full.bin.tmp; exit $c", 1,
-         "build/test_full.bin.tmp: cannot write"},
         {"./data_prep -o build/test_c.bin data/sample.sdf <&- 2>&- && ./moleblend info "
          "build/test_c.bin", 0, "dataset, 2000 molecules"},
         // files that are none
