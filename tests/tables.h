@@ -15,7 +15,7 @@ static void test_preparation(void) {
                "--valid build/l.bin --size tiny --epochs 1 -o build/l.safetensors", 0, "ROC-AUC");
     test_command("./moleblend predict build/t.bin --model build/l.safetensors", 0,
                  "made without --largest-fragment, what the model learnt from with it");
-    test_command("./moleblend embed build/t.bin --model build/l.safetensors -o build/t.npy", 0,
+    test_command("./moleblend embed build/t.bin --model build/l.safetensors -o build/tv.npy", 0,
                  "made without --largest-fragment, what the model learnt from with it");
     test_command("./moleblend predict build/l.bin --model build/l.safetensors 2> build/t.err; "
                  "grep -c largest build/t.err; echo", 0, "0\n");
