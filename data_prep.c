@@ -240,6 +240,7 @@ typedef struct {
     uint8_t unknown_stereo; // a wavy bond began here
     uint8_t first_of_fragment;  // opens a SMILES or follows a dot
     uint8_t ring_stereo;    // its stereo depends on another centre of the same ring system
+    uint8_t tag;            // its chirality for --stereo invariant
     char cip;               // 'R', 'S' or 0: not a centre with four different neighbours
     uint16_t isotope;
     uint16_t explicit_h;    // hydrogens that belong to the atom as written ([nH], valence fields)
@@ -277,6 +278,7 @@ typedef struct {
     int *atom_rings;        // number of rings an atom is in
     RingList rings;
     int has_xyz, is_3d, wedged;
+    int stereo;             // one of TAG_KINDS
     int any_aromatic;       // 0: no atom or bond is, no need to look
     int had_aromatic;       // the input had some
     Arena arena;
@@ -3655,6 +3657,70 @@ static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
     return special;
 }
 
+// ---- tags that no order of atoms decides (--stereo invariant): CW and CCW as if neighbours were
+//   listed from the highest to the lowest rank, a hydrogen or lone pair behind them: CW is R, as far
+//   as these ranks are those of CIP. Where two tie (cis and trans on a ring), each in turn is put
+//   above the other. That settles other tied centres too, which are then like this one (both CW, or
+//   both CCW) or not. If the two ways differ in what is like, that with more likes counts, from the
+//   highest rank down: mirror images come out mirrored. If not, this centre lies in a mirror plane,
+//   and CW says that the highest of the others is like it. Unspecified remain ties that no other
+//   tied centre breaks, of three neighbours (cages) or of two pairs (spiro atoms), which would take
+//   a search through all symmetries; and PH with two neighbours, of which RDKit loses the tag.
+
+// The chirality of atom i relative to ranks; if some neighbours tie, minus how many pairs of them
+// do, one of which is *pair.
+static int chirality_by_rank(const ChemMol *m, int i, const int *rank, int pair[2]) {
+    int tag = m->atoms[i].chirality, ties = 0;
+    for (Link *p = m->first[i]; p < m->first[i + 1]; p++)
+        for (Link *q = p + 1; q < m->first[i + 1]; q++) {
+            if (rank[p->atom] < rank[q->atom]) tag = invert_chirality(tag);
+            if (rank[p->atom] == rank[q->atom]) pair[0] = p->atom, pair[1] = q->atom, ties++;
+        }
+    return ties ? -ties : tag;
+}
+
+// Puts neighbour j of the tied centre i above its equal; *own: the chirality of i then. Returns for
+// each rank how many more of the other tied centres are like i than unlike.
+static int *break_tie(ChemMol *m, int i, int j, const int *tied, int n_tied, const int *rank,
+                      int *own) {
+    CipEntry *entries = arena_take(&m->arena, (size_t)m->n_atoms, sizeof *entries);
+    int *like = arena_ints(&m->arena, m->n_atoms), *refined = arena_ints(&m->arena, m->n_atoms);
+    for (int k = 0; k < m->n_atoms; k++) entries[k].value = 4ll * rank[k] + 2 * (k == j) + (k == i);
+    refine_cip_ranks(m, entries, refined);
+    *own = chirality_by_rank(m, i, refined, (int[2]){0});
+    for (int k = 0; k < n_tied; k++) {
+        int tag = tied[k] == i ? -1 : chirality_by_rank(m, tied[k], refined, (int[2]){0});
+        if (tag > 0) like[refined[tied[k]]] += tag == *own ? 1 : -1;
+    }
+    return like;
+}
+
+// Sets the atoms' tags, before RDKit's false centres are dropped: which of those on rings are, the
+// order of atoms decides.
+static void state_chirality(ChemMol *m, const int *rank) {
+    int n = m->n_atoms, n_tied = 0, *tied = arena_ints(&m->arena, n), pair[2], own[2];
+    for (int i = 0; i < n; i++) {
+        ChemAtom *a = &m->atoms[i];
+        int degree = mol_degree(m, i), tag = is_nontetrahedral(a) ? a->chirality : CHI_NONE;
+        if (a->chirality && !tag && (degree == 3 || degree == 4) && is_possible_centre(m, i))
+            tag = chirality_by_rank(m, i, rank, pair);
+        if (tag == -1 && m->atom_rings[i] && mol_degree(m, pair[0]) > 1) tied[n_tied++] = i;
+        a->tag = (uint8_t)max_int(tag, CHI_NONE);
+    }
+    if (n_tied == 1 || (int64_t)n_tied * n > 50000) return;  // of more it would take too long
+    for (int k = 0; k < n_tied; k++) {
+        uint8_t *tag = &m->atoms[tied[k]].tag;
+        int r = n - 1, *like[2];
+        chirality_by_rank(m, tied[k], rank, pair);
+        for (int w = 0; w < 2; w++)
+            like[w] = break_tie(m, tied[k], pair[w], tied, n_tied, rank, &own[w]);
+        while (r > 0 && like[0][r] == like[1][r]) r--;
+        if (like[0][r] != like[1][r]) *tag = (uint8_t)own[like[0][r] < like[1][r]];
+        else for (r = n - 1; r >= 0 && !*tag; r--)
+            if (like[0][r]) *tag = like[0][r] > 0 ? CHI_CW : CHI_CCW;
+    }
+}
+
 // ---- the whole
 
 // Clears what cannot be stereo; returns whether there is a double bond with directions beside it.
@@ -3715,6 +3781,7 @@ static void assign_stereo(ChemMol *m) {
         changed = changed && (atoms || bonds) && spend(&m->arena, m->n_atoms);
         if (changed) next_cip_ranks(m, rank);
     } while (changed);
+    if (m->stereo == TAGS_INVARIANT) state_chirality(m, rank);
     const uint8_t *special = find_ring_stereo(m, rank);
     for (int i = 0; i < m->n_atoms; i++)
         if (!special[i] || !m->atoms[i].ring_stereo) drop_false_centre(m, i);
@@ -3838,7 +3905,7 @@ static uint8_t index_or_misc(int value, int last) {
 static void atom_features(const ChemMol *m, int i, uint8_t *f) {
     const ChemAtom *a = &m->atoms[i];
     f[0] = index_or_misc(a->z - 1, 118);
-    f[1] = index_or_misc(a->chirality, 4);
+    f[1] = index_or_misc(m->stereo == TAGS_RDKIT ? a->chirality : a->tag, 4);
     f[2] = index_or_misc(total_degree(m, i), 11);
     f[3] = index_or_misc(a->charge + 5, 11);
     f[4] = index_or_misc(atom_hydrogens(a), 9);
@@ -4222,7 +4289,7 @@ static void convert_source(Source *s, Conversion *c, Output *out, Worker *worker
 #ifndef DATA_PREP_TEST
 
 static PrepOptions prep_opt = {.split_by = "scaffold", .labels_by = "title", .max_reject = 100,
-                               .orient = "keep", .seed = 1,
+                               .orient = "keep", .stereo = "invariant", .seed = 1,
                                .max_atoms = 512};
 
 #define HEADING(text) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, 0}
@@ -4249,6 +4316,7 @@ static const Option PREP_OPTION_TABLE[] = {
     FLAG("--largest-fragment", largest_fragment, "keep only the largest part: no salts, solvents"),
     FLAG("--keep-hydrogens", keep_hydrogens, "keep explicit hydrogen atoms as atoms"),
     TEXT("--orient", orient, "HOW", "keep the frame of the file, or principal: turn to its axes"),
+    TEXT("--stereo", stereo, "HOW", "of chiral tags: invariant, rdkit (the release's), none"),
     HEADING("Splitting"),
     TEXT("--split", split, "0.8,0.1,0.1", "write train, valid, test parts (two numbers: no test); "
          "or counts, 1000,100,rest"),
@@ -4286,6 +4354,8 @@ static void check_options(int n_inputs) {
     CHECK(o->output, "-o: expected the dataset to write; see --help");
     CHECK(strcmp(o->orient, "keep") == 0 || strcmp(o->orient, "principal") == 0,
           "--orient: expected keep or principal, found \"%s\"", o->orient);
+    CHECK(tag_kind(o) < N_TAG_KINDS,
+          "--stereo: expected invariant, rdkit or none, found \"%s\"", o->stereo);
     int given = strncmp(o->split_by, "column:", 7) == 0 || strncmp(o->split_by, "file:", 5) == 0;
     CHECK(given || strcmp(o->split_by, "scaffold") == 0 || strcmp(o->split_by, "random") == 0 ||
           strcmp(o->split_by, "order") == 0, "--split-by: expected scaffold, random, order, "

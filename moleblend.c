@@ -1905,6 +1905,9 @@ static double training_step(double loss[LOSSES], Step *s, size_t B, const Given 
 //   - a path of 11 bonds or more is class 10 (release: 20 and more crash); bonds outside the edge
 //     head's classes are ignored (release: they wrap into other classes);
 //   - the mean read-out divides by the atoms (release: by the padded length);
+//   - chiral tags refer to ranks, so that enantiomers differ and the order of atoms does not matter
+//     (release: RDKit's, which it decides: data_prep --stereo rdkit). Where neighbours tie, as in
+//     cis and trans on a ring, see section 15 of data_prep.c;
 //   - an atom at (0, 0, 0) is an atom (release: padding); molecules without positions use 2D only;
 //   - means and widths of the Gaussians start spread over 0 to 3 (release: an initialisation meant
 //     for other tensors makes all of them alike).
@@ -3084,8 +3087,8 @@ static int is_head(const char *name) {
 
 // Copies what a checkpoint shares with the model: the encoder. Heads are left behind, the new head
 // keeps its initial values, as in the release. Names every other tensor that is missing or extra;
-// one of another shape ends the program.
-static void transfer_load(const Model *model, const char *path, int quiet) {
+// one of another shape ends the program. data: what the model will be trained on.
+static void transfer_load(const Model *model, const char *path, const Dataset *data, int quiet) {
     TensorFile f;
     int loaded = 0, missing = 0;
     tensor_file_open(&f, path);
@@ -3105,6 +3108,7 @@ static void transfer_load(const Model *model, const char *path, int quiet) {
         if (!used[k] && !is_head(f.entries[k].name))
             fprintf(stderr, "%s: tensor %s is not of this model; left behind\n", path,
                     f.entries[k].name);
+    if (!quiet) note_stereo(data, path, tensor_meta(&f, "stereo"));
     if (!quiet)
         fprintf(stderr, "init    %s: %d encoder tensors loaded, %d missing, %d left behind\n", path,
                 loaded, missing, f.count - loaded);
@@ -3586,6 +3590,7 @@ static char *run_meta(const Run *run, int of_state) {
     text_add_meta(&t, "format", "pt");
     for (int k = 0; k < 10; k++) text_add_meta(&t, keys[k], "%lld", values[k]);
     text_add_meta(&t, "run", "%s", options);
+    text_add_meta(&t, "stereo", "%s", run->train.stereo);
     text_add_meta(&t, "largest_fragment", "%u",
                   (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
     for (int y = 0; run->s.task && y < c.tasks; y++) {
@@ -3737,6 +3742,7 @@ static void check_preparation(const Dataset *data, const TensorFile *model) {
     if (then && now != (*then == '1'))
         fprintf(stderr, "note    %s: made with%s --largest-fragment, what the model learnt from %s "
                 "it\n", data->path, now ? "" : "out", now ? "without" : "with");
+    note_stereo(data, model->path, tensor_meta(model, "stereo"));
 }
 
 // Opens the state of the run to be resumed, if there is one, and takes its options.
@@ -3777,6 +3783,8 @@ static void run_open(Run *run, const char *train_path) {
     if (!opt.batch) opt.batch = n < batch ? n : batch;
     dataset_open_part(&run->valid, opt.valid);
     dataset_open_part(&run->test, opt.test);
+    note_stereo(&run->valid, train_path, run->train.stereo);
+    note_stereo(&run->test, train_path, run->train.stereo);
     run->epoch = -1;
     run->scale = 1;
     run->order = xmalloc(run->train.count, sizeof *run->order);
@@ -3951,6 +3959,7 @@ static void pretrain_open(Run *run, const char *train_path) {
         TensorFile f;
         tensor_file_open(&f, opt.init);
         model_load(&run->s.model, run->s.model.params, &f, "");
+        note_stereo(&run->train, opt.init, tensor_meta(&f, "stereo"));
         tensor_file_close(&f);
     }
     run_prepare(run);

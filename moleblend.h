@@ -393,6 +393,12 @@ static inline void molecule_free(Molecule *m) {
 #define DATASET_BEGINS "MOLBLEND"
 enum { DATASET_VERSION = 2, DATASET_HEADER = 64, RECORD_HEADER = 12 };
 enum { PREP_LARGEST_FRAGMENT = 1 };  // flags: only the largest fragment of each record
+enum { PREP_STEREO = 2 };            // flags: it times the kind of the chiral tags
+
+// What CW and CCW of a dataset refer to (data_prep --stereo): the order in which the file lists an
+// atom's neighbours, as in the release; ranks, so that order does not matter; there are none.
+enum { TAGS_RDKIT, TAGS_INVARIANT, TAGS_NONE, N_TAG_KINDS };
+static const char *const TAG_KINDS[N_TAG_KINDS] = {"rdkit", "invariant", "none"};
 
 static inline uint32_t get_u16(const uint8_t *p) { return (uint32_t)p[0] | (uint32_t)p[1] << 8; }
 static inline uint32_t get_u32(const uint8_t *p) { return get_u16(p) | get_u16(p + 2) << 16; }
@@ -616,6 +622,7 @@ typedef struct {
     uint32_t flags;
     int n_tasks, max_atoms, max_bonds;
     char **task_names;    // (n_tasks)
+    const char *stereo;   // one of TAG_KINDS
 } Dataset;
 
 // A record of the input that is not in the dataset.
@@ -657,6 +664,9 @@ static inline void dataset_open(Dataset *d, const char *path) {
     d->max_atoms = (int)get_u32(h + 40);
     d->max_bonds = (int)get_u32(h + 44);
     d->flags = get_u32(h + 56);
+    CHECK(d->flags / PREP_STEREO < N_TAG_KINDS, "%s: flags %u: made by a newer data_prep", path,
+          (unsigned)d->flags);
+    d->stereo = TAG_KINDS[d->flags / PREP_STEREO];
     d->task_names = xmalloc((size_t)d->n_tasks, sizeof *d->task_names);
     size_t at = DATASET_HEADER;
     for (int t = 0; t < d->n_tasks; t++) {
@@ -757,6 +767,15 @@ static inline void dataset_same_tasks(const Dataset *a, const Dataset *b) {
     for (int t = 0; same && t < a->n_tasks; t++)
         same = strcmp(a->task_names[t], b->task_names[t]) == 0;
     CHECK(same, "%s: expected the tasks of %s", b->path, a->path);
+}
+
+// Says so if the chiral tags of a dataset (unless it is not open) are not those of `path`; a model
+// that does not say (stereo is NULL) has RDKit's.
+static inline void note_stereo(const Dataset *d, const char *path, const char *stereo) {
+    if (!stereo) stereo = TAG_KINDS[TAGS_RDKIT];
+    if (d->data && strcmp(stereo, d->stereo) != 0)
+        fprintf(stderr, "note    %s: made with --stereo %s, %s with %s\n", d->path, d->stereo, path,
+                stereo);
 }
 
 #include "lib/tensors.h"   // tensor_file_open(), tensor_file_write(): safetensors; file_info()

@@ -1496,6 +1496,7 @@ static void test_sensitivity(const char *golden_path) {
 #include "tests/chemistry.h"  // molecules and what RDKit says of them
 #include "tests/judging.h"    // labels of any scale, sets that cannot judge, numbers that are none
 #include "tests/prep.h"       // faults, hostile records and files, fields, splits, threads
+#include "tests/stereo.h"     // features and predictions do not depend on the order of atoms
 #include "tests/tables.h"     // tables and labels as people have them
 #include "tests/predict.h"    // intervals, ensembles, nearest training molecules
 
@@ -1547,6 +1548,7 @@ int main(int argc, char **argv) {
                      {"dataset", test_dataset},
                      {"checkpoint", test_checkpoint},
                      {"data_prep", test_data_prep},
+                     {"stereo", test_stereo},
                      {"tables", test_tables},
                      {"messages", test_messages},
 #if MB_POSIX

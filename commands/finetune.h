@@ -166,7 +166,7 @@ static const Epoch *finetune_seed(Run *run, double chance[METRICS], int resumed)
         run->done = 0;
         run->epoch = -1;
         model_init(model, run_seed(run));
-        if (opt.init) transfer_load(model, opt.init, run->nth > 0);
+        if (opt.init) transfer_load(model, opt.init, &run->train, run->nth > 0);
         if (run->task.readout != READ_SUM)  // of a sum the bias counts once an atom
             memcpy(model->p.head2_b, run->statistics + 2 * Y, sizeof(float) * Y);
         memset(model->m, 0, sizeof(float) * model->count);

@@ -126,7 +126,8 @@ class DataPrep:
         if os.path.exists(target):
             os.remove(target)
         write_input(source, kind, records, first)
-        command = [self.program, "-o", target, "--max-atoms", str(self.max_atoms), source]
+        command = [self.program, "-o", target, "--max-atoms", str(self.max_atoms),
+                   "--stereo", "rdkit", source]
         if kind in ("csv", "tsv"):
             command += ["--smiles", "smiles", "--name", "number"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -345,7 +346,8 @@ def speed(path, options, folder):
     source, target = os.path.join(folder, f"speed.{kind}"), os.path.join(folder, "speed.bin")
     write_input(source, kind, records, 0)
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    command = [options.data_prep, "-o", target, "--max-atoms", str(options.max_atoms), source]
+    command = [options.data_prep, "-o", target, "--max-atoms", str(options.max_atoms),
+               "--stereo", "rdkit", source]
     if kind in ("csv", "tsv"):
         command += ["--smiles", "smiles", "--name", "number"]
     ours, theirs = [], []

@@ -115,10 +115,10 @@ def prepare(options):
         source = lambda part: os.path.join(options.qm9, f"qm9.{part}.sdf")
         for part, more in (("train", [options.more] if options.more else []), ("valid", [])):
             call([DATA_PREP, "-o", at(f"pretrain.{part}.bin"), "--orient", "principal",
-                  source(part), *more])
+                  "--stereo", options.stereo, source(part), *more])
         for part in PARTS:
             call([DATA_PREP, "-o", at(f"qm9.{part}.bin"), "--labels", ",".join(QUANTUM),
-                  "--orient", "principal", source(part)])
+                  "--orient", "principal", "--stereo", options.stereo, source(part)])
     for task in TASKS:
         if task == "qm9" or not options.moleculenet:
             continue
@@ -127,7 +127,7 @@ def prepare(options):
             print(f"{task}: no file in {options.moleculenet}, left out", file=sys.stderr)
             continue
         call([DATA_PREP, "-o", at(task + ".{}.bin"), "--labels", "all", "--split", "0.8,0.1,0.1",
-              "--split-by", "scaffold", path])
+              "--split-by", "scaffold", "--stereo", options.stereo, path])
 
 
 def pretrain(options):
@@ -346,6 +346,7 @@ def main():
     parser.add_argument("--qm9", metavar="FOLDER", help="what make_qm9.py wrote")
     parser.add_argument("--more", metavar="FILE", help="further molecules to pretrain on")
     parser.add_argument("--moleculenet", metavar="FOLDER", help="esol.csv and so on")
+    parser.add_argument("--stereo", default="rdkit", help="chiral tags; the tables have RDKit's")
     parser.add_argument("--size", default="small",
                         help="a name, or layers,dim,ffn,heads,kernels (default small)")
     parser.add_argument("--steps", type=int, default=4000, help="of pretraining (default 4000)")

@@ -344,6 +344,7 @@ static inline void info_dataset(const char *path) {
     printf("  atoms      mean %.1f, most %d\n  bonds      mean %.1f, most %d\n", atoms / n,
            data.max_atoms, bonds / n, data.max_bonds);
     printf("  positions  %.0f molecules\n", with_pos);
+    printf("  stereo     %s (data_prep --stereo)\n", data.stereo);
     for (int t = 0; t < data.n_tasks; t++)
         printf("  task       %s: %.0f labels\n", data.task_names[t], present[t]);
     free(present);

@@ -907,6 +907,7 @@ static char *run_meta(const Run *run) {
     }
     text_add_meta(&t, "run", "%s", options);
     text_add_meta(&t, "method", "%s", method);
+    text_add_meta(&t, "stereo", "%s", run->train.stereo);
     free(options);
     free(method);
     if (run->tuning) {
@@ -1043,6 +1044,8 @@ static void run_open(Run *run, const char *train_path, int64_t batch) {
     if (!opt.batch) opt.batch = n < batch ? n : batch;
     dataset_open_part(&run->valid, opt.valid);
     dataset_open_part(&run->test, opt.test);
+    note_stereo(&run->valid, train_path, run->train.stereo);
+    note_stereo(&run->test, train_path, run->train.stereo);
     opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
     run->s.method = opt.method;
     if (!run->tuning) run->s.method.dropout = 0;
@@ -1065,6 +1068,7 @@ static void run_open_model(Run *run, const char *path) {
     shape_fits(&c, &run->file);
     sde_create(&run->s, c, 0);
     sde_load(&run->s, run->s.model.params, &run->file, "");
+    note_stereo(&run->test, opt.model, tensor_meta(&run->file, "stereo"));
     run->s.method = opt.method;
     if (!opt.batch) opt.batch = 64;
     run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
@@ -1199,6 +1203,7 @@ static void command_pretrain(const char *train_path) {
     } else if (opt.init) {
         tensor_file_open(&run.file, opt.init);
         sde_load(&run.s, run.s.model.params, &run.file, "");
+        note_stereo(&run.train, opt.init, tensor_meta(&run.file, "stereo"));
         tensor_file_close(&run.file);
     } else {
         sde_init(&run.s, (uint64_t)opt.seed);
@@ -1290,6 +1295,7 @@ static void command_finetune(const char *train_path) {
         c.tasks = 1;  // the new head may be larger
         c.use_3d = use_3d;
         shape_fits(&c, f);
+        if (f == &init) note_stereo(&run.train, opt.init, tensor_meta(f, "stereo"));
         tensor_file_close(&init);
     }
     c.tasks = (int)Y;

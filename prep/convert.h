@@ -4,11 +4,18 @@
 // The command line.
 typedef struct {
     const char *output, *smiles, *labels, *name, *split, *split_by, *orient, *format, *dump, *range;
-    const char *labels_from, *labels_by, *skip_list, *rejects;
+    const char *stereo, *labels_from, *labels_by, *skip_list, *rejects;
     int64_t seed, max_atoms;
     double max_reject;
     int keep_hydrogens, largest_fragment, strict, help, version;
 } PrepOptions;
+
+// Place of --stereo in TAG_KINDS, N_TAG_KINDS if it is none of them; what is not given is RDKit's.
+static unsigned tag_kind(const PrepOptions *o) {
+    unsigned k = 0;
+    while (o->stereo && k < N_TAG_KINDS && strcmp(o->stereo, TAG_KINDS[k]) != 0) k++;
+    return k;
+}
 
 // A file of rows that say something of records, each by its name or number: labels (a CSV file with
 // a header), or lists of records to leave out and of parts of a split (their fields end at commas
@@ -265,6 +272,7 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
     Span smiles = {"", 0}, title = {"", 0}, part = {"", 0};
     o->name = (Span){"", 0};
     mol_clear(m);
+    m->stereo = (int)tag_kind(c->opt);
     if (r->kind == RECORD_TOO_LONG)
         return fault_at(&o->fault, 1, 0, "record too long", "the record is longer than %d MiB",
                         RECORD_BYTES_MAX >> 20);

@@ -525,6 +525,7 @@ static void test_dataset_fields(void) {
         {HEAD, 44, 4, 70000, "damaged header (counts"},
         {HEAD, 64, 2, 60000, "damaged task names"},
         {HEAD, 48, 8, 0, "damaged list of skipped records"},
+        {HEAD, 56, 4, 6, "flags 6: made by a newer data_prep"},
         {HEAD, 48, 8, 2, "damaged list of skipped records"},
         {INDEX, 24, 8, 0, "damaged index (skipped records)"},
         {INDEX, 24, 8, (uint64_t)1 << 40, "damaged index (skipped records)"},
