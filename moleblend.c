@@ -3080,9 +3080,10 @@ static int64_t meta_whole(const TensorFile *f, const char *key) {
     return number;
 }
 
-// Is this tensor of a checkpoint part of a head, which fine-tuning leaves behind?
+// Is this tensor of a checkpoint part of a head, or its errors, which fine-tuning leaves behind?
 static int is_head(const char *name) {
-    return strstr(name, "atom_proc.") || strstr(name, "blend_") || strstr(name, "proj_out.");
+    return strstr(name, "atom_proc.") || strstr(name, "blend_") || strstr(name, "proj_out.") ||
+           strcmp(name, "valid_residuals") == 0;
 }
 
 // Copies what a checkpoint shares with the model: the encoder. Heads are left behind, the new head
@@ -3129,7 +3130,7 @@ enum { DEFAULT_BATCH = 64, PRETRAIN_BATCH = 12 };
 // readout and modality depend on files.
 typedef struct {
     const char *size, *output, *valid, *test, *init, *model, *task, *readout, *modality;
-    const char *loss_units, *level, *svg;
+    const char *loss_units, *level, *svg, *near;
     int64_t part;                              // --micro-batch; 0: the whole batch
     int64_t layers, dim, ffn, heads, kernels;  // 0: from `size`
     int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds, layer;
@@ -3138,7 +3139,7 @@ typedef struct {
     LossWeights weights;
     Dropout drop;
     Adam adam;
-    double hold;
+    double hold, interval;
 } Options;
 
 static Options opt = {
@@ -3156,6 +3157,7 @@ static Options opt = {
     .drop = {0.1, 0.1, 0.1, 0},
     .adam = {3e-4, 0.9, 0.98, 1e-8, 0, 5},
     .hold = 0.9,
+    .interval = 80,
 };
 
 enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, SHOW = 16, INFO = 32,
@@ -3182,6 +3184,8 @@ static const Option OPTIONS[] = {
     TEXT("--model", model, "FILE",
          "checkpoint to use; predict: or several, an ensemble; show: what it says of the pairs",
          READ | SHOW),
+    TEXT("--near", near, "FILE", "training set: the nearest of its molecules, and how far it is",
+         PREDICT),
     TEXT("--svg", svg, "FILE", "the matrices as a picture", SHOW),
     FLAG("--resume", resume, "continue the run that writes -o, with its options; more --steps, "
          "--epochs or --seeds may be given", TRAIN),
@@ -3224,7 +3228,7 @@ static const Option OPTIONS[] = {
     NUMBER("--activation-dropout", drop.activation, 0, 0.99, "after gelu", TRAIN | SHAPES),
     NUMBER("--path-dropout", drop.path, 0, 0.99, "of the last layer's branches", TRAIN | SHAPES),
     NUMBER("--embedding-dropout", drop.embedding, 0, 0.99, "of the tokens", TRAIN | SHAPES),
-    HEADING("Task", FINETUNE | EMBED),
+    HEADING("Task", FINETUNE | READ),
     TEXT("--task", task, "NAME", "classification or regression (default: by the labels)",
          FINETUNE | SHAPES),
     TEXT("--loss-units", loss_units, "NAME",
@@ -3237,6 +3241,8 @@ static const Option OPTIONS[] = {
           EMBED),
     TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",
          FINETUNE | EMBED | SHAPES),
+    NUMBER("--interval", interval, 0, 100, "of regression: a range that holds so many % of the "
+           "labels (below 1: a fraction; 0: none)", PREDICT),
     HEADING("Method", PRETRAIN | SHOW),
     NUMBER("--pair-spd", blend.pair_spd, 0, 1, "how often a pair shows its path length",
            PRETRAIN | SHOW | SHAPES),
@@ -3343,7 +3349,8 @@ typedef struct {
     float *log;                  // (done, LOG_COLUMNS) of this seed
     Epoch *history;              // (epochs) of all seeds
     float *best;                 // fine-tuning: parameters of this seed's best epoch
-    char *residuals;             // of regression, at a seed's end: see valid_residuals()
+    float *residuals;            // of regression, at a seed's end: see residuals_keep()
+    size_t n_residuals;
     int64_t epochs, shown;       // rows of history; rows that are in the CSV
     char *state_path, *log_path;
     FILE *csv;                   // grows while the run does
@@ -3607,7 +3614,6 @@ static char *run_meta(const Run *run, int of_state) {
         text_add_meta(&t, "label_std", "%s", std.text);
         if (best_epoch(run))
             text_add_meta(&t, "logit_scale", "%.9g", (double)best_epoch(run)->scale);
-        if (run->residuals) text_add_meta(&t, "valid_residuals", "%s", run->residuals);
     }
     text_add(&t, "}");
     FREE_ALL(options, names.text, mean.text, std.text);
@@ -3668,14 +3674,16 @@ static void run_arenas(float *arenas[ARENAS], const Run *run) {
 static void checkpoint_write(const Run *run) {
     float *const output[ARENAS] = {run->best ? run->best : run->s.model.params};
     char *meta = run_meta(run, 0), *own = seed_path(run);
+    TensorOut other = {"valid_residuals", run->n_residuals, (size_t)run->train.n_tasks,
+                       run->residuals};
     const Epoch *best = best_epoch(run);
     int better = best != NULL;
     for (const Epoch *row = run->history; better && row->seed < best->seed; row++)
         better = is_better(best->valid, row->valid);
     if (my_rank == 0 && (!run->s.task || better))
-        model_write(opt.output, &run->s.model, output, NULL, 0, meta);
+        model_write(opt.output, &run->s.model, output, &other, run->n_residuals > 0, meta);
     if (my_rank == 0 && best && opt.seeds > 1)
-        model_write(own, &run->s.model, output, NULL, 0, meta);
+        model_write(own, &run->s.model, output, &other, run->n_residuals > 0, meta);
     FREE_ALL(meta, own);
 }
 
@@ -3797,11 +3805,11 @@ static void run_open(Run *run, const char *train_path) {
     run->log = xmalloc((size_t)run->steps, LOG_COLUMNS * sizeof *run->log);
 }
 
-// Model, buffers and settings of a checkpoint.
+// Model, buffers and settings of a checkpoint, whose file may be open already.
 static void run_open_model(Run *run, const char *model) {
     TensorFile *f = &run->file;
     CHECK(model, "--model: expected a checkpoint");
-    tensor_file_open(f, model);
+    if (!f->path) tensor_file_open(f, model);
     model_create(&run->s.model, tensor_file_config(f), 0);
     model_load(&run->s.model, run->s.model.params, f, "");
     if (!opt.batch) opt.batch = DEFAULT_BATCH;
@@ -4013,8 +4021,8 @@ static void command_pretrain(const char *train_path) {
 // ---- the other commands, a file each
 
 #include "commands/finetune.h"  // command_finetune()
-#include "commands/predict.h"   // command_predict()
 #include "commands/embed.h"     // command_embed()
+#include "commands/predict.h"   // command_predict()
 #include "commands/show.h"      // command_show()
 
 // ---- the command line
@@ -4123,7 +4131,7 @@ int main(int argc, char **argv) {
     if (!opt.valid && command->bit & TRAIN) opt.valid = sibling(words[0], "valid");
     if (!opt.test && command->bit & FINETUNE) opt.test = sibling(words[0], "test");
     CHECK(!(command->bit & TRAIN) || strcmp(opt.output, "-") != 0, "-o: expected a file");
-    const char *const files[] = {words[0], opt.valid, opt.test, opt.init, opt.model};
+    const char *const files[] = {words[0], opt.valid, opt.test, opt.init, opt.model, opt.near};
     for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
     for (int k = 0; k < n_models; k++) files_input(command->bit == PREDICT ? models[k] : NULL);
     if (command->bit & TRAIN) ranks_begin();

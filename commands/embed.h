@@ -24,6 +24,16 @@ static void npy_begin(OutFile *out, const char *path, const char *type, size_t r
     out_write(out, header, (size_t)length);
 }
 
+// row (C) = weight * the sum of tokens first..first + count - 1 of x (T, C).
+static void embed_row(float *row, const float *x, size_t C, size_t first, size_t count,
+                      float weight) {
+    for (size_t c = 0; c < C; c++) {
+        float sum = 0;
+        for (size_t t = first; t < first + count; t++) sum += x[t * C + c];
+        row[c] = weight * sum;
+    }
+}
+
 // The row of a molecule, or those of its atoms: what readout_tokens() names, summed or one by one.
 static void visit_embed(Run *run, size_t first, size_t B, void *result) {
     Embedding *e = result;
@@ -39,11 +49,7 @@ static void visit_embed(Run *run, size_t first, size_t B, void *result) {
         float weight = readout_tokens(&token, &count, &v,
                                       e->index.file ? READ_SUM : run->task.readout);
         for (size_t end = token + count; token < end; token += count / rows) {
-            for (size_t c = 0; c < C; c++) {
-                float sum = 0;
-                for (size_t t = token; t < token + count / rows; t++) sum += x[t * C + c];
-                e->row[c] = weight * sum;
-            }
+            embed_row(e->row, x, C, token, count / rows, weight);
             out_floats(&e->out, e->row, C, 0);
             if (e->index.file) out_write(&e->index, number, 4);
         }

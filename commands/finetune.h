@@ -131,27 +131,22 @@ static void seed_end(const Run *run, const Epoch *row, double sum[METRICS],
     fflush(stdout);
 }
 
-// What `predict` makes intervals of: for each task a line of prediction - label, in the labels'
-// units, of its labelled molecules of the validation set in their order, at most 1000, evenly
-// spaced. Models of one validation set name the same molecules, so that an ensemble's residuals are
-// known too. In fresh memory; NULL for classes.
-static char *valid_residuals(Run *run) {
-    enum { MOST = 1000 };
-    if (run->task.kind == TASK_CLASSIFICATION) return NULL;
-    Text t = {0};
+// Keeps what `predict` makes intervals of, in the model's file: prediction - label in the labels'
+// units, (molecules, Y), of at most RESIDUALS molecules of the validation set, evenly spaced; NaN
+// where there is no label. Models of one validation set have the same molecules, in order.
+enum { RESIDUALS = 1000 };
+static void residuals_keep(Run *run) {
     float *labels, *out = predict_all(&labels, run, &run->valid);
-    size_t Y = (size_t)run->valid.n_tasks, n = run->valid.count * Y;
-    for (size_t y = 0; y < Y; y++) {
-        size_t present = 0, nth = 0;
-        for (size_t k = y; k < n; k += Y) present += !isnan(labels[k]);
-        size_t step = (present + MOST - 1) / MOST;
-        for (size_t k = y; k < n; k += Y)
-            if (!isnan(labels[k]) && nth++ % step == 0)
-                text_add(&t, "%s%.6g", nth > 1 ? " " : "", (double)out[k] - (double)labels[k]);
-        text_add(&t, "%s", y + 1 < Y ? "\n" : "");
+    size_t Y = (size_t)run->valid.n_tasks, n = run->valid.count;
+    size_t step = max_size((n + RESIDUALS - 1) / RESIDUALS, 1);
+    run->n_residuals = (n + step - 1) / step;
+    free(run->residuals);
+    run->residuals = xmalloc(run->n_residuals * Y, sizeof *run->residuals);
+    for (size_t k = 0; k < run->n_residuals * Y; k++) {
+        size_t from = k / Y * step * Y + k % Y;
+        run->residuals[k] = out[from] - labels[from];
     }
     FREE_ALL(out, labels);
-    return t.text;
 }
 
 // Trains one seed, or what is left of it; its metrics go to its last row of the history, which it
@@ -160,8 +155,7 @@ static const Epoch *finetune_seed(Run *run, double chance[METRICS], int resumed)
     Model *model = &run->s.model;
     size_t Y = (size_t)run->train.n_tasks;
     double mean[METRICS];
-    free(run->residuals);
-    run->residuals = NULL;
+    run->n_residuals = 0;
     if (!resumed) {
         run->done = 0;
         run->epoch = -1;
@@ -177,7 +171,10 @@ static const Epoch *finetune_seed(Run *run, double chance[METRICS], int resumed)
     memcpy(model->params, run->best, sizeof(float) * model->count);
     run->scale = best_epoch(run)->scale;
     finetune_report(mean, chance, run);
-    if ((run->residuals = valid_residuals(run))) checkpoint_write(run);
+    if (run->task.kind == TASK_REGRESSION) {
+        residuals_keep(run);
+        checkpoint_write(run);
+    }
     run->scale = 1;
     Epoch *last = run->history + run->epochs - 1;
     for (int k = 0; k < METRICS; k++) last->test[k] = (float)mean[k];

@@ -1,15 +1,54 @@
 // commands/predict.h - ./moleblend predict data.bin --model FILE...; a CSV row for each molecule
 
-// Predictions of a fine-tuned model: opens it for a dataset and reads what its metadata say.
-static void predict_open(Run *run, const char *path, const char *model) {
+// What an ensemble says of a dataset's n molecules, and which of a training set is nearest to each.
+typedef struct {
+    Dataset data, near;   // near: if --near is given
+    int tasks, models;    // how many are open
+    TaskKind kind;
+    char **names;         // (Y)
+    int *column;          // (Y) where a task's labels stand in the dataset; -1: it has none
+    double *sum, *square; // (n, Y) over the models
+    float *out, *labels;  // (n, Y) of a model, at last the mean; NaN where there is none
+    float *residuals;     // (n_residuals, Y) sums over the models of residuals_keep()
+    int64_t n_residuals;
+    const char *other;    // a model without residuals, or with those of other molecules; or NULL
+    double *half;         // (Y) half the width of an interval; NULL: there are none
+    float *vectors, *query;  // (molecules of near, C) and (batch, C)
+    double spread;        // root mean square distance of the vectors from their mean
+    size_t *nearest;      // (n)
+    float *square_distance;  // (n)
+} Predictions;
+
+// --interval as a share.
+static double interval_part(void) { return opt.interval / (opt.interval < 1 ? 1 : 100); }
+
+// The intervals' widths, or why there are none.
+static void intervals_make(Predictions *all) {
+    size_t Y = (size_t)all->tasks;
+    if (all->kind == TASK_CLASSIFICATION || opt.interval == 0) return;
+    if (!all->other) all->half = xmalloc(Y, sizeof *all->half);
+    else
+        fprintf(stderr, "note    no intervals: %s has no residuals of the %svalidation set; "
+                "fine-tune again\n", all->other, all->models > 1 ? "first model's " : "");
+    for (size_t y = 0; y < Y && all->half; y++) {
+        all->half[y] = interval_half(all->residuals, (size_t)all->n_residuals, Y, y, all->models,
+                                     interval_part());
+        if (isinf(all->half[y]))
+            fprintf(stderr, "note    task %s: no interval of %g %%: the validation set has too few "
+                    "labels\n", all->names[y], 100 * interval_part());
+    }
+}
+
+// Opens a model of an ensemble and reads what its metadata say; its parameters are not loaded yet.
+// Dies if the model has other tasks or training data than the first, or is among them already.
+static void predict_open(Predictions *all, Run *runs, const char *model) {
     const char *kind = "a fine-tuned model, see ./moleblend finetune";
-    dataset_open(&run->test, path);
-    run_open_model(run, model);
-    check_positions(&run->test, run->task.use);
-    check_preparation(&run->test, &run->file);
-    const TensorFile *f = &run->file;
-    size_t Y = (size_t)run->s.model.config.tasks;
-    required_meta(f, "task_names", kind);
+    Run *run = runs + all->models;
+    TensorFile *f = &run->file;
+    tensor_file_open(f, model);
+    check_preparation(&all->data, f);
+    size_t Y = (size_t)tensor_file_config(f).tasks, n = mul_size(all->data.count, Y);
+    const char *names = required_meta(f, "task_names", kind);
     run->statistics = xmalloc(2 * Y, sizeof *run->statistics);
     meta_numbers(run->statistics, Y, f, "label_mean");
     meta_numbers(run->statistics + Y, Y, f, "label_std");
@@ -18,132 +57,233 @@ static void predict_open(Run *run, const char *path, const char *model) {
     run->task.kind = (TaskKind)name_index("task", required_meta(f, "task", kind), KIND_NAMES, 2);
     run->task.mean = run->statistics;
     run->task.std = run->statistics + Y;
-}
-
-// The predictions of all models for a dataset.
-typedef struct {
-    int tasks, models;
-    TaskKind kind;
-    char **names;         // (Y)
-    int *column;          // (Y) where a task's labels stand in the dataset; -1: it has none
-    double *sum, *square; // (n, Y) over the models
-    float *mean, *labels; // (n, Y); labels NaN where there is none
-} Predictions;
-
-// Adds the predictions of one model.
-static void predict_add(Predictions *all, const char *path, const char *model) {
-    Run run = {0};
-    predict_open(&run, path, model);
-    const Dataset *data = &run.test;
-    size_t Y = (size_t)run.s.model.config.tasks, n = data->count;
-    const char *names = tensor_meta(&run.file, "task_names");
-    if (all->models++ == 0) {
+    if (all->models == 0) {
         all->tasks = (int)Y;
-        all->kind = run.task.kind;
+        all->kind = run->task.kind;
         all->names = xmalloc(Y, sizeof *all->names);
         all->column = xmalloc(Y, sizeof *all->column);
-        all->sum = xmalloc(mul_size(2 * n, Y), sizeof *all->sum);
-        all->square = all->sum + n * Y;
-        all->mean = xmalloc(mul_size(2 * n, Y), sizeof *all->mean);
-        all->labels = all->mean + n * Y;
+        all->sum = xmalloc(mul_size(2, n), sizeof *all->sum);
+        all->square = all->sum + n;
+        all->out = xmalloc(mul_size(2, n), sizeof *all->out);
+        all->labels = all->out + n;
+        all->residuals = xmalloc(mul_size(RESIDUALS, Y), sizeof *all->residuals);
     }
-    CHECK((int)Y == all->tasks && run.task.kind == all->kind,
+    CHECK((int)Y == all->tasks && run->task.kind == all->kind,
           "%s: expected the tasks of the first model", model);
     for (size_t y = 0; y < Y; y++) {
         char *name = xprintf("%.*s", (int)strcspn(names, "\n"), names);
         names += strlen(name) + (names[strlen(name)] == '\n');
-        CHECK(all->models == 1 || strcmp(name, all->names[y]) == 0,
+        CHECK(all->models == 0 || strcmp(name, all->names[y]) == 0,
               "%s: expected the tasks of the first model; it has %s where that has %s", model, name,
               all->names[y]);
         free(all->names[y]);
         all->names[y] = name;
         all->column[y] = -1;
-        for (int k = 0; k < data->n_tasks; k++)
-            if (strcmp(data->task_names[k], name) == 0) all->column[y] = k;
+        for (int k = 0; k < all->data.n_tasks; k++)
+            if (strcmp(all->data.task_names[k], name) == 0) all->column[y] = k;
     }
-    float *labels, *out = predict_all(&labels, &run, data);
-    note_constant(&run, out, n, all->names);
-    for (size_t k = 0; k < n * Y; k++) {
-        int column = all->column[k % Y];
-        if (all->kind == TASK_CLASSIFICATION) out[k] = sigmoid(out[k]);
-        all->sum[k] += (double)out[k];
-        all->square[k] += (double)out[k] * (double)out[k];
-        all->mean[k] = (float)(all->sum[k] / all->models);
-        all->labels[k] = column < 0 ? NAN : labels[k / Y * (size_t)data->n_tasks + (size_t)column];
+    for (const Run *other = runs; other < run; other++) {
+        const TensorFile *g = &other->file;
+        size_t size = f->size - 8 - (size_t)get_u64(f->bytes);  // of its tensors
+        CHECK(size > g->size || memcmp(f->bytes + f->size - size, g->bytes + g->size - size, size),
+              "%s: the same model as %s; an ensemble has each once", model, g->path);
+        for (int k = 0; k < 2; k++) {
+            const char *key = k ? "valid_fingerprint" : "fingerprint", *mine = tensor_meta(f, key);
+            const char *theirs = tensor_meta(g, key);
+            int same = mine && theirs && strcmp(mine, theirs) == 0;
+            CHECK(k || same || !mine || !theirs, "%s: was trained on other data than %s "
+                  "(fingerprints %s, %s); no ensemble", model, g->path, mine, theirs);
+            if (!same) all->other = model;
+        }
     }
-    FREE_ALL(out, labels);
-    run_close(&run);
+    float *residuals = xmalloc(mul_size(RESIDUALS, Y), sizeof *residuals);
+    int64_t rows = tensor_rows(residuals, RESIDUALS, Y, f, "valid_residuals");
+    if (all->models++ == 0) all->n_residuals = rows;
+    if (rows == 0 || rows != all->n_residuals) all->other = model;
+    for (size_t k = 0; k < (size_t)rows * Y; k++) all->residuals[k] += residuals[k];
+    free(residuals);
 }
 
-// The row of a record: number, name, of each task the prediction, its deviation over the models,
-// the label; last, why it was skipped. i: its place in the dataset; NULL if it was skipped.
+// Vectors (molecules, C), as `embed` gives them.
+static void visit_vectors(Run *run, size_t first, size_t B, void *result) {
+    size_t C = (size_t)run->s.model.config.dim, token, count;
+    if (mb_signal) mb_exit(128 + mb_signal);
+    for (size_t b = 0; b < B; b++) {
+        View v = batch_view(&run->s.batch, b);
+        float weight = readout_tokens(&token, &count, &v, run->task.readout);
+        embed_row((float *)result + (first + b) * C, run->s.acts.out, C, token, count, weight);
+    }
+}
+
+// The vectors of the training set, and their spread.
+static void near_open(Predictions *all, Run *run) {
+    size_t C = (size_t)run->s.model.config.dim, N = all->near.count, n = all->data.count;
+    double variance = 0;
+    CHECK(N > 0, "%s: the dataset is empty", all->near.path);
+    check_positions(&all->near, run->task.use);
+    memory_check((uint64_t)N * C * sizeof(float), "--near", "a part of the training set");
+    all->vectors = xmalloc(mul_size(N, C), sizeof *all->vectors);
+    all->query = xmalloc(mul_size((size_t)opt.batch, C), sizeof *all->query);
+    all->nearest = xmalloc(n, sizeof *all->nearest);
+    all->square_distance = xmalloc(n, sizeof *all->square_distance);
+    visit_batches(run, &all->near, SIZE_MAX, NULL, run->task.use, 1, visit_vectors, all->vectors);
+    batch_free(&run->s.batch);  // the dataset may have another number of labels
+    for (size_t c = 0; c < C; c++) {
+        double sum = 0, square = 0;
+        for (size_t k = c; k < N * C; k += C) {
+            sum += (double)all->vectors[k] / (double)N;
+            square += (double)all->vectors[k] * (double)all->vectors[k] / (double)N;
+        }
+        variance += square - sum * sum;
+    }
+    all->spread = variance > 1e-9 ? sqrt(variance) : 1;
+}
+
+// Finds the nearest of the B molecules, from `first` on, that stand in the query.
+static void near_find(Predictions *all, size_t first, size_t B, size_t C) {
+    enum { BLOCK = 256 };  // training molecules that stay in the cache
+    for (size_t start = 0; start < all->near.count; start += BLOCK) {
+        size_t end = min_size(start + BLOCK, all->near.count);
+#pragma omp parallel for schedule(static)
+        for (size_t b = 0; b < B; b++) {
+            const float *q = all->query + b * C;
+            for (size_t i = start; i < end; i++) {
+                const float *v = all->vectors + i * C;
+                float square = 0;
+#pragma omp simd reduction(+ : square)
+                for (size_t c = 0; c < C; c++) square += (q[c] - v[c]) * (q[c] - v[c]);
+                if (i > 0 && square >= all->square_distance[first + b]) continue;
+                all->square_distance[first + b] = square;
+                all->nearest[first + b] = i;
+            }
+        }
+    }
+}
+
+// Predictions of a batch, and by the first model the nearest training molecules.
+static void visit_predict(Run *run, size_t first, size_t B, void *result) {
+    Predictions *all = result;
+    visit_predictions(run, first, B, all->out);
+    if (mb_signal) mb_exit(128 + mb_signal);
+    if (!all->near.data || run->nth > 0) return;
+    visit_vectors(run, 0, B, all->query);
+    near_find(all, first, B, (size_t)run->s.model.config.dim);
+}
+
+// Adds the predictions of the nth model, and closes it.
+static void predict_add(Predictions *all, Run *run, int nth) {
+    size_t cells = all->data.count * (size_t)all->tasks;
+    run->nth = nth;
+    run_open_model(run, run->file.path);
+    check_positions(&all->data, run->task.use);
+    if (all->near.data && nth == 0) near_open(all, run);
+    visit_batches(run, &all->data, SIZE_MAX, NULL, run->task.use, 1, visit_predict, all);
+    note_constant(run, all->out, all->data.count, all->names);
+    for (size_t k = 0; k < cells; k++) {
+        if (all->kind == TASK_CLASSIFICATION) all->out[k] = sigmoid(all->out[k]);
+        all->sum[k] += (double)all->out[k];
+        all->square[k] += (double)all->out[k] * (double)all->out[k];
+        all->out[k] = (float)(all->sum[k] / (nth + 1));
+    }
+    run_close(run);
+}
+
+// The row of a record: number, name; of each task the prediction, its interval, its deviation over
+// the models, the label; its nearest training molecule; why it was skipped. i: its place in the
+// dataset; NULL if it was skipped. record = NULL: the heading.
 static void predict_row(FILE *out, const Predictions *all, const Skipped *record, const size_t *i) {
-    size_t Y = (size_t)all->tasks;
-    fprintf(out, "%lu,", (unsigned long)record->number);
-    print_csv(out, record->name, record->name_length);
-    for (size_t y = 0, k = i ? *i * Y : 0; y < Y; y++, k++) {
-        double mean = i ? all->sum[k] / all->models : 0, n = all->models;
+    static const char *const what[] = {"", " low", " high", " deviation", " label"};
+    Molecule m = {0};
+    if (record) fprintf(out, "%lu,", (unsigned long)record->number);
+    else fprintf(out, "record,name");
+    if (record) print_csv(out, record->name, record->name_length);
+    for (int y = 0; y < all->tasks; y++) {
+        size_t k = i ? *i * (size_t)all->tasks + (size_t)y : 0;
+        double n = all->models, mean = i ? all->sum[k] / n : 0, half = all->half ? all->half[y] : 0;
         double variance = i && n > 1 ? (all->square[k] - n * mean * mean) / (n - 1) : 0;
-        fprintf(out, i ? ",%.6g" : ",", mean);
-        if (n > 1) fprintf(out, i ? ",%.3g" : ",", sqrt(fmax(variance, 0)));
-        if (all->column[y] < 0) continue;
-        fprintf(out, i && !isnan(all->labels[k]) ? ",%.6g" : ",", i ? (double)all->labels[k] : 0);
+        double number[] = {mean, mean - half, mean + half, sqrt(fmax(variance, 0)),
+                           i ? (double)all->labels[k] : 0};
+        int shown[] = {1, all->half != NULL, all->half != NULL, n > 1, all->column[y] >= 0};
+        for (int c = 0; c < 5; c++) {
+            if (!shown[c]) continue;
+            char *name = record ? NULL : xprintf("%s%s", all->names[y], what[c]);
+            fputc(',', out);
+            if (name) print_csv(out, name, strlen(name));
+            else if (i && (c == 0 || isfinite(number[c])))
+                fprintf(out, c == 3 ? "%.3g" : "%.6g", number[c]);
+            free(name);
+        }
     }
-    fputc(',', out);
-    print_csv(out, record->reason, record->reason_length);
+    if (all->near.data) fprintf(out, record ? "," : ",nearest,distance");
+    if (all->near.data && i) {
+        dataset_read(&all->near, all->nearest[*i], &m);
+        print_csv(out, m.name, (size_t)m.name_length);
+        fprintf(out, ",%.4f", sqrt((double)all->square_distance[*i]) / all->spread);
+    }
+    if (all->near.data && record && !i) fputc(',', out);
+    fprintf(out, record ? "," : ",skipped");
+    if (record) print_csv(out, record->reason, record->reason_length);
     fputc('\n', out);
+    molecule_free(&m);
 }
 
-// The metrics of every task that has labels, on stderr.
+// Of every task that has labels, on stderr: the metrics, and how many labels the intervals hold.
 static void predict_metrics(const Predictions *all, size_t n) {
     size_t Y = (size_t)all->tasks;
     double metric[METRICS];
     for (size_t y = 0; y < Y; y++) {
+        double held = 0, present = 0;
         if (all->column[y] < 0) continue;
-        task_metrics(metric, all->kind, all->mean, all->labels, n, Y, y);
+        task_metrics(metric, all->kind, all->out, all->labels, n, Y, y);
         fprintf(stderr, "%-24s", all->names[y]);
         print_metrics(stderr, metric);
+        for (size_t k = y; k < n * Y && all->half; k += Y) {
+            present += !isnan(all->labels[k]);
+            held += fabs((double)all->labels[k] - all->sum[k] / all->models) <= all->half[y];
+        }
+        if (present > 0 && isfinite(all->half[y]))
+            fprintf(stderr, "%24s  interval of %g %%: holds %.0f %% of %.0f labels, width %.4g\n",
+                    "", 100 * interval_part(), 100 * held / present, present, 2 * all->half[y]);
     }
-    if (all->kind == TASK_CLASSIFICATION) print_reliability(stderr, all->mean, all->labels, n * Y);
+    if (all->kind == TASK_CLASSIFICATION) print_reliability(stderr, all->out, all->labels, n * Y);
 }
 
 static void command_predict(const char *path, const char *const *models, int n_models) {
     Predictions all = {0};
     OutFile file;
-    Dataset data;
     Molecule m = {0};
-    CHECK(n_models > 0, "--model: expected a checkpoint, or several");
-    for (int k = 0; k < n_models; k++) predict_add(&all, path, models[k]);
-    out_open(&file, opt.output, "record,name,");
-    fprintf(file.file, "record,name");
-    for (int y = 0; y < all.tasks; y++)
-        for (int k = 0; k < 3; k++) {
-            static const char *const what[] = {"", " deviation", " label"};
-            if ((k == 1 && all.models == 1) || (k == 2 && all.column[y] < 0)) continue;
-            char *name = xprintf("%s%s", all.names[y], what[k]);
-            fputc(',', file.file);
-            print_csv(file.file, name, strlen(name));
-            free(name);
-        }
-    fprintf(file.file, ",skipped\n");
-    dataset_open(&data, path);
     Skipped skipped = {0};
-    const uint8_t *next = dataset_skipped(&skipped, &data, data.skips);
-    for (size_t i = 0; i < data.count || next;) {  // in the order of the input
-        if (i < data.count) dataset_read(&data, i, &m);
-        if (i < data.count && (!next || m.number < skipped.number)) {
+    CHECK(n_models > 0, "--model: expected a checkpoint, or several");
+    Run *runs = xmalloc((size_t)n_models, sizeof *runs);
+    dataset_open(&all.data, path);  // once: another file may get its name meanwhile
+    if (opt.near) dataset_open(&all.near, opt.near);
+    out_open(&file, opt.output, "record,name,");  // now, not after all models
+    signals_catch();
+    for (int k = 0; k < n_models; k++) predict_open(&all, runs, models[k]);
+    intervals_make(&all);
+    for (int k = 0; k < n_models; k++) predict_add(&all, &runs[k], k);
+    predict_row(file.file, &all, NULL, NULL);
+    const uint8_t *next = dataset_skipped(&skipped, &all.data, all.data.skips);
+    for (size_t i = 0; i < all.data.count || next;) {  // in the order of the input
+        if (i < all.data.count) dataset_read(&all.data, i, &m);
+        if (i < all.data.count && (!next || m.number < skipped.number)) {
+            for (int y = 0; y < all.tasks; y++)
+                all.labels[i * (size_t)all.tasks + (size_t)y] =
+                    all.column[y] < 0 ? NAN : m.labels[all.column[y]];
             predict_row(file.file, &all, &(Skipped){m.number, (size_t)m.name_length, 0, m.name, ""},
                         &i);
             i++;
         } else {
             predict_row(file.file, &all, &skipped, NULL);
-            next = dataset_skipped(&skipped, &data, next);
+            next = dataset_skipped(&skipped, &all.data, next);
         }
     }
     out_commit(&file);
-    predict_metrics(&all, data.count);
+    predict_metrics(&all, all.data.count);
     for (int y = 0; y < all.tasks; y++) free(all.names[y]);
-    FREE_ALL(all.names, all.column, all.sum, all.mean);
+    FREE_ALL(all.names, all.column, all.sum, all.out, all.residuals, all.half, all.vectors,
+             all.query, all.nearest, all.square_distance, runs);
     molecule_free(&m);
-    dataset_close(&data);
+    dataset_close(&all.data);
+    dataset_close(&all.near);
 }

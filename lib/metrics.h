@@ -147,6 +147,26 @@ static inline void print_metrics(FILE *out, const double metric[METRICS]) {
     fputs(n ? "\n" : "  -\n", out);
 }
 
+// Half the width of the interval around a prediction that holds the label of a share `part` of
+// molecules, from `models` times the residuals (n, Y) of others like them: of their m without sign
+// the ceil((m + 1) part)-th smallest, infinite if there are too few. This is split conformal
+// prediction (Papadopoulos et al. 2002): a new molecule's residual has any of m + 1 ranks alike, so
+// the share is at least `part`. Two restrictions: the validation set has chosen the epoch too, so
+// its residuals are slightly too small, and molecules unlike it err more. The residuals of an
+// ensemble's mean are the means of its models'.
+static inline double interval_half(const float *residuals, size_t n, size_t Y, size_t y, int models,
+                                   double part) {
+    Scored *list = xmalloc(n, sizeof *list);
+    size_t m = 0;
+    for (size_t k = y; k < n * Y; k += Y)
+        if (!isnan(residuals[k])) list[m++].score = fabsf(residuals[k]) / (float)models;
+    qsort(list, m, sizeof *list, scored_compare);
+    double rank = fmax(ceil(part * (double)(m + 1) - 1e-9), 1);
+    double half = rank <= (double)m ? (double)list[(size_t)rank - 1].score : (double)INFINITY;
+    free(list);
+    return half;
+}
+
 // Means over the tasks in which a metric is defined; NaN if there is none, and of errors in the
 // labels' units, which several tasks need not share.
 static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores,

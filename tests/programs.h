@@ -244,8 +244,9 @@ static void test_using(void) {
         {"printf 'CCO ethanol\nC(C junk\nc1ccccc1 benzene\n' | ./data_prep --format smi -o - - | "
          "./moleblend predict - --model build/test_ft.safetensors 2> /dev/null | "
          "sed 's/,-*[0-9.e-]*[0-9]\\b/,#/g'", 0,
-         "record,name,logP,\"with,comma\",skipped\n1,ethanol,#,#,\n"
-         "2,junk,,,\"expected ), found the end\"\n3,benzene,#,#,\n"},
+         "record,name,logP,logP low,logP high,\"with,comma\",\"with,comma low\","
+         "\"with,comma high\",skipped\n1,ethanol,#,#,#,#,#,#,\n"
+         "2,junk,,,,,,,\"expected ), found the end\"\n3,benzene,#,#,#,#,#,#,\n"},
         {"printf '\n x\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n    0.0000    0.0000    "
          "0.0000 C   0  0\nM  END\n$$$$\n' | ./data_prep --format sdf -o - - | ./data_prep "
          "--dump -", 0, "{\"name\":\"1\","},
