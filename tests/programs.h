@@ -126,20 +126,20 @@ static void test_messages(void) {
          "build/test_class.bin - && ./moleblend finetune build/test_class.bin --valid "
          "build/test_class.bin --size tiny --epochs 1 -o build/test_ft2.safetensors", 0,
          "classification: the labels are all 0 and"},
-        {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors", 0,
-         "record,name,logP,logP label,\"with,comma\",\"with,comma label\",skipped\n1,mol ,"},
+        {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors --interval 0",
+         0, "record,name,logP,logP label,\"with,comma\",\"with,comma label\",skipped\n1,mol ,"},
         // a task's name with what CSV and JSON must escape, and another set's tasks
         {"./data_prep --labels all -o build/test_q.bin build/test_q.csv", 0, "3 molecules"},
         {"./moleblend finetune build/test_train.bin --valid build/test_q.bin", 1,
          "build/test_q.bin: expected the tasks of build/test_train.bin"},
         {"./moleblend finetune build/test_q.bin --valid build/test_q.bin --size tiny --epochs 1 -o "
          "build/test_q.safetensors", 0, "by chance"},
-        {"./moleblend predict build/test_q.bin --model build/test_q.safetensors", 0,
+        {"./moleblend predict build/test_q.bin --model build/test_q.safetensors --interval 0", 0,
          "record,name,\"a\"\"\\b\",\"a\"\"\\b label\",skipped\n1,C,"},
         {"./data_prep --labels none -o build/test_bare.bin data/sample.sdf", 1, "--labels"},
         {"./data_prep -o build/test_bare.bin data/sample.sdf", 0, "2000 molecules"},
         {"./moleblend predict build/test_bare.bin --model build/test_ft.safetensors", 0,
-         "record,name,logP,\"with,comma\",skipped\n1,"},
+         "record,name,logP,logP low,logP high,\"with,comma\",\"with,comma low\","},
         {"./moleblend embed build/test_bare.bin --model build/test_ft.safetensors -o "
          "build/test.npy",
          0, "embedded"},
