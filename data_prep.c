@@ -23,7 +23,7 @@
 //   16 perception           the steps above in order
 //   17 features             OGB's lists; the principal frame
 //   18 scaffolds            Bemis-Murcko, and a key equal for equal scaffolds
-//   prep/records.h, convert.h, columns.h, splits.h, dump.h: see each #include
+//   prep/records.h, labels.h, convert.h, columns.h, splits.h, dump.h: see each #include
 //   19 options and main
 //
 // Where RDKit's behaviour is an accident of its code, it is followed and a comment says so: equal
@@ -4125,7 +4125,30 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
     return key;
 }
 
+// A number that equal molecules share: of the whole graph, stereo aside. Of 64 bits, and it sees no
+// further than 16 bonds: two different ones may share it, seldom. *fragments: parts no bond joins.
+// RDKit has none
+static uint64_t molecule_key(ChemMol *m, int *fragments) {
+    Arena *arena = &m->arena;
+    int n = m->n_atoms, *mark = arena_ints(arena, n), *stack = arena_ints(arena, n);
+    uint64_t *start = arena_take(arena, (size_t)n, sizeof *start);
+    uint64_t *colour = arena_take(arena, (size_t)n, sizeof *colour);
+    uint64_t *next = arena_take(arena, (size_t)n, sizeof *next);
+    *fragments = 0;
+    for (int i = 0; i < n; i++) {
+        const ChemAtom *a = &m->atoms[i];
+        if (!mark[i]) flood(m, NULL, i, ++*fragments, mark, stack);
+        uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->isotope << 16;
+        start[i] = mix(label | (uint64_t)atom_hydrogens(a) << 32);
+    }
+    for (int r = 0; r < m->rings.n; r++)
+        for (int k = 0; k < ring_size(&m->rings, r); k++)
+            start[ring_atoms(&m->rings, r)[k]] += mix((uint64_t)ring_size(&m->rings, r));
+    return graph_hash(m, start, -1, min_int(n, 16), colour, next);
+}
+
 #include "prep/records.h"  // next_records(): files cut into records; SD tags, CSV fields
+#include "prep/labels.h"   // parse_label(): what cells say, and what is unusual about them
 #include "prep/convert.h"  // convert_records(): chunks of records in parallel, written in order
 #include "prep/columns.h"  // read_header(), print_summary(): columns, tags and tasks; the summary
 #include "prep/splits.h"   // write_parts(): splits by order, at random, by scaffold
@@ -4176,13 +4199,44 @@ typedef struct {
     double fraction[PARTS_MAX];
     DatasetWriter writer;
     Pool pool;
-    int open;
 } Output;
 
+// Opens the dataset, or the pool. The tasks are known.
+static void output_open(Output *out, const Conversion *c) {
+    char *name = xprintf("%s.records", c->opt->output);
+    if (out->n_parts > 1) pool_open(&out->pool, name);
+    else dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
+    free(name);
+}
+
+// Says what is odd about the parts; dies if there is nothing to train on.
+static void check_parts(const uint8_t *part, size_t n, int n_parts, const char *split_by,
+                        const ScaffoldKey *key) {
+    size_t count[PARTS_MAX] = {0}, largest = 0;
+    for (size_t i = 0; i < n; i++) count[part[i]]++;
+    CHECK(count[0], "the training part is empty: %zu, %zu and %zu molecules in the parts", count[0],
+          count[1], count[2]);
+    for (int p = 1; p < n_parts; p++) {
+        if (!count[p]) fprintf(stderr, "note    the %s part is empty\n", PART_NAMES[p]);
+        largest = max_size(largest, count[p]);
+    }
+    if (largest <= count[0]) return;
+    fprintf(stderr, "note    the training part is not the largest");
+    if (strcmp(split_by, "scaffold") == 0) {
+        ScaffoldKey most = {0, 0};
+        size_t group = largest_scaffold(key, n, &most);
+        fprintf(stderr, ": %zu of %zu molecules have the same scaffold%s, which is not divided and "
+                "too large for it; --split-by random does not look at scaffolds", group, n,
+                most.a || most.b ? "" : ", no ring");
+    }
+    fputc('\n', stderr);
+}
+
 // Splits if asked to, and gives the outputs their names.
-static void output_finish(Output *out, const Conversion *c) {
+static void output_finish(Output *out, const Conversion *c, Summary *sum) {
     const PrepOptions *opt = c->opt;
     if (out->n_parts == 1) {
+        print_twins(sum->twins, out->writer.count, NULL);
         fprintf(stderr, "%zu molecules -> %s\n", out->writer.count, opt->output);
         out->writer.flags = prep_flags(opt);
         dataset_finish(&out->writer);
@@ -4203,11 +4257,38 @@ static void output_finish(Output *out, const Conversion *c) {
         }
         split_by_order(part, n, order, out->fraction, out->n_parts);
     }
+    check_parts(part, n, out->n_parts, opt->split_by, out->pool.key);
+    print_twins(sum->twins, n, part);
     write_parts(&out->pool, part, out->n_parts, opt->output, c);
     out_discard(&out->pool.file);
     free(out->pool.key);
     free(order);
     free(part);
+}
+
+// A row of --rejects.
+static void write_reject(OutFile *out, uint32_t number, const char *name, size_t length,
+                         int64_t line, const char *reason) {
+    if (!out->file) return;
+    fprintf(out->file, "%lu,", (unsigned long)number);
+    print_csv(out->file, name, length);
+    fprintf(out->file, ",%lld,", (long long)line);
+    print_csv(out->file, reason, strlen(reason));
+    fputc('\n', out->file);
+}
+
+// Counts an unusual cell of a record that is kept; lists it if it is missing for that.
+static void count_odd(const Conversion *c, const Source *s, Summary *sum, const OddCell *odd,
+                      uint32_t number, const uint8_t *record, const Outcome *o) {
+    int64_t line = c->labels.n_rows ? odd->line : s->line + odd->line;
+    tally_odd(&sum->tally[odd->task], odd, c->labels.n_rows ? c->labels.path : s->path, line);
+    if (odd->kind < CELL_CENSORED || !sum->rejects.file) return;
+    size_t length = get_u16(record + 10);
+    char *reason = xprintf("kept without its label \"%s\": \"%s\" is %s", c->task_names[odd->task],
+                           odd->text, odd->kind == CELL_BAD ? "no number" : "censored");
+    write_reject(&sum->rejects, number, (const char *)record + o->size - length, length, line,
+                 reason);
+    free(reason);
 }
 
 // Counts the outcomes of a chunk and writes what was kept. In a record, labels and name come last.
@@ -4219,27 +4300,30 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
         sum->n_read += !o->none;
         uint32_t number = (uint32_t)sum->n_read;
         if (o->ok) {
+            if (sum->n_kept == (int64_t)sum->twin_room)
+                sum->twins = xrealloc(sum->twins, sum->twin_room = 2 * sum->twin_room + 1024,
+                                      sizeof *sum->twins);
+            const uint8_t *label = record + o->size - get_u16(record + 10) - 4 * (size_t)c->n_tasks;
+            uint32_t labels = crc32_add(0, label, 4 * (size_t)c->n_tasks);
+            sum->twins[sum->n_kept] = (Twin){o->molecule, labels, (uint32_t)sum->n_kept};
             sum->n_kept++;
             sum->n_atoms += o->n_atoms;
-            sum->bad_labels += o->bad_labels;
-            sum->unmatched += o->unmatched;
-            const uint8_t *label = record + o->size - get_u16(record + 10) - 4 * (size_t)c->n_tasks;
+            sum->unmatched += c->labels.n_rows && !o->side_row;
+            sum->surplus += o->surplus;
+            sum->mixtures += o->fragments > 1;
+            if (c->labels.n_rows) c->labels.used[o->side_row] = 1;
             for (int t = 0; t < c->n_tasks; t++, label += 4)
-                sum->labelled[t] |= !isnan(get_f32(label));
+                tally_value(&sum->tally[t], get_f32(label));
+            for (int j = 0; j < o->n_odd; j++)
+                count_odd(c, s, sum, &workers[o->worker].odd[o->first_odd + j], number, record, o);
             if (out->n_parts > 1)
                 pool_append(&out->pool, record, o->size, number, c->want_keys ? &o->key : NULL);
             else dataset_append(&out->writer, record, o->size, number);
         } else if (!o->none) {
             if (c->opt->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
             count_fault(sum, s, s->line, &o->fault);
-            if (sum->rejects.file) {
-                fprintf(sum->rejects.file, "%lu,", (unsigned long)number);
-                print_csv(sum->rejects.file, (const char *)record, o->size);
-                fprintf(sum->rejects.file, ",%lld,",
-                        (long long)s->line + max_int(o->fault.line, 1) - 1);
-                print_csv(sum->rejects.file, o->fault.text, strlen(o->fault.text));
-                fputc('\n', sum->rejects.file);
-            }
+            write_reject(&sum->rejects, number, (const char *)record, o->size,
+                         s->line + max_int(o->fault.line, 1) - 1, o->fault.text);
             if (out->n_parts == 1)
                 dataset_skip(&out->writer, number, (const char *)record, o->size, o->fault.text);
         }
@@ -4251,34 +4335,24 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
 static void convert_source(Source *s, Conversion *c, Output *out, Worker *workers,
                            Record *records, Outcome *outcomes, Summary *sum) {
     Progress progress = progress_begin(0);
-    int all = !out->open && c->opt->labels && strcmp(c->opt->labels, "all") == 0;
-    int find_tasks = all && !c->labels.n_rows, n;
+    int n;
     CHECK(!c->labels.n_rows || s->format == FORMAT_SDF, "%s: --labels-from is for SD files",
           s->path);
-    if (c->labels.n_rows && !out->open) read_side_header(c, all);
     s->name_column = -1;
     s->n_records = sum->n_read;
-    while ((n = next_records(s, records)) > 0) {
-        int skip = 0;
+    for (int first = 1; (n = next_records(s, records)) > 0; first = 0) {
+        int skip = first && is_table(s);
         if (mb_signal) mb_exit(128 + mb_signal);  // and nothing is left
-        if (s->line == 1 && is_table(s)) {
-            read_header(c, s, &records[0], records + 1, n - 1, find_tasks);
-            s->line += count_lines(records[0].text, records[0].text + records[0].size);
-            skip = 1;
-        } else if (find_tasks && !out->open && s->format == FORMAT_SDF) {
-            find_tag_tasks(c, records, n);
-        } else if (s->line == 1 && s->format == FORMAT_SDF && !c->labels.n_rows) {
+        if (skip) {
+            read_header(c, s, &records[0], n > 1 ? records + 1 : NULL);
+            s->task_of_column = columns_of_tasks(c, s->path, s->columns, s->n_columns, 0);
+        } else if (first && s->format == FORMAT_SDF && !c->labels.n_rows && !wants_all(c->opt)) {
             check_tags(c, s, records, n);
+        } else if (first && s->format == FORMAT_SMI && c->n_tasks) {
+            fprintf(stderr, "note    %s: a .smi file has no labels; if its first line names "
+                    "columns, give --format csv\n", s->path);
         }
-        if (!out->open) {  // the tasks are known now
-            sum->labelled = xmalloc((size_t)c->n_tasks, 1);
-            char *name = xprintf("%s.records", c->opt->output);
-            if (out->n_parts > 1) pool_open(&out->pool, name);
-            else dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
-            out->open = 1;
-            free(name);
-        }
-        for (int t = 0; t < thread_count(); t++) workers[t].used = 0;
+        for (int t = 0; t < thread_count(); t++) workers[t].used = 0, workers[t].n_odd = 0;
         convert_records(c, s, records + skip, n - skip, workers, outcomes);
         write_outcomes(s, outcomes, n - skip, workers, out, c, sum);
         progress_show(&progress, (double)s->bytes_done, (double)s->bytes_total, (double)sum->n_read,
@@ -4385,6 +4459,12 @@ static void claim_files(const char *const *inputs, int n_inputs, int n_parts) {
     if (o->rejects) files_output(o->rejects);
 }
 
+// Opens an input; of a table, finds what separates its fields.
+static void input_open(Source *s, const char *path, FILE **copy) {
+    source_open(s, path, prep_opt.format, copy);
+    if (is_table(s)) find_separator(s, prep_opt.smiles ? prep_opt.smiles : "smiles");
+}
+
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
     program_begin(argv);
@@ -4416,35 +4496,64 @@ int main(int argc, char **argv) {
     static Record records[CHUNK_RECORDS];
     static Outcome outcomes[CHUNK_RECORDS];
     Summary sum = {0};
+    FILE **copies = xmalloc((size_t)n_inputs, sizeof *copies);  // of pipes that are read twice
+    int twice = wants_all(&prep_opt) && !c.labels.n_rows;
+    Source source;
+    signals_catch();
     name_tasks(&c);
+    if (c.labels.n_rows) read_side_header(&c);
+    if (twice) {
+        Survey survey = {0};
+        for (int k = 0; k < n_inputs; k++) {
+            input_open(&source, inputs[k], &copies[k]);
+            survey_source(&c, &survey, &source, records);
+            source_close(&source, copies[k] != NULL);
+        }
+        survey_finish(&c, &survey);
+    }
+    sum.tally = xmalloc((size_t)c.n_tasks, sizeof *sum.tally);
+    output_open(&out, &c);
     if (prep_opt.rejects) {
         out_open(&sum.rejects, prep_opt.rejects, REJECTS_BEGIN);
         fputs(REJECTS_BEGIN, sum.rejects.file);
     }
-    signals_catch();
     for (int k = 0; k < n_inputs; k++) {
-        Source source;
-        source_open(&source, inputs[k], prep_opt.format);
+        input_open(&source, inputs[k], twice ? &copies[k] : NULL);
+        char usual = source.format == FORMAT_TSV ? '\t' : ',';
+        if (is_table(&source) && separator_of(&source) != usual)
+            fprintf(stderr, source.separator == '\t' ? "note    %s: fields end at tabs\n"
+                    : "note    %s: fields end at \"%c\"\n", inputs[k], source.separator);
         convert_source(&source, &c, &out, workers, records, outcomes, &sum);
-        source_close(&source);
+        source_close(&source, copies[k] != NULL);
     }
     print_summary(&sum, n_inputs);
+    if (sum.n_kept) print_labels(&c, &sum);
+    if (c.labels.n_rows) note_unused_rows(&c.labels);
     if (c.skips.n_rows && !has_reason(&sum, SKIP_LISTED))
         fprintf(stderr, "note    %s: names no record\n", c.skips.path);
+    int seeded = out.n_parts > 1 && strcmp(prep_opt.split_by, "random") == 0;
+    for (int k = 0; k < N_PREP_OPTIONS && !seeded; k++)
+        if (given[k] && PREP_OPTION_TABLE[k].value == &prep_opt.seed)
+            fprintf(stderr, "note    --seed has no effect without --split-by random\n");
     if (sum.rejects.file) out_commit(&sum.rejects);
     double refused = 100.0 * (double)(sum.n_read - sum.n_kept) / fmax((double)sum.n_read, 1);
     CHECK(refused <= prep_opt.max_reject, "--max-reject: %.2f %% of the records are refused, more "
           "than %g %%; nothing is written", refused, prep_opt.max_reject);
-    CHECK(sum.n_kept > 0, "%s: no molecule could be read", inputs[0]);
-    for (int t = 0; t < c.n_tasks; t++)
-        CHECK(sum.labelled[t], "--labels: no record has a value for \"%s\"", c.task_names[t]);
-    output_finish(&out, &c);
+    int rows_only = sum.n_read > 0 && strcmp(prep_opt.output, "-") == 0;  // for predict's reasons
+    CHECK(sum.n_kept > 0 || rows_only, "%s: no molecule could be read", inputs[0]);
+    for (int t = 0; t < c.n_tasks && sum.n_kept; t++) {
+        CHECK(sum.tally[t].present, "--labels: no record has a value for \"%s\"", c.task_names[t]);
+        CHECK(twice || sum.tally[t].bad <= sum.tally[t].present, "--labels: most values of \"%s\" "
+              "are unusable: %s", c.task_names[t], tally_examples(&sum.tally[t], 1));
+    }
+    output_finish(&out, &c, &sum);
     for (int t = 0; t < thread_count(); t++) worker_free(&workers[t]);
+    for (int t = 0; t < c.n_tasks; t++) tally_free(&sum.tally[t]);
     free_tasks(&c);
     table_close(&c.labels);
     table_close(&c.skips);
     table_close(&c.parts);
-    free(sum.labelled);
+    FREE_ALL(sum.tally, sum.twins, c.left_out.text, copies);
     free(workers);
     free(inputs);
     mb_exit(EXIT_SUCCESS);

@@ -3747,7 +3747,7 @@ static void check_positions(const Dataset *data, int use) {
 static void check_preparation(const Dataset *data, const TensorFile *model) {
     const char *then = tensor_meta(model, "largest_fragment");
     int now = (data->flags & PREP_LARGEST_FRAGMENT) != 0;
-    if (then && now != (*then == '1'))
+    if (then && data->count && now != (*then == '1'))
         fprintf(stderr, "note    %s: made with%s --largest-fragment, what the model learnt from %s "
                 "it\n", data->path, now ? "" : "out", now ? "without" : "with");
     note_stereo(data, model->path, tensor_meta(model, "stereo"));

@@ -17,99 +17,245 @@ static void free_tasks(Conversion *c) {
     free(c->slots);
 }
 
-// Says that --labels all takes a column or tag for no label, at which record (0: it is empty).
-static void say_left_out(Span name, int record, int *count) {
-    if (++*count == 11) fprintf(stderr, "... and more\n");
-    if (*count > 10) return;
-    fprintf(stderr, "--labels all leaves out \"%.*s\": ", min_int(name.n, 60), name.p);
-    if (record) fprintf(stderr, "no usable number in record %d\n", record);
-    else fprintf(stderr, "no values\n");
+static int wants_all(const PrepOptions *opt) {
+    return opt->labels && strcmp(opt->labels, "all") == 0;
 }
 
-// Tasks from "A,B,C" as given.
+// Tasks from "A,B,C" as given. A name with a comma stands in quotes, or has \, for it.
 static void name_tasks(Conversion *c) {
-    const char *p = c->opt->labels;
-    if (!p || strcmp(p, "all") == 0) return;
-    while (*p) {
-        size_t n = strcspn(p, ",");
-        Span name = trim((Span){p, (int)n});
-        CHECK(name.n, "--labels: expected names separated by commas, found \"%s\"", c->opt->labels);
-        add_task(c, name);
-        p += n + (p[n] == ',');
+    const char *p = c->opt->labels ? c->opt->labels : "";
+    char *name = xmalloc(strlen(p) + 1, 1);
+    for (; *p && !wants_all(c->opt); p += *p == ',') {
+        int n = 0, quoted = p[strspn(p, " ")] == '"';
+        if (quoted) p += strspn(p, " ") + 1;
+        for (; *p && (quoted ? *p != '"' || p[1] == '"' : *p != ','); p++) {
+            if (p[0] == (quoted ? '"' : '\\') && p[1] == (quoted ? '"' : ',')) p++;
+            name[n++] = *p;
+        }
+        p += strcspn(p, ",");
+        Span text = trim((Span){name, n});
+        CHECK(text.n, "--labels: expected names separated by commas, found \"%s\"",
+              c->opt->labels);
+        add_task(c, text);
+    }
+    free(name);
+}
+
+// ---- --labels all: all inputs are looked through before the first record is converted
+
+typedef struct {
+    Conversion names;        // its tasks are the columns and tags, but those that have a role
+    Tally *tally;            // (names.n_tasks) of each
+    int room;
+} Survey;
+
+// Counts a cell of a column or tag; `line` is its place in `path`. A null cell only names it.
+static void survey_cell(Survey *v, Span name, Span cell, int decimal, const char *path,
+                        int64_t line) {
+    OddCell odd;
+    float label;
+    int t = find_task(&v->names, name);
+    if (t < 0) {
+        add_task(&v->names, name);
+        t = v->names.n_tasks - 1;
+        if (t >= v->room)
+            v->tally = xrealloc(v->tally, (size_t)(v->room = 2 * t + 64), sizeof *v->tally);
+        v->tally[t] = (Tally){0};
+    }
+    if (!cell.p) return;
+    if (odd_cell(&odd, cell, decimal, &label)) tally_odd(&v->tally[t], &odd, path, line);
+    tally_value(&v->tally[t], label);
+}
+
+// Counts the cells of a row. role: (n) columns that are no labels.
+static void survey_row(Survey *v, const Record *row, char separator, const Span *names, int n,
+                       const uint8_t *role, const char *path, int64_t line, Arena *arena) {
+    const char *p = row->text, *end = row_end(row);
+    Span cell;
+    arena_reset(arena);
+    for (int k = 0; k < n && csv_field(arena, &p, end, separator, &cell); k++)
+        if (!role[k]) survey_cell(v, names[k], cell, is_within(row, cell), path, line);
+}
+
+// Marks the columns without a name, for they are a table's own numbering, as no labels.
+static void leave_out_unnamed(Conversion *c, const Span *names, int n, uint8_t *role) {
+    for (int k = 0; k < n; k++) {
+        if (role[k] || (names[k].n && !starts_with(names[k], "Unnamed: "))) continue;
+        text_add(&c->left_out, "--labels all leaves out column %d: it has no name\n", k + 1);
+        role[k] = 1;
     }
 }
 
-// --labels all, SDF: every tag whose values in the first records are numbers or missing.
-static void find_tag_tasks(Conversion *c, const Record *records, int n) {
-    Conversion words = {0};  // tags with a value that is no number
-    int left_out = 0;
-    for (int pass = 0; pass < 2; pass++)
-        for (int k = 0; k < n && k < 1000; k++) {
-            Lines in = {records[k].text, records[k].text + records[k].size, 0};
-            Span tag, value;
-            float label;
-            while (next_tag(&in, &tag, &value)) {
-                if (c->opt->name && span_is(tag, c->opt->name)) continue;
-                if (find_task(&words, tag) >= 0) continue;
-                if (pass == 1) add_task(c, tag);
-                if (pass == 1 || parse_label(value, &label)) continue;
-                add_task(&words, tag);
-                say_left_out(tag, k + 1, &left_out);
-            }
+// Makes tasks of the columns and tags that have values of which half or more are usable, missing and
+// censored ones aside; says of the others why they are none. Dies if no task is left.
+static void survey_finish(Conversion *c, Survey *v) {
+    for (int k = 0; k < v->names.n_tasks; k++) {
+        Tally *t = &v->tally[k];
+        const char *name = v->names.task_names[k];
+        if (t->present && t->present >= t->bad) {
+            add_task(c, (Span){name, (int)strlen(name)});
+        } else if (t->bad || t->censored) {
+            char *cells = tally_examples(t, t->bad > 0);
+            text_add(&c->left_out, "--labels all leaves out \"%.60s\": %lld of %lld cells are %s: "
+                     "%s\n", name, (long long)(t->bad ? t->bad : t->censored),
+                     (long long)(t->present + t->bad + t->censored),
+                     t->bad ? "no numbers" : "censored", cells);
+            free(cells);
+        } else {
+            text_add(&c->left_out, "--labels all leaves out \"%.60s\": no values\n", name);
         }
-    free_tasks(&words);
-}
-
-// --labels all, CSV: what the columns hold in the first rows: nothing (0), numbers (-1), or else
-// the number of a row, from 1, that has something else.
-static void find_number_columns(const Source *s, const Record *rows, int n, int *content) {
-    Arena arena = {0};
-    for (int k = 0; k < n && k < 1000; k++) {
-        const char *p = rows[k].text, *end = row_end(&rows[k]);
-        Span field;
-        float label;
-        arena_reset(&arena);
-        for (int column = 0; csv_field(&arena, &p, end, separator_of(s), &field); column++) {
-            if (column >= s->n_columns) break;
-            if (content[column] > 0) continue;
-            if (!parse_label(field, &label)) content[column] = k + 1;
-            else if (!isnan(label)) content[column] = -1;
-        }
+        tally_free(t);
     }
-    arena_free(&arena);
+    free_tasks(&v->names);
+    free(v->tally);
+    if (!c->n_tasks) fputs(c->left_out.text ? c->left_out.text : "", stderr);
+    CHECK(c->n_tasks, "--labels all: no column or tag holds labels; name them: --labels A,B");
 }
 
-// The header of --labels-from: which column is which task; of --labels all, each with numbers.
-static void read_side_header(Conversion *c, int all) {
-    Table *t = &c->labels;
+// ---- headers of tables
+
+// "it has "A", "B" and 3 more; did you mean "A"?" in fresh memory, of a name that is not there.
+// guess: the index of a column that is meant for another reason, or -1.
+static char *describe_columns(const Span *names, int n, const char *wanted, int guess) {
+    Text t = {0};
+    int least = (int)strlen(wanted) / 2 + 1;
+    for (int k = 0; k < n; k++) {
+        char *name = xprintf("%.*s", min_int(names[k].n, 60), names[k].p);
+        int distance = word_is(names[k], wanted) ? 0 : edit_distance(name, wanted);
+        if (k < 30) text_add(&t, "%s\"%s\"", k ? ", " : "it has ", name);
+        if (distance < least && names[k].n) least = distance, guess = k;
+        free(name);
+    }
+    if (n > 30) text_add(&t, " and %d more", n - 30);
+    if (guess >= 0) text_add(&t, "; did you mean \"%.*s\"?", names[guess].n, names[guess].p);
+    return t.text;
+}
+
+// The longest of some cells that is a SMILES, -1 if none is.
+static int find_smiles(const Span *cells, int n) {
+    ChemMol m = {0};
+    Fault fault;
+    int best = -1;
+    for (int k = 0; k < n; k++) {
+        mol_clear(&m);
+        Span cell = trim(cells[k]);
+        int longer = cell.n > (best < 0 ? 1 : trim(cells[best]).n);
+        if (longer && read_smiles(&m, cell, &fault) == 0) best = k;
+    }
+    mol_free(&m);
+    return best;
+}
+
+// Dies because there is no column for the SMILES; says which it could be by the row that follows
+// (NULL: none does), and what to do if the header is a row itself.
+static void no_smiles_column(const Source *s, const char *wanted, const Record *row) {
     Arena arena = {0};
-    Record header = {.text = t->row[0], .size = (size_t)(t->row[1] - t->row[0])};
-    Source s = {.path = t->path, .format = t->separator == '\t' ? FORMAT_TSV : FORMAT_CSV};
-    Record *rows = xmalloc(1000, sizeof *rows);
-    int n = 0;
+    Span *cells = xmalloc((size_t)s->n_columns, sizeof *cells), none = {"", 0};
+    int n = 0, header = find_smiles(s->columns, s->n_columns), guess = -1;
+    for (int k = 0; k < s->n_columns; k++) cells[k] = none;
     arena_reset(&arena);
-    for (size_t k = 1; k < t->n_rows && k <= 1000; k++, n++)
-        rows[n] = (Record){.text = t->row[k], .size = (size_t)(t->row[k + 1] - t->row[k])};
-    const char *p = header.text, *end = row_end(&header);
-    Span name;
-    for (s.n_columns = 0; csv_field(&arena, &p, end, t->separator, &name);) s.n_columns++;
-    int *content = arena_ints(&arena, s.n_columns), left_out = 0;
-    find_number_columns(&s, rows, n, content);
-    t->task_of_column = xmalloc((size_t)s.n_columns, sizeof *t->task_of_column);
-    t->n_columns = s.n_columns;
-    p = header.text;
-    for (int k = 0; csv_field(&arena, &p, end, t->separator, &name); k++) {
-        if (all && k > 0 && content[k] == -1) add_task(c, trim(name));
-        else if (all && k > 0) say_left_out(name, content[k], &left_out);
-        t->task_of_column[k] = k > 0 || !all ? find_task(c, trim(name)) : -1;
+    const char *p = row ? row->text : NULL;
+    while (n < s->n_columns && csv_field(&arena, &p, row ? row_end(row) : NULL, separator_of(s),
+                                         &cells[n])) n++;
+    guess = find_smiles(cells, n);
+    if (header >= 0 && (!n || guess == header)) {
+        Text names = {0};
+        for (int k = 0; k < s->n_columns; k++)
+            text_add(&names, k == header ? "%csmiles" : "%cy%d", separator_of(s), k + 1);
+        DIE("%s:1: expected a header, found the SMILES \"%.*s\"; put one in front: (echo '%s'; cat "
+            "%s) | ./data_prep --format csv ... -", s->path, min_int(s->columns[header].n, 60),
+            s->columns[header].p, names.text + 1, strcmp(s->path, "-") ? s->path : "FILE");
     }
-    for (int task = 0, found; task < c->n_tasks; task++) {
-        for (found = 0; found < t->n_columns && t->task_of_column[found] != task;) found++;
-        CHECK(found < t->n_columns, "%s:1: expected a column \"%s\" (--labels)", t->path,
-              c->task_names[task]);
+    CHECK(s->n_columns > 1 || !memchr(s->columns->p, ' ', (size_t)s->columns->n),
+          "%s:1: expected a column \"%s\"; if its fields end at blanks, type: tr -s ' ' , < %s | "
+          "./data_prep --format csv ... -", s->path, wanted, strcmp(s->path, "-") ? s->path : "FILE");
+    for (int k = 0; k < s->n_columns && guess < 0; k++)
+        for (int j = 0; j + 6 <= s->columns[k].n && guess < 0; j++)
+            if (word_is((Span){s->columns[k].p + j, 6}, "smiles")) guess = k;
+    char *there = describe_columns(s->columns, s->n_columns, wanted, guess);
+    DIE("%s:1: expected a column \"%s\"; name the SMILES column with --smiles; %s", s->path, wanted,
+        there);
+}
+
+// Dies because a column that an option names is not there.
+static void no_column(const char *path, const Span *names, int n, const char *wanted,
+                      const char *option) {
+    char *there = describe_columns(names, n, wanted, -1);
+    DIE("%s:1: expected a column \"%s\" (%s); %s", path, wanted, option, there);
+}
+
+// The fields of a header in the arena, as names of one line each; *n: how many.
+static Span *header_names(Arena *arena, const Record *header, char separator, int *n) {
+    const char *p = header->text, *end = row_end(header);
+    Span *names = NULL, name;
+    int room = 0;
+    for (*n = 0; csv_field(arena, &p, end, separator, &name); ++*n) {
+        if (*n == room) names = arena_grow(arena, names, &room, sizeof *names);
+        char *text = arena_take(arena, (size_t)name.n + 1, 1);
+        for (int k = 0; k < name.n; k++) text[k] = (unsigned char)name.p[k] < 32 ? ' ' : name.p[k];
+        names[*n] = trim((Span){text, name.n});
     }
-    free(rows);
+    return names;
+}
+
+// Which column of the names is which task: (n) in fresh memory, -1 for none. Those that are missing
+// end the program unless all labels are taken as they come.
+static int *columns_of_tasks(const Conversion *c, const char *path, const Span *names, int n,
+                             int first) {
+    int *task = xmalloc((size_t)n, sizeof *task);
+    char *seen = xmalloc((size_t)c->n_tasks, 1);
+    for (int k = 0; k < n; k++) {
+        task[k] = k < first ? -1 : find_task(c, names[k]);
+        if (task[k] < 0) continue;
+        int same = first;
+        while (same < k && task[same] != task[k]) same++;
+        CHECK(same == k, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", path,
+              same + 1, k + 1, min_int(names[k].n, 60), names[k].p);
+        seen[task[k]] = 1;
+    }
+    for (int t = 0; t < c->n_tasks && !wants_all(c->opt); t++)
+        if (!seen[t]) no_column(path, names, n, c->task_names[t], "--labels");
+    free(seen);
+    return task;
+}
+
+// The header of --labels-from: which column is which task; of --labels all, each with labels.
+static void read_side_header(Conversion *c) {
+    Table *t = &c->labels;
+    Arena arena = {0}, cells = {0};
+    Record header = {.text = t->row[0], .size = (size_t)(t->row[1] - t->row[0])};
+    arena_reset(&arena);
+    Span *names = header_names(&arena, &header, t->separator, &t->n_columns);
+    t->used = xmalloc(t->n_rows, 1);
+    if (wants_all(c->opt)) {
+        Survey v = {0};
+        uint8_t *role = arena_flags(&arena, t->n_columns + 1);
+        role[0] = 1;
+        leave_out_unnamed(c, names, t->n_columns, role);
+        for (size_t k = 0; k < t->n_rows; k++) {
+            Record row = {.text = t->row[k], .size = (size_t)(t->row[k + 1] - t->row[k])};
+            if (k > 0) survey_row(&v, &row, t->separator, names, t->n_columns, role, t->path,
+                                  (int64_t)k + 1, &cells);
+        }
+        survey_finish(c, &v);
+    }
+    t->task_of_column = columns_of_tasks(c, t->path, names, t->n_columns, wants_all(c->opt));
     arena_free(&arena);
+    arena_free(&cells);
+}
+
+// Says which rows of --labels-from no record has taken, or cannot take.
+static void note_unused_rows(const Table *t) {
+    size_t unused = 0, first = 0;
+    for (size_t k = t->n_rows - 1; k > 0; k--)
+        if (!t->used[k]) unused++, first = k;
+    if (unused)
+        fprintf(stderr, "note    %s: %zu rows belong to no record, the first is row %zu, "
+                "\"%.*s\"\n", t->path, unused, first + 1, min_int(table_key(t, first).n, 60),
+                table_key(t, first).p);
+    if (t->repeated)
+        fprintf(stderr, "note    %s: %zu rows begin as an earlier one does; by title, the first "
+                "counts\n", t->path, t->repeated);
 }
 
 // Says at once, not after the run, if none of the first records of an SD file has a tag that is
@@ -135,68 +281,73 @@ static void check_tags(const Conversion *c, const Source *s, const Record *recor
 }
 
 // Gives column k a role that only one can have.
-static void claim_column(const Source *s, int *column, int k, Span name) {
+static void claim_column(const Source *s, int *column, int k) {
     CHECK(*column < 0, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", s->path,
-          *column + 1, k + 1, min_int(name.n, 60), name.p);
+          *column + 1, k + 1, min_int(s->columns[k].n, 60), s->columns[k].p);
     *column = k;
 }
 
-// Reads the header of a CSV source: which column is the SMILES, the name, which task. `first`:
-// tasks of --labels all are still to be found, in the rows that follow.
-static void read_header(Conversion *c, Source *s, const Record *header, const Record *rows,
-                        int n_rows, int first) {
-    Arena arena = {0};
-    const char *p = header->text, *end = row_end(header);
-    Span name, *names = NULL;
-    int n = 0, room = 0, left_out = 0;
+// Reads the header of a CSV source: which column is the SMILES, the name, the part. `row`: the one
+// that follows, NULL if none does.
+static void read_header(const Conversion *c, Source *s, const Record *header, const Record *row) {
+    const char *smiles = c->opt->smiles ? c->opt->smiles : "smiles";
     CHECK(!header->quote && !header->kind, "%s:1: the header %s", s->path,
           header->quote ? "has a quote that is never closed" : "is too long");
-    arena_reset(&arena);
-    while (csv_field(&arena, &p, end, separator_of(s), &name)) {
-        if (n == room) names = arena_grow(&arena, names, &room, sizeof *names);
-        char *text = arena_take(&arena, (size_t)name.n + 1, 1);  // a name is one line
-        for (int k = 0; k < name.n; k++) text[k] = (unsigned char)name.p[k] < 32 ? ' ' : name.p[k];
-        names[n++] = trim((Span){text, name.n});
-    }
-    s->n_columns = n;
+    arena_reset(&s->arena);
+    s->columns = header_names(&s->arena, header, separator_of(s), &s->n_columns);
     s->smiles_column = s->name_column = s->part_column = -1;
-    s->task_of_column = xmalloc((size_t)n, sizeof *s->task_of_column);
-    for (int k = 0; k < n; k++) {
-        if (word_is(names[k], c->opt->smiles ? c->opt->smiles : "smiles"))
-            claim_column(s, &s->smiles_column, k, names[k]);
-        if (c->opt->name && span_is(names[k], c->opt->name))
-            claim_column(s, &s->name_column, k, names[k]);
-        if (c->part_column && span_is(names[k], c->part_column))
-            claim_column(s, &s->part_column, k, names[k]);
+    for (int k = 0; k < s->n_columns; k++) {
+        if (word_is(s->columns[k], smiles)) claim_column(s, &s->smiles_column, k);
+        if (c->opt->name && span_is(s->columns[k], c->opt->name))
+            claim_column(s, &s->name_column, k);
+        if (c->part_column && span_is(s->columns[k], c->part_column))
+            claim_column(s, &s->part_column, k);
     }
-    CHECK(!c->part_column || s->part_column >= 0, "%s:1: expected a column \"%s\" (--split-by)",
-          s->path, c->part_column);
-    CHECK(s->smiles_column >= 0, "%s:1: expected a column \"%s\"; name the SMILES column with "
-          "--smiles", s->path, c->opt->smiles ? c->opt->smiles : "smiles");
-    CHECK(!c->opt->name || s->name_column >= 0, "%s:1: expected a column \"%s\" (--name)", s->path,
-          c->opt->name);
-    int *content = arena_ints(&arena, n);
-    if (first) find_number_columns(s, rows, n_rows, content);
-    for (int k = 0; k < n && first; k++) {
-        if (k == s->smiles_column || k == s->name_column || k == s->part_column) continue;
-        if (content[k] == -1) add_task(c, names[k]);
-        else say_left_out(names[k], content[k], &left_out);
-    }
-    int *column = arena_ints(&arena, c->n_tasks);
-    for (int t = 0; t < c->n_tasks; t++) column[t] = -1;
-    for (int k = 0; k < n; k++) {
-        int t = s->task_of_column[k] = find_task(c, names[k]);
-        if (t >= 0) claim_column(s, &column[t], k, names[k]);
-    }
-    for (int t = 0; t < c->n_tasks; t++)
-        CHECK(column[t] >= 0, "%s:1: expected a column \"%s\" (--labels)", s->path,
-              c->task_names[t]);
+    if (s->smiles_column < 0) no_smiles_column(s, smiles, row);
+    if (c->part_column && s->part_column < 0)
+        no_column(s->path, s->columns, s->n_columns, c->part_column, "--split-by");
+    if (c->opt->name && s->name_column < 0)
+        no_column(s->path, s->columns, s->n_columns, c->opt->name, "--name");
+    s->line += count_lines(header->text, header->text + header->size);
+}
+
+// Counts the cells of all tables and the tags of all SD records of a source.
+static void survey_source(Conversion *c, Survey *v, Source *s, Record *records) {
+    Arena arena = {0};
+    uint8_t *role = NULL;
+    for (int n; (n = next_records(s, records)) > 0;)
+        for (int k = 0; k < n; k++) {
+            Record *r = &records[k];
+            if (mb_signal) mb_exit(128 + mb_signal);
+            if (is_table(s) && !s->columns) {
+                read_header(c, s, r, n > 1 ? r + 1 : NULL);
+                role = xmalloc((size_t)s->n_columns, 1);
+                const int roles[] = {s->smiles_column, s->name_column, s->part_column};
+                for (int j = 0; j < 3; j++)
+                    if (roles[j] >= 0) role[roles[j]] = 1;
+                leave_out_unnamed(c, s->columns, s->n_columns, role);
+                for (int j = 0; j < s->n_columns; j++)
+                    if (!role[j]) survey_cell(v, s->columns[j], (Span){NULL, 0}, 0, NULL, 0);
+                continue;
+            }
+            Lines in = {r->text, r->text + r->size, 0};
+            Span name, value;
+            if (is_table(s) && !r->kind && !r->quote && trim((Span){r->text, (int)r->size}).n)
+                survey_row(v, r, separator_of(s), s->columns, s->n_columns, role, s->path, s->line,
+                           &arena);
+            for (int j = 0; j < 3 && s->format == FORMAT_SDF; j++) next_line(&in, &name);  // titles
+            while (s->format == FORMAT_SDF && next_tag(&in, &name, &value))
+                if (!(c->opt->name && span_is(name, c->opt->name)) &&
+                    !(c->part_column && span_is(name, c->part_column)))
+                    survey_cell(v, name, value, 0, s->path,
+                                s->line + in.line - count_lines(value.p, in.at));
+            s->line += count_lines(r->text, r->text + r->size);
+        }
     arena_free(&arena);
+    free(role);
 }
 
 // ---- the summary
-
-enum { EXAMPLES = 3 };
 
 // Skipped records, counted by kind, with the first few of each.
 typedef struct {
@@ -207,12 +358,22 @@ typedef struct {
 
 #define REJECTS_BEGIN "record,name,line,reason\n"
 
+enum { LABELS_SHOWN = 50 };
+
+// What is kept of a molecule to find others like it.
+typedef struct {
+    uint64_t key;
+    uint32_t labels, index;  // CRC-32 of its labels; its place in the output
+} Twin;
+
 typedef struct {
     Reason reasons[32];
     int n_reasons;
-    int64_t n_read, n_kept, n_atoms, bad_labels, unmatched;
+    int64_t n_read, n_kept, n_atoms, unmatched, mixtures, surplus;
     OutFile rejects;         // open if asked for
-    uint8_t *labelled;       // (n_tasks) whether some record has a value
+    Tally *tally;            // (n_tasks) of the labels of what is kept
+    Twin *twins;             // (n_kept)
+    size_t twin_room;
 } Summary;
 
 // "FILE:LINE: reason", with the column if it is known.
@@ -258,7 +419,73 @@ static void print_summary(Summary *sum, int n_sources) {
     if (sum->unmatched)
         fprintf(stderr, "records of which --labels-from says nothing: %lld\n",
                 (long long)sum->unmatched);
-    if (sum->bad_labels)
-        fprintf(stderr, "labels that are no numbers up to %g, taken as missing: %lld\n",
-                LABEL_MAX, (long long)sum->bad_labels);
+    if (sum->surplus)
+        fprintf(stderr, "rows with more fields than the header, which are left out: %lld\n",
+                (long long)sum->surplus);
+    if (sum->mixtures)
+        fprintf(stderr, "records of several fragments, such as salts: %lld (--largest-fragment "
+                "keeps one of each)\n", (long long)sum->mixtures);
+}
+
+// Prints what the labels are - of many, the first and the unusual -, and what is taken for none.
+static void print_labels(const Conversion *c, const Summary *sum) {
+    int64_t bad = 0, unsaid = 0;
+    for (int t = 0; t < c->n_tasks; t++) {
+        const Tally *y = &sum->tally[t];
+        if (t >= LABELS_SHOWN && !y->bad && !y->censored && !y->form) {
+            unsaid++;
+            continue;
+        }
+        fprintf(stderr, "label   %s: %s, %lld present, %lld missing\n", c->task_names[t],
+                y->fractions ? "numbers" : "classes", (long long)y->present,
+                (long long)y->missing);
+        for (int k = 0; k < 2; k++) {
+            char *cells = tally_examples(y, k);
+            if (cells)
+                fprintf(stderr, "          %lld %s: %s\n", (long long)(k ? y->bad : y->censored),
+                        k ? "unusable" : "censored", cells);
+            free(cells);
+        }
+        for (int k = 0; k < FORMS; k++)
+            if (y->form >> k & 1)
+                fprintf(stderr, "          %s%s\n", FORM_NAMES[k],
+                        k == 0 && y->fractions ? ", beside other numbers" : "");
+        bad += y->bad;
+    }
+    if (unsaid) fprintf(stderr, "label   ... and %lld more\n", (long long)unsaid);
+    if (bad)
+        fprintf(stderr, "labels that are no numbers up to %g, taken as missing: %lld\n", LABEL_MAX,
+                (long long)bad);
+    if (c->left_out.text) fputs(c->left_out.text, stderr);
+}
+
+// By molecule, then in the order of the output.
+static int compare_twins(const void *a, const void *b) {
+    const Twin *x = a, *y = b;
+    if (x->key != y->key) return x->key < y->key ? -1 : 1;
+    return (x->index > y->index) - (x->index < y->index);
+}
+
+// Says how many records have a molecule that another has too, stereo aside; how many of these have
+// different labels or stand in different parts. part: (n), NULL if there are none.
+static void print_twins(Twin *twins, size_t n, const uint8_t *part) {
+    size_t repeats = 0, differ = 0, apart = 0;
+    if (n) qsort(twins, n, sizeof *twins, compare_twins);
+    for (size_t i = 0, j; i < n; i = j) {
+        int labels = 0, parts = 0;
+        for (j = i + 1; j < n && twins[j].key == twins[i].key; j++) {
+            labels |= twins[j].labels != twins[i].labels;
+            parts |= part && part[twins[j].index] != part[twins[i].index];
+        }
+        repeats += j - i - 1;
+        differ += (size_t)labels;
+        apart += (size_t)parts;
+    }
+    if (repeats)
+        fprintf(stderr, "note    %zu record%s the molecule of another, stereo aside; of %zu "
+                "molecules the labels differ\n", repeats, repeats > 1 ? "s repeat" : " repeats",
+                differ);
+    if (apart)
+        fprintf(stderr, "note    %zu molecules stand in more than one part, stereo aside: what is "
+                "tested there was learnt\n", apart);
 }

@@ -28,6 +28,8 @@ typedef struct {
     const char **row;        // (n_rows + 1) where each begins; the last: the end
     uint32_t *slot;          // (n_slots) hash table: 1 + the row of a key, its first field
     int *task_of_column, n_columns;  // labels: what each column is
+    uint8_t *used;           // labels: (n_rows) whether a record has taken it
+    size_t repeated;         // rows whose key an earlier one has
 } Table;
 
 #define SKIP_LISTED "in --skip-list"  // a kind of fault
@@ -41,6 +43,7 @@ typedef struct {
     int want_keys;           // for a scaffold split, or one that is given
     Table labels, skips, parts;  // without rows if not given
     const char *part_column; // CSV column or SD tag of the part; NULL: none
+    Text left_out;           // lines on what --labels all does not take
 } Conversion;
 
 // One thread's memory.
@@ -50,6 +53,8 @@ typedef struct {
     Molecule check;          // what a reader makes of the encoded record
     uint8_t *bytes;          // encoded records of the chunk
     size_t used, room;
+    OddCell *odd;            // unusual cells of the chunk
+    int n_odd, odd_room;
 } Worker;
 
 // Frees everything w owns.
@@ -57,13 +62,16 @@ static void worker_free(Worker *w) {
     mol_free(&w->mol);
     molecule_free(&w->molecule);
     molecule_free(&w->check);
-    free(w->bytes);
+    FREE_ALL(w->bytes, w->odd);
 }
 
 // What became of a record.
 typedef struct {
-    int worker, ok, none, n_atoms, bad_labels;  // none: it is not a record after all
-    int unmatched;           // --labels-from has no row for it
+    int worker, ok, none, n_atoms;  // none: it is not a record after all
+    int first_odd, n_odd;    // unusual cells, of the worker's
+    int fragments, surplus;  // parts that no bond joins; fields that the header does not name
+    size_t side_row;         // of --labels-from; 0: there is none
+    uint64_t molecule;       // equal for equal molecules, see molecule_key()
     size_t offset, size;     // of the record, or of its name if it is refused, in worker's bytes
     Span name;
     int64_t n_lines;         // line breaks in the record
@@ -146,6 +154,18 @@ static size_t table_find(const Table *t, Span name, int64_t number) {
     return row || !t->n_rows ? row : *table_slot(t, (Span){text, n});
 }
 
+// Which of the signs stands most often from p to end; of equals the first.
+static char most_frequent(const char *p, const char *end, const char *signs) {
+    size_t most = 0;
+    char best = *signs;
+    for (; *signs; signs++) {
+        size_t n = 0;
+        for (const char *q = p; q < end; q++) n += *q == *signs;
+        if (n > most) most = n, best = *signs;
+    }
+    return best;
+}
+
 // Opens a table; of two rows with one key the first counts. `path` must live as long.
 static void table_open(Table *t, const char *path, int is_list) {
     *t = (Table){.path = path};
@@ -153,7 +173,7 @@ static void table_open(Table *t, const char *path, int is_list) {
     const char *p = (const char *)t->bytes, *end = p + t->size, *quote = NULL, *next;
     size_t room = 0, commas = 0;
     next = t->size ? line_end(p, end) : NULL;
-    if (!is_list) t->separator = memchr(p, '\t', (size_t)((next ? next : end) - p)) ? '\t' : ',';
+    if (!is_list) t->separator = most_frequent(p, next ? next : end, "\t;,");
     for (; p < end; p = next) {
         next = is_list ? line_end(p, end) : csv_row_end(p, end, t->separator, &quote);
         if (!next) next = end;
@@ -169,6 +189,7 @@ static void table_open(Table *t, const char *path, int is_list) {
     t->slot = xmalloc(t->n_slots, sizeof *t->slot);
     for (size_t k = 0; k < t->n_rows; k++) {
         uint32_t *slot = table_slot(t, table_key(t, k));
+        t->repeated += *slot != 0;
         if (!*slot) *slot = (uint32_t)k + 1;
     }
 }
@@ -177,25 +198,38 @@ static void table_close(Table *t) {
     file_release(t->bytes, t->size);
     free(t->row);
     free(t->slot);
-    free(t->task_of_column);
+    FREE_ALL(t->task_of_column, t->used);
+}
+
+// Reads a label. An unusual cell is noted with `line`, see OddCell.
+static void read_label(Worker *w, Outcome *o, int64_t line, Span cell, int decimal, int task,
+                       float *labels) {
+    if (w->n_odd == w->odd_room)
+        w->odd = xrealloc(w->odd, (size_t)(w->odd_room = 2 * w->odd_room + 64), sizeof *w->odd);
+    OddCell *odd = &w->odd[w->n_odd];
+    if (!odd_cell(odd, cell, decimal, &labels[task])) return;
+    odd->task = task;
+    odd->line = line;
+    o->n_odd++;
+    w->n_odd++;
 }
 
 // Reads the labels of a record from --labels-from: of the row that begins with its title, or
 // (--labels-by number) of the row of its number.
-static void read_side_labels(const Conversion *c, const Record *r, Arena *arena, float *labels,
+static void read_side_labels(const Conversion *c, const Record *r, Worker *w, float *labels,
                              Outcome *o) {
     const Table *t = &c->labels;
     int by_number = strcmp(c->opt->labels_by, "number") == 0;
     size_t row = by_number ? (size_t)r->number : *table_slot(t, o->name);
-    o->unmatched = by_number ? row >= t->n_rows : row < 2;  // row 0 is the header
-    if (o->unmatched) return;
-    row -= !by_number;
+    if (by_number ? row >= t->n_rows : row < 2) return;  // row 0 is the header
+    o->side_row = row -= !by_number;
     Record text = {.text = t->row[row], .size = (size_t)(t->row[row + 1] - t->row[row])};
     const char *p = text.text, *end = row_end(&text);
     Span field;
-    for (int k = 0; csv_field(arena, &p, end, t->separator, &field) && k < t->n_columns; k++)
-        if (t->task_of_column[k] >= 0)
-            o->bad_labels += !parse_label(field, &labels[t->task_of_column[k]]);
+    for (int k = 0; csv_field(&w->mol.arena, &p, end, t->separator, &field); k++)
+        if (k < t->n_columns && t->task_of_column[k] >= 0)
+            read_label(w, o, (int64_t)row + 1, field, is_within(&text, field),
+                       t->task_of_column[k], labels);
 }
 
 // The part that a word names, or the end of the record.
@@ -218,13 +252,17 @@ static int read_part(const Conversion *c, const Record *r, Span word, Outcome *o
 }
 
 // Reads labels and, if a tag is asked for, name and part from the data items of an SD record.
-static void read_tags(const Conversion *c, Lines in, float *labels, Span *part, Outcome *o) {
-    Span tag, value;
+static void read_tags(const Conversion *c, Worker *w, Lines in, float *labels, Span *part,
+                      Outcome *o) {
+    Span tag, value, first;
     while (next_tag(&in, &tag, &value)) {
         int task = find_task(c, tag);
-        if (c->opt->name && span_is(tag, c->opt->name)) o->name = value;
-        if (c->part_column && span_is(tag, c->part_column)) *part = value;
-        if (task >= 0 && !c->labels.n_rows) o->bad_labels += !parse_label(value, &labels[task]);
+        Lines lines = {value.p, value.p + value.n, 0};
+        next_line(&lines, &first);
+        if (c->opt->name && span_is(tag, c->opt->name)) o->name = trim(first);
+        if (c->part_column && span_is(tag, c->part_column)) *part = trim(first);
+        if (task >= 0 && !c->labels.n_rows)
+            read_label(w, o, in.line - count_lines(value.p, in.at), value, 0, task, labels);
     }
 }
 
@@ -249,7 +287,10 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
     int column = 0, found = 0;
     Span field, rest;
     for (; csv_field(&w->mol.arena, &p, end, separator_of(s), &field); column++) {
-        if (column >= s->n_columns) break;
+        if (column >= s->n_columns) {
+            o->surplus |= trim(field).n > 0;
+            continue;
+        }
         if (column == s->smiles_column) {
             found = 1;
             split_smiles(field, smiles, &rest);
@@ -257,7 +298,7 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
         if (column == s->name_column) o->name = trim(field);
         if (column == s->part_column) *part = trim(field);
         int task = s->task_of_column[column];
-        if (task >= 0) o->bad_labels += !parse_label(field, &labels[task]);
+        if (task >= 0) read_label(w, o, 0, field, is_within(r, field), task, labels);
     }
     if (found) return 0;
     return fault_at(&o->fault, 1, 0, "no SMILES field",
@@ -288,7 +329,7 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
         int failed = read_mol_block(m, in, &title, &o->fault);
         o->name = trim(title);
         if (failed) return -1;
-        if (c->n_tasks || c->opt->name || c->part_column) read_tags(c, *in, labels, &part, o);
+        if (c->n_tasks || c->opt->name || c->part_column) read_tags(c, w, *in, labels, &part, o);
     } else {
         if (s->format == FORMAT_SMI) {
             split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &o->name);
@@ -301,13 +342,14 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
     if (table_find(&c->skips, o->name, r->number))
         return fault_at(&o->fault, 0, 0, SKIP_LISTED, "%s names it", c->skips.path);
     if ((c->parts.n_rows || c->part_column) && read_part(c, r, part, o)) return -1;
-    if (c->labels.n_rows) read_side_labels(c, r, &m->arena, labels, o);
+    if (c->labels.n_rows) read_side_labels(c, r, w, labels, o);
     int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
     if (perceive(m, c->opt->keep_hydrogens, c->opt->largest_fragment, (int)c->opt->max_atoms,
                  &o->fault)) return -1;
     if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;
+    o->molecule = molecule_key(m, &o->fragments);
     if (c->want_keys && !c->parts.n_rows && !c->part_column) o->key = scaffold_key(m);
     return 0;
 }
@@ -356,7 +398,9 @@ static void convert_records(const Conversion *c, Source *s, Record *records, int
             const Record *r = &records[k];
             Lines in = {r->text, r->text + r->size, 0};
             o->worker = thread_id();
-            o->bad_labels = o->unmatched = 0;
+            o->first_odd = workers[o->worker].n_odd;
+            o->n_odd = o->surplus = 0;
+            o->side_row = 0;
             o->none = r->number == 0;
             o->ok = !o->none && convert_record(c, s, r, &workers[o->worker], &in, o) == 0;
             if (!o->ok && !o->none) keep_name(&workers[o->worker], o);

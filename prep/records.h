@@ -3,7 +3,7 @@
 
 typedef enum { FORMAT_NONE, FORMAT_SDF, FORMAT_SMI, FORMAT_CSV, FORMAT_TSV } Format;
 
-enum { CHUNK_BYTES = 1 << 20, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192,
+enum { CHUNK_BYTES = 1 << 20, CR_RUN = 64, RECORD_BYTES_MAX = 16 << 20, CHUNK_RECORDS = 8192,
        TASK_SLOTS = 1 << 17 };
 
 typedef struct { char *bytes; size_t begin, end, room; } Buffer;  // unread: [begin, end)
@@ -17,7 +17,10 @@ typedef struct {
     int skipping;            // what comes next is the rest of a record that was too long
     int64_t line;            // number of the line at now.begin, from 1
     int64_t bytes_done, bytes_total;  // total 0: unknown
+    char separator;          // CSV: between fields; 0: the format's own
     int n_columns;           // CSV: what the header says each column is
+    Span *columns;           // their names, in `arena`
+    Arena arena;
     int smiles_column, name_column, part_column, *task_of_column;
     int64_t n_records;       // given out so far
 } Source;
@@ -44,8 +47,18 @@ static Format format_by_name(const char *name, int n) {
     return FORMAT_NONE;
 }
 
-// Fills the next buffer: what was not used of the other one, then the next bytes of the file. Runs
-// beside the conversion of the records in that one, see convert_records().
+// Appends at most n more bytes of the file to the next buffer.
+static void source_read(Source *s, size_t n) {
+    size_t got = fread(s->next.bytes + s->next.end, 1, n, s->file);
+    CHECK(!ferror(s->file), "%s: read failed: %s", s->path, strerror(errno));
+    s->next.end += got;
+    s->bytes_done += (int64_t)got;
+    s->eof = got == 0;
+}
+
+// Fills the next buffer: what was not used of the other one, then the next bytes of the file, in
+// which a CR without LF ends a line and becomes one. Runs beside the conversion of the records in
+// that one, see convert_records().
 static void source_read_ahead(Source *s) {
     Buffer *next = &s->next;
     size_t rest = s->now.end - s->now.begin;
@@ -56,12 +69,16 @@ static void source_read_ahead(Source *s) {
     memcpy(next->bytes, s->now.bytes + s->now.begin, rest);
     next->begin = 0;
     next->end = rest;
-    while (next->end < next->room && !s->eof) {
-        size_t got = fread(next->bytes + next->end, 1, next->room - next->end, s->file);
-        CHECK(!ferror(s->file), "%s: read failed: %s", s->path, strerror(errno));
-        next->end += got;
-        s->bytes_done += (int64_t)got;
-        s->eof = got == 0;
+    while (next->end + CR_RUN < next->room && !s->eof)
+        source_read(s, next->room - CR_RUN - next->end);
+    while (next->end < next->room && !s->eof && next->bytes[next->end - 1] == '\r')
+        source_read(s, 1);  // what follows decides
+    char *p = next->bytes + rest, *end = next->bytes + next->end;
+    while ((p = memchr(p, '\r', (size_t)(end - p)))) {
+        size_t run = 0;
+        while (p + run < end && p[run] == '\r') run++;
+        if (p + run == end || p[run] != '\n') memset(p, '\n', run);
+        p += run;
     }
     s->starved = 0;
     s->ready = 1;
@@ -78,6 +95,10 @@ static void check_first_bytes(Source *s, const char *format) {
         {"\xFE\xFF", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"}};
     static const char *const names[] = {"FORMAT", "sdf", "smi", "csv", "tsv"};
     const char *dot = strrchr(s->path, '.');
+    const char lfs[] = "version https://git-lfs";
+    CHECK(s->next.end < sizeof lfs || memcmp(s->next.bytes, lfs, sizeof lfs - 1) != 0,
+          "%s: is a pointer of git-lfs, not the file itself; type: git lfs pull --include %s",
+          s->path, s->path);
     Format guess = s->format ? s->format : format_by_name(s->path, dot ? (int)(dot - s->path) : 0);
     for (int k = 0; k < 6; k++) {
         if (s->next.end < known[k].n || memcmp(s->next.bytes, known[k].bytes, known[k].n)) continue;
@@ -88,26 +109,45 @@ static void check_first_bytes(Source *s, const char *format) {
     }
 }
 
+// A temporary file with all that follows in `from`, which is closed unless it is standard input.
+static FILE *file_copy(FILE *from, const char *path) {
+    static char bytes[1 << 16];
+    FILE *to = tmpfile();
+    CHECK(to, "cannot make a temporary file: %s", strerror(errno));
+    for (size_t n; (n = fread(bytes, 1, sizeof bytes, from)) > 0;)
+        CHECK(fwrite(bytes, 1, n, to) == n, "temporary file: write failed: %s", strerror(errno));
+    CHECK(!ferror(from), "%s: read failed: %s", path, strerror(errno));
+    CHECK(fflush(to) == 0, "temporary file: write failed: %s", strerror(errno));
+    if (from != stdin) fclose(from);
+    rewind(to);
+    return to;
+}
+
 // Signs of a SMILES, without those that make a path.
 #define SMILES_SIGNS "BCNOPSFIHclbrnopsaeiu0123456789()[]=#+-@%"
 
-// Opens PATH ("-" is standard input); `format` may be NULL: then the file's ending decides.
-static void source_open(Source *s, const char *path, const char *format) {
+// Opens PATH ("-" is standard input); `format` may be NULL: then the file's ending decides. Of what
+// cannot be read twice, *copy (NULL at first) becomes a copy; copy may be NULL: it is read once.
+static void source_open(Source *s, const char *path, const char *format, FILE **copy) {
     int standard = strcmp(path, "-") == 0;
     const char *name = format ? format : path;
     *s = (Source){.path = path, .line = 1, .format = format_by_name(name, (int)strlen(name))};
-    s->file = standard ? stdin : fopen(path, "rb");
+    s->file = copy && *copy ? *copy : standard ? stdin : fopen(path, "rb");
     CHECK(s->file || errno != ENOENT || path[strspn(path, SMILES_SIGNS)] || path[0] == '-',
           "%s: no such file; if it is a SMILES, type: echo '%s' | ./data_prep --format smi ... -",
           path, path);
     CHECK(s->file, "%s: cannot read: %s", path, strerror(errno));
+    int regular = !standard;
 #if MB_POSIX
     struct stat info;
     if (fstat(fileno(s->file), &info) == 0) {
         CHECK(!S_ISDIR(info.st_mode), "%s: cannot read: it is a directory", path);
-        if (S_ISREG(info.st_mode)) s->bytes_total = (int64_t)info.st_size;
+        regular = S_ISREG(info.st_mode);
+        if (regular) s->bytes_total = (int64_t)info.st_size;
     }
 #endif
+    if (copy && *copy) rewind(*copy);
+    else if (copy && (standard || !regular)) s->file = *copy = file_copy(s->file, path);
     s->now = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
     s->next = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
     source_read_ahead(s);
@@ -116,9 +156,10 @@ static void source_open(Source *s, const char *path, const char *format) {
           format ? " from --format " : "", format ? format : "");
 }
 
-// Closes the file and frees what the source owns.
-static void source_close(Source *s) {
-    if (s->file != stdin) fclose(s->file);
+// Closes the file, unless it is standard input or a copy, and frees what the source owns.
+static void source_close(Source *s, int is_copy) {
+    if (s->file != stdin && !is_copy) fclose(s->file);
+    arena_free(&s->arena);
     free(s->now.bytes);
     free(s->next.bytes);
     free(s->task_of_column);
@@ -163,7 +204,9 @@ static const char *csv_row_end(const char *p, const char *end, char separator, c
 
 // Whether records are rows of a table; what separates their fields.
 static int is_table(const Source *s) { return s->format == FORMAT_CSV || s->format == FORMAT_TSV; }
-static char separator_of(const Source *s) { return s->format == FORMAT_TSV ? '\t' : ','; }
+static char separator_of(const Source *s) {
+    return s->separator ? s->separator : s->format == FORMAT_TSV ? '\t' : ',';
+}
 
 // End of the record at p, or of the rest of one that is skipped, or NULL if it is not there yet.
 static const char *record_end(const Source *s, const char *p, const char *end, const char **quote) {
@@ -214,46 +257,35 @@ static int next_records(Source *s, Record *records) {
 
 // ---- SD tags
 
-// The next data item of an SD record: its name and its first line. 0 at the end.
+// The name in the head of a data item, "> <NAME>"; 0 if the line is none.
+static int tag_head(Span line, Span *name) {
+    const char *end = line.p + line.n;
+    if (!line.n || line.p[0] != '>') return 0;
+    const char *open = memchr(line.p + 1, '<', (size_t)line.n - 1);
+    const char *close = open ? memchr(open, '>', (size_t)(end - open)) : NULL;
+    if (!close || close == open + 1) return 0;
+    *name = (Span){open + 1, (int)(close - open) - 1};
+    return 1;
+}
+
+// The next data item of an SD record: its name and its lines, up to an empty one. 0 at the end.
 static int next_tag(Lines *in, Span *name, Span *value) {
-    Span line;
+    Span line, other;
     while (next_line(in, &line)) {
         if (starts_with(line, "$$$$")) return 0;
-        if (!line.n || line.p[0] != '>') continue;
-        const char *open = memchr(line.p + 1, '<', (size_t)line.n - 1);
-        const char *close = open ? memchr(open, '>', (size_t)(line.p + line.n - open)) : NULL;
-        if (!close || close == open + 1) continue;
-        *name = (Span){open + 1, (int)(close - open) - 1};
-        Lines before = *in;
-        *value = (Span){line.p + line.n, 0};
-        if (next_line(in, value)) {
-            if (starts_with(*value, "$$$$")) *in = before, value->n = 0;
-            *value = trim(*value);
+        if (!tag_head(line, name)) continue;
+        *value = (Span){in->at, 0};
+        for (Lines before = *in; next_line(in, &line) && trim(line).n; before = *in) {
+            if (starts_with(line, "$$$$") || tag_head(line, &other)) {
+                *in = before;
+                break;
+            }
+            value->n = (int)(line.p + line.n - value->p);
         }
+        *value = trim(*value);
         return 1;
     }
     return 0;
-}
-
-// A label: a number up to LABEL_MAX in size, or missing (empty, nan, none, na, null). Returns 0 if
-// it is neither.
-static int parse_label(Span s, float *label) {
-    static const char *const missing[] = {"NAN", "NA", "N/A", "NONE", "NULL", "?"};
-    char copy[64], *end;
-    s = trim(s);
-    *label = NAN;
-    if (s.n <= 0) return 1;
-    for (int k = 0; k < 6; k++)
-        if (word_is(s, missing[k])) return 1;
-    if (s.n >= (int)sizeof copy) return 0;
-    memcpy(copy, s.p, (size_t)s.n);
-    copy[s.n] = 0;
-    for (int k = 0; k < s.n; k++)
-        if (!strchr("+-.0123456789eE", copy[k])) return 0;  // no hexadecimal, no "inf"
-    float v = strtof(copy, &end);
-    if (end != copy + s.n || fabs((double)v) > LABEL_MAX) return 0;
-    *label = v;
-    return 1;
 }
 
 // ---- CSV fields
@@ -297,4 +329,44 @@ static const char *row_end(const Record *r) {
     if (end > r->text && end[-1] == '\n') end--;
     if (end > r->text && end[-1] == '\r') end--;
     return end;
+}
+
+// Does the field stand in the row as it is, not quoted? Then a comma in it groups no digits.
+static int is_within(const Record *r, Span field) {
+    return field.p >= r->text && field.p <= r->text + r->size;
+}
+
+// Looks at the first bytes of a table: passes over empty lines and the "sep=;" that Excel writes,
+// and finds what separates the fields: the first of the format's own and the usual signs by which a
+// column bears this name, else the one that makes the most columns.
+static void find_separator(Source *s, const char *smiles) {
+    static const char usual[] = ",;\t|";
+    Buffer *b = &s->next;
+    const char *end = b->bytes + b->end, *quote = NULL;
+    char own = separator_of(s);
+    for (; b->begin < b->end && strchr("\r\n", b->bytes[b->begin]); b->begin++)
+        s->line += b->bytes[b->begin] == '\n';
+    Lines in = {b->bytes + b->begin, end, 0};
+    Span line, name;
+    next_line(&in, &line);
+    if (line.n == 7 && line.p[0] == '"') line.p++, line.n -= 2;
+    if (line.n == 5 && starts_with_word(line, "sep=")) {
+        s->separator = line.p[4];
+        b->begin = (size_t)(in.at - b->bytes);
+        s->line++;
+        return;
+    }
+    for (int k = -1, most = 0; k < 4; k++) {
+        const char *p = b->bytes + b->begin;
+        char sign = k < 0 ? own : usual[k];
+        const char *stop = csv_row_end(p, end, sign, &quote);
+        Record row = {.text = p, .size = (size_t)((stop ? stop : end) - p)};
+        int n = 0, named = 0;
+        arena_reset(&s->arena);
+        for (end = row_end(&row); csv_field(&s->arena, &p, end, sign, &name); n++)
+            named |= word_is(trim(name), smiles);
+        end = b->bytes + b->end;
+        if (n > most || named) most = n, s->separator = sign;
+        if (named) return;
+    }
 }

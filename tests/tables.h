@@ -21,6 +21,143 @@ static void test_preparation(void) {
                  "grep -c largest build/t.err; echo", 0, "0\n");
 }
 
+#define T_DUMP " && ./data_prep --dump build/t.bin | sed 's/.*labels...//' | tr -d '\\n'"
+
+// Tables, what data_prep is given with them, its exit code, and what it says or makes of them.
+static const struct { const char *ending, *text, *options; int code; const char *expected;
+} TABLES[] = {
+    // a column without a name was learnt, and another lost for one cell
+    {"csv", ",smiles,y\n0,CCO,0.5\n1,CCN,0.7\n2,CCC,\n3,CO,1e-3\n4,CS,-inf\n5,CF,NaN\n"
+     "6,CBr,1.8e308\n"
+     "7,CCl,1e400\n", "--labels all" T_DUMP, 0,
+     "0.5]}0.699999988]}null]}0.00100000005]}null]}null"},
+    {"csv", ",smiles,y\n0,CCO,0.5\n1,CCN,1\n2,C,-inf\n", "--labels all", 0,
+     "label   y: numbers, 2 present, 1 missing\n          1 unusable: \"-inf\" (build/t.csv:4)\n"},
+    {"csv", ",smiles,y\n0,CCO,0.5\n", "--labels all", 0, "leaves out column 1: it has no name"},
+    {"csv", "Unnamed: 0,smiles,y\n0,CCO,0.5\n", "--labels all", 0, "column 1: it has no name"},
+    // the first 1000 rows decided
+    {"csv", "smiles,a\n{1100|C,\n}C,7\n", "--labels all", 0, "a: numbers, 1 present, 1100 missing"},
+    {"sdf", "{1100|" SD_HEAD "$$$$\n}" SD_HEAD "> <a>\n7\n\n$$$$\n", "--labels all", 0,
+     "label   a: numbers, 1 present, 1100 missing"},
+    // labels went one by one, and the run ended well without any
+    {"csv", "smiles,a\nC,x\nCC,z\nCCC,1\n", "--labels all", 1,
+     "leaves out \"a\": 2 of 3 cells are no numbers: \"x\" (build/t.csv:2), \"z\" (build/t.csv:3)\n"
+     "data_prep: --labels all: no column or tag holds labels"},
+    {"smi", "C\n", "--labels all", 1, "--labels all: no column or tag holds labels"},
+    {"csv", "smiles,a\nC,x\nCC,x\nCCC,1\n", "--labels a", 1,
+     "most values of \"a\" are unusable: \"x\" (2 times, first build/t.csv:2)"},
+    {"csv", "smiles,a\nC,x\nCC,2\nCCC,1\n", "--labels a --rejects build/t.txt && cat build/t.txt",
+     0, "1,C,2,\"kept without its label \"\"a\"\": \"\"x\"\" is no number\"\n"},
+    {"sdf", SD_HEAD "> <a>\n1\n2\n\n$$$$\n" SD_HEAD "> <a>\n3\n$$$$\n", "--labels a", 0,
+     "1 unusable: \"1 2\" (build/t.sdf:8)"},
+    // words and bounds were no labels
+    {"csv", "smiles,a,b,c\nC,True,ACTIVE,no\nCC,false,inactive,Yes\n", "--labels all" T_DUMP, 0,
+     "1,1,0]}0,0,1]}"},
+    {"csv", "smiles,a\nC,True\nCC,0\n", "--labels a", 0, "words (true, yes, active, ...) are read"},
+    {"csv", "smiles,a\nC,>3\nCC,<= 2\nCCC,~1e-3\nCN,\xE2\x89\xA5" "2\nCO,5\nCS,>3\n", "--labels "
+     "all", 0,
+     "a: numbers, 1 present, 5 missing\n          5 censored: \">3\" (2 times, first "
+     "build/t.csv:2), "
+     "\"<= 2\" (build/t.csv:3), \"~1e-3\" (build/t.csv:4) and 1 more\n"},
+    {"csv", "smiles,a\nC,#N/A\nCC,<NA>\nC,-nan\nC,-\nC,n.d.\nC,.\nC,N/A\nC,1.#IND\nC,3\n",
+     "--labels a", 0, "a: numbers, 1 present, 8 missing\nnote"},
+    // other writings of numbers
+    {"csv", "smiles;a\nC;0,5\nCC;1,250\nCC;\xE2\x88\x92" "2\n", "--labels a" T_DUMP, 0,
+     "0.5]}1.25]}-2]}"},
+    {"csv", "smiles,a\nC,\"0,5\"\nCC,\"1,234.5\"\nCC,\"1,234,567\"\n", "--labels a" T_DUMP, 0,
+     "0.5]}1234.5]}1234567]}"},
+    {"csv", "smiles,a\nC,\"1,234\"\nC,2\n", "--labels a", 0, "\"1,234\" may be 1.234 or 1234"},
+    {"csv", "smiles,a\nC,1e-9\nC,3.9e-30\nC,1e-42\n", "--labels a" T_DUMP, 0,
+     "9.99999972e-10]}3.89999986e-30]}null]}"},
+    // a name with a comma could not be given
+    {"csv", "smiles,\"IC50, human\",y\nC,5,1\n", "--labels '\"IC50, human\",y'" T_DUMP, 0, "5,1]}"},
+    {"csv", "smiles,\"IC50, human\",y\nC,5,1\n", "--labels 'y,IC50\\, human'" T_DUMP, 0, "1,5]}"},
+    // the shape of the file
+    {"csv", "smiles;a\nC;1\n", "--labels a", 0, "note    build/t.csv: fields end at \";\"\n"},
+    {"csv", "a\tsmiles\n5\tC\n", "--labels a" T_DUMP, 0, "5]}"},
+    {"tsv", "a,smiles\n5,C\n", "--labels a" T_DUMP, 0, "5]}"},
+    {"csv", "sep=;\r\n\"x,y\";smiles\r\n5;C\r\n", "--labels 'x\\,y'" T_DUMP, 0, "5]}"},
+    {"csv", "\n\r\nsmiles,a\nC,5\n", "--labels a" T_DUMP, 0, "5]}"},
+    {"smi", "CCO a\rCCN b\rc1ccccc1 c\r", "", 0, "kept 3 (12 atoms)"},
+    {"smi", "C a\nCC b\rCCC c\nC d\r\r\nC e", "", 0, "kept 5 (8 atoms)"},
+    {"csv", "smiles,a\rCCO,1\rCCN,2", "--labels a" T_DUMP, 0, "1]}2]}"},
+    {"sdf", "x\r\r\r  1  0  0     0  0            999 V2000\r    0.0000    0.0000    0.0000 C   0 "
+     " 0\r"
+     "M  END\r> <a>\r5\r\r$$$$\r", "--labels a" T_DUMP, 0, "5]}"},
+    {"csv", "CCO,1\nCCN,2\n", "", 1, "found the SMILES \"CCO\"; put one in front: (echo "
+     "'smiles,y2'; cat "
+     "build/t.csv) | ./data_prep --format csv"},
+    {"csv", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "", 1,
+     "is a pointer of git-lfs, not the file itself; type: git lfs pull --include build/t.csv"},
+    {"csv", "id,mol,a\n1,CCO,2\n", "", 1, "it has \"id\", \"mol\", \"a\"; did you mean \"mol\"?"},
+    {"csv", "id,canonical_smiles\n", "", 1, "did you mean \"canonical_smiles\"?"},
+    {"csv", "smiles y\nC 1\n", "", 1, "if its fields end at blanks, type: tr -s ' ' , < "
+     "build/t.csv"},
+    {"csv", "smiles,pIC50\nC,1\n", "--labels pic50", 1, "did you mean \"pIC50\"?"},
+    {"csv", "smiles,logp\nC,1\n", "--labels lopg,x", 1, "it has \"smiles\", \"logp\"; did you "
+     "mean \"logp\"?"},
+    {"smi", "smiles\ta\nC\t1\nCC\t2\n", "--labels a", 1, "if its first line names columns, give "
+     "--format"},
+    {"csv", "smiles,a\nC,1,x\nC,2,\n", "--labels a", 0, "which are left out: 1\n"},
+    // parts and their molecules
+    {"csv", "smiles,a\nOCC,0\nCCO,1\nC[C@H](F)O,2\nC[C@@H](F)O,2\nCCO.Cl,4\n", "--labels a", 0,
+     "note    2 records repeat the molecule of another, stereo aside; of 1 molecules the labels "
+     "differ"},
+    {"csv", "smiles,a\nOCC,0\nCCO,1\nC1CCC2CCCCC2C1,2\nC1CCCC1C1CCCC1,2\nCCO.Cl,4\n", "--labels "
+     "a", 0,
+     "records of several fragments, such as salts: 1 (--largest"},
+    {"csv", "smiles,a\nOCC,0\nCCO,1\nC1CCC2CCCCC2C1,2\nC1CCCC1C1CCCC1,2\n", "--labels a "
+     "--split-by order "
+     "--split 0.25,0.75", 0, "note    1 molecules stand in more than one part"},
+    {"smi", "{90|C\n}{10|c1ccccc1\n}", "--split 0.8,0.1,0.1", 0, "note    the training part is "
+     "not the "
+     "largest: 90 of 100 molecules have the same scaffold, no ring, which"},
+    {"smi", "{90|C\n}{10|c1ccccc1\n}", "--split 0.8,0.1,0.1", 0, "note    the test part is empty"},
+    {"smi", "C\n", "--split 0.5,0.5", 1, "the training part is empty: 0, 1 and 0 molecules"},
+    {"smi", "C\nCC\nC\n", "--split 1,0 --seed 2", 0, "--seed has no effect without --split-by "
+     "random"},
+    {"smi", "C\nCC\nC\n", "--split 0.7,0.3 --split-by random --seed 3 2> build/t.txt; "
+     "grep -c seed build/t.txt; echo", 0, "0\n"},
+};
+
+static void test_table_shapes(void) {
+    char *text = xmalloc(1 << 20, 1), *end;
+    for (size_t k = 0; k < sizeof TABLES / sizeof *TABLES; k++) {
+        char *path = xprintf("build/t.%s", TABLES[k].ending);
+        char *command = xprintf("./data_prep -o build/t.bin %s %s", path, TABLES[k].options);
+        prep_expand(TABLES[k].text, 0, (end = text, &end));
+        test_table(path, text, command, TABLES[k].code, TABLES[k].expected);
+        free(path);
+        free(command);
+    }
+    free(text);
+}
+
+// Catches labels that are found in a file, but not in a pipe; rows of --labels-from that go
+// nowhere; a pipe without molecules that loses its rows.
+static void test_table_pipes(void) {
+    char *text = xmalloc(1 << 20, 1), *end;
+    prep_expand("{1100|" SD_HEAD "$$$$\n}" SD_HEAD "> <a>\n7\n\n$$$$\n", 0, (end = text, &end));
+    test_table("build/t.sdf", text, "cat build/t.sdf | ./data_prep --format sdf --labels all -o "
+               "build/t.bin -", 0, "label   a: numbers, 1 present, 1100 missing");
+    free(text);
+    test_table("build/t.csv", "title;a;\"b, c\"\nx;0,5;no\ny;2;yes\nx;3;no\n", "printf '" SD_HEAD
+               "$$$$\n' | ./data_prep --format sdf --labels all --labels-from build/t.csv -o "
+               "build/t.bin - 2> build/t.txt && ./data_prep --dump build/t.bin", 0, "[0.5,0]");
+    test_command("cat build/t.txt", 0, "build/t.csv: 2 rows belong to no record, the first is row "
+    "3, "
+                 "\"y\"\nnote    build/t.csv: 1 rows begin as an earlier one does");
+    test_table("build/t.smi", "C1CC x\n", "./data_prep -o - build/t.smi | ./moleblend predict - "
+               "--model build/l.safetensors", 0, "record,name,y,skipped\n1,x,,ring 1 is not "
+               "closed\n");
+    test_command("./data_prep -o build/t.bin build/t.smi", 1, "no molecule could be read");
+    test_command("./data_prep -o - build/t.smi | ./moleblend embed - --model build/l.safetensors "
+    "-o "
+                 "build/t.npy", 0, "0 molecules");
+}
+
 static void test_tables(void) {
     test_preparation();
+    test_table_shapes();
+    test_table_pipes();
 }
