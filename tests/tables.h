@@ -46,7 +46,7 @@ static const struct { const char *ending, *text, *options; int code; const char 
     {"smi", "C\n", "--labels all", 1, "--labels all: no column or tag holds labels"},
     {"csv", "smiles,a\nC,x\nCC,x\nCCC,1\n", "--labels a", 1,
      "most values of \"a\" are unusable: \"x\" (2 times, first build/t.csv:2)"},
-    {"csv", "smiles,a\nC,x\nCC,2\nCCC,1\n", "--labels a --rejects build/t.txt && cat build/t.txt",
+    {"csv", "smiles,a\nC,x\nCC,2\nCCC,1\n", "--labels a --rejects build/tr.csv && cat build/tr.csv",
      0, "1,C,2,\"kept without its label \"\"a\"\": \"\"x\"\" is no number\"\n"},
     {"sdf", SD_HEAD "> <a>\n1\n2\n\n$$$$\n" SD_HEAD "> <a>\n3\n$$$$\n", "--labels a", 0,
      "1 unusable: \"1 2\" (build/t.sdf:8)"},
@@ -153,7 +153,7 @@ static void test_table_pipes(void) {
     test_command("./data_prep -o build/t.bin build/t.smi", 1, "no molecule could be read");
     test_command("./data_prep -o - build/t.smi | ./moleblend embed - --model build/l.safetensors "
     "-o "
-                 "build/t.npy", 0, "0 molecules");
+                 "build/te.npy", 0, "0 molecules");
 }
 
 static void test_tables(void) {
