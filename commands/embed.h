@@ -25,11 +25,10 @@ static void npy_begin(OutFile *out, const char *path, const char *type, size_t r
 }
 
 // row (C) = weight * the sum of tokens first..first + count - 1 of x (T, C).
-static void embed_row(float *row, const float *x, size_t C, size_t first, size_t count,
-                      float weight) {
-    for (size_t c = 0; c < C; c++) {
+static void embed_row(float *row, const float *x, idx C, idx first, idx count, float weight) {
+    for (idx c = 0; c < C; c++) {
         float sum = 0;
-        for (size_t t = first; t < first + count; t++) sum += x[t * C + c];
+        for (idx t = first; t < first + count; t++) sum += x[t * C + c];
         row[c] = weight * sum;
     }
 }
@@ -37,25 +36,25 @@ static void embed_row(float *row, const float *x, size_t C, size_t first, size_t
 // The row of a molecule, or those of its atoms: what readout_tokens() names, summed or one by one.
 static void visit_embed(Run *run, size_t first, size_t B, void *result) {
     Embedding *e = result;
-    size_t C = (size_t)run->s.model.config.dim;
-    const float *x = run->s.acts.x + (size_t)opt.layer * run->s.batch.T * C;
+    idx C = run->s.model.config.dim;
+    const float *x = run->s.enc->x + opt.layer * run->s.batch.T * C;
     Molecule m = {0};
     if (mb_signal) mb_exit(128 + mb_signal);
     for (size_t b = 0; b < B; b++) {
         View v = batch_view(&run->s.batch, b);
-        size_t token, count, rows = e->index.file ? (size_t)v.N : 1;
+        idx token, count, rows = e->index.file ? v.N : 1;
         uint8_t number[4];
         put_u32(number, (uint32_t)(first + b));
         float weight = readout_tokens(&token, &count, &v,
                                       e->index.file ? READ_SUM : run->task.readout);
-        for (size_t end = token + count; token < end; token += count / rows) {
+        for (idx end = token + count; token < end; token += count / rows) {
             embed_row(e->row, x, C, token, count / rows, weight);
             out_floats(&e->out, e->row, C, 0);
             if (e->index.file) out_write(&e->index, number, 4);
         }
         if (e->names.file) {
             dataset_read(&run->test, first + b, &m);
-            fprintf(e->names.file, "%zu,%zu,%lu,", e->rows, rows, (unsigned long)m.number);
+            fprintf(e->names.file, "%zu,%td,%lu,", e->rows, rows, (unsigned long)m.number);
             print_csv(e->names.file, m.name, (size_t)m.name_length);
             fputc('\n', e->names.file);
         }

@@ -68,7 +68,6 @@ static int finetune_open(Run *run, const char *train_path) {
     c.tasks = run->train.n_tasks;
     model_create(&run->s.model, c, 1);
     run->history = xmalloc(mul_size((size_t)opt.epochs, (size_t)opt.seeds), sizeof *run->history);
-    run->s.logits[LOSS_TOTAL] = xmalloc(2 * mul_size((size_t)opt.batch, Y), sizeof(float));
     run->best = xmalloc(run->s.model.count, sizeof *run->best);
     run_prepare(run);
     fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n",

@@ -106,12 +106,12 @@ static void predict_open(Predictions *all, Run *runs, const char *model) {
 
 // Vectors (molecules, C), as `embed` gives them.
 static void visit_vectors(Run *run, size_t first, size_t B, void *result) {
-    size_t C = (size_t)run->s.model.config.dim, token, count;
+    idx C = run->s.model.config.dim, token, count;
     if (mb_signal) mb_exit(128 + mb_signal);
     for (size_t b = 0; b < B; b++) {
         View v = batch_view(&run->s.batch, b);
         float weight = readout_tokens(&token, &count, &v, run->task.readout);
-        embed_row((float *)result + (first + b) * C, run->s.acts.out, C, token, count, weight);
+        embed_row((float *)result + ((idx)first + (idx)b) * C, run->s.enc->out, C, token, count, weight);
     }
 }
 
@@ -127,7 +127,6 @@ static void near_open(Predictions *all, Run *run) {
     all->nearest = xmalloc(n, sizeof *all->nearest);
     all->square_distance = xmalloc(n, sizeof *all->square_distance);
     visit_batches(run, &all->near, SIZE_MAX, NULL, run->task.use, 1, visit_vectors, all->vectors);
-    batch_free(&run->s.batch);  // the dataset may have another number of labels
     for (size_t c = 0; c < C; c++) {
         double sum = 0, square = 0;
         for (size_t k = c; k < N * C; k += C) {

@@ -84,7 +84,7 @@ static void show_pairs(const Batch *batch) {
             snprintf(how + n, 8, ") / %d", bonds);
         }
         if (use == USE_SPD) snprintf(how, 64, "spd_table[%d]", batch->spd[j] + 1);
-        if (use == USE_3D) snprintf(how, 64, "bias3d_out[%d]", batch->pair_row[j]);
+        if (use == USE_3D) snprintf(how, 64, "bias3d_out[%td]", batch->pair_row[j]);
         printf("0 %-5d %-44s%3d ", j, how, batch->spd_target[j]);
         for (int t = 0; t < PATH_BONDS; t++) printf(" %2d", batch->edge_target[j * PATH_BONDS + t]);
         for (int k = 0; k < 3 && batch->has_pos[0]; k++)
@@ -109,10 +109,9 @@ static void show_model(Run *run) {
     run_open_model(run, opt.model);
     CHECK(s->model.config.tasks == 0, "%s: a fine-tuned model has no heads that recover the "
           "relations; expected a pretrained one", opt.model);
-    acts_alloc(&s->acts, s->model.config, batch->room);
     float *spd = xmalloc(batch->P, (SPD_CLASSES + EDGE_OUTPUTS + 3) * sizeof *spd);
     float *edge = spd + batch->P * SPD_CLASSES, *d3 = edge + batch->P * EDGE_OUTPUTS;
-    s->logits[LOSS_TOTAL] = s->logits[LOSS_SPD] = spd;  // run_close() frees the first
+    s->logits[LOSS_SPD] = spd;
     s->logits[LOSS_EDGE] = edge;
     s->logits[LOSS_3D] = d3;
     encoder_forward(s);
@@ -132,12 +131,12 @@ static void show_model(Run *run) {
         for (int k = 0; k < 3; k++) printf(" %5.2f", (double)d3[3 * j + k]);
         printf("\n");
     }
+    free(spd);
 }
 
 static void command_show(const char *path, const char *index_text) {
     Run run = {0};
     Batch *batch = &run.s.batch;
-    Sizes room = {0};
     Molecule m = {0};
     OutFile svg = {0};
     dataset_open(&run.test, path);
@@ -150,8 +149,6 @@ static void command_show(const char *path, const char *index_text) {
     run.s.draws = (Draws){(uint64_t)opt.seed, 0, id, 1};
     Blend still = opt.blend;
     still.noise = 0;
-    sizes_add(&room, dataset_atoms(&run.test, id));
-    batch_alloc(batch, room, 0);
     batch_load(batch, &run.test, &id, 1, &still, 0, &run.s.draws);
     dataset_read(&run.test, id, &m);
     printf("molecule %llu of %s: %s, %d atoms, %d bonds, %s\n", index, path, m.name, m.n_atoms,

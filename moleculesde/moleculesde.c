@@ -282,17 +282,17 @@ typedef enum { GROUP_2D, GROUP_3D, GROUP_FIXED, GROUPS } Group;
 
 // ---- linear maps of a whole batch: out (rows, l->out) = x (rows, l->in) w^T + b
 
-static void apply(const Work *w, float *out, const float *x, const Linear *l, size_t rows) {
-    gemm(w, 0, 1, (int)rows, l->out, l->in, x, l->in, l->w, l->in, l->b, 0, out, l->out);
+static void apply(float *out, const float *x, const Linear *l, size_t rows) {
+    gemm(0, 1, (int)rows, l->out, l->in, x, l->in, l->w, l->in, l->b, 0, out, l->out);
 }
 
 // Gradients of weight and bias; dx (may be NULL) = dout w, + dx if add. dx may be x.
-static void apply_backward(const Work *w, float *dx, int add, Linear *g, const float *dout,
+static void apply_backward(float *dx, int add, Linear *g, const float *dout,
                            const float *x, const Linear *l, size_t rows) {
     int n = (int)rows;
-    gemm(w, 1, 0, l->out, l->in, n, dout, l->out, x, l->in, NULL, 0, g->w, l->in);
+    gemm(1, 0, l->out, l->in, n, dout, l->out, x, l->in, NULL, 0, g->w, l->in);
     if (l->b) column_sums(g->b, dout, l->out, n, l->out);
-    if (dx) gemm(w, 0, 0, n, l->in, l->out, dout, l->out, l->w, l->in, NULL, add, dx, l->in);
+    if (dx) gemm(0, 0, n, l->in, l->out, dout, l->out, l->w, l->in, NULL, add, dx, l->in);
 }
 
 // ---- element by element: silu(x) = x / (1 + e^-x), ssp(x) = log(1 + e^x) - log 2,
@@ -312,28 +312,28 @@ static void act_backward(Kind kind, float *d, const float *pre, size_t n);   // 
 enum { MLP_LAYERS = 3 };
 typedef struct { float *pre, *act; } Hidden;
 
-static void mlp_forward(const Work *w, float *out, Hidden *hidden, const float *x, const Linear *l,
+static void mlp_forward(float *out, Hidden *hidden, const float *x, const Linear *l,
                         int layers, Kind kind, size_t rows) {
     for (int k = 0; k + 1 < layers; k++) {
-        apply(w, hidden[k].pre, x, &l[k], rows);
+        apply(hidden[k].pre, x, &l[k], rows);
         act_forward(kind, hidden[k].act, hidden[k].pre, rows * (size_t)l[k].out);
         x = hidden[k].act;
     }
-    apply(w, out, x, &l[layers - 1], rows);
+    apply(out, x, &l[layers - 1], rows);
 }
 
 // From dout to the gradients of all maps and dx (may be NULL), as apply_backward(). hidden[k].act
 // is used up.
-static void mlp_backward(const Work *w, float *dx, int add, Linear *g, const float *dout,
+static void mlp_backward(float *dx, int add, Linear *g, const float *dout,
                          const float *x, Hidden *hidden, const Linear *l, int layers, Kind kind,
                          size_t rows) {
     for (int k = layers - 1; k > 0; k--) {
         float *act = hidden[k - 1].act;  // forward: out = map(act), act = act(pre)
-        apply_backward(w, act, 0, &g[k], dout, act, &l[k], rows);
+        apply_backward(act, 0, &g[k], dout, act, &l[k], rows);
         act_backward(kind, act, hidden[k - 1].pre, rows * (size_t)l[k].in);
         dout = act;
     }
-    apply_backward(w, dx, add, &g[0], dout, x, &l[0], rows);
+    apply_backward(dx, add, &g[0], dout, x, &l[0], rows);
 }
 
 // ---- batch normalisation, per column over all rows: hat = (in - mean) / sqrt(variance + eps),
@@ -432,13 +432,10 @@ static void batch_norm_backward(float *d, BatchNorm *g, const float *out, const 
 
 static void layer_norm_forward(float *out, float *hat, float *rstd, const float *residual,
                                const float *in, const LayerNorm *ln, size_t rows) {
-    size_t n = (size_t)ln->n;
-#pragma omp parallel for schedule(static)
-    for (size_t r = 0; r < rows; r++) {
-        norm_row_forward(out + r * n, hat + r * n, &rstd[r], in + r * n, ln->w, ln->b, ln->n,
-                         NORM_EPS);
-        for (size_t c = 0; c < n; c++) out[r * n + c] += residual[r * n + c];
-    }
+    size_t n = rows * (size_t)ln->n;
+    norm_forward(out, hat, rstd, in, ln->n, ln->w, ln->b, (idx)rows, ln->n, NORM_EPS);
+#pragma omp parallel for simd schedule(static)
+    for (size_t k = 0; k < n; k++) out[k] += residual[k];
 }
 
 // din (rows, n) from dout, which also is the gradient of the residual.
@@ -673,7 +670,7 @@ typedef struct {
     float *x;              // (A, D) the GIN's output: the last of gin_h
     float *memory;
     size_t room, bytes;    // floats at memory; of everything
-    Work work;
+    size_t scratch;         // floats that a task takes
 } Buffers;
 
 typedef struct {
@@ -824,10 +821,10 @@ static void gin_forward(Sde *s) {
         size_t at = (size_t)l * AD, codes = (size_t)l * BOND_CODES * D;
         float *hat1 = a->gin_hat1 + 2 * at, *hat2 = a->gin_hat2 + at, *next = a->gin_h + at + AD;
         gin_messages_forward(a->gin_u + at, a->bond_vector + codes, s, a->gin_h + at, p);
-        apply(&a->work, hat1, a->gin_u + at, &p->in, m->A);
+        apply(hat1, a->gin_u + at, &p->in, m->A);
         batch_norm_forward(a->gin_act + 2 * at, hat1, a->gin_rstd1 + 2 * (size_t)l * D, hat1,
                            &p->norm_in, m->A, s->training, 1);
-        apply(&a->work, hat2, a->gin_act + 2 * at, &p->out, m->A);
+        apply(hat2, a->gin_act + 2 * at, &p->out, m->A);
         batch_norm_forward(next, hat2, a->gin_rstd2 + (size_t)l * D, hat2, &p->norm_out, m->A,
                            s->training, l + 1 < s->shape.layers);
         drop_rows(next, (int)D, s, 0, s->method.dropout, RNG_GIN_DROP + (uint32_t)l);
@@ -849,10 +846,10 @@ static void gin_backward(Sde *s) {
         drop_rows(d, (int)D, s, 0, s->method.dropout, RNG_GIN_DROP + (uint32_t)l);
         batch_norm_backward(d, &g->norm_out, next, a->gin_hat2 + at, a->gin_rstd2 + (size_t)l * D,
                             &p->norm_out, m->A);
-        apply_backward(&a->work, a->dgin_act, 0, &g->out, d, a->gin_act + 2 * at, &p->out, m->A);
+        apply_backward(a->dgin_act, 0, &g->out, d, a->gin_act + 2 * at, &p->out, m->A);
         batch_norm_backward(a->dgin_act, &g->norm_in, a->gin_act + 2 * at, a->gin_hat1 + 2 * at,
                             a->gin_rstd1 + 2 * (size_t)l * D, &p->norm_in, m->A);
-        apply_backward(&a->work, a->dgin_u, 0, &g->in, a->dgin_act, a->gin_u + at, &p->in, m->A);
+        apply_backward(a->dgin_u, 0, &g->in, a->dgin_act, a->gin_u + at, &p->in, m->A);
         gin_messages_backward(d, s, a->dgin_u, a->gin_h + at,
                               a->bond_vector + (size_t)l * BOND_CODES * D, p, g);
     }
@@ -944,17 +941,17 @@ static void schnet_forward(Sde *s) {
     for (size_t k = 0; k < (size_t)s->shape.blocks; k++) {
         const SchnetBlock *block = &p->block[k];
         float *h = a->schnet_h + k * AD, *next = h + AD, *filter = a->filter + k * m->P * F;
-        mlp_forward(&a->work, filter, &a->filter_hidden[k], a->gauss, block->filter, 2, SSP, m->P);
+        mlp_forward(filter, &a->filter_hidden[k], a->gauss, block->filter, 2, SSP, m->P);
 #pragma omp parallel for schedule(static)
         for (size_t q = 0; q < m->P; q++)
             for (size_t c = 0; c < F; c++) filter[q * F + c] *= a->cutoff[q];
-        apply(&a->work, a->lifted + k * AF, h, &block->lift, m->A);
+        apply(a->lifted + k * AF, h, &block->lift, m->A);
         schnet_convolve(a->message + k * AF, a->lifted + k * AF, filter, s);
-        mlp_forward(&a->work, next, &a->schnet_hidden[k], a->message + k * AF, block->out, 2, SSP,
+        mlp_forward(next, &a->schnet_hidden[k], a->message + k * AF, block->out, 2, SSP,
                     m->A);
         for (size_t c = 0; c < AD; c++) next[c] += h[c];
     }
-    mlp_forward(&a->work, a->y, a->y_hidden, a->schnet_h + (size_t)s->shape.blocks * AD, p->out, 2,
+    mlp_forward(a->y, a->y_hidden, a->schnet_h + (size_t)s->shape.blocks * AD, p->out, 2,
                 SSP, m->A);
 }
 
@@ -966,18 +963,18 @@ static void schnet_backward(Sde *s) {
     Buffers *a = &s->a;
     size_t D = (size_t)s->shape.dim, F = (size_t)s->shape.filters, AD = m->A * D, AF = m->A * F;
     float *dh = a->dy;  // in its place
-    mlp_backward(&a->work, dh, 0, g->out, a->dy, a->schnet_h + (size_t)s->shape.blocks * AD,
+    mlp_backward(dh, 0, g->out, a->dy, a->schnet_h + (size_t)s->shape.blocks * AD,
                  a->y_hidden, p->out, 2, SSP, m->A);
     for (size_t k = (size_t)s->shape.blocks; k-- > 0;) {
         const SchnetBlock *block = &p->block[k];
         // forward: h' = h + out(message), message = lift(h) convolved with filter(gauss) cutoff
-        mlp_backward(&a->work, a->dmessage, 0, g->block[k].out, dh, a->message + k * AF,
+        mlp_backward(a->dmessage, 0, g->block[k].out, dh, a->message + k * AF,
                      &a->schnet_hidden[k], block->out, 2, SSP, m->A);
         schnet_convolve(a->dlifted, a->dmessage, a->filter + k * m->P * F, s);
         schnet_filter_backward(a->dfilter, a->dmessage, a->lifted + k * AF, s);
-        apply_backward(&a->work, dh, 1, &g->block[k].lift, a->dlifted, a->schnet_h + k * AD,
+        apply_backward(dh, 1, &g->block[k].lift, a->dlifted, a->schnet_h + k * AD,
                        &block->lift, m->A);
-        mlp_backward(&a->work, NULL, 0, g->block[k].filter, a->dfilter, a->gauss,
+        mlp_backward(NULL, 0, g->block[k].filter, a->dfilter, a->gauss,
                      &a->filter_hidden[k], block->filter, 2, SSP, m->P);
     }
     memset(g->atom, 0, sizeof(float) * V * D);
@@ -1203,15 +1200,15 @@ static void to3d_frames_forward(Sde *s) {
         if (s->shape.gate)
             fourier(a->length_wave + e * 2 * (size_t)H, (float)length, p->gate_wave, H);
     }
-    if (s->shape.gate) apply(&a->work, a->gate, a->length_wave, &p->gate, m->E);
-    apply(&a->work, a->phi, a->wave, &p->frame, 2 * m->E);
+    if (s->shape.gate) apply(a->gate, a->length_wave, &p->gate, m->E);
+    apply(a->phi, a->wave, &p->frame, 2 * m->E);
     // project [angle; phi] without putting them side by side
     Hidden *hidden = &a->frame_hidden[0];
-    gemm(&a->work, 0, 1, E, H, 2 * H, a->phi, 2 * H, p->project[0].w + 2, wide, p->project[0].b, 0,
+    gemm(0, 1, E, H, 2 * H, a->phi, 2 * H, p->project[0].w + 2, wide, p->project[0].b, 0,
          hidden->pre, H);
-    gemm(&a->work, 0, 1, E, H, 2, a->angle, 2, p->project[0].w, wide, NULL, 1, hidden->pre, H);
+    gemm(0, 1, E, H, 2, a->angle, 2, p->project[0].w, wide, NULL, 1, hidden->pre, H);
     act_forward(SILU, hidden->act, hidden->pre, m->E * (size_t)H);
-    apply(&a->work, a->frame, hidden->act, &p->project[1], m->E);
+    apply(a->frame, hidden->act, &p->project[1], m->E);
 }
 
 // From dframe (E, H) and dgate (E, H).
@@ -1222,16 +1219,16 @@ static void to3d_frames_backward(Sde *s, const float *dframe) {
     Buffers *a = &s->a;
     int H = s->shape.hidden, E = (int)m->E, wide = 2 * H + 2;
     float *d = a->frame_hidden[0].act;  // in its place
-    apply_backward(&a->work, d, 0, &g->project[1], dframe, d, &p->project[1], m->E);
+    apply_backward(d, 0, &g->project[1], dframe, d, &p->project[1], m->E);
     act_backward(SILU, d, a->frame_hidden[0].pre, m->E * (size_t)H);
     // forward: pre = project [angle; phi]
-    gemm(&a->work, 1, 0, H, 2, E, d, H, a->angle, 2, NULL, 0, g->project[0].w, wide);
-    gemm(&a->work, 1, 0, H, 2 * H, E, d, H, a->phi, 2 * H, NULL, 0, g->project[0].w + 2, wide);
+    gemm(1, 0, H, 2, E, d, H, a->angle, 2, NULL, 0, g->project[0].w, wide);
+    gemm(1, 0, H, 2 * H, E, d, H, a->phi, 2 * H, NULL, 0, g->project[0].w + 2, wide);
     column_sums(g->project[0].b, d, H, E, H);
-    gemm(&a->work, 0, 0, E, 2 * H, H, d, H, p->project[0].w + 2, wide, NULL, 0, a->dphi, 2 * H);
-    apply_backward(&a->work, NULL, 0, &g->frame, a->dphi, a->wave, &p->frame, 2 * m->E);
+    gemm(0, 0, E, 2 * H, H, d, H, p->project[0].w + 2, wide, NULL, 0, a->dphi, 2 * H);
+    apply_backward(NULL, 0, &g->frame, a->dphi, a->wave, &p->frame, 2 * m->E);
     if (s->shape.gate)
-        apply_backward(&a->work, NULL, 0, &g->gate, a->dgate, a->length_wave, &p->gate, m->E);
+        apply_backward(NULL, 0, &g->gate, a->dgate, a->length_wave, &p->gate, m->E);
 }
 
 // ---- what is made of X: u_0 (A, H) of the atoms, g (E, H) of the edges. The first map of an edge
@@ -1243,9 +1240,9 @@ static void to3d_graph_forward(Sde *s) {
     Buffers *a = &s->a;
     int D = s->shape.dim, A = (int)m->A;
     size_t d = (size_t)D;
-    apply(&a->work, a->node, a->x, &p->node, m->A);
-    gemm(&a->work, 0, 1, A, D, D, a->x, D, p->edge_in.w, 2 * D, NULL, 0, a->x_from, D);
-    gemm(&a->work, 0, 1, A, D, D, a->x, D, p->edge_in.w + D, 2 * D, p->edge_in.b, 0, a->x_to, D);
+    apply(a->node, a->x, &p->node, m->A);
+    gemm(0, 1, A, D, D, a->x, D, p->edge_in.w, 2 * D, NULL, 0, a->x_from, D);
+    gemm(0, 1, A, D, D, a->x, D, p->edge_in.w + D, 2 * D, p->edge_in.b, 0, a->x_to, D);
 #pragma omp parallel for schedule(static)
     for (size_t e = 0; e < m->E; e++) {
         const float *from = a->x_from + m->edge_from[e] * d, *to = a->x_to + m->edge_to[e] * d;
@@ -1253,7 +1250,7 @@ static void to3d_graph_forward(Sde *s) {
     }
     batch_norm_forward(a->edge_act, a->edge_hat, a->edge_rstd, a->edge_hat, &p->edge_norm, m->E,
                        s->training, 1);
-    apply(&a->work, a->graph, a->edge_act, &p->edge_out, m->E);
+    apply(a->graph, a->edge_act, &p->edge_out, m->E);
 }
 
 // to (A, n): sums of x (E, n) over the edges into an atom; from (A, n): over those out of it, which
@@ -1278,18 +1275,18 @@ static void to3d_graph_backward(Sde *s, const float *dgraph) {
     To3d *g = &s->g.to3d;
     Buffers *a = &s->a;
     int D = s->shape.dim, A = (int)m->A;
-    apply_backward(&a->work, a->dedge_act, 0, &g->edge_out, dgraph, a->edge_act, &p->edge_out,
+    apply_backward(a->dedge_act, 0, &g->edge_out, dgraph, a->edge_act, &p->edge_out,
                    m->E);
     batch_norm_backward(a->dedge_act, &g->edge_norm, a->edge_act, a->edge_hat, a->edge_rstd,
                         &p->edge_norm, m->E);
     float *dfrom = a->x_from, *dto = a->x_to;  // in their places
     edge_sums(dto, dfrom, a->dedge_act, (size_t)D, m);  // forward: edge = x_from[s] + x_to[d]
-    gemm(&a->work, 1, 0, D, D, A, dfrom, D, a->x, D, NULL, 0, g->edge_in.w, 2 * D);
-    gemm(&a->work, 1, 0, D, D, A, dto, D, a->x, D, NULL, 0, g->edge_in.w + D, 2 * D);
+    gemm(1, 0, D, D, A, dfrom, D, a->x, D, NULL, 0, g->edge_in.w, 2 * D);
+    gemm(1, 0, D, D, A, dto, D, a->x, D, NULL, 0, g->edge_in.w + D, 2 * D);
     column_sums(g->edge_in.b, dto, D, A, D);
-    gemm(&a->work, 0, 0, A, D, D, dfrom, D, p->edge_in.w, 2 * D, NULL, 1, a->dx, D);
-    gemm(&a->work, 0, 0, A, D, D, dto, D, p->edge_in.w + D, 2 * D, NULL, 1, a->dx, D);
-    apply_backward(&a->work, a->dx, 1, &g->node, a->dnode, a->x, &p->node, m->A);
+    gemm(0, 0, A, D, D, dfrom, D, p->edge_in.w, 2 * D, NULL, 1, a->dx, D);
+    gemm(0, 0, A, D, D, dto, D, p->edge_in.w + D, 2 * D, NULL, 1, a->dx, D);
+    apply_backward(a->dx, 1, &g->node, a->dnode, a->x, &p->node, m->A);
 }
 
 // ---- attention over the edges into an atom d, 8 heads of width H / 8:
@@ -1404,21 +1401,20 @@ static void edge_attention_backward(Sde *s, int l, const float *dout, const floa
 static void to3d_layer_forward(Sde *s, int l) {
     const Attention *p = &s->p.to3d.layer[l];
     Buffers *a = &s->a;
-    const Work *w = &a->work;
     size_t A = s->mols.A, H = (size_t)s->shape.hidden, at = (size_t)l * A * H;
     size_t at_edge = (size_t)l * s->mols.E * H;
     float *u = a->node + at, *sum = a->node_sum + at, *hat1 = a->norm1_hat + at;
     float *hat2 = a->norm2_hat + at;
     Hidden *hidden = &a->feed_hidden[l];
-    apply(w, a->maps + 4 * at, u, &p->maps, A);
-    apply(w, a->edge_map + at_edge, a->edge, &p->edge, s->mols.E);
+    apply(a->maps + 4 * at, u, &p->maps, A);
+    apply(a->edge_map + at_edge, a->edge, &p->edge, s->mols.E);
     edge_attention_forward(hat1, s, l, a->alpha + (size_t)l * s->mols.E * HEADS, a->maps + 4 * at,
                            a->edge_map + at_edge);
     layer_norm_forward(a->mid + at, hat1, a->norm1_rstd + (size_t)l * A, u, hat1, &p->norm1, A);
-    apply(w, hidden->pre, a->mid + at, &p->ffn[0], A);
+    apply(hidden->pre, a->mid + at, &p->ffn[0], A);
     act_forward(SILU, hidden->act, hidden->pre, A * H);
     drop_rows(hidden->act, (int)H, s, 0, s->method.attention_dropout, RNG_FEED_DROP + (uint32_t)l);
-    apply(w, hat2, hidden->act, &p->ffn[1], A);
+    apply(hat2, hidden->act, &p->ffn[1], A);
     layer_norm_forward(sum, hat2, a->norm2_rstd + (size_t)l * A, a->mid + at, hat2, &p->norm2, A);
     if (l % 2 == 0) act_forward(SILU, u + A * H, sum, A * H);
     else memcpy(u + A * H, sum, sizeof(float) * A * H);
@@ -1429,7 +1425,6 @@ static void to3d_layer_backward(Sde *s, int l) {
     const Attention *p = &s->p.to3d.layer[l];
     Attention *g = &s->g.to3d.layer[l];
     Buffers *a = &s->a;
-    const Work *w = &a->work;
     size_t A = s->mols.A, H = (size_t)s->shape.hidden, at = (size_t)l * A * H;
     size_t at_edge = (size_t)l * s->mols.E * H;
     float *d = a->dnode, *dbranch = a->dbranch, *dact = a->feed_hidden[l].act;  // in its place
@@ -1437,17 +1432,17 @@ static void to3d_layer_backward(Sde *s, int l) {
     // forward: sum = mid + LN2(ffn1(act)), act = drop(silu(ffn0(mid)))
     layer_norm_backward(dbranch, &g->norm2, d, a->norm2_hat + at, a->norm2_rstd + (size_t)l * A,
                         &p->norm2, A);
-    apply_backward(w, dact, 0, &g->ffn[1], dbranch, dact, &p->ffn[1], A);
+    apply_backward(dact, 0, &g->ffn[1], dbranch, dact, &p->ffn[1], A);
     drop_rows(dact, (int)H, s, 0, s->method.attention_dropout, RNG_FEED_DROP + (uint32_t)l);
     act_backward(SILU, dact, a->feed_hidden[l].pre, A * H);
-    apply_backward(w, d, 1, &g->ffn[0], dact, a->mid + at, &p->ffn[0], A);
+    apply_backward(d, 1, &g->ffn[0], dact, a->mid + at, &p->ffn[0], A);
     // forward: mid = u + LN1(attention(maps(u), edge(e)))
     layer_norm_backward(dbranch, &g->norm1, d, a->norm1_hat + at, a->norm1_rstd + (size_t)l * A,
                         &p->norm1, A);
     edge_attention_backward(s, l, dbranch, a->alpha + (size_t)l * s->mols.E * HEADS,
                             a->maps + 4 * at, a->edge_map + at_edge);
-    apply_backward(w, d, 1, &g->maps, a->dmaps, a->node + at, &p->maps, A);
-    apply_backward(w, a->dedge, 1, &g->edge, a->dedge_map, a->edge, &p->edge, s->mols.E);
+    apply_backward(d, 1, &g->maps, a->dmaps, a->node + at, &p->maps, A);
+    apply_backward(a->dedge, 1, &g->edge, a->dedge_map, a->edge, &p->edge, s->mols.E);
 }
 
 // ---- after a module: (c1, c2, c3) of an edge = MLP([u_s + u_d; e]), and the noise of an atom is
@@ -1461,9 +1456,9 @@ static void to3d_basis_forward(Sde *s, int k) {
     const float *u = a->node + (size_t)(2 * k + 2) * m->A * (size_t)H;
     Hidden *hidden = &a->basis_hidden[k];
     float *coefficient = a->coefficient + (size_t)k * m->E * 3;
-    gemm(&a->work, 0, 1, (int)m->A, COEFFICIENTS, H, u, H, p[0].w, 2 * H, NULL, 0, a->basis_node,
+    gemm(0, 1, (int)m->A, COEFFICIENTS, H, u, H, p[0].w, 2 * H, NULL, 0, a->basis_node,
          COEFFICIENTS);  // of an atom, as edge_in above
-    gemm(&a->work, 0, 1, (int)m->E, COEFFICIENTS, H, a->edge, H, p[0].w + H, 2 * H, p[0].b, 0,
+    gemm(0, 1, (int)m->E, COEFFICIENTS, H, a->edge, H, p[0].w + H, 2 * H, p[0].b, 0,
          hidden->pre, COEFFICIENTS);
 #pragma omp parallel for schedule(static)
     for (size_t e = 0; e < m->E; e++) {
@@ -1473,7 +1468,7 @@ static void to3d_basis_forward(Sde *s, int k) {
             hidden->pre[e * COEFFICIENTS + c] += from[c] + to[c];
     }
     act_forward(SILU, hidden->act, hidden->pre, m->E * COEFFICIENTS);
-    apply(&a->work, coefficient, hidden->act, &p[1], m->E);
+    apply(coefficient, hidden->act, &p[1], m->E);
 #pragma omp parallel for schedule(static)
     for (size_t d = 0; d < m->A; d++) {
         size_t first = m->edge_start[d], end = m->edge_start[d + 1];
@@ -1504,18 +1499,18 @@ static void to3d_basis_backward(Sde *s, int k) {
                 share * (axis[0] * deps[0] + axis[1] * deps[1] + axis[2] * deps[2]);
         }
     }
-    apply_backward(&a->work, d, 0, &g[1], a->dcoefficient, d, &p[1], m->E);
+    apply_backward(d, 0, &g[1], a->dcoefficient, d, &p[1], m->E);
     act_backward(SILU, d, a->basis_hidden[k].pre, m->E * COEFFICIENTS);
     // forward: pre = node part of s + node part of d + edge part + b
-    gemm(&a->work, 1, 0, COEFFICIENTS, H, E, d, COEFFICIENTS, a->edge, H, NULL, 0, g[0].w + H,
+    gemm(1, 0, COEFFICIENTS, H, E, d, COEFFICIENTS, a->edge, H, NULL, 0, g[0].w + H,
          2 * H);
     column_sums(g[0].b, d, COEFFICIENTS, E, COEFFICIENTS);
-    gemm(&a->work, 0, 0, E, H, COEFFICIENTS, d, COEFFICIENTS, p[0].w + H, 2 * H, NULL, 1, a->dedge,
+    gemm(0, 0, E, H, COEFFICIENTS, d, COEFFICIENTS, p[0].w + H, 2 * H, NULL, 1, a->dedge,
          H);
     edge_sums(dbasis_node, dbasis_node, d, COEFFICIENTS, m);
-    gemm(&a->work, 1, 0, COEFFICIENTS, H, A, dbasis_node, COEFFICIENTS, u, H, NULL, 0, g[0].w,
+    gemm(1, 0, COEFFICIENTS, H, A, dbasis_node, COEFFICIENTS, u, H, NULL, 0, g[0].w,
          2 * H);
-    gemm(&a->work, 0, 0, A, H, COEFFICIENTS, dbasis_node, COEFFICIENTS, p[0].w, 2 * H, NULL, 1,
+    gemm(0, 0, A, H, COEFFICIENTS, dbasis_node, COEFFICIENTS, p[0].w, 2 * H, NULL, 1,
          a->dnode, H);
 }
 
@@ -1785,7 +1780,7 @@ static EdgeActs edge_acts(Sde *s, int l) {
 static void edge_layer_molecule(Sde *s, const EdgeActs *e, const EdgeLayer *p, size_t b, int last) {
     Place v = place_of(&s->mols, b);
     size_t Ct = (size_t)to2d_all_channels(&s->shape), C = (size_t)e->C, W = (size_t)e->W;
-    float *scratch = work_thread(&s->a.work);
+    float *scratch = take(scratch_begin(), (idx)s->a.scratch);
     for (int c = 0; c < e->C; c++) {
         pair_scores_forward(e->rows, e->qk + v.atom * C * 4 * W, e->C, e->W, c, &v, scratch);
         if (last) continue;
@@ -1802,25 +1797,24 @@ static void edge_layer_forward(Sde *s, int l) {
     const Mols *m = &s->mols;
     const EdgeLayer *p = &s->p.to2d.edge[l];
     EdgeActs e = edge_acts(s, l);
-    const Work *w = &s->a.work;
     int A = (int)m->A, wide = e.C * 4 * e.W, last = l + 1 == EDGE_LAYERS;
     size_t Ct = (size_t)to2d_all_channels(&s->shape), W = (size_t)e.W;
-    gemm(w, 0, 1, A, wide, e.in, e.h, e.ld, p->first.w, e.in, p->first.b, 0, e.qk_hidden->pre,
+    gemm(0, 1, A, wide, e.in, e.h, e.ld, p->first.w, e.in, p->first.b, 0, e.qk_hidden->pre,
          wide);
     act_forward(TANH, e.qk_hidden->act, e.qk_hidden->pre, m->A * (size_t)wide);
     for (int k = 0; k < 2 * e.C; k++)
-        gemm(w, 0, 1, A, 2 * e.W, 2 * e.W, e.qk_hidden->act + 2 * k * e.W, wide, p->second[k].w,
+        gemm(0, 1, A, 2 * e.W, 2 * e.W, e.qk_hidden->act + 2 * k * e.W, wide, p->second[k].w,
              2 * e.W, p->second[k].b, 0, e.qk + 2 * k * e.W, wide);
     for (int c = 0; c < e.C && !last; c++)
-        gemm(w, 0, 0, A, e.W, e.in, e.h, e.ld, p->value_w + c * e.in * e.W, e.W, NULL, 0,
+        gemm(0, 0, A, e.W, e.in, e.h, e.ld, p->value_w + c * e.in * e.W, e.W, NULL, 0,
              e.z + c * e.W, e.C * e.W);
 #pragma omp parallel for schedule(dynamic)
     for (size_t b = 0; b < m->B; b++) edge_layer_molecule(s, &e, p, b, last);
-    mlp_forward(w, s->a.pair_out, e.pair_hidden, e.rows, p->pairs, 3, ELU, m->P);
+    mlp_forward(s->a.pair_out, e.pair_hidden, e.rows, p->pairs, 3, ELU, m->P);
     pairs_doubled(s->a.adjacency + e.to, Ct, s->a.pair_out, (size_t)e.out, e.out, m);
     if (last) return;
     float *next = s->a.edge_h + (size_t)l * m->A * W;
-    mlp_forward(w, next, e.value_hidden, e.value, p->nodes, 2, ELU, m->A);
+    mlp_forward(next, e.value_hidden, e.value, p->nodes, 2, ELU, m->A);
     for (size_t i = 0; i < m->A; i++)
         for (size_t c = 0; c < W; c++)
             next[i * W + c] = m->bonded[i] ? tanh_fast(next[i * W + c]) : 0.0f;
@@ -1832,7 +1826,7 @@ static void edge_layer_molecule_backward(Sde *s, const EdgeActs *e, size_t b, in
     Place v = place_of(&s->mols, b);
     Buffers *a = &s->a;
     size_t Ct = (size_t)to2d_all_channels(&s->shape), C = (size_t)e->C, W = (size_t)e->W;
-    float *scratch = work_thread(&a->work);
+    float *scratch = take(scratch_begin(), (idx)a->scratch);
     for (size_t q = v.pair; q < s->mols.pair_start[b + 1]; q++)
         for (size_t c = 0; c < C; c++)  // forward: S stands behind T in a row
             a->dadjacency[q * Ct + e->from + c] += a->dpair_in[q * 2 * C + C + c];
@@ -1855,17 +1849,16 @@ static void edge_layer_backward(Sde *s, int l) {
     EdgeLayer *g = &s->g.to2d.edge[l];
     EdgeActs e = edge_acts(s, l);
     Buffers *a = &s->a;
-    const Work *w = &a->work;
     int A = (int)m->A, wide = e.C * 4 * e.W, last = l + 1 == EDGE_LAYERS;
     size_t Ct = (size_t)to2d_all_channels(&s->shape), W = (size_t)e.W;
     pairs_doubled(a->pair_out, (size_t)e.out, a->dadjacency + e.to, Ct, e.out, m);
-    mlp_backward(w, a->dpair_in, 0, g->pairs, a->pair_out, e.rows, e.pair_hidden, p->pairs, 3, ELU,
+    mlp_backward(a->dpair_in, 0, g->pairs, a->pair_out, e.rows, e.pair_hidden, p->pairs, 3, ELU,
                  m->P);
     if (!last) {
         const float *next = a->edge_h + (size_t)l * m->A * W;
         for (size_t k = 0; k < m->A * W; k++)  // forward: next = tanh, of bonded atoms
             a->dedge_h[k] *= m->bonded[k / W] ? 1 - next[k] * next[k] : 0.0f;
-        mlp_backward(w, a->dvalue, 0, g->nodes, a->dedge_h, e.value, e.value_hidden, p->nodes, 2,
+        mlp_backward(a->dvalue, 0, g->nodes, a->dedge_h, e.value, e.value_hidden, p->nodes, 2,
                      ELU, m->A);
         column_sums(g->value_b, a->dvalue, e.C * e.W, A, e.C * e.W);
     }
@@ -1874,19 +1867,19 @@ static void edge_layer_backward(Sde *s, int l) {
     float *dact = e.qk_hidden->act, *dh = l ? a->dedge_h : a->dnodes;  // in place; see above
     for (int k = 0; k < 2 * e.C; k++) {  // forward: qk = second(tanh(first(h))), channel by channel
         float *act = e.qk_hidden->act + 2 * k * e.W, *d = a->dqk + 2 * k * e.W;
-        gemm(w, 1, 0, 2 * e.W, 2 * e.W, A, d, wide, act, wide, NULL, 0, g->second[k].w, 2 * e.W);
+        gemm(1, 0, 2 * e.W, 2 * e.W, A, d, wide, act, wide, NULL, 0, g->second[k].w, 2 * e.W);
         column_sums(g->second[k].b, d, wide, A, 2 * e.W);
-        gemm(w, 0, 0, A, 2 * e.W, 2 * e.W, d, wide, p->second[k].w, 2 * e.W, NULL, 0, act, wide);
+        gemm(0, 0, A, 2 * e.W, 2 * e.W, d, wide, p->second[k].w, 2 * e.W, NULL, 0, act, wide);
     }
     act_backward(TANH, dact, e.qk_hidden->pre, m->A * (size_t)wide);
-    gemm(w, 1, 0, wide, e.in, A, dact, wide, e.h, e.ld, NULL, 0, g->first.w, e.in);
+    gemm(1, 0, wide, e.in, A, dact, wide, e.h, e.ld, NULL, 0, g->first.w, e.in);
     column_sums(g->first.b, dact, wide, A, wide);
-    gemm(w, 0, 0, A, e.in, wide, dact, wide, p->first.w, e.in, NULL, l == 0, dh, e.ld);
+    gemm(0, 0, A, e.in, wide, dact, wide, p->first.w, e.in, NULL, l == 0, dh, e.ld);
     for (int c = 0; c < e.C && !last; c++) {  // forward: z = h value_w, channel by channel
         const float *d = a->dvalue_map + c * e.W;
-        gemm(w, 1, 0, e.in, e.W, A, e.h, e.ld, d, e.C * e.W, NULL, 0, g->value_w + c * e.in * e.W,
+        gemm(1, 0, e.in, e.W, A, e.h, e.ld, d, e.C * e.W, NULL, 0, g->value_w + c * e.in * e.W,
              e.W);
-        gemm(w, 0, 1, A, e.in, e.W, d, e.C * e.W, p->value_w + c * e.in * e.W, e.W, NULL, 1, dh,
+        gemm(0, 1, A, e.in, e.W, d, e.C * e.W, p->value_w + c * e.in * e.W, e.W, NULL, 1, dh,
              e.ld);
     }
 }
@@ -1899,14 +1892,14 @@ static void node_layer_forward(Sde *s, int l) {
     int D = s->shape.dim, W = s->shape.width, Cn = to2d_all_nodes(&s->shape);
     const float *in = a->nodes + (l ? D + (l - 1) * W : 0);
     float *out = a->nodes + D + l * W;
-    gemm(&a->work, 0, 0, (int)m->A, W, l ? W : D, in, Cn, s->p.to2d.node_w[l], W, NULL, 0,
+    gemm(0, 0, (int)m->A, W, l ? W : D, in, Cn, s->p.to2d.node_w[l], W, NULL, 0,
          a->node_map + (size_t)l * m->A * (size_t)W, W);
 #pragma omp parallel for schedule(dynamic)
     for (size_t b = 0; b < m->B; b++) {
         Place v = place_of(m, b);
         float *out_b = out + v.atom * (size_t)Cn;
         gcn_forward(out_b, (size_t)Cn, a->node_map + ((size_t)l * m->A + v.atom) * (size_t)W,
-                    (size_t)W, s->p.to2d.node_b[l], W, &v, m->adj, 1, work_thread(&a->work));
+                    (size_t)W, s->p.to2d.node_b[l], W, &v, m->adj, 1, take(scratch_begin(), (idx)a->scratch));
         for (int i = 0; i < v.N; i++)
             for (int c = 0; c < W; c++) out_b[i * Cn + c] = tanh_fast(out_b[i * Cn + c]);
     }
@@ -1928,11 +1921,11 @@ static void node_layer_backward(Sde *s, int l) {
     for (size_t b = 0; b < m->B; b++) {
         Place v = place_of(m, b);
         gcn_backward(dmap + v.atom * (size_t)W, (size_t)W, NULL, dout + v.atom * (size_t)Cn,
-                     (size_t)Cn, NULL, W, &v, m->adj, 1, work_thread(&a->work));
+                     (size_t)Cn, NULL, W, &v, m->adj, 1, take(scratch_begin(), (idx)a->scratch));
     }
-    gemm(&a->work, 1, 0, in_width, W, A, a->nodes + at, Cn, dmap, W, NULL, 0, s->g.to2d.node_w[l],
+    gemm(1, 0, in_width, W, A, a->nodes + at, Cn, dmap, W, NULL, 0, s->g.to2d.node_w[l],
          W);
-    gemm(&a->work, 0, 1, A, in_width, W, dmap, W, s->p.to2d.node_w[l], W, NULL, 1, a->dnodes + at,
+    gemm(0, 1, A, in_width, W, dmap, W, s->p.to2d.node_w[l], W, NULL, 1, a->dnodes + at,
          Cn);
 }
 
@@ -1961,15 +1954,15 @@ static void to2d_forward(Sde *s) {
     const To2d *p = &s->p.to2d;
     Buffers *a = &s->a;
     int D = s->shape.dim, A = (int)m->A, Cn = to2d_all_nodes(&s->shape);
-    gemm(&a->work, 0, 1, A, D, D, a->y, D, p->embed_y.w, D, p->embed_y.b, 0, a->nodes, Cn);
+    gemm(0, 1, A, D, D, a->y, D, p->embed_y.w, D, p->embed_y.b, 0, a->nodes, Cn);
     for (size_t i = 0; i < m->A; i++)
         for (int c = 0; c < D; c++) a->nodes[i * (size_t)Cn + (size_t)c] += p->embed_x.b[c];
-    gemm(&a->work, 0, 1, A, D, V, m->elements, V, p->embed_x.w, V, NULL, 1, a->nodes, Cn);
+    gemm(0, 1, A, D, V, m->elements, V, p->embed_x.w, V, NULL, 1, a->nodes, Cn);
     to2d_start(s);
     for (int l = 0; l < EDGE_LAYERS; l++) edge_layer_forward(s, l);
-    mlp_forward(&a->work, a->m_adj, a->pairs_hidden, a->adjacency, p->pairs, 3, SILU, m->P);
+    mlp_forward(a->m_adj, a->pairs_hidden, a->adjacency, p->pairs, 3, SILU, m->P);
     for (int l = 0; l < NODE_LAYERS; l++) node_layer_forward(s, l);
-    mlp_forward(&a->work, a->m_x, a->nodes_hidden, a->nodes, p->nodes, 3, SILU, m->A);
+    mlp_forward(a->m_x, a->nodes_hidden, a->nodes, p->nodes, 3, SILU, m->A);
 }
 
 // From dm_x and dm_adj to all gradients of the network, and added to dy (A, D).
@@ -1979,18 +1972,18 @@ static void to2d_backward(Sde *s) {
     To2d *g = &s->g.to2d;
     Buffers *a = &s->a;
     int D = s->shape.dim, A = (int)m->A, Cn = to2d_all_nodes(&s->shape);
-    mlp_backward(&a->work, a->dnodes, 0, g->nodes, a->dm_x, a->nodes, a->nodes_hidden, p->nodes, 3,
+    mlp_backward(a->dnodes, 0, g->nodes, a->dm_x, a->nodes, a->nodes_hidden, p->nodes, 3,
                  SILU, m->A);
     for (int l = NODE_LAYERS - 1; l >= 0; l--) node_layer_backward(s, l);
-    mlp_backward(&a->work, a->dadjacency, 0, g->pairs, a->dm_adj, a->adjacency, a->pairs_hidden,
+    mlp_backward(a->dadjacency, 0, g->pairs, a->dm_adj, a->adjacency, a->pairs_hidden,
                  p->pairs, 3, SILU, m->P);
     for (int l = EDGE_LAYERS - 1; l >= 0; l--) edge_layer_backward(s, l);
     // forward: nodes = embed_y(y) + embed_x(elements)
-    gemm(&a->work, 1, 0, D, D, A, a->dnodes, Cn, a->y, D, NULL, 0, g->embed_y.w, D);
-    gemm(&a->work, 1, 0, D, V, A, a->dnodes, Cn, m->elements, V, NULL, 0, g->embed_x.w, V);
+    gemm(1, 0, D, D, A, a->dnodes, Cn, a->y, D, NULL, 0, g->embed_y.w, D);
+    gemm(1, 0, D, V, A, a->dnodes, Cn, m->elements, V, NULL, 0, g->embed_x.w, V);
     column_sums(g->embed_y.b, a->dnodes, Cn, A, D);
     memcpy(g->embed_x.b, g->embed_y.b, sizeof(float) * (size_t)D);
-    gemm(&a->work, 0, 0, A, D, D, a->dnodes, Cn, p->embed_y.w, D, NULL, 1, a->dy, D);
+    gemm(0, 0, A, D, D, a->dnodes, Cn, p->embed_y.w, D, NULL, 1, a->dy, D);
 }
 
 // L_elements = sum of sigma^p (noise - m / sigma)^2 / (V B N), N of the largest molecule; L_bonds

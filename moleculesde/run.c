@@ -21,7 +21,7 @@ static void head_forward(Sde *s) {
             a->pooled[b * D + c] = sum / (float)v.N;
         }
     }
-    if (s->shape.tasks) apply(&a->work, a->logits, a->pooled, &s->p.head, m->B);
+    if (s->shape.tasks) apply(a->logits, a->pooled, &s->p.head, m->B);
 }
 
 // From dlogits (B, Y): the head's gradients, and dx or dy of the encoder.
@@ -30,7 +30,7 @@ static void head_backward(Sde *s) {
     Buffers *a = &s->a;
     size_t D = (size_t)s->shape.dim;
     float *d = s->shape.use_3d ? a->dy : a->dx;
-    apply_backward(&a->work, a->dpooled, 0, &s->g.head, a->dlogits, a->pooled, &s->p.head, m->B);
+    apply_backward(a->dpooled, 0, &s->g.head, a->dlogits, a->pooled, &s->p.head, m->B);
     for (size_t i = 0; i < m->A; i++) {  // forward: pooled = mean over the atoms
         size_t b = m->molecule_of[i];
         for (size_t c = 0; c < D; c++) d[i * D + c] = a->dpooled[b * D + c] / (float)m->n_atoms[b];
@@ -480,8 +480,6 @@ static void sde_create(Sde *s, Shape shape, int training) {
     m->grads = floats_alloc(m->count, hint);
     m->m = floats_alloc(m->count, hint);
     m->v = floats_alloc(m->count, hint);
-    m->squares = xmalloc(m->count / ADAM_CHUNK + 1, sizeof *m->squares);
-    m->live = xmalloc(m->count / ADAM_CHUNK + 1, 1);
     nets_place(&s->g, m->grads, NULL, &shape, s->group_end);
 }
 
@@ -570,46 +568,20 @@ static size_t buffers_place(Sde *s, float *at) {
     return used;
 }
 
-// Most columns of a product.
-static int widest_map(const Shape *c) {
-    int all[] = {2 * c->dim, 4 * c->hidden, 2 * to2d_all_nodes(c), 2 * to2d_all_channels(c),
-                 max_int(2, c->channels) * 4 * c->width, 2 * c->filters, V, COEFFICIENTS, c->tasks,
-                 c->gaussians, 4 * MAX_CHANNELS};
-    int widest = 0;
-    for (size_t k = 0; k < sizeof all / sizeof all[0]; k++) widest = max_int(widest, all[k]);
-    return round_up(widest, NR);
-}
-
-static void work_free(Work *w) {
-    free(w->thread);
-    free(w->packed_a);
-    free(w->packed_b);
-    *w = (Work){0};
-}
-
 // Memory for the batch at hand; it only grows.
 static void buffers_layout(Sde *s) {
     const char *hint = "a lower --batch-size";
     Buffers *a = &s->a;
-    Work *w = &a->work;
     size_t count = buffers_place(s, NULL), N = (size_t)s->mols.N;
     size_t width = (size_t)padded(s->mols.N), keys = 2 * (2 * (size_t)s->shape.width + 1) * width;
-    size_t scratch = (N * (3 * N + 3) + keys + 79) / 16 * 16;
+    a->scratch = N * (3 * N + 3) + keys;
     if (count > a->room) {
         memory_check(sizeof(float) * count, "this batch", hint);
         free(a->memory);
         a->memory = floats_alloc(count, hint);
         a->room = count;
     }
-    if (scratch > w->thread_size || !w->packed_a) {
-        work_free(w);
-        w->threads = thread_count();
-        w->thread_size = scratch;
-        w->thread = floats_alloc(mul_size((size_t)w->threads, scratch), hint);
-        w->packed_a = floats_alloc((size_t)w->threads * MC * KC, hint);
-        w->packed_b = floats_alloc((size_t)widest_map(&s->shape) * KC, hint);
-    }
-    a->bytes = sizeof(float) * (a->room + (size_t)w->threads * (w->thread_size + MC * KC));
+    a->bytes = sizeof(float) * a->room;
     buffers_place(s, a->memory);
 }
 
@@ -617,7 +589,6 @@ static void sde_free(Sde *s) {
     model_free(&s->model);
     mols_free(&s->mols);
     free(s->a.memory);
-    work_free(&s->a.work);
     *s = (Sde){0};
 }
 
@@ -989,7 +960,6 @@ static void run_load(Run *run) {
     }
     for (int a = 0; a < STATES; a++)
         if (all[a]) sde_load(&run->s, all[a], &run->file, STATE_PREFIXES[a]);
-    memset(m->live, 1, m->count / ADAM_CHUNK + 1);  // some have moments
     tensor_file_close(&run->file);
     fprintf(stderr, "resumed after step %lld\n", (long long)run->done);
 }

@@ -693,7 +693,7 @@ static void test_parameters(Sde *s, Scalar *f, const char *prefix, int every) {
     int tested = 0;
     float *grads = xmalloc(s->model.count, sizeof *grads);
     memcpy(grads, s->model.grads, s->model.count * sizeof *grads);
-    for (size_t k = 0; k < s->model.count; k++) total += (double)grads[k] * (double)grads[k];
+    for (idx k = 0; k < s->model.count; k++) total += (double)grads[k] * (double)grads[k];
     for (int i = 0; i < s->model.n_tensors; i++) {
         const TensorInfo *t = &s->model.info[i];
         if (strncmp(t->name, prefix, strlen(prefix)) || t->offset >= s->group_end[GROUP_3D])
@@ -1043,7 +1043,7 @@ static void test_shapes(void) {
     double loss[TERMS], gradient = 0;
     losses(loss, &s);
     gradients_of_losses(&s);
-    for (size_t k = 0; k < s.model.count; k++) gradient += fabs((double)s.model.grads[k]);
+    for (idx k = 0; k < s.model.count; k++) gradient += fabs((double)s.model.grads[k]);
     test_check(s.mols.E == 0 && isfinite(loss[TERM_TOTAL]) && isfinite(gradient) &&
                loss[TERM_ELEMENTS] <= 0, "a batch without bonds: loss %g, gradient %g",
                loss[TERM_TOTAL], gradient);

@@ -137,13 +137,34 @@ static void test_parameter_table(void) {
     model_create(&m, sizes[0].c, 1);
     model_init(&m, 1);
     const LayerTensors *l = &m.p.layer[1];
-    test_check(l->k_w == l->q_w + 64 * 64 && l->v_w == l->k_w + 64 * 64 && l->v_b == l->q_b + 128 &&
-                   m.p.dir_col_w == m.p.spd_row_w + 5 * 32 * 64 &&
-                   m.p.denoise_v_b == m.p.denoise_q_b + 128 &&
-                   m.p.dir_axis3_w == m.p.dir_axis1_w + 2 * DIR_INNER,
-               "matrices used as one stand next to each other");
+    // where one product computes several of the release's tensors, and their names in its order
+    static const struct { const char *name; ptrdiff_t behind; } joint[] = {
+        {"layers.1.self_attn.q_proj.weight", 0},
+        {"layers.1.self_attn.v_proj.weight", 2 * 64 * 64},
+        {"layers.1.self_attn.k_proj.bias", 3 * 64 * 64 + 64},
+        {"layers.1.self_attn.out_proj.weight", 3 * 64 * 64 + 3 * 64}};
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < m.n_tensors; i++)
+            if (strcmp(m.info[i].name, joint[k].name) == 0)
+                test_check(m.params + m.info[i].offset == l->qkv_w + joint[k].behind, "%s",
+                           joint[k].name);
+    static const char *const maps[] = {"spd_pred_head.transform_n2_head.row",
+                                       "spd_pred_head.transform_n2_head.column",
+                                       "edge_pred_head.transform_n2_head.row",
+                                       "edge_pred_head.transform_n2_head.column",
+                                       "3d_pred_head.transform_n2_head.row",
+                                       "3d_pred_head.transform_n2_head.column"};
+    for (int k = 0, seen = 0; k < 6; k++, seen = 0) {
+        char name[128];
+        snprintf(name, sizeof name, "blend_%s_head.weight", maps[k]);
+        for (int i = 0; i < m.n_tensors; i++)
+            if (strcmp(m.info[i].name, name) == 0)
+                seen += m.params + m.info[i].offset == m.p.pair_maps_w + k * 32 * 64 &&
+                        m.info[i].rows == 32 && m.info[i].columns == 64;
+        test_check(seen == 1, "%s stands at its place", name);
+    }
     test_check(m.p.atom_table[0] == 0 && m.p.gauss_mul[0] == 0 && m.p.gauss_mul[1] == 0.5f &&
-                   m.p.atom_table[64] != 0 && l->norm1_w[3] == 1 && l->q_b[0] == 0 &&
+                   m.p.atom_table[64] != 0 && l->norm1_w[3] == 1 && l->qkv_b[0] == 0 &&
                    m.p.gauss_mean[0] >= 0 && m.p.gauss_mean[0] < 3, "initial values");
     model_free(&m);
 }

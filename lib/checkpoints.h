@@ -1,0 +1,163 @@
+// lib/checkpoints.h - checkpoints: a model's tensors under the official names, as a tensor file
+//   The state for --resume holds also Adam's moments, under a prefix, and the log.
+
+// What a state holds under the names of the model's tensors, each behind its prefix: parameters,
+// Adam's moments and, of fine-tuning, the best parameters so far. A checkpoint has the first alone.
+enum { ARENAS = 4 };
+static const char *const ARENA_PREFIXES[ARENAS] = {"", "exp_avg.", "exp_avg_sq.", "best."};
+
+// Writes the arenas that are not NULL to a file, then other tensors of static names.
+static void model_write(const char *path, const Model *model, float *const arenas[ARENAS],
+                        const TensorOut *other, size_t others, const char *meta) {
+    size_t n = 0, last;
+    TensorOut *out = xmalloc(ARENAS * (size_t)model->n_tensors + others, sizeof *out);
+    for (int a = 0; a < ARENAS; a++)
+        for (int k = 0; k < model->n_tensors && arenas[a]; k++) {
+            const TensorInfo *t = &model->info[k];
+            const char *module = strstr(t->name, "proj_out.") ? "" : "molecule_encoder.";
+            out[n++] = (TensorOut){xprintf("%sencoder.%s%s", ARENA_PREFIXES[a], module, t->name),
+                                   t->rows, t->columns, arenas[a] + t->offset};
+        }
+    last = n;
+    for (size_t k = 0; k < others; k++) out[n++] = other[k];
+    tensor_file_write(path, out, n, meta);
+    for (size_t k = 0; k < last; k++) free(out[k].name);
+    free(out);
+}
+
+// The tensor with this official name, behind `prefix` and with or without what stands in front of
+// it in a state dict: a training framework's wrapper, modules. NULL if there is none.
+static const TensorEntry *tensor_find_official(const TensorFile *f, const char *prefix,
+                                               const char *official) {
+    static const char *const wrappers[] = {"", "model.", "module."};
+    static const char *const modules[] = {"encoder.molecule_encoder.", "encoder.",
+                                          "molecule_encoder.", ""};
+    for (int k = 0; k < 12; k++) {
+        char name[256];
+        snprintf(name, sizeof name, "%s%s%s%s", prefix, wrappers[k / 4], modules[k % 4], official);
+        const TensorEntry *t = tensor_find(f, name);
+        if (t) return t;
+    }
+    return NULL;
+}
+
+// One dimension of a tensor that a model must have.
+static int tensor_dimension(const TensorFile *f, const char *official, int axis) {
+    const TensorEntry *t = tensor_find_official(f, "", official);
+    CHECK(t, "%s: not a MoleBLEND model: expected a tensor %s", f->path, official);
+    CHECK(t->rank == 2 && t->shape[axis] >= 1 && t->shape[axis] <= 1 << 20,
+          "%s: tensor %s: expected a matrix of sensible size", f->path, official);
+    return (int)t->shape[axis];
+}
+
+// The sizes of the model in a file, from the shapes of its tensors.
+static Config tensor_file_config(const TensorFile *f) {
+    Config c = {.kernels = 1};
+    char name[64];
+    c.dim = tensor_dimension(f, "atom_feature.atom_encoder.weight", 1);
+    c.heads = tensor_dimension(f, "molecule_attn_bias.spatial_pos_encoder.weight", 1);
+    c.ffn = tensor_dimension(f, "layers.0.fc1.weight", 0);
+    if (tensor_find_official(f, "", "molecule_3d_bias.gbf.means.weight"))
+        c.kernels = tensor_dimension(f, "molecule_3d_bias.gbf.means.weight", 1);
+    do {
+        snprintf(name, sizeof name, "layers.%d.fc1.weight", ++c.layers);
+    } while (c.layers < MAX_LAYERS && tensor_find_official(f, "", name));
+    if (tensor_find_official(f, "", "proj_out.out_proj.weight"))
+        c.tasks = tensor_dimension(f, "proj_out.out_proj.weight", 0);
+    config_check(c);
+    return c;
+}
+
+// Copies one tensor of a file into an arena of the model's layout and returns it; NULL if the file
+// has none of that name. Dies if it has another shape or no floating-point numbers.
+static const TensorEntry *tensor_load(float *arena, const TensorInfo *info, const TensorFile *f,
+                                      const char *prefix) {
+    const char *name = info->name;
+    const TensorEntry *t = tensor_find_official(f, prefix, name);
+    if (!t) return NULL;
+    CHECK(strchr(t->dtype, 'F'), "%s: tensor %s: expected type F32, F16, BF16 or F64, found %s",
+          f->path, name, t->dtype);
+    size_t rows = t->rank == 2 ? t->shape[0] : 0, columns = t->rank ? t->shape[t->rank - 1] : 1;
+    CHECK(t->rank == (info->rows ? 2 : 1) && rows == info->rows && columns == info->columns,
+          "%s: tensor %s: expected shape (%zu, %zu), found rank %d (%zu, %zu)", f->path, name,
+          info->rows, info->columns, t->rank, rows, columns);
+    for (size_t k = 0; k < t->count; k++) {
+        arena[info->offset + k] = tensor_value(t, k);
+        CHECK(isfinite(arena[info->offset + k]), "%s: tensor %s: number %zu is not finite", f->path,
+              name, k);
+    }
+    return t;
+}
+
+// Copies all tensors of a model from a file; dies if one is missing.
+static void model_load(const Model *model, float *arena, const TensorFile *f, const char *prefix) {
+    for (int i = 0; i < model->n_tensors; i++)
+        CHECK(tensor_load(arena, &model->info[i], f, prefix), "%s: tensor %s%s is missing", f->path,
+              prefix, model->info[i].name);
+}
+
+// Metadata of a file that must be `kind`, or the end of the program.
+static const char *required_meta(const TensorFile *f, const char *key, const char *kind) {
+    const char *text = tensor_meta(f, key);
+    CHECK(text, "%s: not %s (metadata %s is missing)", f->path, kind, key);
+    return text;
+}
+
+// Y numbers of the metadata of a fine-tuned model.
+static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *key) {
+    const char *text = required_meta(f, key, "a fine-tuned model");
+    for (size_t y = 0; y < Y; y++) {
+        char *end;
+        out[y] = strtof(text, &end);
+        CHECK(end != text && isfinite(out[y]) && *end == (y + 1 < Y ? ' ' : 0),
+              "%s: metadata %s: expected %zu numbers", f->path, key, Y);
+        text = end;
+    }
+}
+
+// A whole number, not negative, of the metadata of a run's state.
+static int64_t meta_whole(const TensorFile *f, const char *key) {
+    const char *text = required_meta(f, key, "the state of a run");
+    char *end;
+    long long number = strtoll(text, &end, 10);
+    CHECK(end != text && *end == 0 && number >= 0,
+          "%s: metadata %s: expected a whole number, found \"%s\"", f->path, key, text);
+    return number;
+}
+
+// Is this tensor of a checkpoint part of a head, or its errors, which fine-tuning leaves behind?
+static int is_head(const char *name) {
+    return strstr(name, "atom_proc.") || strstr(name, "blend_") || strstr(name, "proj_out.") ||
+           strcmp(name, "valid_residuals") == 0;
+}
+
+// Copies what a checkpoint shares with the model: the encoder. Heads are left behind, the new head
+// keeps its initial values, as in the release. Names every other tensor that is missing or extra;
+// one of another shape ends the program. data: what the model will be trained on.
+static void transfer_load(const Model *model, const char *path, const Dataset *data, int quiet) {
+    TensorFile f;
+    int loaded = 0, missing = 0;
+    tensor_file_open(&f, path);
+    char *used = xmalloc((size_t)f.count, 1);
+    for (int i = 0; i < model->n_tensors; i++) {
+        if (is_head(model->info[i].name)) continue;
+        const TensorEntry *entry = tensor_load(model->params, &model->info[i], &f, "");
+        if (entry) used[entry - f.entries] = 1;
+        loaded += entry != NULL;
+        missing += entry == NULL;
+        if (!entry && !quiet)
+            fprintf(stderr, "%s: tensor %s is missing; it keeps its initial values\n", path,
+                    model->info[i].name);
+    }
+    CHECK(loaded > 0, "%s: no tensor of the encoder is there", path);
+    for (int k = 0; k < f.count && !quiet; k++)
+        if (!used[k] && !is_head(f.entries[k].name))
+            fprintf(stderr, "%s: tensor %s is not of this model; left behind\n", path,
+                    f.entries[k].name);
+    if (!quiet) note_stereo(data, path, tensor_meta(&f, "stereo"));
+    if (!quiet)
+        fprintf(stderr, "init    %s: %d encoder tensors loaded, %d missing, %d left behind\n", path,
+                loaded, missing, f.count - loaded);
+    free(used);
+    tensor_file_close(&f);
+}

@@ -1,0 +1,304 @@
+// lib/fast.h - the six functions in which a training step spends its time, for vector units. The one
+// file that a porter replaces. Their plain definitions stand in section 4 of moleblend.c, and each
+// is tested against its definition (test.c); results may differ by rounding, never by the number of
+// threads.
+//
+//   exp_fast(x)         e^x, to 2e-7
+//   normal_cdf(x, &d)   Phi(x) and its density, to 1.5e-7
+//   philox_blocks()     64 Philox blocks at a time
+//   gemm()              the matrix product, packed, by all threads
+//   small_product()     products of small matrices, by one thread
+//   VEC                 floats of a vector: rows of small_product() are padded to it
+//
+// exp_fast() and normal_cdf() are called from loops that the compiler vectorises: no table, no
+// branch, no call.
+
+// Not where a float times a float is a double (s390x and x87 with -std=c11): gcc then refuses a
+// float times a vector. Method 16 is 0 with _Float16.
+#if defined(__GNUC__) && !defined(PLAIN_C) && (FLT_EVAL_METHOD == 0 || FLT_EVAL_METHOD == 16)
+#if defined(__AVX512F__)
+enum { VEC = 16, MR = 8, NV = 3 };  // floats in a vector; register tile of gemm, see gemm()
+#elif defined(__AVX__)
+enum { VEC = 8, MR = 6, NV = 2 };
+#elif defined(__ARM_NEON)
+enum { VEC = 4, MR = 8, NV = 3 };
+#else
+enum { VEC = 4, MR = 4, NV = 2 };
+#endif
+typedef float vec __attribute__((vector_size(VEC * sizeof(float)), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(4 * sizeof(float)), aligned(4), may_alias));
+#ifdef __clang__
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int quad_mask __attribute__((vector_size(4 * sizeof(int))));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (quad_mask){i, j, k, l})
+#endif
+#else  // any C11 compiler (or -DPLAIN_C): the same code on vectors of one float
+enum { VEC = 1, MR = 4, NV = 4 };
+typedef float vec;
+#endif
+
+// e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2; e^r by a polynomial fitted to 3e-9. x is
+// clamped to the range of normal floats, so e^-1e30 is 1e-38, harmless in every sum here.
+ALWAYS_INLINE float exp_fast(float x) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    x = x < -87.3f ? -87.3f : x;
+    x = x > 88.3f ? 88.3f : x;
+    float shifted = x * 1.44269504f + magic, n = shifted - magic;
+    float r = x - n * 0.693145752f;   // ln 2 in two parts: the first product is exact
+    r = r - n * 1.42860677e-6f;
+    float p = 0.00139464554f;
+    p = p * r + 0.00836915709f;
+    p = p * r + 0.0416662619f;
+    p = p * r + 0.166665167f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits << 23) + 0x3F800000u;  // the low bits of `shifted` hold n: make 2^n of them
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+// Distribution function of the standard normal, and its density:
+//   Phi(-|x|) = e^(-x^2/2) * poly(t), t = 1 / (1 + 0.3 |x|); the form of Abramowitz & Stegun
+//   7.1.26 with coefficients fitted to 1.5e-7 relative on |x| <= 14.
+ALWAYS_INLINE float normal_cdf(float x, float *density) {
+    float a = fabsf(x), e = exp_fast(-0.5f * a * a), t = 1.0f / (1.0f + 0.3f * a);
+    float p = 0.0356748180f;
+    p = p * t - 0.157203255f;
+    p = p * t + 0.206353785f;
+    p = p * t - 0.0536838819f;
+    p = p * t + 0.128561742f;
+    p = p * t + 0.0999134605f;
+    p = p * t + 0.120753961f;
+    p = p * t + 0.119629299f;
+    float tail = e * p * t;
+    *density = 0.398942280f * e;
+    return x < 0 ? tail : 1.0f - tail;
+}
+
+// words (4, BLOCKS): philox() of the counters `first`, `first` + 1, ... A round of all blocks is
+// one loop, which compilers vectorise; that makes a draw ten times faster than calling philox().
+static void philox_blocks(uint32_t words[4][BLOCKS], int count, Philox first, uint64_t key) {
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    for (int k = 0; k < count; k++) {
+        words[0][k] = first.word[0] + (uint32_t)k;
+        for (int w = 1; w < 4; w++) words[w][k] = first.word[w];
+    }
+    for (int round = 0; round < 10; round++, k0 += PHILOX_WEYL0, k1 += PHILOX_WEYL1) {
+#pragma omp simd
+        for (int k = 0; k < count; k++) {
+            uint64_t p = (uint64_t)PHILOX_MUL0 * words[0][k],
+                     q = (uint64_t)PHILOX_MUL1 * words[2][k];
+            words[0][k] = (uint32_t)(q >> 32) ^ words[1][k] ^ k0;
+            words[2][k] = (uint32_t)(p >> 32) ^ words[3][k] ^ k1;
+            words[1][k] = (uint32_t)q;
+            words[3][k] = (uint32_t)p;
+        }
+    }
+}
+
+// ---- the matrix product. gemm() is nearly all of the arithmetic of a training step; it follows
+//   Goto and van de Geijn (2008). Both operands are copied ("packed") into the order in which the
+//   kernel reads them, which also absorbs transposition and pads the edges, so there is one kernel:
+//
+//              NR                    tile (MR, NR) of C stays in registers while the kernel
+//            +----+                  walks down k: one row of the B panel (NV vectors) times
+//         k  | B  |                  MR numbers of the A panel, MR * NV fused multiply-adds
+//            |    |
+//      +----++----+                  loops, outermost first:
+//   MR | A  || C  |                    k blocks of KC     B panel: KC * NR floats, in L2/L1
+//      +----++----+                    row blocks of <= MC, column panels of NR, row panels of MR
+//        k                             the packed row block, MC * KC floats, stays in L2
+
+enum { NR = NV * VEC, KC = 384, MC = 16 * MR };
+
+// What gemm() packs its operands into: a panel of A a thread, all of B's. It only grows.
+static struct { float *a, *b; int threads; idx columns; } pack_room;
+
+// Room for B's panels of N columns, and A's of as many threads as a parallel region may have.
+static void packed_reserve(idx N) {
+    const char *hint = "a smaller model (--size)";
+    if (pack_room.threads < thread_count()) {
+        free(pack_room.a);
+        pack_room.threads = thread_count();
+        pack_room.a = floats_alloc((size_t)pack_room.threads * MC * KC, hint);
+    }
+    if (pack_room.columns < N) {
+        free(pack_room.b);
+        pack_room.columns = (N + NR - 1) / NR * NR;
+        pack_room.b = floats_alloc((size_t)pack_room.columns * KC, hint);
+    }
+}
+
+// out (4, 4) = transpose of x (4, 4), row strides ldo and ldx.
+ALWAYS_INLINE void transpose4(float *out, idx ldo, const float *x, idx ldx) {
+#ifdef SHUFFLE
+    quad a = *(const quad *)x, b = *(const quad *)(x + ldx);
+    quad c = *(const quad *)(x + 2 * ldx), d = *(const quad *)(x + 3 * ldx);
+    quad ab01 = SHUFFLE(a, b, 0, 4, 1, 5), ab23 = SHUFFLE(a, b, 2, 6, 3, 7);
+    quad cd01 = SHUFFLE(c, d, 0, 4, 1, 5), cd23 = SHUFFLE(c, d, 2, 6, 3, 7);
+    *(quad *)out = SHUFFLE(ab01, cd01, 0, 1, 4, 5);
+    *(quad *)(out + ldo) = SHUFFLE(ab01, cd01, 2, 3, 6, 7);
+    *(quad *)(out + 2 * ldo) = SHUFFLE(ab23, cd23, 0, 1, 4, 5);
+    *(quad *)(out + 3 * ldo) = SHUFFLE(ab23, cd23, 2, 3, 6, 7);
+#else
+    for (int r = 0; r < 4; r++)
+        for (idx c = 0; c < 4; c++) out[r * ldo + c] = x[c * ldx + r];
+#endif
+}
+
+// out (K, width)'s first n columns = X (K, n); trans: X is stored as (n, K).
+ALWAYS_INLINE void pack_panel(float *out, idx width, idx n, const float *X, idx ldx, int trans,
+                              idx K) {
+    enum { LINE = 16 };
+    idx done = 0, quads = n / 4 * 4;
+    for (idx k = 0; k < K && !trans; k++)
+        for (idx c = 0; c < n; c++) out[k * width + c] = X[k * ldx + c];
+    if (!trans) return;
+    for (; done + LINE <= K; done += LINE)  // a cache line of four rows of X at a time
+        for (idx c = 0; c < quads; c += 4)
+            for (idx k = done; k < done + LINE; k += 4)
+                transpose4(out + k * width + c, width, X + c * ldx + k, ldx);
+    for (idx k = quads < n ? 0 : done; k < K; k++)  // the rest
+        for (idx c = k < done ? quads : 0; c < n; c++)
+            out[k * width + c] = X[c * ldx + k];
+}
+
+// out (count / width panels of (K, width)) = `count` columns of X (K, count), each panel's row of
+// `width` numbers contiguous, zero past the edge. trans: X is stored as (count, K).
+ALWAYS_INLINE void pack(float *out, idx width, const float *X, idx ldx, int trans, idx count,
+                        idx K) {
+    for (idx first = 0; first < count; first += width, out += width * K) {
+        const float *x = X + first * (trans ? ldx : 1);
+        if (first + width <= count) {
+            pack_panel(out, width, width, x, ldx, trans, K);
+        } else {
+            memset(out, 0, width * K * sizeof(float));
+            pack_panel(out, width, count - first, x, ldx, trans, K);
+        }
+    }
+}
+
+// out (MR, n) = start (MR, n) + a (K, MR)^T @ b (K, NR)'s first n columns, n = `vectors` (literal)
+// whole vectors; a and b packed, row strides ldo and lds (0: every row starts as the same numbers).
+ALWAYS_INLINE void gemm_kernel(int vectors, float *out, idx ldo, const float *start, idx lds,
+                               const float *a, const float *b, idx K) {
+    vec acc[MR][NV];
+    for (int r = 0; r < MR; r++)
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = *(const vec *)(start + r * lds + v * VEC);
+    for (idx k = 0; k < K; k++, a += MR, b += NR) {
+        vec row[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) row[v] = *(const vec *)(b + v * VEC);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) acc[r][v] += a[r] * row[v];
+    }
+    for (int r = 0; r < MR; r++)
+        for (int v = 0; v < vectors; v++)
+            *(vec *)(out + r * ldo + v * VEC) = acc[r][v];
+}
+
+// A tile of C at c, of rows x cols numbers: C = a^T b, + C if add, else + bias if given. A narrow
+// tile is made of one or two vectors. A whole one is made in place, one at the edge beside it.
+ALWAYS_INLINE void gemm_tile(float *c, idx ldc, idx rows, idx cols, int add, const float *bias,
+                             const float *a, const float *b, idx K) {
+    static const float zeros[NR];
+    float tile[MR * NR];
+    int vectors = cols <= VEC ? 1 : cols <= 2 * VEC ? 2 : NV;
+    int whole = rows == MR && cols == vectors * VEC;
+    float *out = whole ? c : tile;
+    const float *start = !whole ? zeros : add ? c : bias ? bias : zeros;
+    idx ldo = whole ? ldc : NR, lds = whole && add ? ldc : 0;
+    if (vectors == NV) gemm_kernel(NV, out, ldo, start, lds, a, b, K);
+    else if (vectors == 1) gemm_kernel(1, out, ldo, start, lds, a, b, K);
+    else gemm_kernel(2, out, ldo, start, lds, a, b, K);
+    for (idx r = 0; r < rows && !whole; r++)
+        for (idx j = 0; j < cols; j++) {
+            float *at = c + r * ldc + j;
+            *at = tile[r * NR + j] + (add ? *at : bias ? bias[j] : 0.0f);
+        }
+}
+
+// The sum over k runs in blocks of KC, in order, whatever the
+// number of threads: they share out the tiles of C. If all rows are one block, a thread takes a
+// group of column panels and packs them as it goes; else the panels are packed for all first.
+static void gemm(int trans_a, int trans_b, idx M, idx N, idx K, const float *A, idx lda,
+                 const float *B, idx ldb, const float *bias, int add, float *C, idx ldc) {
+    if (M == 0 || N == 0) return;
+    packed_reserve(N);
+    idx panels = (N + NR - 1) / NR, row_panels = (M + MR - 1) / MR;
+    int threads = min_int(pack_room.threads, omp_get_max_threads());  // see threads_adapt()
+    if ((double)M * (double)N * (double)K <= 1e5) threads = 1;  // waking them costs microseconds
+    int one_block = M <= MC && panels >= threads;
+    idx row_blocks = one_block ? 1 : ((M + MC - 1) / MC + threads - 1) / threads * threads;
+    row_blocks = min_idx(row_blocks, row_panels);
+    idx column_groups = min_idx((threads + row_blocks - 1) / row_blocks, panels);
+#pragma omp parallel num_threads(threads)
+    for (idx k0 = 0; k0 == 0 || k0 < K; k0 += KC) {
+        idx kc = min_idx(KC, K - k0), add_now = add || k0 > 0;
+        const float *A0 = A + (trans_a ? k0 * lda : k0), *B0 = B + (trans_b ? k0 : k0 * ldb);
+        idx panel_size = NR * kc, panel_step = NR * (trans_b ? ldb : 1);
+        if (!one_block) {
+#pragma omp for schedule(static)
+            for (idx p = 0; p < panels; p++)
+                pack(pack_room.b + p * panel_size, NR, B0 + p * panel_step, ldb, trans_b,
+                     min_idx(NR, N - p * NR), kc);
+        }
+#pragma omp for schedule(dynamic)
+        for (idx task = 0; task < row_blocks * column_groups; task++) {
+            idx block = task % row_blocks, group = task / row_blocks;  // of nearly equal size
+            idx i0 = block * row_panels / row_blocks * MR;
+            idx m = min_idx((block + 1) * row_panels / row_blocks * MR, M) - i0;
+            idx p0 = group * panels / column_groups, p1 = (group + 1) * panels / column_groups;
+            float *a = pack_room.a + (idx)thread_id() * MC * KC;
+            pack(a, MR, A0 + i0 * (trans_a ? 1 : lda), lda, !trans_a, m, kc);
+            for (idx p = p0; p < p1; p++) {
+                idx n = min_idx(NR, N - p * NR);
+                float *b = pack_room.b + p * panel_size;
+                if (one_block) pack(b, NR, B0 + p * panel_step, ldb, trans_b, n, kc);
+                for (idx i = 0; i < m; i += MR)
+                    gemm_tile(C + (i0 + i) * ldc + p * NR, ldc, min_idx(MR, m - i), n, add_now,
+                              bias ? bias + p * NR : NULL, a + i * kc, b, kc);
+            }
+        }
+    }
+}
+
+// rows (literal, <= 8) rows of small_product().
+ALWAYS_INLINE void small_rows(int rows, float *out, idx ldo, const float *a, idx a_row, idx a_col,
+                              const float *b, idx ldb, idx n, idx K) {
+    for (idx j = 0; j < n; j += VEC) {
+        const vec zero = {0};
+        vec acc[8];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) acc[r] = zero;
+        for (idx k = 0; k < K; k++) {
+            vec row = *(const vec *)(b + k * ldb + j);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++)
+                acc[r] += a[r * a_row + k * a_col] * row;
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) *(vec *)(out + r * ldo + j) = acc[r];
+    }
+}
+
+static void small_product(float *out, idx ldo, const float *a, idx a_row, idx a_col, const float *b,
+                          idx ldb, idx m, idx n, idx K) {
+    idx i = 0;
+    for (; i + 8 <= m; i += 8)
+        small_rows(8, out + i * ldo, ldo, a + i * a_row, a_row, a_col, b, ldb, n,
+                   K);
+    for (; i + 4 <= m; i += 4)
+        small_rows(4, out + i * ldo, ldo, a + i * a_row, a_row, a_col, b, ldb, n,
+                   K);
+    for (; i < m; i++)
+        small_rows(1, out + i * ldo, ldo, a + i * a_row, a_row, a_col, b, ldb, n,
+                   K);
+}
