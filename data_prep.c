@@ -2981,18 +2981,21 @@ static int nontetrahedral_class(const ChemMol *m, int i) {
     return CHI_NONE;
 }
 
-// Chirality from the sign of the volume its first three bonds span; a flat centre has none.
+// Chirality from the sign of the volume its first three bonds span; a flat centre has none. For
+// --stereo invariant of the volume that four neighbours span: whether three bonds of a strained
+// centre agree with that depends on which come first.
 // RDKit: MolOps::assignChiralTypesFrom3D
 static int tetrahedral_class(const ChemMol *m, int i, int total) {
-    int z = m->atoms[i].z, n = 0;
-    Point v[3];
+    int z = m->atoms[i].z, n = 0, end[4], from = i, most = m->stereo == TAGS_INVARIANT ? 4 : 3;
     if (total > 4 || (total != 4 && z != 16 && z != 34)) return CHI_NONE;
-    for (Link *l = m->first[i]; l < m->first[i + 1] && n < 3; l++) {
+    for (Link *l = m->first[i]; l < m->first[i + 1] && n < most; l++) {
         if (is_wavy(l->bond, i)) return CHI_NONE;
-        if (bond_has_direction(l->bond, i)) v[n++] = arm(m, i, l->atom);
+        if (bond_has_direction(l->bond, i)) end[n++] = l->atom;
     }
     if (n < 3) return CHI_NONE;
-    double volume = dot(v[0], cross(v[1], v[2]));
+    if (n == 4) from = end[3];
+    double volume = dot(arm(m, from, end[0]), cross(arm(m, from, end[1]), arm(m, from, end[2])));
+    if (n == 4) volume /= 4;  // of a regular tetrahedron: that of three bonds
     return volume < -0.1 ? CHI_CW : volume > 0.1 ? CHI_CCW : CHI_NONE;
 }
 

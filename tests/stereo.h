@@ -68,8 +68,11 @@ static const struct {
     {"C[P@H]CC", "....", 0, "[P@H](C)CC"},
 };
 
-// Molecules of the table above as mol blocks: atoms "symbol,x,y,z", bonds "i-j:type[/stereo]".
+// Molecules as mol blocks: atoms "symbol,x,y,z", bonds "i-j:type[/stereo]". The first is strained:
+// all neighbours are on one side of the centre.
 static const struct { const char *smiles; int is_3d; const char *atoms, *bonds; } STEREO_MOLS[] = {
+    {"C[C@](F)(Cl)Br", 1, "C,0.1,0,1.5 C,0,0,0 F,1,0,0.3 Cl,-0.5,0.9,0.3 Br,-0.5,-0.9,0.3",
+     "1-2:1 2-3:1 2-4:1 2-5:1"},
     {"N[C@@H](C)C(=O)O", 1, "N,-0.66,1.10,-0.80 C,-0.33,0.32,0.36 C,-1.10,-1.00,0.26 "
      "C,1.12,-0.01,0.44 O,1.59,-0.68,1.37 O,1.95,0.46,-0.57",
      "1-2:1 2-3:1/6 2-4:1 4-5:2 4-6:1"},
