@@ -3851,16 +3851,21 @@ static int first_steps(ChemMol *m, Fault *fault) {
     return 0;
 }
 
-// Of the parts that no bond joins, keeps the one with most heavy atoms, of equals the first.
+// The parts that no bond joins: (n_atoms) of each atom its part, from 1 on, into mark.
+static int mark_fragments(ChemMol *m, int *mark) {
+    int fragments = 0, *stack = arena_ints(&m->arena, m->n_atoms);
+    for (int i = 0; i < m->n_atoms; i++)
+        if (!mark[i]) flood(m, NULL, i, ++fragments, mark, stack);
+    return fragments;
+}
+
+// Of these parts, keeps the one with most heavy atoms, of equals the first.
 // RDKit: rdMolStandardize::LargestFragmentChooser, which breaks ties by mass
 static void keep_largest_fragment(ChemMol *m) {
-    int n = m->n_atoms, fragments = 0, best = 0, kept = 0;
-    int *mark = arena_ints(&m->arena, n), *stack = arena_ints(&m->arena, n);
+    int n = m->n_atoms, best = 0, kept = 0, *mark = arena_ints(&m->arena, n);
     int *to = arena_ints(&m->arena, n), *heavy = arena_ints(&m->arena, n + 1);
-    for (int i = 0; i < n; i++) {
-        if (!mark[i]) flood(m, NULL, i, ++fragments, mark, stack);
-        heavy[mark[i]] += m->atoms[i].z > 1;
-    }
+    int fragments = mark_fragments(m, mark);
+    for (int i = 0; i < n; i++) heavy[mark[i]] += m->atoms[i].z > 1;
     for (int f = fragments; f > 0; f--)
         if (heavy[f] >= heavy[best]) best = f;
     for (int i = 0; i < n; i++) to[i] = mark[i] == best ? kept++ : -1;
@@ -4069,13 +4074,15 @@ static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
     return 1;
 }
 
-// One round of refinement: every atom's colour takes up those of its neighbours and the bonds.
+// One round of refinement: every atom's colour takes up those of its neighbours and the bonds, of
+// which the smallest ring tells decalin from bicyclopentyl.
 static void refine_colours(const ChemMol *m, const uint64_t *colour, uint64_t *next) {
     for (int i = 0; i < m->n_atoms; i++) {
         uint64_t sum = 0;
         for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
             unsigned donor = l->bond->order == ORDER_DATIVE && l->bond->begin == i;
-            sum += mix(colour[l->atom] + 977u * (l->bond->order + 16u * donor));
+            unsigned bond = l->bond->order + 16u * donor + 32u * (unsigned)l->bond->smallest_ring;
+            sum += mix(colour[l->atom] + 977u * bond);
         }
         next[i] = mix(colour[i] * 0x9E3779B97F4A7C15u + mix(sum));
     }
@@ -4097,8 +4104,28 @@ static uint64_t graph_hash(const ChemMol *m, const uint64_t *start, int special,
     return mix(sum);
 }
 
-// Key of the scaffold of m, which is reduced to it. Setting every atom apart in turn distinguishes
-// graphs that plain refinement cannot, such as decalin and bicyclopentyl.
+// Key of the whole graph, stereo and isotopes aside. Refinement takes only few different molecules
+// for one; `thorough` sets every atom apart in turn and takes n times as long.
+static ScaffoldKey graph_key(ChemMol *m, int thorough) {
+    Arena *arena = &m->arena;
+    int n = m->n_atoms;
+    uint64_t *start = arena_take(arena, (size_t)n, sizeof *start);
+    uint64_t *colour = arena_take(arena, (size_t)n, sizeof *colour);
+    uint64_t *next = arena_take(arena, (size_t)n, sizeof *next);
+    for (int i = 0; i < n; i++) {
+        const ChemAtom *a = &m->atoms[i];
+        uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->aromatic << 16;
+        label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)((uint32_t)a->map + 1) << 32;
+        start[i] = mix(label + 0x9E3779B97F4A7C15u);
+    }
+    int n_rounds = min_int(n, 16);
+    ScaffoldKey key = {graph_hash(m, start, -1, n_rounds, colour, next), 0};
+    for (int i = 0; thorough && i < n && spend(arena, n_rounds * (n + 2ll * m->n_bonds)); i++)
+        key.b += graph_hash(m, start, i, n_rounds, colour, next);
+    return key;
+}
+
+// Key of the scaffold of m, which is reduced to it.
 // RDKit: MurckoDecompose; the key has none
 static ScaffoldKey scaffold_key(ChemMol *m) {
     Arena *arena = &m->arena;
@@ -4112,42 +4139,7 @@ static ScaffoldKey scaffold_key(ChemMol *m) {
     compact(m, to);
     if (kept == 0) return (ScaffoldKey){0, 0};
     update_valences(m);
-    uint64_t *start = arena_take(arena, (size_t)kept, sizeof *start);
-    uint64_t *colour = arena_take(arena, (size_t)kept, sizeof *colour);
-    uint64_t *next = arena_take(arena, (size_t)kept, sizeof *next);
-    for (int i = 0; i < kept; i++) {
-        const ChemAtom *a = &m->atoms[i];
-        uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->aromatic << 16;
-        label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)((uint32_t)a->map + 1) << 32;
-        start[i] = mix(label + 0x9E3779B97F4A7C15u);
-    }
-    int n_rounds = min_int(kept, 16);
-    ScaffoldKey key = {graph_hash(m, start, -1, n_rounds, colour, next), 0};
-    for (int i = 0; i < kept && spend(arena, n_rounds * (kept + 2ll * m->n_bonds)); i++)
-        key.b += graph_hash(m, start, i, n_rounds, colour, next);
-    return key;
-}
-
-// A number that equal molecules share: of the whole graph, stereo aside. Of 64 bits, and it sees no
-// further than 16 bonds: two different ones may share it, seldom. *fragments: parts no bond joins.
-// RDKit has none
-static uint64_t molecule_key(ChemMol *m, int *fragments) {
-    Arena *arena = &m->arena;
-    int n = m->n_atoms, *mark = arena_ints(arena, n), *stack = arena_ints(arena, n);
-    uint64_t *start = arena_take(arena, (size_t)n, sizeof *start);
-    uint64_t *colour = arena_take(arena, (size_t)n, sizeof *colour);
-    uint64_t *next = arena_take(arena, (size_t)n, sizeof *next);
-    *fragments = 0;
-    for (int i = 0; i < n; i++) {
-        const ChemAtom *a = &m->atoms[i];
-        if (!mark[i]) flood(m, NULL, i, ++*fragments, mark, stack);
-        uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->isotope << 16;
-        start[i] = mix(label | (uint64_t)atom_hydrogens(a) << 32);
-    }
-    for (int r = 0; r < m->rings.n; r++)
-        for (int k = 0; k < ring_size(&m->rings, r); k++)
-            start[ring_atoms(&m->rings, r)[k]] += mix((uint64_t)ring_size(&m->rings, r));
-    return graph_hash(m, start, -1, min_int(n, 16), colour, next);
+    return graph_key(m, 1);
 }
 
 #include "prep/records.h"  // next_records(): files cut into records; SD tags, CSV fields
@@ -4212,26 +4204,20 @@ static void output_open(Output *out, const Conversion *c) {
     free(name);
 }
 
-// Says what is odd about the parts; dies if there is nothing to train on.
-static void check_parts(const uint8_t *part, size_t n, int n_parts, const char *split_by,
-                        const ScaffoldKey *key) {
-    size_t count[PARTS_MAX] = {0}, largest = 0;
+// Says what is odd about the parts; dies if there is nothing to train on. group: molecules of the
+// most frequent scaffold, if the split is by scaffold.
+static void check_parts(const uint8_t *part, size_t n, int n_parts, size_t group) {
+    size_t count[PARTS_MAX] = {0};
     for (size_t i = 0; i < n; i++) count[part[i]]++;
     CHECK(count[0], "the training part is empty: %zu, %zu and %zu molecules in the parts", count[0],
           count[1], count[2]);
-    for (int p = 1; p < n_parts; p++) {
+    for (int p = 1; p < n_parts; p++)
         if (!count[p]) fprintf(stderr, "note    the %s part is empty\n", PART_NAMES[p]);
-        largest = max_size(largest, count[p]);
-    }
-    if (largest <= count[0]) return;
+    if (max_size(count[1], count[2]) <= count[0]) return;
     fprintf(stderr, "note    the training part is not the largest");
-    if (strcmp(split_by, "scaffold") == 0) {
-        ScaffoldKey most = {0, 0};
-        size_t group = largest_scaffold(key, n, &most);
-        fprintf(stderr, ": %zu of %zu molecules have the same scaffold%s, which is not divided and "
-                "too large for it; --split-by random does not look at scaffolds", group, n,
-                most.a || most.b ? "" : ", no ring");
-    }
+    if (group > count[0])
+        fprintf(stderr, ": %zu of %zu molecules have the same scaffold (or all no ring) and stay "
+                "together, too many for it; --split-by random ignores scaffolds", group, n);
     fputc('\n', stderr);
 }
 
@@ -4245,14 +4231,14 @@ static void output_finish(Output *out, const Conversion *c, Summary *sum) {
         dataset_finish(&out->writer);
         return;
     }
-    size_t n = out->pool.count;
+    size_t n = out->pool.count, group = 0;
     uint8_t *part = xmalloc(n, 1);
     uint32_t *order = NULL;
     counts_to_fractions(out->fraction, out->n_parts, n);
     if (c->parts.n_rows || c->part_column) {
         for (size_t i = 0; i < n; i++) part[i] = (uint8_t)out->pool.key[i].a;
     } else if (strcmp(opt->split_by, "scaffold") == 0) {
-        split_by_scaffold(part, out->pool.key, n, out->fraction, out->n_parts);
+        group = split_by_scaffold(part, out->pool.key, n, out->fraction, out->n_parts);
     } else {
         if (strcmp(opt->split_by, "random") == 0) {
             order = xmalloc(n, sizeof *order);
@@ -4260,7 +4246,7 @@ static void output_finish(Output *out, const Conversion *c, Summary *sum) {
         }
         split_by_order(part, n, order, out->fraction, out->n_parts);
     }
-    check_parts(part, n, out->n_parts, opt->split_by, out->pool.key);
+    check_parts(part, n, out->n_parts, group);
     print_twins(sum->twins, n, part);
     write_parts(&out->pool, part, out->n_parts, opt->output, c);
     out_discard(&out->pool.file);
@@ -4313,7 +4299,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->n_atoms += o->n_atoms;
             sum->unmatched += c->labels.n_rows && !o->side_row;
             sum->surplus += o->surplus;
-            sum->mixtures += o->fragments > 1;
+            sum->mixtures += o->mixture;
             if (c->labels.n_rows) c->labels.used[o->side_row] = 1;
             for (int t = 0; t < c->n_tasks; t++, label += 4)
                 tally_value(&sum->tally[t], get_f32(label));
@@ -4465,7 +4451,7 @@ static void claim_files(const char *const *inputs, int n_inputs, int n_parts) {
 // Opens an input; of a table, finds what separates its fields.
 static void input_open(Source *s, const char *path, FILE **copy) {
     source_open(s, path, prep_opt.format, copy);
-    if (is_table(s)) find_separator(s, prep_opt.smiles ? prep_opt.smiles : "smiles");
+    if (is_table(s)) begin_table(s, prep_opt.smiles ? prep_opt.smiles : "smiles");
 }
 
 // Converts the inputs one after another into one output, or dumps a dataset.

@@ -86,8 +86,8 @@ static void leave_out_unnamed(Conversion *c, const Span *names, int n, uint8_t *
     }
 }
 
-// Makes tasks of the columns and tags that have values of which half or more are usable, missing and
-// censored ones aside; says of the others why they are none. Dies if no task is left.
+// Makes tasks of the columns and tags that have usable values, and no more others, those that are
+// censored or missing aside; says of the others why they are none. Dies if no task is left.
 static void survey_finish(Conversion *c, Survey *v) {
     for (int k = 0; k < v->names.n_tasks; k++) {
         Tally *t = &v->tally[k];
@@ -151,6 +151,7 @@ static int find_smiles(const Span *cells, int n) {
 static void no_smiles_column(const Source *s, const char *wanted, const Record *row) {
     Arena arena = {0};
     Span *cells = xmalloc((size_t)s->n_columns, sizeof *cells), none = {"", 0};
+    const char *file = strcmp(s->path, "-") ? s->path : "FILE";
     int n = 0, header = find_smiles(s->columns, s->n_columns), guess = -1;
     for (int k = 0; k < s->n_columns; k++) cells[k] = none;
     arena_reset(&arena);
@@ -164,11 +165,13 @@ static void no_smiles_column(const Source *s, const char *wanted, const Record *
             text_add(&names, k == header ? "%csmiles" : "%cy%d", separator_of(s), k + 1);
         DIE("%s:1: expected a header, found the SMILES \"%.*s\"; put one in front: (echo '%s'; cat "
             "%s) | ./data_prep --format csv ... -", s->path, min_int(s->columns[header].n, 60),
-            s->columns[header].p, names.text + 1, strcmp(s->path, "-") ? s->path : "FILE");
+            s->columns[header].p, names.text + 1, file);
     }
+    CHECK(!starts_with(s->columns[0], "#"), "%s:1: expected a column \"%s\", found a comment; type: "
+          "grep -v '^#' %s | ./data_prep --format csv ... -", s->path, wanted, file);
     CHECK(s->n_columns > 1 || !memchr(s->columns->p, ' ', (size_t)s->columns->n),
           "%s:1: expected a column \"%s\"; if its fields end at blanks, type: tr -s ' ' , < %s | "
-          "./data_prep --format csv ... -", s->path, wanted, strcmp(s->path, "-") ? s->path : "FILE");
+          "./data_prep --format csv ... -", s->path, wanted, file);
     for (int k = 0; k < s->n_columns && guess < 0; k++)
         for (int j = 0; j + 6 <= s->columns[k].n && guess < 0; j++)
             if (word_is((Span){s->columns[k].p + j, 6}, "smiles")) guess = k;

@@ -69,9 +69,9 @@ static void worker_free(Worker *w) {
 typedef struct {
     int worker, ok, none, n_atoms;  // none: it is not a record after all
     int first_odd, n_odd;    // unusual cells, of the worker's
-    int fragments, surplus;  // parts that no bond joins; fields that the header does not name
+    int mixture, surplus;    // several fragments; fields that the header does not name
     size_t side_row;         // of --labels-from; 0: there is none
-    uint64_t molecule;       // equal for equal molecules, see molecule_key()
+    uint64_t molecule;       // equal for equal molecules, see graph_key()
     size_t offset, size;     // of the record, or of its name if it is refused, in worker's bytes
     Span name;
     int64_t n_lines;         // line breaks in the record
@@ -154,18 +154,6 @@ static size_t table_find(const Table *t, Span name, int64_t number) {
     return row || !t->n_rows ? row : *table_slot(t, (Span){text, n});
 }
 
-// Which of the signs stands most often from p to end; of equals the first.
-static char most_frequent(const char *p, const char *end, const char *signs) {
-    size_t most = 0;
-    char best = *signs;
-    for (; *signs; signs++) {
-        size_t n = 0;
-        for (const char *q = p; q < end; q++) n += *q == *signs;
-        if (n > most) most = n, best = *signs;
-    }
-    return best;
-}
-
 // Opens a table; of two rows with one key the first counts. `path` must live as long.
 static void table_open(Table *t, const char *path, int is_list) {
     *t = (Table){.path = path};
@@ -173,7 +161,7 @@ static void table_open(Table *t, const char *path, int is_list) {
     const char *p = (const char *)t->bytes, *end = p + t->size, *quote = NULL, *next;
     size_t room = 0, commas = 0;
     next = t->size ? line_end(p, end) : NULL;
-    if (!is_list) t->separator = most_frequent(p, next ? next : end, "\t;,");
+    if (!is_list) t->separator = find_separator(p, end, ',', "");
     for (; p < end; p = next) {
         next = is_list ? line_end(p, end) : csv_row_end(p, end, t->separator, &quote);
         if (!next) next = end;
@@ -349,7 +337,8 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
     if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, principal, &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;
-    o->molecule = molecule_key(m, &o->fragments);
+    o->molecule = graph_key(m, 0).a;
+    o->mixture = mark_fragments(m, arena_ints(&m->arena, m->n_atoms)) > 1;
     if (c->want_keys && !c->parts.n_rows && !c->part_column) o->key = scaffold_key(m);
     return 0;
 }

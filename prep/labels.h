@@ -3,13 +3,10 @@
 typedef enum { CELL_NUMBER, CELL_MISSING, CELL_CENSORED, CELL_BAD } CellKind;
 
 // How a cell is written, if not in the ordinary way: bits.
-enum { FORM_WORD = 1, FORM_COMMA = 2, FORM_GROUPS = 4, FORM_MINUS = 8, FORM_EITHER = 16,
-       FORMS = 5 };
-static const char *const FORM_NAMES[FORMS] = {"words (true, yes, active, ...) are read as 1 and 0",
-                                         "decimal commas are read as points",
-                                         "commas between thousands are left out",
-                                         "the Unicode minus is read as -",
-                                         "\"1,234\" may be 1.234 or 1234: it is taken as missing"};
+enum { FORM_WORD = 1, FORM_COMMA = 2, FORM_MINUS = 4, FORM_EITHER = 8, FORMS = 4 };
+static const char *const FORM_NAMES[FORMS] = {
+    "words (true, yes, active, ...) are read as 1 and 0", "decimal commas are read as points",
+    "the Unicode minus is read as -", "\"1,234\" may be 1.234 or 1234: it is taken as missing"};
 
 // Whether s is one of the words (the last is NULL), capitals aside.
 static int is_one_of(Span s, const char *const *words) {
@@ -17,22 +14,14 @@ static int is_one_of(Span s, const char *const *words) {
     return *words != NULL;
 }
 
-// Makes a number's comma a point, or takes commas between groups of three digits out. "1,234" may
-// be either: a decimal if `decimal` says that no comma groups here, else 0 is returned.
-static int undo_commas(char *text, int decimal, int *form) {
-    char *first = strchr(text, ','), *digits = text + strspn(text, "+-");
-    int groups = 1, commas = 0;
-    if (!first) return 1;
-    for (char *p = first; p; p = strchr(p + 1, ','), commas++)
-        groups = groups && strspn(p + 1, "0123456789") == 3;
-    groups = groups && first > digits && first - digits <= 3 && *digits != '0';
-    int sure = commas > 1 || strchr(first, '.');  // that they are no decimal commas
-    if (!sure && groups && !decimal) *form |= FORM_EITHER;
-    if (sure ? !groups : groups && !decimal) return 0;
-    *form |= sure ? FORM_GROUPS : FORM_COMMA;
-    for (char *p = first; sure && p; p = strchr(p, ',')) memmove(p, p + 1, strlen(p));
-    if (!sure) *first = '.';
-    return 1;
+// Makes a number's comma a point. "1,234" may be 1234 or 1.234: 0, unless `decimal` says which.
+static int undo_comma(char *text, int decimal, int *form) {
+    char *comma = strchr(text, ',');
+    if (!comma) return 1;
+    int either = !decimal && strspn(comma + 1, "0123456789") == 3;
+    *form |= either ? FORM_EITHER : FORM_COMMA;
+    *comma = '.';
+    return !either;
 }
 
 // A decimal number of a size from FLT_MIN (or 0) to LABEL_MAX; 0 if the text is anything else.
@@ -47,7 +36,7 @@ static int parse_number(const char *text, float *label) {
 }
 
 // What a cell says. A class is 1 or 0; a number after <, >, ~ is censored; NaN goes to *label if
-// there is no number. decimal_comma: see undo_commas(). *form: FORM_ bits.
+// there is no number. decimal_comma: see undo_comma(). *form: FORM_ bits.
 static CellKind parse_label(Span s, int decimal_comma, float *label, int *form) {
     static const char *const missing[] = {
         "NAN", "-NAN", "+NAN", "NA", "#NA", "N/A", "#N/A", "#N/A N/A", "<NA>", "N.A.", "NONE",
@@ -86,7 +75,7 @@ static CellKind parse_label(Span s, int decimal_comma, float *label, int *form) 
     }
     size_t bound = strspn(text.p, "<>~= "), censored = strcspn(text.p, "<>~") < bound;
     char *number = copy + (text.p - copy) + (censored ? bound : 0);
-    int good = undo_commas(number, decimal_comma, form) && parse_number(number, label);
+    int good = undo_comma(number, decimal_comma, form) && parse_number(number, label);
     if (!good || censored) *form &= FORM_EITHER, *label = NAN;
     return !good ? CELL_BAD : censored ? CELL_CENSORED : CELL_NUMBER;
 }

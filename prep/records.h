@@ -336,37 +336,41 @@ static int is_within(const Record *r, Span field) {
     return field.p >= r->text && field.p <= r->text + r->size;
 }
 
+// What separates the fields of the row at p: the first of `own` and the usual signs by which one of
+// them is called `name`, or else the one that makes the most fields.
+static char find_separator(const char *p, const char *end, char own, const char *name) {
+    const char signs[] = {own, ',', ';', '\t', '|', 0}, *quote = NULL;
+    char best = own;
+    Arena arena = {0};
+    for (int k = 0, most = 0, named = 0; signs[k] && !named; k++) {
+        const char *stop = csv_row_end(p, end, signs[k], &quote), *q = p;
+        Record row = {.text = p, .size = (size_t)((stop ? stop : end) - p)};
+        int n = 0;
+        Span field;
+        arena_reset(&arena);
+        for (; csv_field(&arena, &q, row_end(&row), signs[k], &field); n++)
+            named |= word_is(trim(field), name);
+        if (n > most || named) most = n, best = signs[k];
+    }
+    arena_free(&arena);
+    return best;
+}
+
 // Looks at the first bytes of a table: passes over empty lines and the "sep=;" that Excel writes,
-// and finds what separates the fields: the first of the format's own and the usual signs by which a
-// column bears this name, else the one that makes the most columns.
-static void find_separator(Source *s, const char *smiles) {
-    static const char usual[] = ",;\t|";
+// and finds what separates the fields.
+static void begin_table(Source *s, const char *smiles) {
     Buffer *b = &s->next;
-    const char *end = b->bytes + b->end, *quote = NULL;
-    char own = separator_of(s);
     for (; b->begin < b->end && strchr("\r\n", b->bytes[b->begin]); b->begin++)
         s->line += b->bytes[b->begin] == '\n';
-    Lines in = {b->bytes + b->begin, end, 0};
-    Span line, name;
+    Lines in = {b->bytes + b->begin, b->bytes + b->end, 0};
+    Span line;
     next_line(&in, &line);
     if (line.n == 7 && line.p[0] == '"') line.p++, line.n -= 2;
-    if (line.n == 5 && starts_with_word(line, "sep=")) {
-        s->separator = line.p[4];
-        b->begin = (size_t)(in.at - b->bytes);
-        s->line++;
+    if (line.n != 5 || !starts_with_word(line, "sep=")) {
+        s->separator = find_separator(b->bytes + b->begin, in.end, separator_of(s), smiles);
         return;
     }
-    for (int k = -1, most = 0; k < 4; k++) {
-        const char *p = b->bytes + b->begin;
-        char sign = k < 0 ? own : usual[k];
-        const char *stop = csv_row_end(p, end, sign, &quote);
-        Record row = {.text = p, .size = (size_t)((stop ? stop : end) - p)};
-        int n = 0, named = 0;
-        arena_reset(&s->arena);
-        for (end = row_end(&row); csv_field(&s->arena, &p, end, sign, &name); n++)
-            named |= word_is(trim(name), smiles);
-        end = b->bytes + b->end;
-        if (n > most || named) most = n, s->separator = sign;
-        if (named) return;
-    }
+    s->separator = line.p[4];
+    b->begin = (size_t)(in.at - b->bytes);
+    s->line++;
 }

@@ -62,24 +62,9 @@ static int compare_scaffold_groups(const void *a, const void *b) {
     return (x->first < y->first) - (x->first > y->first);
 }
 
-// Molecules of the most frequent scaffold, and its key.
-static size_t largest_scaffold(const ScaffoldKey *key, size_t n, ScaffoldKey *scaffold) {
-    ScaffoldEntry *entries = xmalloc(n, sizeof *entries);
-    size_t most = 0;
-    for (size_t i = 0; i < n; i++) entries[i] = (ScaffoldEntry){key[i], i};
-    qsort(entries, n, sizeof *entries, compare_scaffold_entries);
-    for (size_t i = 0, first = 0; i < n; i++) {
-        if (entries[i].key.a != entries[first].key.a || entries[i].key.b != entries[first].key.b)
-            first = i;
-        if (i - first + 1 > most) most = i - first + 1, *scaffold = entries[i].key;
-    }
-    free(entries);
-    return most;
-}
-
 // Parts by scaffold (MoleculeNet, OGB): whole groups go to the first part that they do not
-// overfill, what fits none goes to the last.
-static void split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
+// overfill, what fits none goes to the last. Returns the size of the largest group.
+static size_t split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
                               const double *fraction, int n_parts) {
     ScaffoldEntry *entries = xmalloc(n, sizeof *entries);
     ScaffoldGroup *groups = xmalloc(n, sizeof *groups);
@@ -106,8 +91,9 @@ static void split_by_scaffold(uint8_t *part, const ScaffoldKey *key, size_t n,
         for (size_t k = 0; k < groups[g].size; k++)
             part[entries[groups[g].start + k].molecule] = (uint8_t)p;
     }
-    free(entries);
-    free(groups);
+    size_t largest = n ? groups[0].size : 0;
+    FREE_ALL(entries, groups);
+    return largest;
 }
 
 // Path of one part: {} in the pattern becomes its name; else "train" in the file name does, or
