@@ -47,6 +47,7 @@ static void predict_open(Predictions *all, Run *runs, const char *model) {
     TensorFile *f = &run->file;
     tensor_file_open(f, model);
     check_preparation(&all->data, f);
+    if (all->near.data && all->models == 0) check_preparation(&all->near, f);
     size_t Y = (size_t)tensor_file_config(f).tasks, n = mul_size(all->data.count, Y);
     const char *names = required_meta(f, "task_names", kind);
     run->statistics = xmalloc(2 * Y, sizeof *run->statistics);
@@ -107,11 +108,12 @@ static void predict_open(Predictions *all, Run *runs, const char *model) {
 // Vectors (molecules, C), as `embed` gives them.
 static void visit_vectors(Run *run, size_t first, size_t B, void *result) {
     idx C = run->s.model.config.dim, token, count;
+    float *row = (float *)result + (idx)first * C;
     if (mb_signal) mb_exit(128 + mb_signal);
-    for (size_t b = 0; b < B; b++) {
+    for (size_t b = 0; b < B; b++, row += C) {
         View v = batch_view(&run->s.batch, b);
         float weight = readout_tokens(&token, &count, &v, run->task.readout);
-        embed_row((float *)result + ((idx)first + (idx)b) * C, run->s.enc->out, C, token, count, weight);
+        embed_row(row, run->s.enc->out, C, token, count, weight);
     }
 }
 
