@@ -3017,8 +3017,8 @@ static void run_open(Run *run, const char *train_path) {
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
     if (!opt.batch) opt.batch = n < batch ? n : batch;
-    dataset_open_part(&run->valid, opt.valid);
-    dataset_open_part(&run->test, opt.test);
+    dataset_open_part(&run->valid, opt.valid, &run->train);
+    dataset_open_part(&run->test, opt.test, &run->train);
     note_stereo(&run->valid, train_path, run->train.stereo);
     note_stereo(&run->test, train_path, run->train.stereo);
     run->epoch = -1;
@@ -3049,8 +3049,10 @@ static void run_open_model(Run *run, const char *model) {
     run->task.readout = (Readout)name_index("--readout", readout, READOUT_NAMES, 3);
 }
 
-// Memory for the largest part of a batch in the first epoch: by its pairs. Returns bytes.
+// Memory for the largest part of a batch in the first epoch, by its pairs, and for the sets that are
+// measured after it, lest a trained model is refused that. Returns bytes.
 static idx run_prepare(Run *run) {
+    const Dataset *const measured[] = {run->valid.count ? &run->valid : &run->train, &run->test};
     int64_t epoch_steps = (int64_t)run->train.count / opt.batch + 1, largest = 0;
     idx part = (idx)part_size((size_t)opt.batch), from = 0;
     double most = -1;
@@ -3067,6 +3069,18 @@ static idx run_prepare(Run *run) {
     run->s.batch.Y = run->s.task ? run->train.n_tasks : 0;
     idx bytes = step_reserve(&run->s, &run->train, run->ids + from,
                              min_idx(part, (idx)opt.batch - from));
+    for (int k = 0; k < 2; k++)
+        for (idx i = 0, n = (idx)measured[k]->count; i < n; i += part) {
+            double pairs = 0;
+            idx B = min_idx(part, n - i);
+            for (idx b = 0; b < B; b++) {
+                run->ids[b] = (uint32_t)(i + b);
+                pairs += pow(dataset_atoms(measured[k], run->ids[b]), 2);
+            }
+            if (pairs <= most) continue;
+            most = pairs;
+            bytes = step_reserve(&run->s, measured[k], run->ids, B);
+        }
     run->epoch = -1;  // a state may be of another seed
     return bytes;
 }

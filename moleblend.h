@@ -392,8 +392,9 @@ static inline void molecule_free(Molecule *m) {
 //      0  8  magic "MOLBLEND"          32  8  file size in bytes
 //      8  4  format version, 2         40  4  most atoms of a molecule
 //     12  4  number of tasks           44  4  most bonds of a molecule
-//     16  8  number of molecules       48  8  number of skipped records
-//     24  8  offset of the index       56  4  flags: how its molecules were prepared, see below
+//     16  8  number of molecules       48  4  number of skipped records
+//     24  8  offset of the index       52  4  which split it is a part of; 0: of none, or not known
+//                                      56  4  flags: how its molecules were prepared, see below
 //                                      60  4  CRC-32 of header (these four as 0) and task names
 //   task names     per task: u16 length, bytes
 //   records        one a molecule, in order:
@@ -551,7 +552,7 @@ typedef struct {
     Text skips;             // records that were skipped, as they will be in the file
     size_t head_size, count, room, skipped;
     uint64_t offset;
-    uint32_t max_atoms, max_bonds, flags;  // flags: 0, or set before dataset_finish()
+    uint32_t max_atoms, max_bonds, flags, split;  // the last two: 0, or set before dataset_finish()
     int n_tasks;
 } DatasetWriter;
 
@@ -624,7 +625,8 @@ static inline void dataset_finish(DatasetWriter *w) {
     put_u64(w->head + 32, index + 12 * (uint64_t)w->count + 12);
     put_u32(w->head + 40, w->max_atoms);
     put_u32(w->head + 44, w->max_bonds);
-    put_u64(w->head + 48, w->skipped);
+    put_u32(w->head + 48, (uint32_t)w->skipped);
+    put_u32(w->head + 52, w->split);
     put_u32(w->head + 56, w->flags);
     put_u32(w->head + 60, crc32_add(0, w->head, w->head_size));
     out_rewrite(&w->out, 0, w->head, w->head_size);
@@ -638,7 +640,7 @@ typedef struct {
     const uint8_t *data;  // the whole file, mapped or read
     size_t size, count, skipped;
     const uint8_t *index, *skips;
-    uint32_t flags;
+    uint32_t flags, split;  // split: which it is a part of, 0: not known
     int n_tasks, max_atoms, max_bonds;
     char **task_names;    // (n_tasks)
     const char *stereo;   // one of TAG_KINDS
@@ -706,7 +708,8 @@ static inline void dataset_open(Dataset *d, const char *path) {
     d->skips = h + skips;
     crc = crc32_add(crc32_add(0, d->index, 12 * d->count + 8), d->skips, (size_t)(index - skips));
     CHECK(crc == get_u32(end + 8), "%s: damaged index (checksum)", path);
-    d->skipped = (size_t)get_u64(h + 48);
+    d->skipped = get_u32(h + 48);
+    d->split = get_u32(h + 52);
     const uint8_t *p = d->skips;
     Skipped skipped;
     for (size_t k = 0; k < d->skipped; k++)
@@ -727,9 +730,13 @@ static inline void dataset_close(Dataset *d) {
     free(d->task_names);
 }
 
-// Opens the part beside a training set, if there is a path; one that is empty is left out, said.
-static inline void dataset_open_part(Dataset *d, const char *path) {
+// Opens the part beside a training set, if there is a path; one that is empty is left out, said, as
+// is that it comes of another split.
+static inline void dataset_open_part(Dataset *d, const char *path, const Dataset *train) {
     if (path) dataset_open(d, path);
+    if (path && d->split && train->split && d->split != train->split)
+        fprintf(stderr, "note    %s: comes of another split than %s; both may have the same "
+                "molecules: make them again, by one data_prep --split\n", path, train->path);
     if (!path || d->count) return;
     fprintf(stderr, "note    %s: the dataset is empty and is left out\n", path);
     dataset_close(d);

@@ -1446,6 +1446,7 @@ static void test_sensitivity(const char *golden_path) {
 #include "tests/prep.h"       // faults, hostile records and files, fields, splits, threads
 #include "tests/stereo.h"     // features and predictions do not depend on the order of atoms
 #include "tests/tables.h"     // tables and labels as people have them
+#include "tests/outputs.h"    // inputs and files of others stay, results on stdout, memory in use
 #include "tests/predict.h"    // intervals, ensembles, nearest training molecules
 
 // =================================================================================================
@@ -1517,6 +1518,7 @@ int main(int argc, char **argv) {
                      {"predictions", test_predict},
                      {"resumed tuning", test_finetune_resume},
                      {"not finite", test_not_finite},
+                     {"outputs", test_outputs},
                      {"quotas", test_quota},
                      {"busy machine", test_busy},
                      {"golden files", test_bundled_golden}};

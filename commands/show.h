@@ -151,10 +151,10 @@ static void command_show(const char *path, const char *index_text) {
     still.noise = 0;
     batch_load(batch, &run.test, &id, 1, &still, 0, &run.s.draws);
     dataset_read(&run.test, id, &m);
-    printf("molecule %llu of %s: %s, %d atoms, %d bonds, %s\n", index, path, m.name, m.n_atoms,
-           m.n_bonds, m.has_pos ? "3D" : "2D only");
     Canvas canvas = {.colour = isatty(1) && !getenv("NO_COLOR")};
     if (opt.svg) {
+        files_output("-");  // the text
+        files_output(opt.svg);
         out_open(&svg, opt.svg, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 ");
         canvas.svg = svg.file;
         fprintf(svg.file, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" "
@@ -163,6 +163,8 @@ static void command_show(const char *path, const char *index_text) {
                 "height=\"100%%\" fill=\"white\"/>\n", 2 * matrix_width(m.n_atoms),
                 2 * (m.n_atoms + 3) * CELL_HEIGHT);
     }
+    printf("molecule %llu of %s: %s, %d atoms, %d bonds, %s\n", index, path, m.name, m.n_atoms,
+           m.n_bonds, m.has_pos ? "3D" : "2D only");
     show_matrix(&canvas, batch, "shortest path (bonds; . = not connected)", USE_SPD);
     show_matrix(&canvas, batch,
                 "bonds of the path, the first five (- = # single, double, triple, ~ aromatic)",

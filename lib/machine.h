@@ -41,10 +41,35 @@ static inline void signals_catch(void) {
 #endif
 }
 
+// The number behind `key` at the begin of a line of FOLDER/FILE, or with key "" on its first line; 0
+// if there is none.
+static inline double read_number(const char *folder, const char *file, const char *key) {
+    char line[256], *path = xprintf("%s/%s", folder, file);
+    FILE *f = fopen(path, "r");
+    double number = 0;
+    while (f && number == 0 && fgets(line, sizeof line, f))
+        if (strncmp(line, key, strlen(key)) == 0) number = strtod(line + strlen(key), NULL);
+    if (f) fclose(f);
+    free(path);
+    return number;
+}
+
+// Bytes that a control group (second: of version 2) uses and that cannot be freed: pages of files
+// can, those of memory not.
+static inline double group_memory(const char *folder, int second) {
+    if (second)
+        return read_number(folder, "memory.current", "") -
+               read_number(folder, "memory.stat", "inactive_file ") -
+               read_number(folder, "memory.stat", "active_file ");
+    return read_number(folder, "memory.usage_in_bytes", "") -
+           read_number(folder, "memory.stat", "total_inactive_file ") -
+           read_number(folder, "memory.stat", "total_active_file ");
+}
+
 // The least limit of our control group and the groups above it, 0: none. Version 2 has it in
 // `file` ("LIMIT" or "LIMIT PERIOD"), version 1 in the controller's file `old`, where a limit over
-// a period stands in two: old is "cpu.cfs_quota_us", the other cpu.cfs_period_us. root: "", or for
-// tests a folder.
+// a period stands in two: old is "cpu.cfs_quota_us", the other cpu.cfs_period_us. Of memory: what
+// is left of it. root: "", or for tests a folder.
 static inline double group_limit(const char *root, const char *file, const char *controller,
                                  const char *old) {
     double least = 0, number[2];
@@ -59,9 +84,10 @@ static inline double group_limit(const char *root, const char *file, const char 
         for (char *end = line + strcspn(line, "\n"); end > group; end = strrchr(line, '/')) {
             *end = 0;
             double limit = 0;
+            char *folder = xprintf("%s/sys/fs/cgroup/%s%s", root, second ? "" : controller,
+                                   group + 1);
             for (int k = 0; k < 1 + (!second && strstr(old, "quota")); k++) {
-                path = xprintf("%s/sys/fs/cgroup/%s%s/%s", root, second ? "" : controller,
-                               group + 1, second ? file : k ? "cpu.cfs_period_us" : old);
+                path = xprintf("%s/%s", folder, second ? file : k ? "cpu.cfs_period_us" : old);
                 FILE *f = fopen(path, "r");
                 int read = f ? fscanf(f, "%lf %lf", &number[0], &number[1]) : 0;
                 if (read > 0) limit = k ? limit / number[0] : number[0];
@@ -69,7 +95,10 @@ static inline double group_limit(const char *root, const char *file, const char 
                 if (f) fclose(f);
                 free(path);
             }
+            if (limit > 0 && strcmp(controller, "memory") == 0)
+                limit = fmax(limit - group_memory(folder, second), 1);
             if (limit > 0 && (least == 0 || limit < least)) least = limit;
+            free(folder);
         }
     }
     if (groups) fclose(groups);
@@ -77,29 +106,29 @@ static inline double group_limit(const char *root, const char *file, const char 
 }
 
 // Bytes that this process can still get, as far as the system says: memory that is free or can be
-// freed, the limits of our control group and of the address space. root: see group_limit().
+// freed, what is left of our control group's and of the address space. root: see group_limit().
 static inline double memory_limit(const char *root) {
-    double least = group_limit(root, "memory.max", "memory", "memory.limit_in_bytes"), kib;
-    char line[128], *path = xprintf("%s/proc/meminfo", root);
-    FILE *f = fopen(path, "r");
+    double least = group_limit(root, "memory.max", "memory", "memory.limit_in_bytes");
+    char *proc = xprintf("%s/proc", root);
+    double kib = read_number(proc, "meminfo", "MemAvailable:");
     if (least == 0) least = (double)INFINITY;
-    while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %lf", &kib) == 1) least = fmin(least, 1024 * kib);
-    if (f) fclose(f);
-    free(path);
+    if (kib > 0) least = fmin(least, 1024 * kib);
 #if MB_POSIX
     struct rlimit limit;
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
-        least = fmin(least, (double)limit.rlim_cur);
+        least = fmin(least, (double)limit.rlim_cur - (double)sysconf(_SC_PAGESIZE) *
+                                read_number(proc, "self/statm", ""));
 #endif
-    return least;
+    free(proc);
+    return fmax(least, 0);
 }
 
-// Dies if `what` needs more memory than there is.
+// Dies if `what` needs more memory than there is, with some for what is not worth a check.
 static inline void memory_check(uint64_t bytes, const char *what, const char *hint) {
-    double there = fmin(memory_limit(""), (double)SIZE_MAX);
-    CHECK((double)bytes <= there, "%s needs %.1f GiB of memory, and %.1f GiB are free; try %s",
-          what, (double)bytes / (1 << 30), there / (1 << 30), hint);
+    double there = fmin(memory_limit(""), (double)SIZE_MAX), mib = 1 << 20;
+    double need = (double)bytes * 1.0625 + 8 * mib;
+    CHECK(need <= there, "%s needs %.0f MiB of memory, and %.0f MiB are free; try %s", what,
+          ceil(need / mib), floor(there / mib), hint);
 }
 
 // ---- threads. One that waits at the end of a parallel loop spins for a while, because waking it

@@ -345,6 +345,8 @@ static inline void info_dataset(const char *path) {
            data.max_atoms, bonds / n, data.max_bonds);
     printf("  positions  %.0f molecules\n", with_pos);
     printf("  stereo     %s (data_prep --stereo)\n", data.stereo);
+    if (data.split)
+        printf("  split      %08lx, as its other parts\n", (unsigned long)data.split);
     for (int t = 0; t < data.n_tasks; t++)
         printf("  task       %s: %.0f labels\n", data.task_names[t], present[t]);
     free(present);

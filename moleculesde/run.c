@@ -1012,8 +1012,8 @@ static void run_open(Run *run, const char *train_path, int64_t batch) {
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
     if (!opt.batch) opt.batch = n < batch ? n : batch;
-    dataset_open_part(&run->valid, opt.valid);
-    dataset_open_part(&run->test, opt.test);
+    dataset_open_part(&run->valid, opt.valid, &run->train);
+    dataset_open_part(&run->test, opt.test, &run->train);
     note_stereo(&run->valid, train_path, run->train.stereo);
     note_stereo(&run->test, train_path, run->train.stereo);
     opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
@@ -1389,13 +1389,18 @@ static const char *const ELEMENT_NAMES =  // three characters each
     "Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th "
     "Pa U  Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og *  ";
 
-// One record of a V2000 SD file: molecule m at positions pos (N, 3), centred.
+// One record of a V2000 SD file: molecule m at positions pos (N, 3), centred. Its first line is the
+// name: signs that end a line or a record in it become spaces.
 static void write_conformer(OutFile *out, const Molecule *m, const float *pos, int number) {
     Text t = {0};
     double mean[3] = {0};
     for (int k = 0; k < 3 * m->n_atoms; k++) mean[k % 3] += (double)pos[k] / m->n_atoms;
-    text_add(&t, "%s\n  moleculesde conformer %d, heavy atoms\n\n%3d%3d  0  0  0  0  0  0  0  0999 "
-             "V2000\n", m->name, number, m->n_atoms, m->n_bonds);
+    for (int k = 0; k < m->name_length; k++) {
+        char c = m->name[k];
+        *text_room(&t, 1) = iscntrl((unsigned char)c) || (k == 0 && c == '$') ? ' ' : c;
+    }
+    text_add(&t, "\n  moleculesde conformer %d, heavy atoms\n\n%3d%3d  0  0  0  0  0  0  0  0999 "
+             "V2000\n", number, m->n_atoms, m->n_bonds);
     for (int i = 0; i < m->n_atoms; i++)
         text_add(&t, "%10.4f%10.4f%10.4f %.3s 0  0  0  0  0  0  0  0  0  0  0  0\n",
                  (double)pos[3 * i] - mean[0], (double)pos[3 * i + 1] - mean[1],

@@ -1196,6 +1196,50 @@ static void test_messages(void) {
     }
 }
 
+// Outputs that are inputs, another's file, or not where they should be; parts of two splits.
+static void test_outputs(void) {
+    static const struct { const char *command; int code; const char *expected; } rows[] = {
+        {"rm -rf build/so; mkdir build/so; printf 'smiles,name\nCCO,\"two\nlines\t.\"\nCC,$$$$\n' > "
+         "build/so/n.csv; ./data_prep -o build/so/n.bin --name name build/so/n.csv; ./data_prep -o "
+         "'build/so/{}.bin' --split 0.9,0.1 --split-by order --labels logP data/sample.sdf; "
+         "cp build/sde1.safetensors build/so/m.safetensors; cksum build/so/* > build/so.sums", 0, ""},
+        {SDE " build/so/train.bin -o build/so/./train.bin", 1, "same file as the input"},
+        {SDE " build/so/train.bin -o build/so/valid.bin", 1, "same file as the input"},
+        {SDE " finetune build/so/train.bin --init build/so/m.safetensors -o build/so/m.safetensors",
+         1, "same file as the input"},
+        {"ln -sf so/m.safetensors build/so.link; " SDE " embed "
+         "build/so/valid.bin --model build/so/m.safetensors -o build/so.link", 1, "same file as"},
+        {SDE " embed build/so/valid.bin --model build/so/m.safetensors -o build/so/n.csv", 1,
+         "build/so/n.csv: exists, and does not begin as the output"},
+        {SDE " generate build/so/n.bin 0 --model build/so/m.safetensors -o build/so/n.bin", 1,
+         "same file as the input"},
+        {"cp data/ethanol.sdf build/so.sdf; " SDE " generate build/so/n.bin 0 --model "
+         "build/so/m.safetensors -o build/so.sdf", 1, "build/so.sdf: exists, and does not begin"},
+        {SDE " build/so/train.bin -o ''", 1, "-o: expected a file"},
+        {SDE " build/so/train.bin -o -", 1, "-o: expected a file"},
+        {SDE " --help > /dev/full", 1, "standard output: write failed"},
+        {SDE " embed build/so/valid.bin --model build/so/m.safetensors -o - > /dev/full", 1,
+         "standard output: write failed"},
+        {"cksum build/so/* | cmp - build/so.sums", 0, ""},
+        // a name of two lines, and one that ends a record: data_prep reads what is written
+        {"rm build/so.sdf; for i in 0 1; do " SDE " generate build/so/n.bin $i --model "
+         "build/so/m.safetensors --copies 2 --sample-steps 3 -o build/so.$i.sdf && ./data_prep "
+         "--strict -o build/so/g.bin build/so.$i.sdf && ./data_prep --dump build/so/g.bin; done", 0,
+         "{\"name\":\"two lines .\",\"atom_feat\""},
+        {"./data_prep -o 'build/so/{}.bin' --split 0.8,0.2 --split-by order --labels logP "
+         "data/sample.sdf; cp valid.bin build/so/valid.bin; " SDE " build/so/train.bin --dim 8 "
+         "--layers 1 --blocks 1 --batch-size 4 --steps 1 -o build/so/x.safetensors", 0,
+         "build/so/valid.bin: comes of another split than build/so/train.bin"},
+    };
+    for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
+        int code = run_command("{ %s\n} > build/sde.out 2>&1", rows[k].command);
+        int said = !*rows[k].expected ||
+                   run_command("grep -q -F -e '%s' build/sde.out", rows[k].expected) == 0;
+        test_check(code == rows[k].code && said, "%s: exit code %d, expected %d and \"%s\"",
+                   rows[k].command, code, rows[k].code, rows[k].expected);
+    }
+}
+
 // A golden file that would not notice a gradient 1 % too large, or a stage.
 static void test_bundled(void) {
     static const char *const path = "data/moleculesde_mini.safetensors";
@@ -1232,7 +1276,8 @@ int main(int argc, char **argv) {
         {"SchNet", test_schnet}, {"contrast", test_contrast}, {"2D -> 3D", test_to3d},
         {"3D -> 2D", test_to2d}, {"model", test_model}, {"fine-tuning head", test_head},
         {"rotation", test_rotation}, {"permutation", test_permutation}, {"shapes", test_shapes},
-        {"program", test_program}, {"judging", test_judging}, {"messages", test_messages}, {"golden file", test_bundled}};
+        {"program", test_program}, {"judging", test_judging}, {"messages", test_messages},
+        {"outputs", test_outputs}, {"golden file", test_bundled}};
     int only = argc > 2 && strcmp(argv[1], "--golden") == 0;
     for (int i = 2; i < argc && only; i++) test_golden(argv[i], 1);
     for (size_t k = 0; k < sizeof tests / sizeof tests[0] && !only; k++) {

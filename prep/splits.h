@@ -113,12 +113,14 @@ static uint32_t prep_flags(const PrepOptions *opt) {
     return (opt->largest_fragment ? PREP_LARGEST_FRAGMENT : 0u) + PREP_STEREO * tag_kind(opt);
 }
 
-// Copies the pooled records to their parts.
+// Copies the pooled records to their parts, which get one identity: the checksum of all records and
+// of where they went.
 static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char *pattern,
                         const Conversion *c) {
     DatasetWriter writers[PARTS_MAX];
     uint8_t *record = NULL;
     size_t room = 0, size;
+    uint32_t split = 0;
     CHECK(fflush(pool->file.file) == 0, "%s: write failed: %s", pool->file.tmp, strerror(errno));
     FILE *in = fopen(pool->file.tmp, "rb");
     CHECK(in && fseek(in, sizeof POOL_BEGINS - 1, SEEK_SET) == 0, "%s: cannot read: %s",
@@ -136,6 +138,7 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
         CHECK(whole && fread(record, 1, size, in) == size, "%s: read failed: %s", pool->file.tmp,
               strerror(errno));
         dataset_append(&writers[part[i]], record, size, number);
+        split = crc32_add(crc32_add(split, record, 4), &part[i], 1);
     }
     fclose(in);
     free(record);
@@ -143,6 +146,7 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
         writers[p].flags = prep_flags(c->opt);
         fprintf(stderr, "%-8s %8zu molecules -> %s\n", PART_NAMES[p], writers[p].count,
                 writers[p].out.path);
+        writers[p].split = split ? split : 1;
         dataset_finish(&writers[p]);
     }
 }
