@@ -50,7 +50,8 @@
 #include <sys/resource.h>
 #endif
 #ifdef __wasi__
-#define tmpfile() fopen(MB_PROGRAM ".tmp", "w+b")  // it has none; this one stays
+static int mb_temporary;  // it has no tmpfile(); these, an input's copy and an output, stay
+#define tmpfile() fopen(mb_temporary++ ? MB_PROGRAM "2.tmp" : MB_PROGRAM ".tmp", "w+b")
 #endif
 
 // x87 without -std=c11 keeps float variables in registers of 80 bits: wrong numbers.

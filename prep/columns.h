@@ -95,12 +95,12 @@ static void survey_finish(Conversion *c, Survey *v) {
         if (t->present && t->present >= t->bad) {
             add_task(c, (Span){name, (int)strlen(name)});
         } else if (t->bad || t->censored) {
-            char *cells = tally_examples(t, t->bad > 0);
-            text_add(&c->left_out, "--labels all leaves out \"%.60s\": %lld of %lld cells are %s: "
-                     "%s\n", name, (long long)(t->bad ? t->bad : t->censored),
+            const Example *first = t->example[t->bad > 0];
+            text_add(&c->left_out, "--labels all leaves out \"%.60s\": %lld of %lld cells are %s, "
+                     "the first is \"%s\" (%s)\n", name,
+                     (long long)(t->bad ? t->bad : t->censored),
                      (long long)(t->present + t->bad + t->censored),
-                     t->bad ? "no numbers" : "censored", cells);
-            free(cells);
+                     t->bad ? "no numbers" : "censored", first->text, first->place);
         } else {
             text_add(&c->left_out, "--labels all leaves out \"%.60s\": no values\n", name);
         }

@@ -159,6 +159,8 @@ static void table_open(Table *t, const char *path, int is_list) {
     *t = (Table){.path = path};
     t->bytes = file_bytes(path, &t->size);
     const char *p = (const char *)t->bytes, *end = p + t->size, *quote = NULL, *next;
+    CHECK(!t->size || memchr(p, '\n', t->size) || !memchr(p, '\r', t->size),
+          "%s: its lines end in CR alone; type: tr '\\r' '\\n' < %s > FILE", path, path);
     size_t room = 0, commas = 0;
     next = t->size ? line_end(p, end) : NULL;
     if (!is_list) t->separator = find_separator(p, end, ',', "");

@@ -124,7 +124,7 @@ static const struct { const char *ending, *pattern, *options; int code; const ch
      "label   n: numbers, 1 present, 1 missing\n          1 unusable: \"x\" (" NAMED "csv:3)\n"},
     {"csv", "smiles,n,y,e\nC,7,1,\nCC,x,2,\n", "--labels all", 0, "leaves out \"e\": no values\n"},
     {"sdf", SD_HEAD "> <n>\nx\n\n> <y>\n1\n\n$$$$\n", "--labels all", 0,
-     "leaves out \"n\": 1 of 1 cells are no numbers: \"x\" (" NAMED "sdf:8)\n"},
+     "leaves out \"n\": 1 of 1 cells are no numbers, the first is \"x\" (" NAMED "sdf:8)\n"},
     {"csv", "smiles,y\nC,1e31\nCC,2\n", "--labels y", 0,
      "labels that are no numbers up to 1e+15, taken as missing: 1"},
     // looked up every tag among all labels

@@ -191,8 +191,8 @@ static void test_files_people_have(void) {
         {"./data_prep -o - --labels all --labels-from build/g.csv --labels-by number build/g.sdf "
          "2> build/g.err | ./data_prep --dump - | sed 's/.*labels..//'", 0,
          "[0,1]}\n[3,null]}\n[1,2]}\n[null,null]}\n"},
-        {"cat build/g.err", 0, "--labels all leaves out \"smiles\": 3 of 3 cells are no numbers: "
-         "\"C\" (3 times, first build/g.csv:2)"},
+        {"cat build/g.err", 0, "--labels all leaves out \"smiles\": 3 of 3 cells are no numbers, "
+         "the first is \"C\" (build/g.csv:2)"},
         {"./data_prep -o build/g.bin --labels gapp --labels-from build/g.csv build/g.sdf", 1,
          "build/g.csv:1: expected a column \"gapp\""},
         {"./data_prep -o build/g.bin --labels-from build/g.csv build/g.sdf", 1,

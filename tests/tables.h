@@ -41,7 +41,7 @@ static const struct { const char *ending, *text, *options; int code; const char 
      "label   a: numbers, 1 present, 1100 missing"},
     // labels went one by one, and the run ended well without any
     {"csv", "smiles,a\nC,x\nCC,z\nCCC,1\n", "--labels all", 1,
-     "leaves out \"a\": 2 of 3 cells are no numbers: \"x\" (build/t.csv:2), \"z\" (build/t.csv:3)\n"
+     "leaves out \"a\": 2 of 3 cells are no numbers, the first is \"x\" (build/t.csv:2)\n"
      "data_prep: --labels all: no column or tag holds labels"},
     {"smi", "C\n", "--labels all", 1, "--labels all: no column or tag holds labels"},
     {"csv", "smiles,a\nC,x\nCC,x\nCCC,1\n", "--labels a", 1,
@@ -143,6 +143,8 @@ static void test_table_pipes(void) {
                "build/t.bin - 2> build/t.txt && ./data_prep --dump build/t.bin", 0, "[0.5,0]");
     test_command("cat build/t.txt", 0, "build/t.csv: 2 rows belong to no record, the first is row "
     "3, \"y\"\nnote    build/t.csv: 1 rows begin as an earlier one does");
+    test_table("build/t.csv", "title,a\rx,1\r", "./data_prep --labels all --labels-from "
+               "build/t.csv -o build/t.bin data/ethanol.sdf", 1, "end in CR alone; type: tr '\\r' ");
     test_table("build/t.smi", "C1CC x\n", "./data_prep -o - build/t.smi | ./moleblend predict - "
     "--model build/l.safetensors", 0, "record,name,y,skipped\n1,x,,ring 1 is not closed\n");
     test_command("./data_prep -o build/t.bin build/t.smi", 1, "no molecule could be read");
