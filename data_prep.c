@@ -4334,7 +4334,7 @@ static void convert_source(Source *s, Conversion *c, Output *out, Worker *worker
         if (mb_signal) mb_exit(128 + mb_signal);  // and nothing is left
         if (skip) {
             read_header(c, s, &records[0], n > 1 ? records + 1 : NULL);
-            s->task_of_column = columns_of_tasks(c, s->path, s->columns, s->n_columns, 0);
+            s->task_of_column = columns_of_tasks(c, s->path, s->columns, s->n_columns);
         } else if (first && s->format == FORMAT_SDF && !c->labels.n_rows && !wants_all(c->opt)) {
             check_tags(c, s, records, n);
         } else if (first && s->format == FORMAT_SMI && c->n_tasks) {
@@ -4532,8 +4532,9 @@ int main(int argc, char **argv) {
     CHECK(sum.n_kept > 0 || rows_only, "%s: no molecule could be read", inputs[0]);
     for (int t = 0; t < c.n_tasks && sum.n_kept; t++) {
         CHECK(sum.tally[t].present, "--labels: no record has a value for \"%s\"", c.task_names[t]);
-        CHECK(twice || sum.tally[t].bad <= sum.tally[t].present, "--labels: most values of \"%s\" "
-              "are unusable: %s", c.task_names[t], tally_examples(&sum.tally[t], 1));
+        CHECK(wants_all(&prep_opt) || sum.tally[t].bad <= sum.tally[t].present,
+              "--labels: most values of \"%s\" are unusable: %s", c.task_names[t],
+              tally_examples(&sum.tally[t], 1));
     }
     output_finish(&out, &c, &sum);
     for (int t = 0; t < thread_count(); t++) worker_free(&workers[t]);

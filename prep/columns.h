@@ -67,22 +67,23 @@ static void survey_cell(Survey *v, Span name, Span cell, int decimal, const char
     tally_value(&v->tally[t], label);
 }
 
-// Counts the cells of a row. role: (n) columns that are no labels.
+// Counts the cells of a row; those of columns without a name are no labels.
 static void survey_row(Survey *v, const Record *row, char separator, const Span *names, int n,
-                       const uint8_t *role, const char *path, int64_t line, Arena *arena) {
+                       const char *path, int64_t line, Arena *arena) {
     const char *p = row->text, *end = row_end(row);
     Span cell;
     arena_reset(arena);
     for (int k = 0; k < n && csv_field(arena, &p, end, separator, &cell); k++)
-        if (!role[k]) survey_cell(v, names[k], cell, is_within(row, cell), path, line);
+        if (names[k].n) survey_cell(v, names[k], cell, is_within(row, cell), path, line);
 }
 
-// Marks the columns without a name, for they are a table's own numbering, as no labels.
-static void leave_out_unnamed(Conversion *c, const Span *names, int n, uint8_t *role) {
+// Says which columns have no name, for they are a table's own numbering. pandas reads and writes
+// these as "Unnamed: 0".
+static void leave_out_unnamed(Conversion *c, Span *names, int n) {
     for (int k = 0; k < n; k++) {
-        if (role[k] || (names[k].n && !starts_with(names[k], "Unnamed: "))) continue;
+        if (starts_with(names[k], "Unnamed: ")) names[k].n = 0;
+        if (names[k].n) continue;
         text_add(&c->left_out, "--labels all leaves out column %d: it has no name\n", k + 1);
-        role[k] = 1;
     }
 }
 
@@ -150,10 +151,9 @@ static int find_smiles(const Span *cells, int n) {
 // (NULL: none does), and what to do if the header is a row itself.
 static void no_smiles_column(const Source *s, const char *wanted, const Record *row) {
     Arena arena = {0};
-    Span *cells = xmalloc((size_t)s->n_columns, sizeof *cells), none = {"", 0};
+    Span *cells = xmalloc((size_t)s->n_columns, sizeof *cells);
     const char *file = strcmp(s->path, "-") ? s->path : "FILE";
     int n = 0, header = find_smiles(s->columns, s->n_columns), guess = -1;
-    for (int k = 0; k < s->n_columns; k++) cells[k] = none;
     arena_reset(&arena);
     const char *p = row ? row->text : NULL;
     while (n < s->n_columns && csv_field(&arena, &p, row ? row_end(row) : NULL, separator_of(s),
@@ -203,22 +203,19 @@ static Span *header_names(Arena *arena, const Record *header, char separator, in
 
 // Which column of the names is which task: (n) in fresh memory, -1 for none. Those that are missing
 // end the program unless all labels are taken as they come.
-static int *columns_of_tasks(const Conversion *c, const char *path, const Span *names, int n,
-                             int first) {
+static int *columns_of_tasks(const Conversion *c, const char *path, const Span *names, int n) {
     int *task = xmalloc((size_t)n, sizeof *task);
-    char *seen = xmalloc((size_t)c->n_tasks, 1);
+    int *column = xmalloc((size_t)c->n_tasks, sizeof *column);  // of each task, from 1 on
     for (int k = 0; k < n; k++) {
-        task[k] = k < first ? -1 : find_task(c, names[k]);
-        if (task[k] < 0) continue;
-        int same = first;
-        while (same < k && task[same] != task[k]) same++;
-        CHECK(same == k, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", path,
-              same + 1, k + 1, min_int(names[k].n, 60), names[k].p);
-        seen[task[k]] = 1;
+        task[k] = find_task(c, names[k]);
+        int *there = task[k] < 0 ? NULL : &column[task[k]];
+        CHECK(!there || !*there, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", path,
+              *there, k + 1, min_int(names[k].n, 60), names[k].p);
+        if (there) *there = k + 1;
     }
     for (int t = 0; t < c->n_tasks && !wants_all(c->opt); t++)
-        if (!seen[t]) no_column(path, names, n, c->task_names[t], "--labels");
-    free(seen);
+        if (!column[t]) no_column(path, names, n, c->task_names[t], "--labels");
+    free(column);
     return task;
 }
 
@@ -226,23 +223,22 @@ static int *columns_of_tasks(const Conversion *c, const char *path, const Span *
 static void read_side_header(Conversion *c) {
     Table *t = &c->labels;
     Arena arena = {0}, cells = {0};
-    Record header = {.text = t->row[0], .size = (size_t)(t->row[1] - t->row[0])};
+    Survey v = {0};
+    Record row = {.text = t->row[0], .size = (size_t)(t->row[1] - t->row[0])};
     arena_reset(&arena);
-    Span *names = header_names(&arena, &header, t->separator, &t->n_columns);
+    Span *names = header_names(&arena, &row, t->separator, &t->n_columns);
     t->used = xmalloc(t->n_rows, 1);
     if (wants_all(c->opt)) {
-        Survey v = {0};
-        uint8_t *role = arena_flags(&arena, t->n_columns + 1);
-        role[0] = 1;
-        leave_out_unnamed(c, names, t->n_columns, role);
-        for (size_t k = 0; k < t->n_rows; k++) {
-            Record row = {.text = t->row[k], .size = (size_t)(t->row[k + 1] - t->row[k])};
-            if (k > 0) survey_row(&v, &row, t->separator, names, t->n_columns, role, t->path,
-                                  (int64_t)k + 1, &cells);
+        leave_out_unnamed(c, names, t->n_columns);
+        names[0].n = 0;  // the records' names
+        for (size_t k = 1; k < t->n_rows; k++) {
+            row = (Record){.text = t->row[k], .size = (size_t)(t->row[k + 1] - t->row[k])};
+            survey_row(&v, &row, t->separator, names, t->n_columns, t->path, (int64_t)k + 1,
+                       &cells);
         }
         survey_finish(c, &v);
     }
-    t->task_of_column = columns_of_tasks(c, t->path, names, t->n_columns, wants_all(c->opt));
+    t->task_of_column = columns_of_tasks(c, t->path, names, t->n_columns);
     arena_free(&arena);
     arena_free(&cells);
 }
@@ -317,26 +313,24 @@ static void read_header(const Conversion *c, Source *s, const Record *header, co
 // Counts the cells of all tables and the tags of all SD records of a source.
 static void survey_source(Conversion *c, Survey *v, Source *s, Record *records) {
     Arena arena = {0};
-    uint8_t *role = NULL;
     for (int n; (n = next_records(s, records)) > 0;)
         for (int k = 0; k < n; k++) {
             Record *r = &records[k];
             if (mb_signal) mb_exit(128 + mb_signal);
             if (is_table(s) && !s->columns) {
                 read_header(c, s, r, n > 1 ? r + 1 : NULL);
-                role = xmalloc((size_t)s->n_columns, 1);
+                leave_out_unnamed(c, s->columns, s->n_columns);
                 const int roles[] = {s->smiles_column, s->name_column, s->part_column};
                 for (int j = 0; j < 3; j++)
-                    if (roles[j] >= 0) role[roles[j]] = 1;
-                leave_out_unnamed(c, s->columns, s->n_columns, role);
+                    if (roles[j] >= 0) s->columns[roles[j]].n = 0;
                 for (int j = 0; j < s->n_columns; j++)
-                    if (!role[j]) survey_cell(v, s->columns[j], (Span){NULL, 0}, 0, NULL, 0);
+                    if (s->columns[j].n) survey_cell(v, s->columns[j], (Span){NULL, 0}, 0, NULL, 0);
                 continue;
             }
             Lines in = {r->text, r->text + r->size, 0};
             Span name, value;
             if (is_table(s) && !r->kind && !r->quote && trim((Span){r->text, (int)r->size}).n)
-                survey_row(v, r, separator_of(s), s->columns, s->n_columns, role, s->path, s->line,
+                survey_row(v, r, separator_of(s), s->columns, s->n_columns, s->path, s->line,
                            &arena);
             for (int j = 0; j < 3 && s->format == FORMAT_SDF; j++) next_line(&in, &name);  // titles
             while (s->format == FORMAT_SDF && next_tag(&in, &name, &value))
@@ -347,7 +341,6 @@ static void survey_source(Conversion *c, Survey *v, Source *s, Record *records) 
             s->line += count_lines(r->text, r->text + r->size);
         }
     arena_free(&arena);
-    free(role);
 }
 
 // ---- the summary
