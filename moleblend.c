@@ -2041,7 +2041,8 @@ enum { ADAM_CHUNK = 1 << 14 };  // parameters a thread takes at a time; sums are
 
 typedef struct { double lr, beta1, beta2, eps, weight_decay, clip; } Adam;
 
-// Euclidean norm of all gradients: sums of 256 squares in float, side by side, the rest in double.
+// Euclidean norm of all gradients: sums of 256 squares in float, side by side, the rest in double;
+// all of a chunk in double where the former overflow.
 static double gradient_norm(const Model *model) {
     enum { LANES = ADAM_CHUNK / 256 };
     idx chunks = (model->count + ADAM_CHUNK - 1) / ADAM_CHUNK;
@@ -2054,6 +2055,9 @@ static double gradient_norm(const Model *model) {
             for (int l = 0; l < LANES; l++) lane[l] += model->grads[i + l] * model->grads[i + l];
         for (; i < end; i++) squares[k] += (double)model->grads[i] * (double)model->grads[i];
         for (int l = 0; l < LANES; l++) squares[k] += (double)lane[l];
+        if (isfinite(squares[k])) continue;
+        for (i = k * ADAM_CHUNK, squares[k] = 0; i < end; i++)
+            squares[k] += (double)model->grads[i] * (double)model->grads[i];
     }
     for (idx k = 0; k < chunks; k++) sum += squares[k];
     free(squares);
@@ -3113,6 +3117,8 @@ static void run_step(Run *run) {
                    run->s.task ? run->task.use : 0, {run_seed(run), (uint32_t)run->done, 0, 1}};
     double norm = training_step(loss, s, (idx)opt.batch, &given, &adam, run->done + 1);
     check_finite(run, loss[LOSS_TOTAL] + norm);
+    CHECK(adam.clip > 0 || norm < 1e18, "step %lld: the squares of a gradient of norm %g overflow; "
+          "give --clip", (long long)run->done + 1, norm);
     float *row = run->log + run->done * LOG_COLUMNS;
     for (int k = 0; k < LOSSES; k++) row[k] = (float)loss[k];
     row[LOG_LR] = (float)adam.lr;

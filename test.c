@@ -1441,6 +1441,7 @@ static void test_sensitivity(const char *golden_path) {
 // =================================================================================================
 #include "tests/files.h"      // datasets and checkpoints as files; the parameter table
 #include "tests/programs.h"   // the programs as a user meets them
+#include "tests/runs.h"       // seeds, resumed runs, what two runs may share
 #include "tests/chemistry.h"  // molecules and what RDKit says of them
 #include "tests/judging.h"    // labels of any scale, sets that cannot judge, numbers that are none
 #include "tests/prep.h"       // faults, hostile records and files, fields, splits, threads
@@ -1511,6 +1512,7 @@ int main(int argc, char **argv) {
                      {"dataset fields", test_dataset_fields},
                      {"tensor headers", test_tensor_headers},
                      {"reproducible", test_reproducible},
+                     {"large labels", test_large_labels},
                      {"files people have", test_files_people_have},
                      {"using", test_using},
                      {"scales", test_scales},

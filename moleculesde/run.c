@@ -1081,8 +1081,8 @@ static void run_step(Run *run) {
         norm = sde_step(loss, s, &run->train, run->ids, (size_t)opt.batch, &adam, opt.scale_3d,
                         &draws, run->done + 1);
     }
-    CHECK(isfinite(loss[TERM_TOTAL] + norm), "step %lld: the loss is no longer a number. What was "
-          "saved before is kept. Try a lower --lr", (long long)run->done + 1);
+    CHECK(isfinite(loss[TERM_TOTAL]) && norm < 1e18, "step %lld: the loss is no longer a number. "
+          "What was saved before is kept. Try a lower --lr", (long long)run->done + 1);
     float *row = run->log + run->done++ * LOG_COLUMNS;
     for (int k = 0; k < TERMS; k++) row[k] = (float)loss[k];
     row[LOG_LR] = (float)adam.lr;
