@@ -2581,15 +2581,14 @@ static void options_from_state(const char *text, const char *path) {
     for (int k = 0; k < N_OPTIONS && opt.size; k++)
         option_given[k] |= is_between(&OPTIONS[k], &opt.layers, &opt.kernels);
     opt.size = NULL;
-    options_resume(OPTIONS, N_OPTIONS, GROWS, option_given, text, path);
+    options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
 }
 
 // Columns of the log, a row a step.
 enum { LOG_LR = LOSSES, LOG_NORM, LOG_RATE, LOG_COLUMNS };
-// Fine-tuning's history has a row an epoch: which seed, counted from the first; the epoch, its mean
-// loss, selection_metric(), the best epoch so far, and what calibration() says of the validation
-// set. A seed's last row has its metrics.
-typedef struct { float seed, number, loss, valid, best, scale, test[METRICS]; } Epoch;
+// Fine-tuning's history has a row an epoch: its mean loss, selection_metric(), the best epoch so
+// far, counted from 1, and what calibration() says of the validation set.
+typedef struct { float loss, valid, best, scale; } Epoch;
 enum { EPOCH_COLUMNS = sizeof(Epoch) / sizeof(float) };
 
 typedef struct {
@@ -2601,17 +2600,20 @@ typedef struct {
     int judged;                  // can the validation set judge? Else the training loss does
     uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
     int64_t epoch, done, steps, warmup;  // updates done, and in all
-    int64_t nth;                 // fine-tuning: how many seeds are complete
-    float *log;                  // (done, LOG_COLUMNS) of this seed
-    Epoch *history;              // (epochs) of all seeds
-    float *best;                 // fine-tuning: parameters of this seed's best epoch
+    int64_t nth;                 // the seed at hand, from 0 on; each is a run with its own state
+    float *log;                  // (done, LOG_COLUMNS)
+    Epoch *history;              // (epochs) of fine-tuning
+    float *best, *seed_best;     // parameters of the best epoch; (seeds) what each has reached
     float *residuals;            // of regression, at a seed's end: see residuals_keep()
     size_t n_residuals;
     int64_t epochs, shown;       // rows of history; rows that are in the CSV
     char *state_path, *log_path;
     FILE *csv;                   // grows while the run does
-    OutFile lock;                // held from start to end: two runs may not write the same files
+    OutFile lock, *seed_locks;   // held from start to end: two runs may not write the same files
     TensorFile file;             // the state of a resumed run; of --model; its dataset is `test`
+    int resumed;                 // is there a state to go on from?
+    int64_t begun;               // when, in microseconds: it tells the states of a run's seeds
+    uint32_t init_print;         // file_print() of --init when the run began
 } Run;
 
 // Names the draws of a run.
@@ -2622,18 +2624,9 @@ static size_t part_size(size_t B) {
     return opt.part && (size_t)opt.part < B ? (size_t)opt.part : B;
 }
 
-// The molecules of update `step`: sample step * batch + k is entry (sample mod n) of the
-// permutation of its epoch, so batches run across the ends of epochs and any step can be entered.
+// The molecules of update `step`.
 static void run_ids(Run *run, int64_t step) {
-    int64_t n = (int64_t)run->train.count;
-    for (int64_t k = 0; k < opt.batch; k++) {
-        int64_t sample = step * opt.batch + k, epoch = sample / n;
-        if (epoch != run->epoch)
-            rng_permutation(run->order, run->train.count, run_seed(run), RNG_SHUFFLE,
-                            (uint32_t)epoch);
-        run->epoch = epoch;
-        run->ids[k] = run->order[sample % n];
-    }
+    epoch_ids(&run->epoch, run->order, run->ids, step, opt.batch, run->train.count, run_seed(run));
 }
 
 // Called for B molecules of a dataset, from `first` on, that stand in run->s.batch.
@@ -2807,24 +2800,23 @@ static const char *selection_name(const Run *run) {
 // Is a better than b, by selection_metric()? Anything is better than none.
 static int is_better(float a, float b) { return a > b || isnan(b); }
 
-// The row of the best epoch of the seed at hand; NULL before its first.
+// The row of the best epoch; NULL before the first.
 static const Epoch *best_epoch(const Run *run) {
-    const Epoch *last = run->epochs ? run->history + run->epochs - 1 : NULL;
-    if (!last || (int64_t)last->seed != run->nth) return NULL;
-    return last - (int64_t)(last->number - last->best);
+    if (!run->epochs) return NULL;
+    return run->history + (int64_t)run->history[run->epochs - 1].best - 1;
 }
 
 // ---- saving and resuming
 
 // Metadata of a checkpoint: a model's sizes, and where its run is; or a fine-tuned model's task.
 static char *run_meta(const Run *run, int of_state) {
-    Text t = {0}, names = {0}, mean = {0}, std = {0};
+    Text t = {0};
     Config c = run->s.model.config;
     const char *const keys[] = {"layers", "dim", "ffn", "heads", "kernels", "step", "molecules",
                                 "fingerprint", "valid_fingerprint", "seeds_done"};
     const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
-                                (long long)run->train.count, dataset_fingerprint(&run->train),
-                                run->s.task ? dataset_fingerprint(&run->valid) : 0, run->nth};
+                                (long long)run->train.count, data_print(&run->train),
+                                of_state || run->s.task ? data_print(&run->valid) : 0, run->nth};
     char *options = options_describe(OPTIONS, N_OPTIONS, of_state ? SHAPES | FILES : SHAPES);
     text_add(&t, "{");
     text_add_meta(&t, "format", "pt");
@@ -2833,23 +2825,21 @@ static char *run_meta(const Run *run, int of_state) {
     text_add_meta(&t, "stereo", "%s", run->train.stereo);
     text_add_meta(&t, "largest_fragment", "%u",
                   (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
-    for (int y = 0; run->s.task && y < c.tasks; y++) {
-        text_add(&names, "%s%s", y ? "\n" : "", run->train.task_names[y]);
-        text_add(&mean, "%s%.9g", y ? " " : "", (double)run->task.mean[y]);
-        text_add(&std, "%s%.9g", y ? " " : "", (double)run->task.std[y]);
+    if (of_state) {
+        text_add_meta(&t, "test_fingerprint", "%lld", (long long)data_print(&run->test));
+        text_add_meta(&t, "init_fingerprint", "%lld", (long long)run->init_print);
+        text_add_meta(&t, "begun", "%lld", (long long)run->begun);
     }
     if (run->s.task) {
         text_add_meta(&t, "task", "%s", KIND_NAMES[run->task.kind]);
         text_add_meta(&t, "readout", "%s", READOUT_NAMES[run->task.readout]);
         text_add_meta(&t, "modality", "%s", opt.modality);
-        text_add_meta(&t, "task_names", "%s", names.text);
-        text_add_meta(&t, "label_mean", "%s", mean.text);
-        text_add_meta(&t, "label_std", "%s", std.text);
+        text_add_tasks(&t, c.tasks, run->train.task_names, run->task.mean, run->task.std);
         if (best_epoch(run))
             text_add_meta(&t, "logit_scale", "%.9g", (double)best_epoch(run)->scale);
     }
     text_add(&t, "}");
-    FREE_ALL(options, names.text, mean.text, std.text);
+    free(options);
     return t.text;
 }
 
@@ -2873,9 +2863,8 @@ static void log_write(Run *run) {
             const Epoch *row = run->history + run->shown;
             char valid[32] = "";
             if (run->judged) snprintf(valid, sizeof valid, "%.6g", shown_metric(run, row->valid));
-            fprintf(run->csv, "%lld,%.0f,%.6g,%s,%.0f\n",
-                    (long long)opt.seed + (long long)row->seed, (double)row->number,
-                    (double)row->loss, valid, (double)row->best);
+            fprintf(run->csv, "%lld,%lld,%.6g,%s,%.0f\n", (long long)run_seed(run),
+                    (long long)run->shown + 1, (double)row->loss, valid, (double)row->best);
             continue;
         }
         fprintf(run->csv, "%lld", (long long)run->shown + 1);
@@ -2895,69 +2884,74 @@ static char *seed_path(const Run *run) {
     return path_with(opt.output, ".safetensors", ending);
 }
 
-// The arenas of a run's state.
-static void run_arenas(float *arenas[ARENAS], const Run *run) {
-    const Model *m = &run->s.model;
-    float *const all[ARENAS] = {m->params, m->m, m->v, run->best};
-    memcpy(arenas, all, sizeof all);
+// Opens the state of the seed at hand if the run has one. The first seed's is that of the output.
+static int state_open(Run *run) {
+    if (run->file.path) return 1;
+    char *own = seed_path(run);
+    free(run->state_path);
+    run->state_path = xprintf("%s.state", run->nth ? own : opt.output);
+    free(own);
+    if (!run->resumed || access(run->state_path, F_OK) != 0) return 0;
+    tensor_file_open(&run->file, run->state_path);
+    if (meta_whole(&run->file, "begun") == run->begun) return 1;
+    tensor_file_close(&run->file);  // it is of an older run
+    return 0;
 }
 
-// Writes the checkpoint: of fine-tuning this seed's best parameters, if no earlier seed had better
-// ones. Of several seeds each has its own file too.
+// Writes the checkpoint: of fine-tuning this seed's best parameters, if no seed has better ones. Of
+// several seeds each has its own file too.
 static void checkpoint_write(const Run *run) {
     float *const output[ARENAS] = {run->best ? run->best : run->s.model.params};
     char *meta = run_meta(run, 0), *own = seed_path(run);
     TensorOut other = {"valid_residuals", run->n_residuals, (size_t)run->train.n_tasks,
                        run->residuals};
     const Epoch *best = best_epoch(run);
-    int better = best != NULL;
-    for (const Epoch *row = run->history; better && row->seed < best->seed; row++)
-        better = is_better(best->valid, row->valid);
-    if (my_rank == 0 && (!run->s.task || better))
-        model_write(opt.output, &run->s.model, output, &other, run->n_residuals > 0, meta);
+    int64_t leader = 0;
+    if (best) run->seed_best[run->nth] = best->valid;
+    for (int64_t k = 0; k < opt.seeds && best; k++)
+        if (run->seed_best[k] > run->seed_best[leader]) leader = k;
+    if (my_rank == 0 && (best ? leader == run->nth : !run->s.task))
+        model_write(opt.output, &run->s.model, output, &other, 1, meta);
     if (my_rank == 0 && best && opt.seeds > 1)
-        model_write(own, &run->s.model, output, &other, run->n_residuals > 0, meta);
+        model_write(own, &run->s.model, output, &other, 1, meta);
     FREE_ALL(meta, own);
 }
 
-// Writes first the state for --resume, which is complete in itself, so that a run killed between
-// two renames resumes from it; then the checkpoint.
-static void run_save(Run *run) {
+// Writes the state for --resume, which is complete in itself.
+static void state_write(const Run *run) {
+    const Model *m = &run->s.model;
     const float *history = (const float *)run->history;
-    TensorOut tables[2];  // without the empty ones
-    size_t n_tables = 0;
-    if (run->done)
-        tables[n_tables++] = (TensorOut){"log", (size_t)run->done, LOG_COLUMNS, run->log};
-    if (run->epochs)
-        tables[n_tables++] = (TensorOut){"history", (size_t)run->epochs, EPOCH_COLUMNS, history};
-    float *arenas[ARENAS];
+    const TensorOut tables[] = {{"log", (size_t)run->done, LOG_COLUMNS, run->log},
+                                {"history", (size_t)run->epochs, EPOCH_COLUMNS, history}};
+    float *const arenas[ARENAS] = {m->params, m->m, m->v, run->best};
     char *meta = run_meta(run, 1);
-    run_arenas(arenas, run);
-    if (my_rank == 0) model_write(run->state_path, &run->s.model, arenas, tables, n_tables, meta);
+    if (my_rank == 0) model_write(run->state_path, m, arenas, tables, 2, meta);
     free(meta);
+}
+
+// First the state, so that a run killed between two renames resumes from it; then the checkpoint.
+static void run_save(Run *run) {
+    state_write(run);
     checkpoint_write(run);
     log_write(run);
 }
 
-// Continues the run whose state was opened by run_open().
+// Continues from the state that is open.
 static void run_load(Run *run) {
+    Model *m = &run->s.model;
     TensorFile *f = &run->file;
-    float *arenas[ARENAS];
-    run->nth = meta_whole(f, "seeds_done");
+    float *const arenas[ARENAS] = {m->params, m->m, m->v, run->best};
     run->done = tensor_rows(run->log, run->steps, LOG_COLUMNS, f, "log");
     if (run->s.task)
-        run->epochs = tensor_rows((float *)run->history, opt.epochs * opt.seeds, EPOCH_COLUMNS, f,
-                                 "history");
-    CHECK(run->done == meta_whole(f, "step") && run->nth < opt.seeds,
-          "%s: damaged state: the log does not fit the step or the seed", f->path);
-    for (int64_t i = 0; i < run->epochs; i++) {  // see best_epoch()
-        const Epoch *row = run->history + i;
-        CHECK(row->best >= 1 && row->best <= row->number && row->number <= (float)(i + 1),
-              "%s: damaged state: row %lld of the history", f->path, (long long)i);
-    }
-    run_arenas(arenas, run);
+        run->epochs = tensor_rows((float *)run->history, opt.epochs, EPOCH_COLUMNS, f, "history");
+    int64_t epochs = run->s.task ? run->done * opt.batch / (int64_t)run->train.count : 0;
+    CHECK(run->done == meta_whole(f, "step") && run->nth == meta_whole(f, "seeds_done") &&
+          run->epochs == epochs, "%s: damaged state: its log, step and seed do not fit", f->path);
+    float best = epochs ? run->history[epochs - 1].best : 1;
+    CHECK(best >= 1 && (!epochs || best <= (float)epochs), "%s: damaged state: the last row of the "
+          "history", f->path);
     for (int a = 0; a < ARENAS; a++)
-        if (arenas[a]) model_load(&run->s.model, arenas[a], f, ARENA_PREFIXES[a]);
+        if (arenas[a]) model_load(m, arenas[a], f, ARENA_PREFIXES[a]);
     tensor_file_close(f);
 }
 
@@ -2985,20 +2979,28 @@ static void check_preparation(const Dataset *data, const TensorFile *model) {
     note_stereo(data, model->path, tensor_meta(model, "stereo"));
 }
 
+// Dies unless --init is what the run began with; only seeds that are to begin need it.
+static void init_check(const Run *run) {
+    same_print(run->state_path, run->init_print, file_print(opt.init), "checkpoint (--init)",
+               opt.init);
+}
+
 // Opens the state of the run to be resumed, if there is one, and takes its options.
 static void run_open_state(Run *run) {
-    if (access(run->state_path, F_OK) != 0) {
+    double there = my_rank == 0 && access(run->state_path, F_OK) == 0;
+    const char *asked = opt.init;
+    ranks_sum(&there, 1, sizeof there);  // one answer for all
+    if (there <= 0) {
         fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
                 run->state_path);
         return;
     }
+    run->resumed = 1;
     tensor_file_open(&run->file, run->state_path);
     options_from_state(required_meta(&run->file, "run", "the state of a run"), run->state_path);
-    int64_t print = meta_whole(&run->file, "fingerprint");
-    CHECK(print == dataset_fingerprint(&run->train), "%s: --resume needs the same data; expected "
-          "%lld molecules with fingerprint %lld, found %zu with %u in %s", run->state_path,
-          (long long)meta_whole(&run->file, "molecules"), (long long)print, run->train.count,
-          (unsigned)dataset_fingerprint(&run->train), run->train.path);
+    run->begun = meta_whole(&run->file, "begun");
+    run->init_print = (uint32_t)meta_whole(&run->file, "init_fingerprint");
+    if (asked) init_check(run);
 }
 
 // Opens the training set and those beside it, and claims the output: now, not after hours of work,
@@ -3009,20 +3011,16 @@ static void run_open(Run *run, const char *train_path) {
     CHECK(n > 0, "%s: the dataset is empty", train_path);
     run->state_path = xprintf("%s.state", opt.output);
     run->log_path = path_with(opt.output, ".safetensors", ".log.csv");
-    if (my_rank == 0) {
-        char *lock = xprintf("%s.run", opt.output);
-        out_probe(opt.output, TENSORS_BEGIN);
-        out_probe(run->state_path, TENSORS_BEGIN);
-        out_probe(run->log_path, LOG_BEGINS);
-        out_open(&run->lock, lock, NULL);
-        free(lock);
-    }
+    if (my_rank == 0) run_claim(&run->lock, opt.output, LOG_BEGINS);
+    run->begun = (int64_t)time(NULL) * 1000000 + (int64_t)(1e6 * now_seconds()) % 1000000;
     if (opt.resume) run_open_state(run);
+    if (!run->resumed) run->init_print = file_print(opt.init);
+    dataset_open_part(&run->valid, opt.valid, &run->train);
+    dataset_open_part(&run->test, opt.test, &run->train);
+    if (run->resumed) same_data(&run->file, &run->train, &run->valid, &run->test);
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
     if (!opt.batch) opt.batch = n < batch ? n : batch;
-    dataset_open_part(&run->valid, opt.valid, &run->train);
-    dataset_open_part(&run->test, opt.test, &run->train);
     note_stereo(&run->valid, train_path, run->train.stereo);
     note_stereo(&run->test, train_path, run->train.stereo);
     run->epoch = -1;
@@ -3092,14 +3090,16 @@ static idx run_prepare(Run *run) {
 // Frees whatever of a run has been opened.
 static void run_close(Run *run) {
     if (run->lock.file) out_discard(&run->lock);
+    for (int64_t k = 0; run->seed_locks && k < opt.seeds; k++)
+        if (run->seed_locks[k].file) out_discard(&run->seed_locks[k]);
     dataset_close(&run->train);
     dataset_close(&run->valid);
     dataset_close(&run->test);
     tensor_file_close(&run->file);
     step_close(&run->s);
     if (run->csv) fclose(run->csv);
-    FREE_ALL(run->order, run->ids, run->log, run->history, run->best, run->statistics,
-             run->residuals, run->state_path, run->log_path);
+    FREE_ALL(run->order, run->ids, run->log, run->history, run->best, run->seed_best,
+             run->seed_locks, run->statistics, run->residuals, run->state_path, run->log_path);
 }
 
 // ---- the loop
@@ -3151,8 +3151,7 @@ static void finetune_after_step(Run *run, int terminal) {
     float scale, valid = selection_metric(&scale, run, &run->valid, mean[LOSS_TOTAL]);
     int better = !best || is_better(valid, best->valid);
     run->history[run->epochs++] =
-        (Epoch){(float)run->nth, (float)epoch, (float)mean[LOSS_TOTAL], valid,
-                better ? (float)epoch : best->best, scale, {0}};
+        (Epoch){(float)mean[LOSS_TOTAL], valid, better ? (float)epoch : best->best, scale};
     if (better) memcpy(run->best, run->s.model.params, sizeof(float) * run->s.model.count);
     if (terminal) fprintf(stderr, "\r\033[K");
     printf("%6llu %6lld %9s %10s%s\n", (unsigned long long)run_seed(run), (long long)epoch,
@@ -3175,13 +3174,14 @@ static int is_stopped(void) {
 }
 
 // Updates run->done..run->steps-1, or as far as a signal lets it come; ends the program, saved, if
-// there was one.
+// there was one. Before the first the state is written: from here on --resume means this run.
 static void run_train(Run *run) {
     Progress progress = progress_begin((double)run->done);
     int64_t first = run->done;
     int stopped = 0;
     char text[96];
     signals_catch();
+    if (!run->done) state_write(run);
     while (run->done < run->steps && !is_enough(run) && !(stopped = is_stopped())) {
         run_step(run);
         if (run->s.task) finetune_after_step(run, progress.terminal);
@@ -3212,11 +3212,10 @@ static void run_train(Run *run) {
 // Opens what a pretraining run needs, and says what will be done.
 static void pretrain_open(Run *run, const char *train_path) {
     run_open(run, train_path);
-    int resumed = run->file.path != NULL;
-    model_create(&run->s.model, start_config(resumed ? NULL : opt.init), 1);
-    if (resumed) run_load(run);
+    model_create(&run->s.model, start_config(run->resumed ? NULL : opt.init), 1);
+    if (run->resumed) run_load(run);
     else model_init(&run->s.model, run_seed(run));
-    if (opt.init && !resumed) {
+    if (opt.init && !run->resumed) {
         TensorFile f;
         tensor_file_open(&f, opt.init);
         model_load(&run->s.model, run->s.model.params, &f, "");
@@ -3238,7 +3237,7 @@ static void pretrain_open(Run *run, const char *train_path) {
         (double)bytes / (1 << 20), (long long)run->steps, (long long)opt.batch,
         (double)run->steps * (double)opt.batch / (double)run->train.count, thread_count(),
         thread_count() > 1 ? "s" : "", MB_OPENMP ? "" : " (built without OpenMP)");
-    if (resumed) fprintf(stderr, "resumed after step %lld\n", (long long)run->done);
+    if (run->resumed) fprintf(stderr, "resumed after step %lld\n", (long long)run->done);
 }
 
 // The result: each loss at the start and the end, on the validation set, and by chance.

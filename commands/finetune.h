@@ -39,8 +39,26 @@ static void label_statistics(Run *run) {
     free(labels);
 }
 
-// Opens what fine-tuning needs, and says what will be done. Returns 1 if it goes on from a state.
-static int finetune_open(Run *run, const char *train_path) {
+// Looks at the seeds before hours of work: claims their files if they are several, and takes from
+// their states what each has reached; for those that have none, --init must be as it was.
+static void seeds_open(Run *run) {
+    tensor_file_close(&run->file);  // the first seed's, opened for the options
+    run->seed_best = xmalloc((size_t)opt.seeds, sizeof *run->seed_best);
+    run->seed_locks = xmalloc((size_t)opt.seeds, sizeof *run->seed_locks);
+    for (run->nth = opt.seeds - 1; run->nth >= 0; run->nth--) {
+        char *own = seed_path(run);
+        if (my_rank == 0 && opt.seeds > 1)
+            run_claim(&run->seed_locks[run->nth], own, LOG_BEGINS);
+        run->epochs = 0;
+        if (state_open(run)) run_load(run);
+        else if (run->resumed) init_check(run);
+        run->seed_best[run->nth] = best_epoch(run) ? best_epoch(run)->valid : -INFINITY;
+        free(own);
+    }
+}
+
+// Opens what fine-tuning needs, and says what will be done.
+static void finetune_open(Run *run, const char *train_path) {
     run->s.task = &run->task;
     run_open(run, train_path);
     CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
@@ -64,24 +82,17 @@ static int finetune_open(Run *run, const char *train_path) {
     check_positions(&run->train, run->task.use);
     check_positions(&run->valid, run->task.use);
     check_positions(&run->test, run->task.use);
-    Config c = start_config(opt.init);
+    Config c = start_config(run->resumed ? NULL : opt.init);
     c.tasks = run->train.n_tasks;
     model_create(&run->s.model, c, 1);
-    run->history = xmalloc(mul_size((size_t)opt.epochs, (size_t)opt.seeds), sizeof *run->history);
+    run->history = xmalloc((size_t)opt.epochs, sizeof *run->history);
     run->best = xmalloc(run->s.model.count, sizeof *run->best);
     run_prepare(run);
     fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n",
             c.layers, c.dim, (double)run->s.model.count / 1e6, opt.task, opt.readout, opt.modality);
     fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n",
             run->train.count, run->valid.count, run->test.count, c.tasks, c.tasks > 1 ? "s" : "");
-    if (!run->file.path) return 0;
-    CHECK(meta_whole(&run->file, "valid_fingerprint") == dataset_fingerprint(&run->valid),
-          "%s: --resume needs the same data; %s is not the validation set that the run began with",
-          run->state_path, opt.valid);
-    run_load(run);
-    fprintf(stderr, "resumed after step %lld of seed %llu\n", (long long)run->done,
-            (unsigned long long)run_seed(run));
-    return 1;
+    seeds_open(run);
 }
 
 // Metrics of the test set (validation set without one): of several tasks, one by one on stdout;
@@ -111,25 +122,6 @@ static void finetune_report(double mean[METRICS], double chance[METRICS], Run *r
     FREE_ALL(constant, out, labels);
 }
 
-// The result of a seed, from its last row; adds its metrics and their squares to the sums.
-static void seed_end(const Run *run, const Epoch *row, double sum[METRICS],
-                     double square[METRICS]) {
-    const Epoch *best = row - (int64_t)(row->number - row->best);
-    double metric[METRICS];
-    for (int k = 0; k < METRICS; k++) {
-        metric[k] = (double)row->test[k];
-        sum[k] += metric[k];
-        square[k] += metric[k] * metric[k];
-    }
-    printf("seed %lld: best epoch %.0f, valid %s%s; %s",
-           (long long)opt.seed + (long long)row->seed, (double)row->best,
-           number_text(shown_metric(run, best->valid), 4),
-           run->task.kind == TASK_REGRESSION && run->train.n_tasks > 1 ? " deviations" : "",
-           run->test.data ? "test" : "valid");
-    print_metrics(stdout, metric);
-    fflush(stdout);
-}
-
 // Keeps what `predict` makes intervals of, in the model's file: prediction - label in the labels'
 // units, (molecules, Y), of at most RESIDUALS molecules of the validation set, evenly spaced; NaN
 // where there is no label. Models of one validation set have the same molecules, in order.
@@ -148,52 +140,68 @@ static void residuals_keep(Run *run) {
     FREE_ALL(out, labels);
 }
 
-// Trains one seed, or what is left of it; its metrics go to its last row of the history, which it
-// returns.
-static const Epoch *finetune_seed(Run *run, double chance[METRICS], int resumed) {
+// Begins the seed at hand, or goes on from its state.
+static void seed_begin(Run *run) {
     Model *model = &run->s.model;
     size_t Y = (size_t)run->train.n_tasks;
-    double mean[METRICS];
+    run->done = run->epochs = run->shown = 0;
+    run->epoch = -1;
     run->n_residuals = 0;
-    if (!resumed) {
-        run->done = 0;
-        run->epoch = -1;
-        model_init(model, run_seed(run));
-        if (opt.init) transfer_load(model, opt.init, &run->train, run->nth > 0);
-        if (run->task.readout != READ_SUM)  // of a sum the bias counts once an atom
-            memcpy(model->p.head2_b, run->statistics + 2 * Y, sizeof(float) * Y);
-        memset(model->m, 0, sizeof(float) * model->count);
-        memset(model->v, 0, sizeof(float) * model->count);
+    if (state_open(run)) {
+        run_load(run);
+        fprintf(stderr, "resumed after step %lld of seed %llu\n", (long long)run->done,
+                (unsigned long long)run_seed(run));
+        return;
     }
-    run_train(run);
-    CHECK(best_epoch(run), "%s: damaged state: no epoch of this seed", run->state_path);
-    memcpy(model->params, run->best, sizeof(float) * model->count);
-    run->scale = best_epoch(run)->scale;
-    finetune_report(mean, chance, run);
+    model_init(model, run_seed(run));
+    init_check(run);
+    if (opt.init) transfer_load(model, opt.init, &run->train, run->nth > 0);
+    if (run->task.readout != READ_SUM)  // of a sum the bias counts once an atom
+        memcpy(model->p.head2_b, run->statistics + 2 * Y, sizeof(float) * Y);
+    memset(model->m, 0, sizeof(float) * model->count);
+    memset(model->v, 0, sizeof(float) * model->count);
+}
+
+// The end of a seed: what its best parameters are worth. Adds its metrics and their squares to the
+// sums; chance: see finetune_report().
+static void seed_end(Run *run, double chance[METRICS], double sum[METRICS],
+                     double square[METRICS]) {
+    const Epoch *best = best_epoch(run);
+    double metric[METRICS];
+    memcpy(run->s.model.params, run->best, sizeof(float) * run->s.model.count);
+    run->scale = best->scale;
+    finetune_report(metric, chance, run);
     if (run->task.kind == TASK_REGRESSION) {
         residuals_keep(run);
         checkpoint_write(run);
     }
     run->scale = 1;
-    Epoch *last = run->history + run->epochs - 1;
-    for (int k = 0; k < METRICS; k++) last->test[k] = (float)mean[k];
-    return last;
+    for (int k = 0; k < METRICS; k++) {
+        sum[k] += metric[k];
+        square[k] += metric[k] * metric[k];
+    }
+    printf("seed %llu: best epoch %.0f, valid %s%s; %s", (unsigned long long)run_seed(run),
+           (double)best->best, number_text(shown_metric(run, best->valid), 4),
+           run->task.kind == TASK_REGRESSION && run->train.n_tasks > 1 ? " deviations" : "",
+           run->test.data ? "test" : "valid");
+    print_metrics(stdout, metric);
+    fflush(stdout);
 }
 
+// A seed is a run of its own; the summary is of all.
 static void command_finetune(const char *train_path) {
     Run run = {0};
-    double chance[METRICS], sum[METRICS] = {0}, square[METRICS] = {0}, n = (double)opt.seeds;
-    int resumed = finetune_open(&run, train_path);
+    double chance[METRICS], sum[METRICS] = {0}, square[METRICS] = {0};
+    finetune_open(&run, train_path);
     const char *part = run.test.data ? "test" : "valid";
     printf("  seed  epoch      loss      valid (%s)\n", selection_name(&run));
-    for (const Epoch *row = run.history; row < run.history + run.epochs; row++) {
-        int last = row + 1 == run.history + run.epochs || row[1].seed > row->seed;
-        if (last && (int64_t)row->seed < run.nth) seed_end(&run, row, sum, square);
+    for (run.nth = 0; run.nth < opt.seeds; run.nth++) {
+        seed_begin(&run);
+        run_train(&run);
+        seed_end(&run, chance, sum, square);
     }
-    for (; run.nth < opt.seeds; run.nth++, resumed = 0)
-        seed_end(&run, finetune_seed(&run, chance, resumed), sum, square);
     for (int k = 0; k < METRICS && opt.seeds > 1; k++) {
-        double m = sum[k] / n, variance = (square[k] - n * m * m) / (n - 1);
+        double n = (double)opt.seeds, m = sum[k] / n, variance = (square[k] - n * m * m) / (n - 1);
         if (!isnan(m)) printf("%s %s: %s +- %s over %lld seeds\n", part, METRIC_NAMES[k],
                               number_text(m, 4), number_text(sqrt(fmax(variance, 0)), 4),
                               (long long)opt.seeds);

@@ -6,11 +6,11 @@
 enum { ARENAS = 4 };
 static const char *const ARENA_PREFIXES[ARENAS] = {"", "exp_avg.", "exp_avg_sq.", "best."};
 
-// Writes the arenas that are not NULL to a file, then other tensors of static names.
+// Writes the arenas that are not NULL to a file, then the tables that have rows, of static names.
 static void model_write(const char *path, const Model *model, float *const arenas[ARENAS],
-                        const TensorOut *other, size_t others, const char *meta) {
+                        const TensorOut *tables, size_t n_tables, const char *meta) {
     size_t n = 0, last;
-    TensorOut *out = xmalloc(ARENAS * (size_t)model->n_tensors + others, sizeof *out);
+    TensorOut *out = xmalloc(ARENAS * (size_t)model->n_tensors + n_tables, sizeof *out);
     for (int a = 0; a < ARENAS; a++)
         for (int k = 0; k < model->n_tensors && arenas[a]; k++) {
             const TensorInfo *t = &model->info[k];
@@ -19,7 +19,8 @@ static void model_write(const char *path, const Model *model, float *const arena
                                    t->rows, t->columns, arenas[a] + t->offset};
         }
     last = n;
-    for (size_t k = 0; k < others; k++) out[n++] = other[k];
+    for (size_t k = 0; k < n_tables; k++)
+        if (tables[k].rows) out[n++] = tables[k];
     tensor_file_write(path, out, n, meta);
     for (size_t k = 0; k < last; k++) free(out[k].name);
     free(out);
@@ -96,13 +97,6 @@ static void model_load(const Model *model, float *arena, const TensorFile *f, co
               prefix, model->info[i].name);
 }
 
-// Metadata of a file that must be `kind`, or the end of the program.
-static const char *required_meta(const TensorFile *f, const char *key, const char *kind) {
-    const char *text = tensor_meta(f, key);
-    CHECK(text, "%s: not %s (metadata %s is missing)", f->path, kind, key);
-    return text;
-}
-
 // Y numbers of the metadata of a fine-tuned model.
 static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *key) {
     const char *text = required_meta(f, key, "a fine-tuned model");
@@ -113,16 +107,6 @@ static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *
               "%s: metadata %s: expected %zu numbers", f->path, key, Y);
         text = end;
     }
-}
-
-// A whole number, not negative, of the metadata of a run's state.
-static int64_t meta_whole(const TensorFile *f, const char *key) {
-    const char *text = required_meta(f, key, "the state of a run");
-    char *end;
-    long long number = strtoll(text, &end, 10);
-    CHECK(end != text && *end == 0 && number >= 0,
-          "%s: metadata %s: expected a whole number, found \"%s\"", f->path, key, text);
-    return number;
 }
 
 // Is this tensor of a checkpoint part of a head, or its errors, which fine-tuning leaves behind?

@@ -111,6 +111,7 @@ static inline char *options_describe(const Option *table, int n, unsigned comman
     for (const Option *o = table; o < table + n; o++) {
         if (!o->name || !(o->commands & commands)) continue;
         char *value = option_value(o);
+        CHECK(!strchr(value, '\n'), "%s: expected no line break in \"%s\"", o->name, value);
         text_add(&all, "%s %s\n", o->name, value);
         free(value);
     }
@@ -119,9 +120,10 @@ static inline char *options_describe(const Option *table, int n, unsigned comman
 
 // Takes the values of an options_describe() text, as read from `path`, for all rows that are not
 // given. One that is given and differs is named on stderr; if it is not a larger number of a row of
-// `grows`, the program dies after the last of them.
-static inline void options_resume(const Option *table, int n, unsigned grows, const char *given,
-                                  const char *text, const char *path) {
+// `grows`, the program dies after the last of them. Of `files` any may be given, it is for the
+// caller to compare what is in them; and one that is not there any more leaves what was found.
+static inline void options_resume(const Option *table, int n, unsigned grows, unsigned files,
+                                  const char *given, const char *text, const char *path) {
     int refused = 0;
     for (const char *line = text, *end; (end = strchr(line, '\n')); line = end + 1) {
         size_t name = strcspn(line, " \n");
@@ -133,15 +135,18 @@ static inline void options_resume(const Option *table, int n, unsigned grows, co
         char *then = xprintf("%.*s", (int)(end - line - name - 1), line + name + 1);
         char *now = option_value(o);
         int larger = o->commands & grows && strtod(now, NULL) > strtod(then, NULL);
-        if (given[o - table] && strcmp(now, then) != 0) {
+        int file = (o->commands & files) != 0;
+        if (given[o - table] && !file && strcmp(now, then) != 0) {
             fprintf(stderr, "%s: the run began with \"%s\", now it is \"%s\"\n", o->name, then,
                     now);
             refused += !larger;
         } else if (o->kind == OPT_FLAG) {
             *(int *)o->value = then[0] == '1';
-        } else if (o->kind != OPT_TEXT || *then) {
+        } else if (o->kind != OPT_TEXT) {
             option_store(o, then);
-            if (o->kind == OPT_TEXT) then = NULL;  // the option has it now
+        } else if (!given[o - table] && !(file && *then && *now && access(then, F_OK) != 0)) {
+            *(const char **)o->value = *then ? then : NULL;
+            if (*then) then = NULL;  // the option has it now
         }
         free(then);
         free(now);

@@ -752,21 +752,8 @@ typedef struct {
     FILE *csv;
     OutFile lock;                // held from start to end: two runs may not write the same files
     TensorFile file;             // the state of a resumed run, or --model
+    uint32_t init_print;         // file_print() of --init when the run began
 } Run;
-
-// The molecules of update `step`: sample step * batch + k is entry (sample mod n) of the
-// permutation of its epoch.
-static void run_ids(Run *run, int64_t step) {
-    int64_t n = (int64_t)run->train.count;
-    for (int64_t k = 0; k < opt.batch; k++) {
-        int64_t sample = step * opt.batch + k, epoch = sample / n;
-        if (epoch != run->epoch)
-            rng_permutation(run->order, run->train.count, (uint64_t)opt.seed, RNG_SHUFFLE,
-                            (uint32_t)epoch);
-        run->epoch = epoch;
-        run->ids[k] = run->order[sample % n];
-    }
-}
 
 // Called for B molecules of a dataset, from `first` on, that stand in run->s.mols.
 typedef void Visit(Run *run, size_t first, size_t B, void *result);
@@ -863,38 +850,24 @@ enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, GENERATE = 16, TRAIN 
        READ = PREDICT | EMBED | GENERATE, SHAPES = 64, GROWS = 128, FILES = 256, METHOD = 512 };
 
 // Metadata of a checkpoint or state: where the run is, its options, the task.
-static char *run_meta(const Run *run) {
+static char *run_meta(const Run *run, int of_state) {
     Text t = {0};
-    const char *const keys[] = {"step", "molecules", "fingerprint"};
-    const long long values[] = {run->done, (long long)run->train.count,
-                                dataset_fingerprint(&run->train)};
+    const char *const keys[] = {"step", "molecules", DATA_KEYS[0], DATA_KEYS[1], DATA_KEYS[2],
+                                "init_fingerprint"};
+    const long long values[] = {run->done, (long long)run->train.count, data_print(&run->train),
+                                data_print(&run->valid), data_print(&run->test), run->init_print};
     char *options = options_text(SHAPES | FILES), *method = options_text(METHOD);
     text_add(&t, "{");
     text_add_meta(&t, "format", "pt");
-    for (size_t k = 0; k < sizeof keys / sizeof keys[0]; k++) {
-        char number[32];
-        snprintf(number, sizeof number, "%lld", values[k]);
-        text_add_meta(&t, keys[k], "%s", number);
-    }
+    for (int k = 0; k < (of_state ? 6 : 3); k++) text_add_meta(&t, keys[k], "%lld", values[k]);
     text_add_meta(&t, "run", "%s", options);
     text_add_meta(&t, "method", "%s", method);
     text_add_meta(&t, "stereo", "%s", run->train.stereo);
     free(options);
     free(method);
     if (run->tuning) {
-        Text names = {0}, mean = {0}, std = {0};
-        for (int y = 0; y < run->s.shape.tasks; y++) {
-            text_add(&names, "%s%s", y ? "\n" : "", run->train.task_names[y]);
-            text_add(&mean, "%s%.9g", y ? " " : "", (double)run->aim.mean[y]);
-            text_add(&std, "%s%.9g", y ? " " : "", (double)run->aim.std[y]);
-        }
         text_add_meta(&t, "task", "%s", KIND_NAMES[run->aim.kind]);
-        text_add_meta(&t, "task_names", "%s", names.text);
-        text_add_meta(&t, "label_mean", "%s", mean.text);
-        text_add_meta(&t, "label_std", "%s", std.text);
-        free(names.text);
-        free(mean.text);
-        free(std.text);
+        text_add_tasks(&t, run->s.shape.tasks, run->train.task_names, run->aim.mean, run->aim.std);
     }
     text_add(&t, "}");
     return t.text;
@@ -923,8 +896,8 @@ static void log_write(Run *run) {
           strerror(errno));
 }
 
-// Writes the state, which is complete in itself, then the checkpoint.
-static void run_save(Run *run) {
+// Writes the state, which is complete in itself.
+static void state_write(const Run *run) {
     const Model *m = &run->s.model;
     TensorOut tables[2];  // without the empty ones
     size_t n_tables = 0;
@@ -934,9 +907,16 @@ static void run_save(Run *run) {
         tables[n_tables++] =
             (TensorOut){"history", (size_t)run->epochs, EPOCH_COLUMNS, run->history};
     float *const all[STATES] = {m->params, m->m, m->v, run->best};
-    float *const one[STATES] = {run->epochs ? run->best : m->params};
-    char *meta = run_meta(run);
+    char *meta = run_meta(run, 1);
     sde_write(run->state_path, &run->s, all, tables, n_tables, meta);
+    free(meta);
+}
+
+// Writes the state, then the checkpoint.
+static void run_save(Run *run) {
+    float *const one[STATES] = {run->epochs ? run->best : run->s.model.params};
+    char *meta = run_meta(run, 0);
+    state_write(run);
     sde_write(opt.output, &run->s, one, NULL, 0, meta);
     log_write(run);
     free(meta);
@@ -966,18 +946,18 @@ static void run_load(Run *run) {
 
 // Opens the state of the run to be resumed, if there is one, and takes its options.
 static void run_open_state(Run *run) {
-    FILE *there = fopen(run->state_path, "rb");
-    if (!there) {
+    const char *asked = opt.init;
+    if (access(run->state_path, F_OK) != 0) {
         fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
                 run->state_path);
         return;
     }
-    fclose(there);
     tensor_file_open(&run->file, run->state_path);
     options_from_state(required_meta(&run->file, "run", "the state of a run"), run->state_path);
-    CHECK(meta_whole(&run->file, "fingerprint") == dataset_fingerprint(&run->train),
-          "%s: --resume needs the same data; %s is not what the run began with", run->state_path,
-          run->train.path);
+    run->init_print = (uint32_t)meta_whole(&run->file, "init_fingerprint");
+    if (asked)
+        same_print(run->state_path, run->init_print, file_print(asked), "checkpoint (--init)",
+                   asked);
 }
 
 // Dies if a dataset lacks the positions that are needed.
@@ -999,21 +979,16 @@ static void run_open(Run *run, const char *train_path, int64_t batch) {
     int64_t n = (int64_t)run->train.count;
     CHECK(n > 0, "%s: the dataset is empty", train_path);
     run->state_path = xprintf("%s.state", opt.output);
-    size_t stem = strlen(opt.output);
-    if (stem > 12 && strcmp(opt.output + stem - 12, ".safetensors") == 0) stem -= 12;
-    run->log_path = xprintf("%.*s.log.csv", (int)stem, opt.output);
-    char *lock = xprintf("%s.run", opt.output);
-    out_probe(opt.output, TENSORS_BEGIN);
-    out_probe(run->state_path, TENSORS_BEGIN);
-    out_probe(run->log_path, "step,total,contrast,|epoch,loss,valid,best_epoch\n");
-    out_open(&run->lock, lock, NULL);
-    free(lock);
+    run->log_path = path_with(opt.output, ".safetensors", ".log.csv");
+    run_claim(&run->lock, opt.output, "step,total,contrast,|epoch,loss,valid,best_epoch\n");
     if (opt.resume) run_open_state(run);
+    if (!run->file.path) run->init_print = file_print(opt.init);
+    dataset_open_part(&run->valid, opt.valid, &run->train);
+    dataset_open_part(&run->test, opt.test, &run->train);
+    if (run->file.path) same_data(&run->file, &run->train, &run->valid, &run->test);
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
     if (!opt.batch) opt.batch = n < batch ? n : batch;
-    dataset_open_part(&run->valid, opt.valid, &run->train);
-    dataset_open_part(&run->test, opt.test, &run->train);
     note_stereo(&run->valid, train_path, run->train.stereo);
     note_stereo(&run->test, train_path, run->train.stereo);
     opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
@@ -1066,7 +1041,8 @@ static void run_step(Run *run) {
     Adam adam = opt.adam;
     Draws draws = {(uint64_t)opt.seed, (uint32_t)run->done, 0, 1};
     threads_adapt();
-    run_ids(run, run->done);
+    epoch_ids(&run->epoch, run->order, run->ids, run->done, opt.batch, run->train.count,
+              (uint64_t)opt.seed);
     if (run->tuning) {
         double epoch = floor((double)(run->done * opt.batch) / (double)run->train.count);
         adam.lr *= (1 + cos(3.141592653589793 * epoch / (double)opt.epochs)) / 2;
@@ -1129,12 +1105,13 @@ static void finetune_after_step(Run *run, int terminal) {
 }
 
 // Updates run->done..run->steps-1, or as far as a signal lets it come; ends the program, saved, if
-// there was one.
+// there was one. Before the first the state is written: from here on --resume means this run.
 static void run_train(Run *run) {
     Progress progress = progress_begin((double)run->done);
     int64_t first = run->done;
     char text[96];
     signals_catch();
+    if (!run->done) state_write(run);
     while (run->done < run->steps && !mb_signal) {
         run_step(run);
         if (run->tuning) finetune_after_step(run, progress.terminal);
@@ -1548,7 +1525,7 @@ static char option_given[N_OPTIONS];
 static char *options_text(unsigned kind) { return options_describe(OPTIONS, N_OPTIONS, kind); }
 
 static void options_from_state(const char *text, const char *path) {
-    options_resume(OPTIONS, N_OPTIONS, GROWS, option_given, text, path);
+    options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
 }
 
 static const struct {

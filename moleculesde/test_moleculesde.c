@@ -1240,6 +1240,51 @@ static void test_outputs(void) {
     }
 }
 
+// A resumed run that goes on with other files or another run's state; two runs that write one file.
+static void test_runs(void) {
+#define RESUME SDE " build/sdem/train.bin --resume -o build/sdev.safetensors "
+    static const struct { const char *command; int code; const char *said; } rows[] = {
+        {"rm -rf build/sdev.* build/sdem build/sden; mkdir build/sdem; cp train.bin valid.bin "
+         "build/sdem; " SDE " build/sdem/train.bin" SMALL "--steps 3 -o build/sdev.safetensors", 0,
+         "run "},
+        {RESUME "--valid ./valid.bin", 0, "resumed"},
+        {RESUME "--valid train.bin", 1, "expected the validation set that the run began with"},
+        {RESUME "--init data/moleculesde_mini.safetensors", 1, "expected the checkpoint"},
+        {"mv build/sdem build/sden; " SDE " build/sden/train.bin --valid build/sden/valid.bin "
+         "--resume -o build/sdev.safetensors", 0, "resumed"},
+        {"mv build/sden build/sdem; " RESUME, 0, "resumed"},
+        {SDE " valid.bin --resume --valid valid.bin -o build/sdev.safetensors", 1,
+         "expected the training set that the run began with"},
+        {"cp valid.bin 'build/a\nb'; " SDE " train.bin --valid 'build/a\nb'" SMALL "--steps 1 -o "
+         "build/x.safetensors", 1, "--valid: expected no line break"},
+        // an older run's output, and a new run that is killed before it saves
+        {"cp build/sdev.safetensors build/sdeo.safetensors; cp build/sdev.safetensors.state build/"
+         "sdeo.safetensors.state; rm -f build/sdeo.log.csv; { " SDE " train.bin" SMALL "--steps "
+         "900000 --seed 7 --save-every 900000 -o build/sdeo.safetensors > build/sde.out & p=$!; "
+         "i=0; while ! grep -qs ^2, build/sdeo.log.csv && [ $i -lt 3000 ]; do sleep 0.01; "
+         "i=$((i+1)); done; kill -9 $p; wait $p; } 2> /dev/null; cmp build/sdeo.safetensors "
+         "build/sdev.safetensors && LC_ALL=C grep -a -o '.seed 7' build/sdeo.safetensors.state >&2",
+         0, "seed 7"},
+        // two runs
+        {"{ timeout -s KILL 2 " SDE " train.bin" SMALL "--steps 900000 -o build/sdel & } > build/"
+         "sde.out 2>&1; sleep 0.5; " SDE " train.bin" SMALL "--steps 1 -o build/sdel.safetensors",
+         1, "is writing it"},
+    };
+    for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
+        int code = run_command("{ %s; } > build/sde.out 2> build/sde.err", rows[k].command);
+        int said = run_command("grep -q -e '%s' build/sde.err", rows[k].said) == 0;
+        test_check(code == rows[k].code && said, "%s: exit code %d, expected %d and \"%s\"",
+                   rows[k].command, code, rows[k].code, rows[k].said);
+    }
+    OutFile lock[2];  // it comes first: what the first run is writing is not touched
+    out_open(&lock[0], "build/sdez.run", NULL);
+    out_open(&lock[1], "build/sdez.safetensors.run", NULL);
+    test_check(run_command("echo half > build/sdez.safetensors.tmp; ! " SDE " train.bin" SMALL
+                           "-o build/sdez.safetensors 2> build/sde.err && grep -qx half "
+                           "build/sdez.safetensors.tmp") == 0, "a second start has written");
+    for (int k = 0; k < 2; k++) out_discard(&lock[k]);
+}
+
 // A golden file that would not notice a gradient 1 % too large, or a stage.
 static void test_bundled(void) {
     static const char *const path = "data/moleculesde_mini.safetensors";
@@ -1277,7 +1322,7 @@ int main(int argc, char **argv) {
         {"3D -> 2D", test_to2d}, {"model", test_model}, {"fine-tuning head", test_head},
         {"rotation", test_rotation}, {"permutation", test_permutation}, {"shapes", test_shapes},
         {"program", test_program}, {"judging", test_judging}, {"messages", test_messages},
-        {"outputs", test_outputs}, {"golden file", test_bundled}};
+        {"outputs", test_outputs}, {"runs", test_runs}, {"golden file", test_bundled}};
     int only = argc > 2 && strcmp(argv[1], "--golden") == 0;
     for (int i = 2; i < argc && only; i++) test_golden(argv[i], 1);
     for (size_t k = 0; k < sizeof tests / sizeof tests[0] && !only; k++) {

@@ -90,11 +90,11 @@ static void test_messages(void) {
         // an output that cannot be written is found before the inputs that are not there, so before
         // the first step
         {"./moleblend build/test_train.bin --init none -o no_dir/x.safetensors", 1,
-         "no_dir/x.safetensors.tmp: cannot write"},
+         "no_dir/x.run.tmp: cannot write"},
         {"./moleblend build/test_train.bin --init none -o build", 1,
          "build: cannot write: expected a regular file"},
         {"./moleblend finetune build/test_train.bin --valid none -o no_dir/x.safetensors", 1,
-         "no_dir/x.safetensors.tmp: cannot write"},
+         "no_dir/x.run.tmp: cannot write"},
         {"./moleblend info build/test_train.bin", 0, "dataset, 40 molecules"},
         {"./moleblend info data/mini.safetensors", 0, "tensor file"},
         {"./moleblend info README.md", 1, "README.md: not a .safetensors file"},
@@ -650,10 +650,10 @@ static void test_reproducible(void) {
                same_files("build/test_t0.safetensors", "build/test_t2.safetensors"),
                "1, 2 and 3 threads write the same bytes");
 #if MB_POSIX
-    remove("build/test_k.safetensors.state");
+    remove("build/test_k.safetensors");
     char *line = xprintf(
         "sh -c '%s -o build/test_k.safetensors & p=$!; i=0; "
-        "while [ ! -s build/test_k.safetensors.state ] && [ $i -lt 6000 ]; do sleep 0.01; "
+        "while [ ! -s build/test_k.safetensors ] && [ $i -lt 6000 ]; do sleep 0.01; "
         "i=$((i+1)); done; kill -9 $p 2> /dev/null; wait $p; true'",
         base);
     run_command(line);
@@ -761,8 +761,8 @@ static void test_finetune_resume(void) {
                same_files("build/test_f3.log.csv", "build/test_f4.log.csv"),
                "stopped between two seeds: the bytes of the uninterrupted run");
     // states without a checksum that do not add up
-    static const char *const damage[][2] = {{"s/\"history\"/\"histery\"/", "no epoch of this seed"},
-        {"s/\"seeds_done\":\"1/\"seeds_done\":\"7/", "does not fit"}};
+    static const char *const damage[][2] = {{"s/\"history\"/\"histery\"/", "do not fit"},
+        {"s/\"seeds_done\":\"0/\"seeds_done\":\"7/", "do not fit"}};
     for (int k = 0; k < 2; k++) {
         line = xprintf("LC_ALL=C sed -e 's/moleblend.crc32/moleblend_crc32/' -e '%s' "
                        "build/test_f3.safetensors.state > build/test_f5.safetensors.state; "

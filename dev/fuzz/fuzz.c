@@ -276,7 +276,7 @@ static const char *draw_command(const uint8_t *data, size_t size) {
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static const char *const unfinished[] = {"out.bin.tmp", "out.{}.bin.records.tmp",
                                              "out.train.bin.tmp", "out.valid.bin.tmp",
-                                             "out.safetensors.tmp", "out.safetensors.run.tmp",
+                                             "out.safetensors.tmp", "out.run.tmp",
                                              "out.safetensors.state.tmp", "input.run.tmp"};
     const char *command = draw_command(data, size);
     write_input(data, size);
