@@ -97,7 +97,7 @@ for program; do
         moleblend)
             eval "./moleblend $i/train.bin $small --batch-size 2 --steps 1 -o $i/init.safetensors" > /dev/null 2>&1
             eval "./moleblend finetune $i/train.bin $small --epochs 1 -o $i/model.safetensors" > /dev/null 2>&1
-            cp $i/model.safetensors $i/second.safetensors
+            eval "./moleblend finetune $i/train.bin $small --epochs 1 --seed 2 -o $i/second.safetensors" > /dev/null 2>&1
             rm -f $i/*.state $i/*.log.csv
             sweep "train valid init" "$trained" \
                 './moleblend $train --valid $valid --init $init --batch-size 2 --steps 1 -o $d/out.safetensors'

@@ -145,14 +145,14 @@ static inline int thread_count(void) { return mb_threads ? mb_threads : omp_get_
 static inline int thread_id(void) { return omp_get_thread_num(); }
 
 // To be called first in main(). A write beyond `ulimit -f` shall fail, not kill, and no file be
-// opened in the place of a closed stdout or stderr. Waiting is made short: a hundredth of gcc's
+// opened in the place of a closed stdout or stderr; what is written to the former shall not pass. Waiting is made short: a hundredth of gcc's
 // default is as fast on an idle machine. gcc's runtime has read its environment before main()
 // begins, so the program begins again with another one.
 static inline void program_begin(char **argv) {
 #if MB_POSIX
     signal(SIGXFSZ, SIG_IGN);
     for (int fd = 0; fd <= 2; fd++)
-        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", O_RDWR);
+        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 1 ? O_RDONLY : O_RDWR);
 #endif
 #ifdef _WIN32  // lines end as they do elsewhere
     _setmode(_fileno(stdin), _O_BINARY);
