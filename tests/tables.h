@@ -50,6 +50,7 @@ static const struct { const char *ending, *text, *options; int code; const char 
      0, "1,C,2,\"kept without its label \"\"a\"\": \"\"x\"\" is no number\"\n"},
     {"sdf", SD_HEAD "> <a>\n1\n2\n\n$$$$\n" SD_HEAD "> <a>\n3\n$$$$\n", "--labels a", 0,
      "1 unusable: \"1 2\" (build/t.sdf:8)"},
+    {"sdf", SD_HEAD "> <a>\n1\n> <b>\n2\n$$$$\n", "--labels all" T_DUMP, 0, "1,2]}"},
     // words and bounds were no labels
     {"csv", "smiles,a,b,c\nC,True,ACTIVE,no\nCC,false,inactive,Yes\n", "--labels all" T_DUMP, 0,
      "1,1,0]}0,0,1]}"},
@@ -68,6 +69,9 @@ static const struct { const char *ending, *text, *options; int code; const char 
     {"csv", "smiles,a\nC,\"1,234\"\nC,2\n", "--labels a", 0, "\"1,234\" may be 1.234 or 1234"},
     {"csv", "smiles,a\nC,1e-9\nC,3.9e-30\nC,1e-42\n", "--labels a" T_DUMP, 0,
      "9.99999972e-10]}3.89999986e-30]}null]}"},
+    {"csv", "smiles,a\nC,1e15\nC,-2e15\n", "--labels a", 0, "1 unusable: \"-2e15\" "
+     "(build/t.csv:3)"},
+    {"csv", "smiles,a\nC,{50|x}\nC,2\n", "--labels a", 0, "xxxxxx...\" (build/t.csv:2)"},
     // a name with a comma could not be given
     {"csv", "smiles,\"IC50, human\",y\nC,5,1\n", "--labels '\"IC50, human\",y'" T_DUMP, 0, "5,1]}"},
     {"csv", "smiles,\"IC50, human\",y\nC,5,1\n", "--labels 'y,IC50\\, human'" T_DUMP, 0, "1,5]}"},
@@ -77,6 +81,7 @@ static const struct { const char *ending, *text, *options; int code; const char 
     {"tsv", "a,smiles\n5,C\n", "--labels a" T_DUMP, 0, "5]}"},
     {"csv", "sep=;\r\n\"x,y\";smiles\r\n5;C\r\n", "--labels 'x\\,y'" T_DUMP, 0, "5]}"},
     {"csv", "\n\r\nsmiles,a\nC,5\n", "--labels a" T_DUMP, 0, "5]}"},
+    {"csv", "\n\r\nsmiles,a\nC,x\nC,5\n", "--labels a", 0, "1 unusable: \"x\" (build/t.csv:4)"},
     {"smi", "CCO a\rCCN b\rc1ccccc1 c\r", "", 0, "kept 3 (12 atoms)"},
     {"smi", "C a\nCC b\rCCC c\nC d\r\r\nC e", "", 0, "kept 5 (8 atoms)"},
     {"csv", "smiles,a\rCCO,1\rCCN,2", "--labels a" T_DUMP, 0, "1]}2]}"},
@@ -87,6 +92,7 @@ static const struct { const char *ending, *text, *options; int code; const char 
      "'smiles,y2'; cat build/t.csv) | ./data_prep --format csv"},
     {"csv", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "", 1,
      "is a pointer of git-lfs, not the file itself; type: git lfs pull --include build/t.csv"},
+    {"csv", "CN,a\n0,2\n", "", 1, "name the SMILES column with --smiles; it has \"CN\", \"a\""},
     {"csv", "id,mol,a\n1,CCO,2\n", "", 1, "it has \"id\", \"mol\", \"a\"; did you mean \"mol\"?"},
     {"csv", "id,canonical_smiles\n", "", 1, "did you mean \"canonical_smiles\"?"},
     {"csv", "smiles y\nC 1\n", "", 1, "if its fields end at blanks, type: tr -s ' ' , < "
@@ -107,6 +113,8 @@ static const struct { const char *ending, *text, *options; int code; const char 
      "records of several fragments, such as salts: 1 (--largest"},
     {"csv", "smiles,a\nOCC,0\nCCO,1\nC1CCC2CCCCC2C1,2\nC1CCCC1C1CCCC1,2\n", "--labels a "
      "--split-by order --split 0.25,0.75", 0, "note    1 molecules stand in more than one part"},
+    {"smi", "C1CCC2CCCCC2C1\nC1CCCC1C1CCCC1\n", "2> build/t.txt; grep -c repeat build/t.txt; echo",
+     0, "0\n"},
     {"smi", "{90|C\n}{10|c1ccccc1\n}", "--split 0.8,0.1,0.1", 0, "note    the training part is "
      "not the largest: 90 of 100 molecules have the same scaffold (or all no ring) and"},
     {"smi", "{90|C\n}{10|c1ccccc1\n}", "--split 0.8,0.1,0.1", 0, "note    the test part is empty"},
@@ -144,7 +152,8 @@ static void test_table_pipes(void) {
     test_command("cat build/t.txt", 0, "build/t.csv: 2 rows belong to no record, the first is row "
     "3, \"y\"\nnote    build/t.csv: 1 rows begin as an earlier one does");
     test_table("build/t.csv", "title,a\rx,1\r", "./data_prep --labels all --labels-from "
-               "build/t.csv -o build/t.bin data/ethanol.sdf", 1, "end in CR alone; type: tr '\\r' ");
+               "build/t.csv -o build/t.bin data/ethanol.sdf", 1, "end in CR alone; type: tr "
+               "'\\r' ");
     test_table("build/t.smi", "C1CC x\n", "./data_prep -o - build/t.smi | ./moleblend predict - "
     "--model build/l.safetensors", 0, "record,name,y,skipped\n1,x,,ring 1 is not closed\n");
     test_command("./data_prep -o build/t.bin build/t.smi", 1, "no molecule could be read");
