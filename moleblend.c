@@ -2497,8 +2497,8 @@ static const Option OPTIONS[] = {
           EMBED),
     TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",
          FINETUNE | EMBED | SHAPES),
-    NUMBER("--interval", interval, 0, 100, "of regression: a range that holds so many % of the "
-           "labels (below 1: a fraction; 0: none)", PREDICT),
+    NUMBER("--interval", interval, 0, 100, "% of labels between the columns low and high, of "
+           "regression; below 1: a fraction; 0: none", PREDICT),
     HEADING("Method", PRETRAIN | SHOW),
     NUMBER("--pair-spd", blend.pair_spd, 0, 1, "how often a pair shows its path length",
            PRETRAIN | SHOW | SHAPES),

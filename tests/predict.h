@@ -142,6 +142,7 @@ static void test_predict(void) {
         {"rm -f build/pr.*; ./moleblend finetune build/test_train.bin --valid build/test_train.bin "
          "--size tiny --epochs 3 --seeds 2 -o build/pr.safetensors", 0, "over 2 seeds"},
         // an ensemble
+        {"./data_prep -o build/pr.many.bin --name name data/sample.csv", 0, "2000 molecules"},
         {"cp build/pr.seed1.safetensors build/pr.copy.safetensors && ./moleblend predict "
          "build/test_train.bin --model build/pr.seed1.safetensors build/pr.seed2.safetensors "
          "build/pr.copy.safetensors", 1,
@@ -166,6 +167,8 @@ static void test_predict(void) {
          "build/pr.csv", 0, "interval of 80 %: holds 82 % of 40 labels, width "},
         {"./moleblend predict build/test_train.bin --model build/pr.seed1.safetensors -o "
          "build/pr.csv", 0, "interval of 80 %: holds 85 % of 26 labels, width "},
+        {"./moleblend predict build/test_train.bin --model build/pr.seed1.safetensors "
+         "build/pr.seed2.safetensors -o build/pr.csv", 0, "interval of 80 %: holds 82 % of 40"},
         {"./moleblend predict build/test_train.bin --model build/pr.seed1.safetensors -o "
          "build/pr.csv --interval 0.5", 0, "interval of 50 %: holds 52 % of 40 labels, width "},
         {"./moleblend predict build/test_train.bin --model build/pr.seed1.safetensors --interval "
@@ -175,6 +178,15 @@ static void test_predict(void) {
          "}' build/pr.csv", 0, "40\n"},
         {"./moleblend predict build/test_train.bin --model build/pr.seed1.safetensors --interval 0 "
          "2> /dev/null", 0, "record,name,logP,logP label,\"with,comma\","},
+        {"./moleblend finetune build/test_train.bin --valid build/pr.moved.bin --size tiny "
+         "--epochs 1 -o build/pr.third.safetensors && ./moleblend predict build/test_train.bin "
+         "--model build/pr.seed1.safetensors build/pr.third.safetensors -o build/pr.csv", 0,
+         "no intervals: build/pr.third.safetensors has no residuals of the first model's"},
+        // a signal leaves nothing
+        {"./moleblend predict build/pr.many.bin --batch-size 1 --model build/pr.seed1.safetensors "
+         "-o build/pr.killed.csv & p=$!; while kill -0 $p && ! [ -e build/pr.killed.csv.tmp ]; do "
+         "sleep 0.01; done; kill $p; wait $p; echo \"ended by $?\"; ls build/pr.killed.csv*", 2,
+         "ended by 143"},
         {"./moleblend predict build/test_train.bin --model build/pr.old.safetensors -o "
          "build/pr.csv", 0,
          "note    no intervals: build/pr.old.safetensors has no residuals of the validation set"},
@@ -197,8 +209,8 @@ static void test_predict(void) {
          "predict - --near build/test_train.bin --model build/pr.seed1.safetensors 2> /dev/null | "
          "tail -n 1 | tr -d a-z", 0, "2,,,,,,,,,,\""},
         // another dataset gets the name of the one that is being read
-        {"./data_prep -o build/pr.many.bin --name name data/sample.csv && ./moleblend "
-         "predict build/pr.many.bin --model build/pr.seed1.safetensors build/pr.seed2.safetensors "
+        {"./moleblend predict "
+         " build/pr.many.bin --model build/pr.seed1.safetensors build/pr.seed2.safetensors "
          "-o build/pr.right.csv && mv build/pr.many.bin build/pr.now.bin && "
          "{ ./moleblend predict build/pr.now.bin --model build/pr.seed1.safetensors "
          "build/pr.seed2.safetensors -o build/pr.got.csv & "
@@ -215,6 +227,7 @@ static void test_predict(void) {
     for (size_t k = 0; k < sizeof table / sizeof table[0]; k++) {
         test_command(table[k].command, table[k].code, table[k].expected);
         if (k > 0) continue;  // it has removed those of an earlier run
+        write_test_dataset("build/pr.moved.bin", 40, 1);
         model_write("build/pr.old.safetensors", &model, arenas, NULL, 0, meta);
         model.p.layer[1].ffn1_w[3] = NAN;
         model_write("build/pr.nan.safetensors", &model, arenas, NULL, 0, meta);
