@@ -210,7 +210,7 @@ static void test_predict(void) {
          "tail -n 1 | tr -d a-z", 0, "2,,,,,,,,,,\""},
         // another dataset gets the name of the one that is being read
         {"./moleblend predict "
-         " build/pr.many.bin --model build/pr.seed1.safetensors build/pr.seed2.safetensors "
+         "build/pr.many.bin --model build/pr.seed1.safetensors build/pr.seed2.safetensors "
          "-o build/pr.right.csv && mv build/pr.many.bin build/pr.now.bin && "
          "{ ./moleblend predict build/pr.now.bin --model build/pr.seed1.safetensors "
          "build/pr.seed2.safetensors -o build/pr.got.csv & "
