@@ -47,12 +47,14 @@ sweep() {
         for role in $1; do
             for how in name spelling link hard; do
                 fresh
+                other=$d/other  # predict knows further models by their ending
+                [ $role != second ] || other=$d/other.safetensors
                 eval "mv \$$role $d/$file"
                 case $how in
                     name) path=$d/$file ;;
                     spelling) path=$d/../sweep/$file ;;
-                    link) ln -s "$file" $d/other.safetensors; path=$d/other.safetensors ;;
-                    hard) ln $d/"$file" $d/other.safetensors; path=$d/other.safetensors ;;
+                    link) path=$other; ln -s "$file" "$path" ;;
+                    hard) path=$other; ln $d/"$file" "$path" ;;
                 esac
                 eval "$role=$path"
                 refuse "$3" "$role is $file, by $how"
