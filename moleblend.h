@@ -734,6 +734,7 @@ static inline void dataset_close(Dataset *d) {
 // Opens the part beside a training set, if there is a path; one that is empty is left out, said, as
 // is that it comes of another split.
 static inline void dataset_open_part(Dataset *d, const char *path, const Dataset *train) {
+    files_input(path);  // of a resumed run its state may name it
     if (path) dataset_open(d, path);
     if (path && d->split && train->split && d->split != train->split)
         fprintf(stderr, "note    %s: comes of another split than %s; both may have the same "
