@@ -238,6 +238,7 @@ typedef struct {
     uint8_t no_implicit;    // takes no hydrogens beyond the explicit ones
     uint8_t aromatic, chirality, hybrid;
     uint8_t unknown_stereo; // a wavy bond began here
+    uint8_t query;          // states a condition: a hydrogen that does stays an atom
     uint8_t first_of_fragment;  // opens a SMILES or follows a dot
     uint8_t ring_stereo;    // its stereo depends on another centre of the same ring system
     uint8_t tag;            // its chirality for --stereo invariant
@@ -257,7 +258,10 @@ typedef struct {
     uint8_t dead;           // goes away with its hydrogen
     uint8_t unspecified;    // SMILES / or \ or nothing: single or aromatic, as its atoms turn out
     int rings, smallest_ring;
+    int query_line;         // where the mol block gives it the type of a query; 0: it does not
 } ChemBond;
+
+typedef struct { const char *p; int n; } Span;  // n bytes of text
 
 // A bond as one of its atoms sees it.
 typedef struct { ChemBond *bond; int index, atom; } Link;  // its number, the atom at its other end
@@ -269,10 +273,24 @@ typedef struct {
     int *start, *atoms, *bonds;
 } RingList;
 
+// An S group (substance group) of a mol block: an abbreviation, a polymer, data on atoms. What it
+// says of each atom and bond, in bits: that it is in it; in its paragon (of a bond: drawn as
+// crossing its boundary); an attachment atom.
+enum { SG_IN = 1, SG_PARENT = 2, SG_CSTATE = 2, SG_ATTACH = 4 };
+
+typedef struct {
+    int id;
+    Span type, field, query;     // such as DAT, MRV_IMPLICIT_H; of a query
+    Span data, hydrogens;        // the first data; the last that begin with IMPL_H
+    uint8_t *atoms, *bonds;
+} SGroup;
+
 typedef struct {
     int n_atoms, n_bonds, atom_room, bond_room;
     ChemAtom *atoms;
     ChemBond *bonds;
+    SGroup *sgroups;        // by rising id
+    int n_sgroups, sgroup_room;
     double (*xyz)[3];       // of every atom; used if has_xyz
     Link **first;           // bonds of atom i: first[i] to first[i + 1], in the order of creation
     int *atom_rings;        // number of rings an atom is in
@@ -287,7 +305,8 @@ typedef struct {
 // Empties m for the next record. Start from a zeroed struct; the owner calls mol_free().
 static void mol_clear(ChemMol *m) {
     arena_reset(&m->arena);
-    m->n_atoms = m->n_bonds = 0;
+    m->n_atoms = m->n_bonds = m->n_sgroups = m->sgroup_room = 0;
+    m->sgroups = NULL;
     m->has_xyz = m->is_3d = m->wedged = m->had_aromatic = 0;
     m->any_aromatic = 1;
     m->rings = (RingList){0};
@@ -375,6 +394,12 @@ static int find_bad_bond(ChemMol *m) {
     return bad;
 }
 
+// How many ends of a bond are in an S group.
+// RDKit: SubstanceGroup::getBondType
+static int sgroup_ends(const ChemMol *m, const SGroup *g, int bond) {
+    return (g->atoms[m->bonds[bond].begin] & SG_IN) + (g->atoms[m->bonds[bond].end] & SG_IN);
+}
+
 // Hydrogens on an atom that are not atoms themselves.
 // RDKit: Atom::getTotalNumHs
 static inline int atom_hydrogens(const ChemAtom *a) {
@@ -445,8 +470,6 @@ static int is_aromatic_atom(const ChemMol *m, int i) {
 //   was found at, so that one bad record costs one record.
 // =================================================================================================
 
-typedef struct { const char *p; int n; } Span;
-
 typedef struct {
     const char *kind;  // what the summary counts by, a string constant
     char text[160];    // the whole story
@@ -492,10 +515,14 @@ static int next_line(Lines *in, Span *line) {
 // Small things to do with spans: blanks, equality, prefixes.
 static int is_blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
-static Span trim(Span s) {
-    while (s.n > 0 && is_blank(s.p[0])) s.p++, s.n--;
+static Span trim_right(Span s) {
     while (s.n > 0 && is_blank(s.p[s.n - 1])) s.n--;
     return s;
+}
+
+static Span trim(Span s) {
+    while (s.n > 0 && is_blank(s.p[0])) s.p++, s.n--;
+    return trim_right(s);
 }
 
 static int span_is(Span s, const char *text) {
@@ -563,6 +590,17 @@ static int leading_int(Span s, int minus) {
     return negative ? -v : v;
 }
 
+// The same with a minus, if there are only digits, blanks and signs; a plus makes it 0. Returns 0
+// if there is anything else.
+// RDKit: FileParserUtils::toInt
+static int loose_int(Span s, int *value) {
+    for (int k = 0; k < s.n; k++)
+        if (!isdigit((unsigned char)s.p[k]) && s.p[k] != ' ' && s.p[k] != '-' && s.p[k] != '+')
+            return 0;
+    *value = leading_int(s, 1);
+    return 1;
+}
+
 // Strict whole number of a trimmed span. Returns 0 if s is anything else.
 static int parse_whole(Span s, int *value) {
     s = trim(s);
@@ -580,7 +618,7 @@ static int parse_whole(Span s, int *value) {
 
 // =================================================================================================
 // 5 Mol blocks: three header lines, a counts line, then atoms and bonds in fixed columns (V2000) or
-//   in free format (V3000). What an SD file has after `M  END` is for prep/records.h. Water in V2000:
+//   in free format (V3000). What follows `M  END` in an SD file is for prep/records.h. Water:
 //
 //     water                                                    title
 //       program           3D                                   columns 21-22: 2D or 3D
@@ -601,15 +639,17 @@ static int parse_whole(Span s, int *value) {
 
 enum { RAW_ATOMS_MAX = 65535, RAW_BONDS_MAX = 4 * RAW_ATOMS_MAX };  // before hydrogens are removed
 
+// A hash table from V3000 labels to atoms or bonds, see v3_labelled(). Size 0: it is V2000.
+typedef struct { int *item, *label, size; } LabelTable;
+
 // A block being read; atoms and bonds go to m.
 typedef struct {
     Lines in;
     ChemMol *m;
     Fault *fault;
     int n_atoms, n_bonds;
-    int *label_table;    // V3000: hash table from atom label to atom, see v3_atom_with_label()
-    int *label_of;
-    int table_size;
+    LabelTable labels[2];  // V3000: of atoms, of bonds
+    int data_group;      // whose S group data are not complete
     Span *tokens;        // of a V3000 line
     int token_room;
 } MolBlock;
@@ -618,9 +658,11 @@ typedef struct {
 #define MOL_FAULT(b, column, ...) \
     fault_at((b)->fault, (b)->in.line, column, "malformed mol block", __VA_ARGS__)
 
+#define QUERY "query, R-group or rare property"
+
 // The fault of something that makes the block a query, or that is too rare to be implemented.
 static int not_supported(MolBlock *b, Span what) {
-    return fault_at(b->fault, b->in.line, 0, "query, R-group or rare property",
+    return fault_at(b->fault, b->in.line, 0, QUERY,
                     "%.*s is not supported", min_int(what.n, 60), what.p);
 }
 
@@ -646,7 +688,8 @@ static int is_query_symbol(Span s) {
                                         "R", "R#", "Pol", "Mod"};
     for (int k = 0; k < 14; k++)
         if (span_is(s, names[k])) return 1;
-    return s.n > 1 && (s.p[0] == '[' || (s.p[0] == 'R' && isdigit((unsigned char)s.p[1])));
+    return s.n > 1 && (s.p[0] == '[' || starts_with_word(s, "NOT[") ||
+                       (s.p[0] == 'R' && isdigit((unsigned char)s.p[1])));
 }
 
 // Adds the atom of an element symbol and returns its index, or -1 with the fault at a column.
@@ -686,7 +729,7 @@ static int v2_atom_fields(MolBlock *b, Span line, ChemAtom *a) {
             return MOL_FAULT(b, fields[k].at + 1, "expected a %s in columns %d-%d, found \"%.*s\"",
                              fields[k].name, fields[k].at + 1, fields[k].at + fields[k].width,
                              fields[k].width, line.p + fields[k].at);
-    if (value[H_COUNT] > 0) return not_supported(b, (Span){"a hydrogen count", 16});
+    if (value[H_COUNT] > 0) a->no_implicit = a->query = 1;
     if (value[MASS]) a->isotope = (uint16_t)(ELEMENTS[a->z].isotope + value[MASS]);
     if (value[CHARGE]) a->charge = (int8_t)(4 - value[CHARGE]);
     a->field_valence = value[VALENCE];
@@ -738,16 +781,16 @@ static int v2_atom_line(MolBlock *b, Span line) {
     return v2_atom_fields(b, line, &b->m->atoms[i]);
 }
 
-// Adds a bond of a mol block's type between two atoms, or returns NULL if the type is a query.
+// Adds a bond of a mol block's type between two atoms. Types of queries stand for no bond until an
+// S group says better, see apply_sgroups().
 // RDKit: ParseMolFileBondLine, ParseV3000BondBlock
 static ChemBond *add_typed_bond(MolBlock *b, int i, int j, int type) {
     static const uint8_t orders[] = {ORDER_NONE, ORDER_SINGLE, ORDER_DOUBLE, ORDER_TRIPLE,
                                      ORDER_AROMATIC, 0, 0, 0, 0, ORDER_DATIVE, ORDER_HYDROGEN};
-    if (type < 0 || type > 10 || (type > 4 && !orders[type])) {
-        not_supported(b, (Span){"a query bond", 12});
-        return NULL;
-    }
-    return mol_add_bond(b->m, i, j, orders[type]);
+    int known = type >= 0 && type <= 10 && (type < 5 || orders[type]);
+    ChemBond *bond = mol_add_bond(b->m, i, j, known ? orders[type] : ORDER_NONE);
+    if (!known) bond->query_line = b->in.line;
+    return bond;
 }
 
 // A bond line: two atoms, type, stereo mark, (unused), topology, in three columns each.
@@ -768,7 +811,6 @@ static int v2_bond_line(MolBlock *b, Span line) {
             return fault_at(b->fault, b->in.line, 3 * k + 1, "bond to a missing atom",
                             "expected an atom from 1 to %d, found %d", b->m->n_atoms, v[k]);
     ChemBond *bond = add_typed_bond(b, v[0] - 1, v[1] - 1, v[2] > 4 ? -1 : v[2]);
-    if (!bond) return -1;
     if (!column_int(line, 9, 3, &stereo) || stereo < 0 || stereo > 6) stereo = 0;
     bond->direction = directions[stereo];
     if (stereo == 3) bond->stereo = STEREO_ANY;
@@ -783,14 +825,135 @@ static int v2_bond_line(MolBlock *b, Span line) {
 // RDKit: FileParserUtils::toInt, stripSpacesAndCast
 static int property_int(MolBlock *b, Span line, int at, int width, int *value) {
     Span field = {line.p + at, min_int(line.n - at, width)};
-    int loose = at <= line.n;
     *value = 0;
-    if (loose && parse_whole(field, value)) return 0;
-    for (int k = 0; k < field.n; k++) loose &= strchr("0123456789 +-", field.p[k]) != NULL;
-    if (loose) *value = leading_int(field, 1);
-    if (loose) return 0;
+    if (at <= line.n && (parse_whole(field, value) || loose_int(field, value))) return 0;
     return MOL_FAULT(b, at + 1, "expected a number in columns %d-%d, found \"%.*s\"", at + 1,
                      at + width, at <= line.n ? field.n : 0, line.p + (at <= line.n ? at : 0));
+}
+
+// The atom (or bond) with a label, through a hash table: label k is usually atom k, but need not
+// be. With `add` >= 0 it is entered first; the first of equal labels counts. -1: none.
+static int v3_labelled(MolBlock *b, int bond, int label, int add) {
+    LabelTable *t = &b->labels[bond];
+    unsigned mask = (unsigned)t->size - 1, slot = (unsigned)label * 2654435761u & mask;
+    while (t->item[slot] && t->label[slot] != label && spend(&b->m->arena, 1))
+        slot = (slot + 1) & mask;
+    if (add >= 0 && !t->item[slot]) {
+        t->item[slot] = add + 1;
+        t->label[slot] = label;
+    }
+    return t->item[slot] - 1;
+}
+
+// ---- S groups. Few of them change a molecule, see apply_sgroups() and remove_hydrogens(), but a
+//      malformed one costs the record, as in RDKit's strict mode.
+
+static const char *const SGROUP_WORDS[] = {  // types, subtypes, connections
+    "SRU MON COP CRO GRA MOD MER ANY COM MIX FOR SUP MUL DAT GEN", "ALT RAN BLO", "HH HT EU"};
+
+// Whether a word stands in a list of words of one length.
+static int is_listed(Span word, const char *list) {
+    size_t n = strcspn(list, " ");
+    if ((size_t)word.n != n) return 0;
+    while (memcmp(list, word.p, n) != 0 && list[n]) list += n + 1;
+    return memcmp(list, word.p, n) == 0;
+}
+
+// The fault of an S group; returns -1.
+static int sgroup_bad(MolBlock *b, Span what) {
+    return fault_at(b->fault, b->in.line, 0, "malformed S group", "malformed S group: \"%.*s\"",
+                    min_int(what.n, 60), what.p);
+}
+
+// The atom (or bond) that a block calls by a number or label, -1: none.
+// RDKit: ROMol::getAtomWithBookmark, getBondWithBookmark
+static int marked(MolBlock *b, int bond, int mark) {
+    if (b->labels[0].size) return v3_labelled(b, bond, mark, -1);
+    return mark > 0 && mark <= (bond ? b->m->n_bonds : b->m->n_atoms) ? mark - 1 : -1;
+}
+
+// The S group of an id, NULL: none. With `add` a new one, NULL: there is one already.
+static SGroup *sgroup_at(ChemMol *m, int id, int add) {
+    int k = m->n_sgroups;
+    while (k > 0 && m->sgroups[k - 1].id > id && spend(&m->arena, 1)) k--;
+    int known = k > 0 && m->sgroups[k - 1].id == id;
+    if (known || !add) return known && !add ? &m->sgroups[k - 1] : NULL;
+    if (m->n_sgroups == m->sgroup_room)
+        m->sgroups = arena_grow(&m->arena, m->sgroups, &m->sgroup_room, sizeof *m->sgroups);
+    memmove(m->sgroups + k + 1, m->sgroups + k, (size_t)(m->n_sgroups++ - k) * sizeof(SGroup));
+    m->sgroups[k] = (SGroup){.id = id, .atoms = arena_flags(&m->arena, m->n_atoms),
+                             .bonds = arena_flags(&m->arena, m->n_bonds)};
+    return &m->sgroups[k];
+}
+
+// Says something of an atom or bond. A paragon's atom must be in the group, a crossing bond cross.
+// RDKit: SubstanceGroup::addAtomWithBookmark, addParentAtomWithBookmark, addCState
+static int sgroup_add(MolBlock *b, SGroup *g, int bond, int mark, int bit, Span text) {
+    int i = marked(b, bond, mark);
+    uint8_t *said = bond ? g->bonds : g->atoms;
+    if (i < 0 || (bit == SG_PARENT && !(said[i] & SG_IN)) ||
+        (bit == SG_CSTATE && bond && sgroup_ends(b->m, g, i) != 1))
+        return sgroup_bad(b, text);
+    said[i] |= (uint8_t)bit;
+    return 0;
+}
+
+static void sgroup_data(SGroup *g, Span data) {
+    if (!g->data.p) g->data = data;
+    if (starts_with(data, "IMPL_H")) g->hydrogens = (Span){data.p + 6, data.n - 6};
+}
+
+// One `M  S..` line. Lines of a group that no STY line announced are passed over, and those that
+// say how a group is drawn; of data in several lines the last one counts.
+// RDKit: ParseMolBlockProperties, MolSGroupParsing.cpp
+static int v2_sgroup(MolBlock *b, Span line) {
+    enum { SAL, SBL, SPA, SAP, SBV, STY, SST, SCN, SNC, SBT, SPL, SLB, SDT, SCD, SED, SMT,
+           SCL, SDI, TAGS };
+    static const char tags[] =
+        "SAL SBL SPA SAP SBV STY SST SCN SNC SBT SPL SLB SDT SCD SED SMT SCL SDI";
+    static const uint8_t bits[] = {SG_IN, SG_IN, SG_PARENT, SG_ATTACH, SG_CSTATE};
+    int k = 0, n = 1, id, v = 0, at;
+    SGroup *g;
+    while (k < TAGS && (line.n < 6 || memcmp(tags + 4 * k, line.p + 3, 3) != 0)) k++;
+    if (k == TAGS) return 0;
+    if (k >= STY && k <= SLB) {  // pairs of a group and what it is
+        if (property_int(b, line, 7, 2, &n)) return -1;
+        for (at = 9; n; n--, at += 8) {
+            Span word = {line.p + at + 5, k == SCN ? 2 : 3};
+            if (line.n < at + 5 + word.n) return sgroup_bad(b, line);
+            if (property_int(b, line, at + 1, 3, &id)) return -1;
+            if (!(g = sgroup_at(b->m, id, k == STY)) && k != STY) return 0;
+            if (k > SCN && property_int(b, line, at + 5, 3, &v)) return -1;
+            if ((k <= SCN && !is_listed(word, SGROUP_WORDS[k - STY])) || (k == SBT && v >> 1) ||
+                (k == SNC && (v < 0 || v > 256)))
+                return sgroup_bad(b, line);
+            if (k == STY && g) g->type = word;
+        }
+        return 0;
+    }
+    if (property_int(b, line, 7, 3, &id)) return -1;
+    if (!(g = sgroup_at(b->m, id, 0))) return 0;
+    if ((k < SBV || k == SDI) && property_int(b, line, 11, 2, &n)) return -1;
+    for (at = 13; k == SDI && at < min_int(line.n, 53); at++)
+        if (!strchr("0123456789 +-.,", line.p[at])) return sgroup_bad(b, line);
+    if (k == SDI) return n == 4 && line.n >= 43 ? 0 : sgroup_bad(b, line);
+    for (at = k == SBV ? 10 : 13; k < STY && n; n--, at += k == SAP ? 11 : 4) {
+        if (line.n < at + (k == SAP ? 11 : 4)) return sgroup_bad(b, line);
+        if (property_int(b, line, at + 1, 3, &v) ||
+            sgroup_add(b, g, k == SBL || k == SBV, v, bits[k], line)) return -1;
+        if (k == SAP && property_int(b, line, at + 5, 3, &v)) return -1;
+        if (k == SAP && v && marked(b, 0, v) < 0) return sgroup_bad(b, line);  // the leaving atom
+    }
+    Span field = trim_right((Span){line.p + 11, min_int(line.n - 11, k == SDT ? 30 : 69)});
+    Span query = trim_right((Span){line.p + 63, min_int(line.n - 63, 2)});
+    if (k == SDT && field.n > 0) g->field = field;
+    if (k == SDT && query.n > 0) g->query = query;
+    if (k < SCD) return 0;
+    if (k >= SMT) return line.n > 11 ? 0 : sgroup_bad(b, line);
+    if (b->data_group && b->data_group != id) return sgroup_bad(b, line);
+    b->data_group = k == SED ? 0 : id;
+    if (k == SED && line.n > 11) sgroup_data(g, field);
+    return 0;
 }
 
 // A property line of index-value pairs, four columns each, after a three-column count.
@@ -843,6 +1006,11 @@ static int v2_property(MolBlock *b, Span line, int *charged) {
         *charged |= k < 2;
         if (k < 3) return v2_pairs(b, line, tags[k]);
         if (k < 12) return not_supported(b, (Span){line.p, 6});
+        if (starts_with(tag, "S")) return v2_sgroup(b, line);
+        count = -1;
+        if (line.n > 9) parse_whole((Span){line.p + 7, 3}, &count);
+        if (starts_with(tag, "PXA") && (count < 1 || count > b->m->n_atoms))
+            return MOL_FAULT(b, 8, "expected an atom from 1 to %d", b->m->n_atoms);
     }
     return 0;
 }
@@ -961,7 +1129,7 @@ static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
     Span name, value;
     int v = 0;
     if (!v3_assignment(token, &name, &value)) return v3_bad(b, token, "NAME=value");
-    int whole = parse_whole(value, &v);
+    int whole = loose_int(value, &v);
     if (word_is(name, "CHG")) {
         if (!whole) return v3_bad(b, token, "a charge");
         if (a->z) a->charge = (int8_t)v;
@@ -983,18 +1151,6 @@ static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
     return 0;
 }
 
-// The atom with a label, through a hash table: label k is usually atom k, but need not be. With
-// `add` >= 0 the label is entered for that atom first; the first of equal labels counts. -1: none.
-static int v3_atom_with_label(MolBlock *b, int label, int add) {
-    unsigned mask = (unsigned)b->table_size - 1, slot = (unsigned)label * 2654435761u & mask;
-    while (b->label_table[slot] && b->label_of[slot] != label && spend(&b->m->arena, 1))
-        slot = (slot + 1) & mask;
-    if (add >= 0 && !b->label_table[slot]) {
-        b->label_table[slot] = add + 1;
-        b->label_of[slot] = label;
-    }
-    return b->label_table[slot] - 1;
-}
 
 // "index symbol x y z map NAME=value ...".
 // RDKit: ParseV3000AtomBlock
@@ -1007,7 +1163,7 @@ static int v3_atom_line(MolBlock *b, Span line) {
                          n);
     int i = add_symbol(b, trim(token[1]), (int)(token[1].p - line.p) + 8);
     if (i < 0) return -1;
-    v3_atom_with_label(b, leading_int(token[0], 0), i);
+    v3_labelled(b, 0, leading_int(token[0], 0), i);
     for (int axis = 0; axis < 3; axis++) b->m->xyz[i][axis] = parse_decimal(token[2 + axis]);
     int map = leading_int(token[5], 1);
     if (map > 0) b->m->atoms[i].map = map;
@@ -1025,7 +1181,7 @@ static int v3_bond_line(MolBlock *b, Span line) {
     if (n < 4) return MOL_FAULT(b, 0, "expected index, type and two atoms, found %d fields", n);
     int type = leading_int(token[1], 0);
     for (int k = 0; k < 2; k++) {
-        end[k] = v3_atom_with_label(b, leading_int(token[2 + k], 0), -1);
+        end[k] = v3_labelled(b, 0, leading_int(token[2 + k], 0), -1);
         if (end[k] < 0)
             return fault_at(b->fault, b->in.line, (int)(token[2 + k].p - line.p) + 8,
                             "bond to a missing atom",
@@ -1033,7 +1189,7 @@ static int v3_bond_line(MolBlock *b, Span line) {
                             min_int(token[2 + k].n, 20), token[2 + k].p);
     }
     ChemBond *bond = add_typed_bond(b, end[0], end[1], type);
-    if (!bond) return -1;
+    v3_labelled(b, 1, leading_int(token[0], 0), b->m->n_bonds - 1);
     for (int k = 4; k < n; k++) {
         if (!v3_assignment(token[k], &name, &value)) return v3_bad(b, token[k], "NAME=value");
         if (word_is(name, "TOPO") && !span_is(value, "0")) return not_supported(b, token[k]);
@@ -1066,6 +1222,80 @@ static int v3_block(MolBlock *b, const char *begin, const char *end, int count,
     return v3_expect(b, end, &line);
 }
 
+// The next value, which is passed: a word, (a list) or "a string", in which "" is a quote.
+// RDKit: ParseV3000StringPropLabel
+static Span next_value(Span *s) {
+    while (s->n > 0 && is_blank(*s->p)) s->p++, s->n--;
+    char open = s->n > 0 ? *s->p : 0, close = open == '(' ? ')' : open == '"' ? '"' : 0;
+    int n = close != 0;
+    for (; n < s->n && (close ? s->p[n] != close : !is_blank(s->p[n]));) n++;
+    while (close == '"' && n + 1 < s->n && s->p[n + 1] == '"')  // "" within
+        for (n += 2; n < s->n && s->p[n] != '"';) n++;
+    Span value = {s->p + (close != 0), n - (close != 0)};
+    n = min_int(n + (close != 0), s->n);
+    *s = (Span){s->p + n, s->n - n};
+    return trim_right(value);
+}
+
+// One LABEL=value of an S group. Lists begin with their length, but that of a crossing bond goes on
+// with coordinates, that of an attachment atom with the atom that leaves and a name.
+// RDKit: ParseV3000ParseLabel, ParseV3000Array, ParseV3000CStateLabel, ParseV3000SAPLabel
+static int v3_sgroup_label(MolBlock *b, SGroup *g, Span label, Span value) {
+    enum { CSTATE = 4, SAP, LISTS };
+    static const struct { const char *label; int bond, bit; } lists[LISTS] = {
+        {"ATOMS", 0, SG_IN}, {"PATOMS", 0, SG_PARENT}, {"XBONDS", 1, SG_IN}, {"CBONDS", 1, SG_IN},
+        {"CSTATE", 1, SG_CSTATE}, {"SAP", 0, SG_ATTACH}};
+    int k = 0, v, n = 0, fine = 1;
+    while (k < LISTS && !span_is(label, lists[k].label)) k++;
+    if (k < LISTS) {
+        Span rest = value, item = next_value(&rest);
+        fine = parse_whole(item, &n) && n >= 0;
+        if (k == CSTATE) fine = fine && n == (span_is(g->type, "SUP") ? 4 : 1);
+        for (int i = 0; fine && i < (k < CSTATE ? n : 1); i++) {
+            fine = parse_whole(next_value(&rest), &v);
+            if (fine && sgroup_add(b, g, lists[k].bond, v, lists[k].bit, value)) return -1;
+        }
+        item = next_value(&rest);
+        if (k < CSTATE) fine = fine && !item.n;
+        if (k == SAP) fine = fine && rest.n && (word_is(item, "aidx") ||
+                             (loose_int(item, &v) && (!v || marked(b, 0, v) >= 0)));
+    }
+    if (span_is(label, "FIELDNAME")) g->field = value;
+    if (span_is(label, "QUERYTYPE")) g->query = value;
+    if (span_is(label, "FIELDDATA")) sgroup_data(g, value);
+    if (span_is(label, "SUBTYPE")) fine = is_listed(value, SGROUP_WORDS[1]);
+    if (span_is(label, "CONNECT")) fine = is_listed(value, SGROUP_WORDS[2]);
+    return fine ? 0 : sgroup_bad(b, value);
+}
+
+// The block of n V3000 S groups, "id type id2 LABEL=value ...". *line: what follows END SGROUP.
+// RDKit: ParseV3000SGroupsBlock
+static int v3_sgroups(MolBlock *b, int n, Span *line) {
+    if (!starts_with_word(*line, "BEGIN SGROUP")) return v3_bad(b, *line, "BEGIN SGROUP");
+    if (v3_line(b, line)) return -1;
+    if (starts_with(*line, "DEFAULT")) return not_supported(b, *line);
+    for (int id; n && spend(&b->m->arena, 1); n--) {
+        Span s = trim(*line), word = next_value(&s), type = next_value(&s);
+        int fine = parse_whole(word, &id) && is_listed(type, SGROUP_WORDS[0]);
+        SGroup *g = fine ? sgroup_at(b->m, id, 1) : NULL;
+        if (!g) return sgroup_bad(b, *line);
+        g->type = type;
+        fine = parse_whole(next_value(&s), &id);  // another id
+        while (fine && s.n > 0) {
+            const char *equals = memchr(s.p, '=', (size_t)s.n);
+            Span label = {s.p + 1, (int)((equals ? equals : s.p + s.n) - s.p) - 1};
+            Span rest = {label.p + label.n + 1, s.n - label.n - 2};
+            if (*s.p != ' ') return sgroup_bad(b, s);
+            Span value = next_value(&rest);
+            if (v3_sgroup_label(b, g, label, value)) return -1;
+            s = rest;
+        }
+        if (v3_line(b, line)) return -1;
+    }
+    return starts_with_word(*line, "END SGROUP") ? v3_line(b, line)
+                                                 : v3_bad(b, *line, "END SGROUP");
+}
+
 // Everything between the counts line of the header and `M  END`.
 // RDKit: ParseV3000CTAB
 static int v3_body(MolBlock *b) {
@@ -1073,25 +1303,34 @@ static int v3_body(MolBlock *b) {
     if (b->n_atoms || b->n_bonds)
         return MOL_FAULT(b, 1, "expected counts of 0 in the header of a V3000 block");
     if (v3_expect(b, "BEGIN CTAB", &line) || v3_expect(b, "COUNTS ", &line)) return -1;
-    int n = v3_tokens(b, line);
+    int n = v3_tokens(b, line), n_groups = 0, n_3d = 0;
     const Span *token = b->tokens;
     if (n < 3 || !parse_whole(token[1], &b->n_atoms) || !parse_whole(token[2], &b->n_bonds) ||
-        b->n_atoms < 0 || b->n_bonds < 0)
+        b->n_atoms < 0 || b->n_bonds < 0 || (n > 3 && !loose_int(token[3], &n_groups)) ||
+        (n > 4 && !loose_int(token[4], &n_3d)))
         return v3_bad(b, line, "COUNTS atoms bonds");
     if (b->n_atoms > RAW_ATOMS_MAX || b->n_bonds > RAW_BONDS_MAX)
         return fault_at(b->fault, b->in.line, 0,
                         b->n_atoms > RAW_ATOMS_MAX ? "too many atoms" : "too many bonds",
                         "%d atoms, %d bonds (at most %d and %d can be read)", b->n_atoms,
                         b->n_bonds, RAW_ATOMS_MAX, RAW_BONDS_MAX);
-    for (b->table_size = 64; b->table_size < 2 * b->n_atoms; b->table_size *= 2) {}
-    b->label_table = arena_ints(&b->m->arena, b->table_size);
-    b->label_of = arena_ints(&b->m->arena, b->table_size);
+    for (int k = 0, size = 64; k < 2; k++) {
+        while (size < 2 * (k ? b->n_bonds : b->n_atoms)) size *= 2;
+        b->labels[k] = (LabelTable){arena_ints(&b->m->arena, size),
+                                    arena_ints(&b->m->arena, size), size};
+    }
     if (v3_block(b, "BEGIN ATOM", "END ATOM", b->n_atoms, v3_atom_line) ||
         v3_block(b, "BEGIN BOND", "END BOND", b->n_bonds, v3_bond_line))
         return -1;
-    do {  // S groups, collections and the like change no feature
+    do if (v3_line(b, &line)) return -1;
+    while (starts_with_word(line, "LINKNODE"));
+    if (n_groups && v3_sgroups(b, n_groups, &line)) return -1;
+    while (starts_with_word(line, "BEGIN ")) {  // collections and the like change no feature
+        do if (v3_line(b, &line)) return -1;
+        while (!starts_with_word(line, "END"));
         if (v3_line(b, &line)) return -1;
-    } while (!starts_with_word(line, "END CTAB"));
+    }
+    if (n_3d || !starts_with_word(line, "END CTAB")) return v3_bad(b, line, "END CTAB");
     if (!next_line(&b->in, &line) || !starts_with(line, "M  END"))
         return fault_at(b->fault, b->in.line, 0, "M  END is missing",
                         "expected M  END, found \"%.*s\"", min_int(line.n, 40), line.p);
@@ -1669,23 +1908,57 @@ static void clean_up(ChemMol *m) {
 // =================================================================================================
 // 9 Hydrogens. Most explicit hydrogen atoms become a count on their neighbour. Those stay that are
 //   more than that: isotopes, H2, bridging or lone ones, on dummies, on metal centres with their
-//   own geometry, or the only thing that says which side of a double bond is which.
+//   own geometry, the only thing that says which side of a double bond is which, what states a
+//   count of hydrogens, or what an S group rests on: an end of a bond across its boundary, an
+//   attachment atom, all that is left of it.
 // =================================================================================================
 
 // Square planar, trigonal bipyramidal or octahedral.
 // RDKit: Chirality::hasNonTetrahedralStereo
 static int is_nontetrahedral(const ChemAtom *a) { return a->chirality >= CHI_SQUARE; }
 
-// Whether hydrogen i is nothing but a hydrogen.
+// Whether atom i is a hydrogen with one neighbour and nothing else about it.
+static int is_plain_hydrogen(const ChemMol *m, int i) {
+    const ChemAtom *a = &m->atoms[i];
+    return a->z == 1 && !a->isotope && !a->query && mol_degree(m, i) == 1;
+}
+
+// Whether hydrogen i is nothing but a hydrogen, as far as its neighbour goes.
 // RDKit: shouldRemoveH
 static int is_removable_hydrogen(const ChemMol *m, int i) {
-    const ChemAtom *a = &m->atoms[i];
-    if (a->z != 1 || a->isotope || mol_degree(m, i) != 1) return 0;
     int j = m->first[i]->atom;
     const ChemAtom *heavy = &m->atoms[j];
     if (heavy->z <= 1 || is_nontetrahedral(heavy)) return 0;
     if (mol_degree(m, j) != 2 || m->first[i]->bond->direction == DIR_NONE) return 1;
     return m->first[j][0].bond->order != ORDER_DOUBLE && m->first[j][1].bond->order != ORDER_DOUBLE;
+}
+
+// Marks in keep the atoms with a role in an S group: at a bond across its boundary, for attachment.
+// Returns 1 at a bond of a group that has none of its atoms: there RDKit gives up, if it has to ask
+// for a hydrogen without a role so far.
+// RDKit: shouldRemoveH
+static int mark_sgroup_roles(ChemMol *m, uint8_t *keep) {
+    for (const SGroup *g = m->sgroups; g < m->sgroups + m->n_sgroups; g++) {
+        if (!spend(&m->arena, m->n_atoms + m->n_bonds)) return 0;
+        for (int b = 0; b < m->n_bonds; b++) {
+            int ends = g->bonds[b] ? sgroup_ends(m, g, b) : 2;
+            if (ends == 0) return 1;
+            if (ends == 1) keep[m->bonds[b].begin] = keep[m->bonds[b].end] = 1;
+        }
+        for (int i = 0; i < m->n_atoms; i++) keep[i] |= g->atoms[i] & SG_ATTACH;
+    }
+    return 0;
+}
+
+// Hydrogens that would leave an S group without atoms stay: their to[] becomes 0.
+// RDKit: filter_sgroup_emptying_hydrogens
+static void keep_sgroups_filled(ChemMol *m, int *to) {
+    for (const SGroup *g = m->sgroups; g < m->sgroups + m->n_sgroups; g++) {
+        int stay = !spend(&m->arena, m->n_atoms);
+        for (int i = 0; i < m->n_atoms; i++) stay |= (g->atoms[i] & SG_IN) && to[i] >= 0;
+        for (int i = 0; i < m->n_atoms && !stay; i++)
+            if (g->atoms[i] & SG_IN) to[i] = 0;
+    }
 }
 
 // The neighbour's hydrogen must be counted as explicit where it would not come back by itself: if
@@ -1756,13 +2029,25 @@ static void compact(ChemMol *m, const int *to) {
 // Removes every hydrogen that is nothing but one, the last first, as the order decides what the
 // chirality of a centre with several of them becomes. count_all: see must_count_hydrogen().
 // RDKit: MolOps::removeHs
-static void remove_hydrogens(ChemMol *m, int count_all) {
+static int remove_hydrogens(ChemMol *m, int count_all, Fault *fault) {
     int n = m->n_atoms, kept = 0, *to = arena_ints(&m->arena, n);
-    for (int i = 0; i < n; i++) to[i] = is_removable_hydrogen(m, i) ? -1 : kept++;
-    if (kept == n) return;
+    uint8_t *keep = arena_flags(&m->arena, n);
+    int outside = mark_sgroup_roles(m, keep);
+    for (int i = 0; i < n; i++) {
+        int plain = is_plain_hydrogen(m, i) && !keep[i];
+        if (plain && outside)
+            return fault_at(fault, 0, 0, "malformed S group",
+                            "an S group has a bond of which neither atom is in it");
+        to[i] = plain && is_removable_hydrogen(m, i) ? -1 : 0;
+    }
+    keep_sgroups_filled(m, to);
+    for (int i = 0; i < n; i++)
+        if (to[i] >= 0) to[i] = kept++;
+    if (kept == n) return 0;
     for (int i = n - 1; i >= 0; i--)
         if (to[i] < 0) remove_hydrogen(m, i, count_all);
     compact(m, to);
+    return 0;
 }
 
 // =================================================================================================
@@ -3374,7 +3659,7 @@ static void sort_entries(CipEntry *entries, int n) {
 // Returns its length.
 // RDKit: iterateCIPRanks
 static int neighbour_list(ChemMol *m, int i, const int *rank, int *list) {
-    int n = 0, hydrogens = atom_hydrogens(&m->atoms[i]), at = 0;
+    int n = 0, at = 0, hydrogens = m->atoms[i].query ? 0 : atom_hydrogens(&m->atoms[i]);
     for (Link *l = m->first[i]; l < m->first[i + 1] && spend(&m->arena, n - at); l++) {
         int j = l->atom, count = twice_order(l->bond), degree = mol_degree(m, j);
         if (l->bond->order == ORDER_DOUBLE && m->atoms[j].z == 15 && (degree == 3 || degree == 4))
@@ -3836,6 +4121,45 @@ static void apply_valence_fields(ChemMol *m) {
     }
 }
 
+// Applies the S groups of Marvin's data and takes them off the list, by their place among the
+// others, which is wrong if some of these stand before: MRV_COORDINATE_BOND_TYPE makes a bond
+// without order dative, MRV_IMPLICIT_H states hydrogens of atoms with aromatic bonds. Bonds that
+// are queries yet are refused.
+// RDKit: processSGroups, processMrvCoordinateBond, processMrvImplicitH
+static int apply_sgroups(ChemMol *m, Fault *fault) {
+    int v, n_gone = 0, *gone = arena_ints(&m->arena, m->n_sgroups);
+    for (int k = 0; k < m->n_sgroups; k++) {
+        const SGroup *g = &m->sgroups[k];
+        int dative = span_is(g->field, "MRV_COORDINATE_BOND_TYPE");
+        Span data = dative ? g->data : g->hydrogens;
+        if (!span_is(g->type, "DAT")) continue;
+        if (!dative && !span_is(g->field, "MRV_IMPLICIT_H")) {
+            if (g->data.n && (span_is(g->query, "SQ") || span_is(g->query, "SMARTSQ")))
+                return fault_at(fault, 0, 0, QUERY, "the query of an S group is not supported");
+            continue;
+        }
+        gone[n_gone] = k - n_gone;
+        n_gone++;
+        if (!loose_int(data, &v) || (dative && data.p && memchr(data.p, '-', (size_t)data.n)))
+            return fault_at(fault, 0, 0, "malformed S group", "expected a number, found \"%.*s\"",
+                            min_int(data.n, 60), data.p);
+        for (int i = 0; i < m->n_atoms && !dative && data.p && spend(&m->arena, 1); i++)
+            if ((g->atoms[i] & SG_IN) && is_aromatic_atom(m, i))
+                m->atoms[i].explicit_h = (uint8_t)v;
+        ChemBond *b = dative && v > 0 && v <= m->n_bonds ? &m->bonds[v - 1] : NULL;
+        if (b && b->order == ORDER_NONE)
+            *b = (ChemBond){.begin = b->begin, .end = b->end, .order = ORDER_DATIVE};
+    }
+    while (n_gone) {
+        SGroup *at = m->sgroups + gone[--n_gone];
+        memmove(at, at + 1, (size_t)(m->sgroups + m->n_sgroups-- - at - 1) * sizeof *at);
+    }
+    for (const ChemBond *b = m->bonds; b < m->bonds + m->n_bonds; b++)
+        if (b->query_line)
+            return fault_at(fault, b->query_line, 0, QUERY, "a query bond is not supported");
+    return 0;
+}
+
 // Common first steps: adjacency, and whether anything is aromatic.
 static int first_steps(ChemMol *m, Fault *fault) {
     int bad;
@@ -3879,10 +4203,11 @@ static int perceive(ChemMol *m, int keep_hydrogens, int largest_fragment, int ma
                     Fault *fault) {
     if (first_steps(m, fault)) return -1;
     if (m->has_xyz) apply_valence_fields(m);
+    if (apply_sgroups(m, fault)) return -1;
     if (!m->is_3d && m->wedged && chirality_from_wedges(m, fault)) return -1;
     update_valences(m);
     if (m->is_3d) chirality_from_3d(m);
-    if (!keep_hydrogens) remove_hydrogens(m, !m->has_xyz);
+    if (!keep_hydrogens && remove_hydrogens(m, !m->has_xyz, fault)) return -1;
     if (largest_fragment) keep_largest_fragment(m);
     if (m->n_atoms > max_atoms)
         return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
