@@ -32,6 +32,7 @@
 // have none. Records that RDKit reads and this program refuses, with a reason:
 //
 //    query features, R-groups, rare properties  of mol blocks: they describe no single molecule
+//    DEFAULT lines of V3000 S groups
 //    rare chirality classes                     @AL, @SP, @TB, @OH in SMILES
 //    rings too intricate                        cages whose rings need RDKit's fallback searches
 //    too intricate                              more work or memory than one record may take
@@ -296,6 +297,8 @@ typedef struct {
     int *atom_rings;        // number of rings an atom is in
     RingList rings;
     int has_xyz, is_3d, wedged;
+    int is_smiles, redrawn; // bond directions are those of coordinates (or none), not of the text
+    unsigned unread;        // parts of a CXSMILES extension, see CX_PARTS
     int stereo;             // one of TAG_KINDS
     int any_aromatic;       // 0: no atom or bond is, no need to look
     int had_aromatic;       // the input had some
@@ -307,7 +310,8 @@ static void mol_clear(ChemMol *m) {
     arena_reset(&m->arena);
     m->n_atoms = m->n_bonds = m->n_sgroups = m->sgroup_room = 0;
     m->sgroups = NULL;
-    m->has_xyz = m->is_3d = m->wedged = m->had_aromatic = 0;
+    m->has_xyz = m->is_3d = m->wedged = m->had_aromatic = m->is_smiles = m->redrawn = 0;
+    m->unread = 0;
     m->any_aromatic = 1;
     m->rings = (RingList){0};
 }
@@ -634,7 +638,9 @@ static int parse_whole(Span s, int *value) {
 //   Many programs write such blocks and few write them by the book, so what is accepted here is
 //   what RDKit accepts in its strict mode, down to columns that are blank or run into each other.
 //   Refused is what RDKit reads as a query: atom lists, R-groups, "any" atoms and bonds, conditions
-//   on hydrogens, rings or neighbours. They stand for many molecules, a dataset holds single ones.
+//   on rings or neighbours. They stand for many molecules, a dataset holds single ones. The hydrogen
+//   counts of V2000 are queries, too, but common ones: a count takes an atom's implicit hydrogens
+//   away, and a hydrogen that has one stays an atom.
 // =================================================================================================
 
 enum { RAW_ATOMS_MAX = 65535, RAW_BONDS_MAX = 4 * RAW_ATOMS_MAX };  // before hydrogens are removed
@@ -1366,7 +1372,7 @@ static int read_mol_block(ChemMol *m, Lines *rest, Span *title, Fault *fault) {
     int tagged_3d = line.n >= 22 && line.p[20] == '3' && (line.p[21] == 'D' || line.p[21] == 'd');
     next_line(&b.in, &line);
     if (counts_line(&b, &v3000) || (v3000 ? v3_body(&b) : v2_body(&b))) return -1;
-    m->has_xyz = 1;
+    m->has_xyz = m->redrawn = 1;
     m->is_3d = tagged_3d && m->n_atoms > 0;
     for (int i = 0; i < m->n_atoms && !m->is_3d; i++) m->is_3d = m->xyz[i][2] != 0.0;
     *rest = b.in;
@@ -1375,14 +1381,17 @@ static int read_mol_block(ChemMol *m, Lines *rest, Span *title, Fault *fault) {
 
 // =================================================================================================
 // 6 SMILES: OpenSMILES with what RDKit adds to it: dative bonds -> and <-, ring numbers %(123),
-//   atoms [#6], any-bond ~. Names and CXSMILES extensions behind a blank are not read.
+//   atoms [#6], any-bond ~, and of a CXSMILES extension, |...| behind a blank, what features show:
+//
+//     ^1:0,2  radicals     C:0.1 H:0.1  dative and hydrogen bonds     (x,y,z;x,y,z)  coordinates
+//     w:0.1  wavy bonds, wU: and wD: wedges     c:2 t:2 ctu:2  double bonds
 // =================================================================================================
 
 // A bond symbol as read; no symbol is an unspecified bond without direction.
 typedef struct { uint8_t order, direction, unspecified, reversed; } BondSymbol;
 
 // A ring number at an atom. Bonds are made of pairs of them when all atoms are there.
-typedef struct { int atom, number, column, bond; BondSymbol symbol; } RingMark;
+typedef struct { int atom, number, column, bond, chain; BondSymbol symbol; } RingMark;
 
 typedef struct {
     ChemMol *m;
@@ -1583,7 +1592,7 @@ static int smiles_ring_mark(SmilesReader *s, BondSymbol symbol) {
     if (number < 0 || !spend(&s->m->arena, 1)) return -1;
     if (s->n_marks == s->mark_room)
         s->marks = arena_grow(&s->m->arena, s->marks, &s->mark_room, sizeof *s->marks);
-    s->marks[s->n_marks++] = (RingMark){i, number, column, -1, symbol};
+    s->marks[s->n_marks++] = (RingMark){i, number, column, -1, s->m->n_bonds, symbol};
     ChemAtom *a = &s->m->atoms[i];
     if (i == s->m->n_atoms - 1 || a->chirality == CHI_NONE) return 0;
     for (int b = s->m->n_bonds - 1; b >= 0 && spend(&s->m->arena, 1); b--)
@@ -1689,9 +1698,166 @@ static int smiles_step(SmilesReader *s) {
     return 0;
 }
 
-// Reads a SMILES (without what may follow it) into m.
+// ---- CXSMILES
+
+// What of an extension is not read, by the letters it begins with.
+static const struct { const char *begin, *what; } CX_PARTS[] = {
+    {"$", "atom labels"}, {"atomProp:", "atom properties"}, {"a", "stereo groups"},
+    {"o", "stereo groups"}, {"&", "stereo groups"}, {"rb", "conditions"}, {"u", "conditions"},
+    {"s", "conditions"}, {"LN", "link nodes"}, {"m", "bonds of no one place"}, {"Sg", "S groups"}};
+
+enum { N_CX_PARTS = sizeof CX_PARTS / sizeof CX_PARTS[0] };
+
+// The fault of an extension, whose text the reader is at.
+static int cx_fault(SmilesReader *s) {
+    return fault_at(s->fault, 1, 0, "malformed CXSMILES extension",
+                    "malformed CXSMILES extension at \"%.*s\"",
+                    min_int(max_int(s->n - s->pos, 0), 40), s->text + min_int(s->pos, s->n));
+}
+
+// The bonds in the order of the text, a ring's where it is closed. Sorts the marks anew.
+static int *bonds_as_written(SmilesReader *s) {
+    int n = 0, chain = 0, *order = arena_ints(&s->m->arena, s->m->n_bonds);
+    uint8_t *open = arena_flags(&s->m->arena, s->m->n_bonds);
+    for (int k = 0; k < s->n_marks; k++) s->marks[k].number = 0;
+    if (s->n_marks) qsort(s->marks, (size_t)s->n_marks, sizeof *s->marks, compare_marks);
+    for (int k = 0; k < s->n_marks; k++) {
+        while (chain < s->marks[k].chain) order[n++] = chain++;
+        open[s->marks[k].bond] ^= 1;
+        if (!open[s->marks[k].bond]) order[n++] = s->marks[k].bond;
+    }
+    while (n < s->m->n_bonds) order[n++] = chain++;
+    return order;
+}
+
+// Passes over text up to one of these characters. Returns it, 0 at the end.
+static int cx_pass(SmilesReader *s, const char *stops) {
+    while (s->pos < s->n && !strchr(stops, s->text[s->pos])) s->pos++;
+    return smiles_peek(s, 0);
+}
+
+// An index at the cursor into *v; 0 if there is none.
+static int cx_index(SmilesReader *s, int *v) {
+    int start = s->pos;
+    *v = leading_int((Span){s->text + s->pos, s->n - s->pos}, 0);
+    while (isdigit(smiles_peek(s, 0))) s->pos++;
+    return s->pos > start;
+}
+
+// Coordinates behind their parenthesis: x,y,z;x,y,z). Any may lack; the first set counts.
+// RDKit: parse_coords
+static int cx_coordinates(SmilesReader *s) {
+    ChemMol *m = s->m;
+    int i = 0, axis = 0, stop;
+    if (!m->has_xyz) memset(m->xyz, 0, (size_t)m->n_atoms * sizeof *m->xyz);
+    do {
+        Span number = {s->text + s->pos, s->pos};
+        stop = cx_pass(s, ",;)");
+        number.n = s->pos++ - number.n;
+        for (int k = 0, dots = 0; k < number.n && i < m->n_atoms && axis < 3; k++)
+            if (!strchr("0123456789+-.eE", number.p[k]) || (number.p[k] == '.' && dots++) ||
+                (number.p[k] < '.' && k && number.p[k - 1] < 'E'))
+                return cx_fault(s);
+        if (i < m->n_atoms && axis < 3 && number.n && !m->has_xyz) {
+            m->xyz[i][axis] = parse_decimal(number);
+            m->is_3d |= axis == 2 && m->xyz[i][2] != 0;
+        }
+        axis = stop == ',' ? axis + 1 : 0;
+        i += stop == ';';
+    } while (stop == ',' || stop == ';');
+    m->has_xyz = 1;
+    return stop ? 0 : cx_fault(s);
+}
+
+// Lists of atoms and bonds, each led by a letter and a colon: radicals ^n:, which `kind` is; dative
+// and hydrogen bonds C: and H: (atom.bond, from the atom); wavy ones w: and wedges wU: wD:; double
+// bonds c: t: and (a) ctu:. `bonds` is their order. Indices that are too large are passed over.
+// RDKit: parse_coordinate_bonds, parse_radicals, parse_wedged_bonds, parse_doublebond_stereo
+static int cx_list(SmilesReader *s, int kind, const int *bonds, uint8_t *wedged) {
+    ChemMol *m = s->m;
+    int i = 0, b = 0, marks_bond = strchr("CHwUD", kind) != NULL;
+    int of_bond = kind == 'c' || kind == 't' || kind == 'a';
+    if (of_bond) cx_pass(s, ":");
+    if (!smiles_take(s, ":")) return cx_fault(s);
+    if (kind < '9' && (kind < '1' || kind > '7' || !isdigit(smiles_peek(s, 0)))) return cx_fault(s);
+    while (isdigit(smiles_peek(s, 0))) {
+        cx_index(s, of_bond ? &b : &i);
+        if (marks_bond && (!smiles_take(s, ".") || !cx_index(s, &b))) return cx_fault(s);
+        smiles_take(s, ",");
+        if (i >= m->n_atoms || ((marks_bond || of_bond) && b >= m->n_bonds)) continue;
+        if (kind < '9' && m->atoms[i].z)
+            m->atoms[i].radicals = (uint8_t)(kind == '1' ? 1 : kind < '5' ? 2 : 3);
+        if (kind < '9') continue;
+        ChemBond *bond = &m->bonds[bonds[b]];
+        int single = bond->order == ORDER_SINGLE;
+        if (of_bond) {
+            if (mol_degree(m, bond->begin) < 2 || mol_degree(m, bond->end) < 2) continue;
+            bond->stereo = kind == 'c' ? STEREO_CIS : kind == 't' ? STEREO_TRANS : STEREO_ANY;
+            m->redrawn = 1;
+            continue;
+        }
+        if ((bond->begin != i && bond->end != i) || (strchr("wUD", kind) && wedged[bonds[b]]++))
+            return cx_fault(s);
+        bond->end = bond_other(bond, i);
+        bond->begin = i;
+        if (kind == 'C') bond->order = ORDER_DATIVE;
+        else if (kind == 'H') bond->order = ORDER_HYDROGEN;
+        else bond->direction = kind == 'w' ? DIR_UNKNOWN : kind == 'U' ? DIR_WEDGE : DIR_DASH;
+        if (kind == 'w' && single) m->atoms[i].chirality = CHI_NONE, m->redrawn = 1;
+        if (kind == 'U' || kind == 'D') m->wedged |= single;
+    }
+    return 0;
+}
+
+// A part that is not read: passes over what could be taken for another one.
+// RDKit: parse_atom_labels, parse_atom_props, parse_data_sgroup, parse_polymer_sgroup
+static int cx_skip(SmilesReader *s, int part) {
+    s->m->unread |= 1u << part;
+    if (part == 0) return cx_pass(s, "$") ? s->pos++, 0 : cx_fault(s);
+    if (part == 1) return cx_pass(s, "|,"), 0;
+    if (part == N_CX_PARTS - 1) {
+        int data = smiles_take(s, "D");
+        if (smiles_take(s, "H")) return 0;
+        for (int k = data ? 7 : 2; k > 0 && cx_pass(s, ":"); k--) s->pos++;
+        while (!data && (isdigit(smiles_peek(s, 0)) || smiles_peek(s, 0) == ',')) s->pos++;
+        for (int k = data ? 2 : 0; k < 2 && smiles_take(s, ":"); k++) cx_pass(s, k ? ":|," : ":|");
+        if (data && smiles_take(s, "(")) cx_pass(s, ")");
+        return 0;
+    }
+    while (part > 2 && part < 5 && isdigit(smiles_peek(s, 0))) s->pos++;
+    return smiles_take(s, ":") ? 0 : cx_fault(s);
+}
+
+// Reads an extension, |...|, and returns its length, or -1.
+// RDKit: parse_it
+static int read_extension(SmilesReader *s, Span text) {
+    const int *bonds = bonds_as_written(s);
+    uint8_t *wedged = arena_flags(&s->m->arena, s->m->n_bonds);
+    s->text = text.p;
+    s->n = text.n;
+    for (s->pos = 1; !smiles_take(s, "|");) {
+        int part = 0, failed = 0;
+        while (part < N_CX_PARTS && !smiles_take(s, CX_PARTS[part].begin)) part++;
+        int c = smiles_peek(s, 0);
+        if (s->pos >= s->n) return cx_fault(s);
+        else if (part < N_CX_PARTS) failed = cx_skip(s, part);
+        else if (smiles_take(s, "(")) failed = cx_coordinates(s);
+        else if (smiles_take(s, "ctu")) failed = cx_list(s, 'a', bonds, wedged);
+        else if (smiles_take(s, "wU") || smiles_take(s, "wD"))
+            failed = cx_list(s, s->text[s->pos - 1], bonds, wedged);
+        else if (smiles_take(s, "^"))
+            s->pos++, failed = cx_list(s, isdigit(smiles_peek(s, -1)) ? smiles_peek(s, -1) : '0',
+                                       bonds, wedged);
+        else if (strchr("CHwct", c)) s->pos++, failed = cx_list(s, c, bonds, wedged);
+        else s->pos++;
+        if (failed) return -1;
+    }
+    return s->pos;
+}
+
+// Reads a SMILES into m, and its extension if there is one, which becomes what follows it.
 // RDKit: SmilesToMol, SmilesParseOps::SetUnspecifiedBondTypes
-static int read_smiles(ChemMol *m, Span text, Fault *fault) {
+static int read_smiles(ChemMol *m, Span text, Span *extension, Fault *fault) {
     SmilesReader s = {.m = m, .fault = fault, .text = text.p, .n = text.n};
     if (text.n == 0) return fault_at(fault, 1, 1, "no atoms", "the SMILES is empty");
     if ((s.active = smiles_atom(&s)) < 0) return -1;
@@ -1711,7 +1877,11 @@ static int read_smiles(ChemMol *m, Span text, Fault *fault) {
         s.columns[2 * r->bond + (m->bonds[r->bond].begin != r->atom)] = r->column + 1;
     for (int i = 0; i < m->n_atoms; i++)
         if (m->atoms[i].chirality != CHI_NONE) smiles_fix_chirality(&s, i);
-    return 0;
+    m->is_smiles = 1;
+    if (!extension || !extension->n) return 0;
+    int n = read_extension(&s, *extension);
+    *extension = (Span){extension->p + max_int(n, 0), extension->n - max_int(n, 0)};
+    return min_int(n, 0);
 }
 
 // =================================================================================================
@@ -1929,8 +2099,12 @@ static int is_removable_hydrogen(const ChemMol *m, int i) {
     int j = m->first[i]->atom;
     const ChemAtom *heavy = &m->atoms[j];
     if (heavy->z <= 1 || is_nontetrahedral(heavy)) return 0;
-    if (mol_degree(m, j) != 2 || m->first[i]->bond->direction == DIR_NONE) return 1;
-    return m->first[j][0].bond->order != ORDER_DOUBLE && m->first[j][1].bond->order != ORDER_DOUBLE;
+    if (mol_degree(m, j) != 2) return 1;
+    for (Link *l = m->first[j]; l < m->first[j + 1]; l++)
+        if (l->bond->order == ORDER_DOUBLE && (m->first[i]->bond->direction != DIR_NONE ||
+                (l->bond->stereo > STEREO_NONE && l->bond->stereo < STEREO_ANY)))
+            return 0;
+    return 1;
 }
 
 // Marks in keep the atoms with a role in an S group: at a bond across its boundary, for attachment.
@@ -4204,10 +4378,10 @@ static int perceive(ChemMol *m, int keep_hydrogens, int largest_fragment, int ma
     if (first_steps(m, fault)) return -1;
     if (m->has_xyz) apply_valence_fields(m);
     if (apply_sgroups(m, fault)) return -1;
-    if (!m->is_3d && m->wedged && chirality_from_wedges(m, fault)) return -1;
+    if (m->has_xyz && !m->is_3d && m->wedged && chirality_from_wedges(m, fault)) return -1;
     update_valences(m);
     if (m->is_3d) chirality_from_3d(m);
-    if (!keep_hydrogens && remove_hydrogens(m, !m->has_xyz, fault)) return -1;
+    if (!keep_hydrogens && remove_hydrogens(m, m->is_smiles, fault)) return -1;
     if (largest_fragment) keep_largest_fragment(m);
     if (m->n_atoms > max_atoms)
         return fault_at(fault, 0, 0, "too many atoms", "%d atoms, --max-atoms is %d", m->n_atoms,
@@ -4216,10 +4390,8 @@ static int perceive(ChemMol *m, int keep_hydrogens, int largest_fragment, int ma
         return fault_at(fault, 0, 0, "too many bonds", "%d bonds, a dataset takes at most %d",
                         m->n_bonds, MAX_BONDS);
     if (sanitize(m, fault)) return -1;
-    if (m->has_xyz) {
-        clear_wedges(m);
-        directions_from_coordinates(m);
-    }
+    if (m->redrawn) clear_wedges(m);
+    if (m->redrawn && m->has_xyz) directions_from_coordinates(m);
     assign_stereo(m);
     return 0;
 }
@@ -4323,9 +4495,54 @@ static void orient_principal(ChemMol *m) {
     }
 }
 
+typedef struct { double along; int atom; } Along;  // where an atom is in a slanted direction
+
+static int compare_along(const void *a, const void *b) {
+    double x = ((const Along *)a)->along, y = ((const Along *)b)->along;
+    return (x > y) - (x < y);
+}
+
+// Whether two atoms are in one place, to 0.001 Angstrom in each coordinate.
+static int same_place(const ChemMol *m, int i, int j) {
+    Point d = arm(m, i, j);
+    return fabs(d.x) < 1e-3 && fabs(d.y) < 1e-3 && fabs(d.z) < 1e-3;
+}
+
+// Whether the positions are no geometry: all atoms are in one place, or two heavy ones of one
+// fragment, *i and *j, are.
+static int is_no_geometry(ChemMol *m, int *i, int *j) {
+    int n = m->n_atoms, together = 0, *mark = arena_ints(&m->arena, n);
+    int *stack = arena_ints(&m->arena, n);
+    Along *line = arena_take(&m->arena, (size_t)n, sizeof *line);
+    for (int k = 0; k < n; k++) {
+        line[k] = (Along){m->xyz[k][0] + 0.618 * m->xyz[k][1] + 0.414 * m->xyz[k][2], k};
+        together += same_place(m, 0, k);
+    }
+    *i = 0, *j = 1;
+    if (n > 1 && together == n) return 1;
+    qsort(line, (size_t)n, sizeof *line, compare_along);
+    for (int k = 0; k < n; k++)
+        for (int q = k + 1; q < n && line[q].along - line[k].along < 3e-3; q++) {
+            if (!spend(&m->arena, 1)) return 0;
+            *i = min_int(line[k].atom, line[q].atom), *j = max_int(line[k].atom, line[q].atom);
+            if (m->atoms[*i].z < 2 || m->atoms[*j].z < 2 || !same_place(m, *i, *j)) continue;
+            if (!mark[*i]) flood(m, NULL, *i, 1 + *i, mark, stack);
+            if (mark[*j] == mark[*i]) return 1;
+        }
+    return 0;
+}
+
 // Turns a perceived molecule into a record's atoms, bonds and positions. Labels stay to be filled.
+// `note` receives what was left out, if anything was.
 static int fill_molecule(ChemMol *m, Molecule *out, int n_tasks, Span name, int principal,
-                         Fault *fault) {
+                         Fault *note, Fault *fault) {
+    char unread[120] = "";
+    for (int k = 0, n = 0; k < N_CX_PARTS; k++)
+        if (m->unread >> k & 1 && !strstr(unread, CX_PARTS[k].what))
+            n += snprintf(unread + n, sizeof unread - (size_t)n, "%s%s", n ? ", " : "",
+                          CX_PARTS[k].what);
+    if (*unread)
+        fault_at(note, 1, 0, "CXSMILES extensions not read as a whole", "not read: %s", unread);
     int name_length = min_int(name.n, MAX_NAME);
     molecule_resize(out, m->n_atoms, m->n_bonds, n_tasks, name_length);
     if (name_length) memcpy(out->name, name.p, (size_t)name_length);
@@ -4337,8 +4554,14 @@ static int fill_molecule(ChemMol *m, Molecule *out, int n_tasks, Span name, int 
     }
     out->has_pos = m->has_xyz && m->is_3d;
     if (!out->has_pos) return 0;
+    int i, j;
+    if (is_no_geometry(m, &i, &j)) {
+        fault_at(note, 0, 0, "positions left out: no geometry", "atoms %d and %d are in one place",
+                 i + 1, j + 1);
+        return out->has_pos = 0;
+    }
     if (principal) orient_principal(m);
-    for (int i = 0; i < m->n_atoms; i++)
+    for (i = 0; i < m->n_atoms; i++)
         for (int k = 0; k < 3; k++) {
             float x = (float)m->xyz[i][k];
             if (!(fabsf(x) <= 1e6f))
@@ -4626,6 +4849,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->surplus += o->surplus;
             sum->mixtures += o->mixture;
             if (c->labels.n_rows) c->labels.used[o->side_row] = 1;
+            if (o->note.kind) count_fault(sum, s, s->line, &o->note, 1);
             for (int t = 0; t < c->n_tasks; t++, label += 4)
                 tally_value(&sum->tally[t], get_f32(label));
             for (int j = 0; j < o->n_odd; j++)
@@ -4635,7 +4859,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             else dataset_append(&out->writer, record, o->size, number);
         } else if (!o->none) {
             if (c->opt->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
-            count_fault(sum, s, s->line, &o->fault);
+            count_fault(sum, s, s->line, &o->fault, 0);
             write_reject(&sum->rejects, number, (const char *)record, o->size,
                          s->line + max_int(o->fault.line, 1) - 1, o->fault.text);
             if (out->n_parts == 1)

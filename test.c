@@ -1444,6 +1444,7 @@ static void test_sensitivity(const char *golden_path) {
 #include "tests/runs.h"       // seeds, resumed runs, what two runs may share
 #include "tests/chemistry.h"  // molecules and what RDKit says of them
 #include "tests/judging.h"    // labels of any scale, sets that cannot judge, numbers that are none
+#include "tests/sgroups.h"    // S groups, hydrogen counts, CXSMILES, positions that are none
 #include "tests/prep.h"       // faults, hostile records and files, fields, splits, threads
 #include "tests/stereo.h"     // features and predictions do not depend on the order of atoms
 #include "tests/tables.h"     // tables and labels as people have them
@@ -1499,6 +1500,7 @@ int main(int argc, char **argv) {
                      {"checkpoint", test_checkpoint},
                      {"data_prep", test_data_prep},
                      {"stereo", test_stereo},
+                     {"S groups", test_sgroups},
                      {"tables", test_tables},
                      {"messages", test_messages},
 #if MB_POSIX

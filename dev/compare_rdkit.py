@@ -80,8 +80,10 @@ def records_of(path, smiles_column):
             yield from sdf_records(stream)
         elif kind == "smi":
             for line in stream:
-                if line.strip():
-                    yield line.split()[0]
+                fields = line.split(None, 1)
+                if fields:  # with its CXSMILES extension, if it has one
+                    yield fields[0] + (" " + fields[1].rstrip() if fields[1:] and
+                                       fields[1].startswith("|") else "")
         else:
             rows = csv.reader(stream, delimiter="\t" if kind == "tsv" else ",")
             header = next(rows)
@@ -192,8 +194,10 @@ def differences(ref, ours, compare_pos):
     if compare_pos:
         # A file may hold a flat drawing: whether those are positions is data_prep's choice, so
         # their absence is a difference only if some coordinate leaves the plane.
+        # Nor are positions a geometry if two atoms are in one place: then data_prep leaves them out.
         if ours["pos"] is None:
-            if pos is not None and np.any(pos[:, 2] != 0):
+            if pos is not None and np.any(pos[:, 2] != 0) and len(
+                    np.unique(np.round(pos, 3), axis=0)) == len(pos):
                 found["positions"] = "RDKit has positions, ours has none"
         elif pos is None:
             found["positions"] = "ours has positions, RDKit has none"

@@ -141,7 +141,7 @@ static int find_smiles(const Span *cells, int n) {
         mol_clear(&m);
         Span cell = trim(cells[k]);
         int longer = cell.n > (best < 0 ? 1 : trim(cells[best]).n);
-        if (longer && read_smiles(&m, cell, &fault) == 0) best = k;
+        if (longer && read_smiles(&m, cell, NULL, &fault) == 0) best = k;
     }
     mol_free(&m);
     return best;
@@ -348,6 +348,7 @@ static void survey_source(Conversion *c, Survey *v, Source *s, Record *records) 
 // Skipped records, counted by kind, with the first few of each.
 typedef struct {
     const char *kind;
+    int is_note;             // these records are kept
     int64_t count;
     char *example[EXAMPLES];
 } Reason;
@@ -380,12 +381,13 @@ static char *describe_fault(const Source *s, int64_t line, const Fault *f) {
     return xprintf("%s:%lld: %s", s->path, at, f->text);
 }
 
-// Counts a skipped record and keeps its description if it is one of the first of its kind.
-static void count_fault(Summary *sum, const Source *s, int64_t line, const Fault *f) {
+// Counts a skipped record, or one of which there is something to note, and keeps the description if
+// it is one of the first of its kind.
+static void count_fault(Summary *sum, const Source *s, int64_t line, const Fault *f, int is_note) {
     int k = 0;
     while (k < sum->n_reasons && strcmp(sum->reasons[k].kind, f->kind) != 0) k++;
     if (k == 32) return;
-    if (k == sum->n_reasons) sum->reasons[sum->n_reasons++] = (Reason){.kind = f->kind};
+    if (k == sum->n_reasons) sum->reasons[sum->n_reasons++] = (Reason){f->kind, is_note, 0, {NULL}};
     Reason *r = &sum->reasons[k];
     if (r->count < EXAMPLES) r->example[r->count] = describe_fault(s, line, f);
     r->count++;
@@ -404,9 +406,10 @@ static void print_summary(Summary *sum, int n_sources) {
             (long long)sum->n_atoms);
     if (sum->n_read > sum->n_kept)
         fprintf(stderr, "skipped %lld:\n", (long long)(sum->n_read - sum->n_kept));
-    for (int k = 0; k < sum->n_reasons; k++) {
-        Reason *r = &sum->reasons[k];
-        fprintf(stderr, "%8lld  %s\n", (long long)r->count, r->kind);
+    for (int q = 0; q < 2 * sum->n_reasons; q++) {  // first the skipped ones
+        Reason *r = &sum->reasons[q % sum->n_reasons];
+        if (r->is_note != (q >= sum->n_reasons)) continue;
+        fprintf(stderr, "%s%8lld  %s\n", r->is_note ? "note" : "", (long long)r->count, r->kind);
         for (int e = 0; e < EXAMPLES && e < r->count; e++) {
             fprintf(stderr, "          %s\n", r->example[e]);
             free(r->example[e]);

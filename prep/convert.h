@@ -76,7 +76,7 @@ typedef struct {
     Span name;
     int64_t n_lines;         // line breaks in the record
     ScaffoldKey key;         // for a scaffold split; of a given split, key.a is the part
-    Fault fault;
+    Fault fault, note;       // why it is refused; what was left out of it (kind NULL: nothing)
 } Outcome;
 
 // Line breaks between p and end.
@@ -256,14 +256,16 @@ static void read_tags(const Conversion *c, Worker *w, Lines in, float *labels, S
     }
 }
 
-// Splits "SMILES name" of a .smi line or a CSV cell.
-static void split_smiles(Span line, Span *smiles, Span *name) {
+// Splits "SMILES |extension| name" of a .smi line or a CSV cell. The extension goes on to the end of
+// the line: where it ends read_smiles() finds out.
+static void split_smiles(Span line, Span *smiles, Span *extension, Span *name) {
     Span text = trim(line);
     int k = 0;
     while (k < text.n && text.p[k] != ' ' && text.p[k] != '\t') k++;
     *smiles = (Span){text.p, k};
     *name = trim((Span){text.p + k, text.n - k});
-    if (name->n && name->p[0] == '|') {  // a CXSMILES extension
+    *extension = name->n && name->p[0] == '|' ? *name : (Span){name->p, 0};
+    if (extension->n) {
         const char *close = memchr(name->p + 1, '|', (size_t)name->n - 1);
         *name = close ? trim((Span){close + 1, (int)(name->p + name->n - close) - 1})
                       : (Span){name->p, 0};
@@ -272,7 +274,7 @@ static void split_smiles(Span line, Span *smiles, Span *name) {
 
 // Reads the fields of a CSV row that matter.
 static int read_row(const Source *s, const Record *r, Worker *w, float *labels, Span *smiles,
-                    Span *part, Outcome *o) {
+                    Span *extension, Span *part, Outcome *o) {
     const char *p = r->text, *end = row_end(r);
     int column = 0, found = 0;
     Span field, rest;
@@ -283,7 +285,7 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
         }
         if (column == s->smiles_column) {
             found = 1;
-            split_smiles(field, smiles, &rest);
+            split_smiles(field, smiles, extension, &rest);
         }
         if (column == s->name_column) o->name = trim(field);
         if (column == s->part_column) *part = trim(field);
@@ -300,8 +302,9 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
 static int build_record(const Conversion *c, const Source *s, const Record *r, Worker *w,
                         Lines *in, Outcome *o) {
     ChemMol *m = &w->mol;
-    Span smiles = {"", 0}, title = {"", 0}, part = {"", 0};
+    Span smiles = {"", 0}, extension = {"", 0}, title = {"", 0}, part = {"", 0};
     o->name = (Span){"", 0};
+    o->note.kind = NULL;
     mol_clear(m);
     m->stereo = (int)tag_kind(c->opt);
     if (r->kind == RECORD_TOO_LONG)
@@ -322,12 +325,15 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
         if (c->n_tasks || c->opt->name || c->part_column) read_tags(c, w, *in, labels, &part, o);
     } else {
         if (s->format == FORMAT_SMI) {
-            split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &o->name);
-        } else if (read_row(s, r, w, labels, &smiles, &part, o)) {
+            split_smiles((Span){r->text, (int)(row_end(r) - r->text)}, &smiles, &extension,
+                         &o->name);
+        } else if (read_row(s, r, w, labels, &smiles, &extension, &part, o)) {
             return -1;
         }
+        int extended = extension.n && s->format == FORMAT_SMI;
         if (!o->name.n && s->name_column < 0) o->name = smiles;
-        if (read_smiles(m, smiles, &o->fault)) return -1;
+        if (read_smiles(m, smiles, &extension, &o->fault)) return -1;
+        if (extended && trim(extension).n) o->name = trim(extension);
     }
     if (table_find(&c->skips, o->name, r->number))
         return fault_at(&o->fault, 0, 0, SKIP_LISTED, "%s names it", c->skips.path);
@@ -336,7 +342,8 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
     int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
     if (perceive(m, c->opt->keep_hydrogens, c->opt->largest_fragment, (int)c->opt->max_atoms,
                  &o->fault)) return -1;
-    if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, principal, &o->fault)) return -1;
+    if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, principal, &o->note,
+                      &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;
     o->molecule = graph_key(m, 0).a;

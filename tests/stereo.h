@@ -184,11 +184,11 @@ static uint64_t stereo_read(Worker *w, const char *text, int is_block, int stere
     mol_clear(m);
     m->stereo = stereo;
     int failed = is_block ? read_mol_block(m, &in, &title, &fault)
-                          : read_smiles(m, (Span){text, (int)strlen(text)}, &fault);
+                          : read_smiles(m, (Span){text, (int)strlen(text)}, NULL, &fault);
     if (!failed) stereo_shuffle(m, seed);
     if (!failed && mirrored) stereo_mirror(m);
     failed = failed || perceive(m, 0, 0, MAX_ATOMS, &fault) ||
-             fill_molecule(m, &w->molecule, 0, title, 0, &fault);
+             fill_molecule(m, &w->molecule, 0, title, 0, &fault, &fault);
     if (failed) test_check(0, "%s: %s", text, fault.text);
     return failed ? 0 : stereo_key(&w->molecule);
 }
