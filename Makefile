@@ -42,7 +42,7 @@ PREP = $(wildcard prep/*.h)
 ALL = $(WARN) $(FAST) $(ARCH) $(OMPFLAGS) $(CFLAGS)
 
 all: moleblend data_prep train.bin valid.bin
-	@echo "built with $(CC), $(if $(OMPFLAGS),OpenMP,one thread (no OpenMP found: install libomp, or use gcc)). Next: ./moleblend train.bin"
+	@echo "built with $(CC), $(if $(OMPFLAGS),OpenMP,one thread ($(if $(filter 0,$(OMP)),OMP=0,no OpenMP found: install libomp, or use gcc))). Next: ./moleblend train.bin"
 
 moleblend: moleblend.c $(COMMANDS) $(LIB)
 	$(CC) $(ALL) moleblend.c -o $@ $(LIBS)

@@ -4796,7 +4796,7 @@ static void output_finish(Output *out, const Conversion *c, Summary *sum) {
     }
     check_parts(part, n, out->n_parts, group);
     print_twins(sum->twins, n, part);
-    write_parts(&out->pool, part, out->n_parts, opt->output, c);
+    write_parts(&out->pool, part, out->n_parts, opt->output, c, &out->writer);
     out_discard(&out->pool.file);
     free(out->pool.key);
     free(order);
@@ -4862,8 +4862,7 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             count_fault(sum, s, s->line, &o->fault, 0);
             write_reject(&sum->rejects, number, (const char *)record, o->size,
                          s->line + max_int(o->fault.line, 1) - 1, o->fault.text);
-            if (out->n_parts == 1)
-                dataset_skip(&out->writer, number, (const char *)record, o->size, o->fault.text);
+            dataset_skip(&out->writer, number, (const char *)record, o->size, o->fault.text);
         }
         s->line += o->n_lines;
     }

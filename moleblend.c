@@ -2108,6 +2108,7 @@ static void gradients(double loss[LOSSES], Step *s) {
 }
 
 #include "commands/head.h"  // task_gradients(): the same with the head of fine-tuning
+#include "lib/finite.h"     // finite_check(): what was first to be no number
 #include "lib/ranks.h"      // my_rank, all_ranks: who takes which part
 
 // ---- a batch in parts of s->part molecules, which need less memory; each by another rank, if
@@ -2165,6 +2166,7 @@ static double training_step(double loss[LOSSES], Step *s, idx n, const Given *gi
         memcpy(s->batch.count, count, sizeof count);
         if (s->task) task_gradients(part_loss + k * LOSSES, s);
         else gradients(part_loss + k * LOSSES, s);
+        finite_check(s, part_loss + k * LOSSES, 0);
         if (parts > 1) part_add(s, k, parts);
     }
     pieces_wait();
@@ -2492,7 +2494,7 @@ static const Option OPTIONS[] = {
          FINETUNE | SHAPES),
     TEXT("--readout", readout, "NAME", "mean, sum or cls (default mean; embed: as fine-tuned)",
          FINETUNE | EMBED | SHAPES),
-    TEXT("--level", level, "NAME", "a vector a molecule, or an atom", EMBED),
+    TEXT("--level", level, "NAME", "a vector a molecule, or an atom (whose: FILE.index.npy)", EMBED),
     WHOLE("--layer", layer, -1, MAX_LAYERS, "output of this layer; 0: its input, -1: the last",
           EMBED),
     TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",
@@ -2671,7 +2673,9 @@ static void mean_losses(double loss[LOSSES], Run *run, const Dataset *data) {
     free(sums);
 }
 
-// How often each class occurs: those of path lengths, then those of the path slots, slot by slot.
+// How often each class occurs: those of path lengths, then those of the path slots, slot by slot;
+// then what counts in each loss.
+enum { CLASSES = SPD_CLASSES + EDGE_OUTPUTS };
 static void visit_classes(Run *run, size_t first, size_t B, void *result) {
     double *counts = result;
     const Batch *batch = &run->s.batch;
@@ -2683,26 +2687,27 @@ static void visit_classes(Run *run, size_t first, size_t B, void *result) {
         class = batch->spd_target[k / PATH_BONDS];
         if (class >= 0 && slot == 0) counts[class] += 1;
     }
+    for (int k = 0; k < LOSSES; k++) counts[CLASSES + k] += batch->count[k];
 }
 
 // What a predictor without knowledge scores on `data`: for SPD and edges one that knows the class
-// frequencies of (4096 molecules of) the training set, 1 for the cosine losses.
+// frequencies of (4096 molecules of) the training set, 1 for the cosine losses; 0: nothing counts.
 static void chance_losses(double chance[LOSSES], Run *run, const Dataset *data) {
-    double known[SPD_CLASSES + EDGE_OUTPUTS] = {0}, seen[SPD_CLASSES + EDGE_OUTPUTS] = {0};
-    double sum[LOSSES] = {0, 1, 0, 0, 1}, count[LOSSES] = {0, 1, 0, 0, 1};
+    double known[CLASSES + LOSSES] = {0}, seen[CLASSES + LOSSES] = {0};
+    double sum[LOSSES] = {0}, *count = seen + CLASSES;
     visit_batches(run, &run->train, 4096, NULL, USE_SPD, 0, visit_classes, known);
-    visit_batches(run, data, 4096, NULL, USE_SPD, 0, visit_classes, seen);
-    ranks_sum(known, SPD_CLASSES + EDGE_OUTPUTS, sizeof *known);
-    ranks_sum(seen, SPD_CLASSES + EDGE_OUTPUTS, sizeof *seen);
+    visit_batches(run, data, 4096, &opt.blend, 0, 0, visit_classes, seen);
+    ranks_sum(known, CLASSES + LOSSES, sizeof *known);
+    ranks_sum(seen, CLASSES + LOSSES, sizeof *seen);
+    sum[LOSS_NOISE] = count[LOSS_NOISE];
+    sum[LOSS_3D] = count[LOSS_3D];
     for (int group = 0; group <= PATH_BONDS; group++) {  // 0: SPD, then a slot each
         int first = group ? SPD_CLASSES + (group - 1) * EDGE_CLASSES : 0;
-        int end = SPD_CLASSES + group * EDGE_CLASSES, loss = group ? LOSS_EDGE : LOSS_SPD;
+        int end = SPD_CLASSES + group * EDGE_CLASSES;
         double total = 0;
         for (int k = first; k < end; k++) total += known[k] + 1;  // + 1: unseen is not impossible
-        for (int k = first; k < end; k++) {
-            sum[loss] -= seen[k] * log((known[k] + 1) / total);
-            count[loss] += seen[k];
-        }
+        for (int k = first; k < end; k++)
+            sum[group ? LOSS_EDGE : LOSS_SPD] -= seen[k] * log((known[k] + 1) / total);
     }
     loss_means(chance, sum, count, &opt.weights);
 }
@@ -2744,24 +2749,6 @@ static void note_constant(const Run *run, const float *out, size_t n, char *cons
     }
 }
 
-// Dies if a number is not finite, naming what was first to be none in the order of computation: an
-// array of the forward pass (x of a layer is its input), else a gradient; those are made from the
-// end of the table to its start.
-static void check_finite(Run *run, double value) {
-    const Model *model = &run->s.model;
-    char gradient[256] = "the loss itself";
-    if (isfinite(value)) return;
-    for (int i = 0; i < model->n_tensors; i++) {
-        const TensorInfo *t = &model->info[i];
-        for (size_t k = 0; k < t->count; k++)
-            if (!isfinite(model->grads[t->offset + k]))
-                snprintf(gradient, sizeof gradient, "the gradient of %s", t->name);
-    }
-    DIE("step %lld: the loss is no longer a number. In the order of computation the first to be "
-        "none: %s. What was saved before is kept. Try a lower --lr", (long long)run->done + 1,
-        gradient);
-}
-
 // ---- fine-tuning's choice of an epoch
 
 // The number by which epochs are chosen, better when larger: the mean ROC-AUC, or minus the mean
@@ -2774,6 +2761,9 @@ static float selection_metric(float *scale, Run *run, const Dataset *data, doubl
     float *labels, *out = predict_all(&labels, run, data);
     double sum = 0, metric[METRICS];
     labels_judge(labels, data, NULL, NULL);
+    for (size_t k = 0; k < data->count * Y; k++)
+        CHECK(isfinite(out[k]), "%s: molecule %zu: the prediction is no longer a number. What was "
+              "saved before is kept. Try a lower --lr", data->path, k / Y);
     *scale = task->kind == TASK_REGRESSION ? 1 : calibration(out, labels, data->count * Y);
     for (size_t y = 0; y < Y; y++) {
         task_metrics(metric, task->kind, out, labels, data->count, Y, y);
@@ -3021,6 +3011,13 @@ static void run_open(Run *run, const char *train_path) {
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
     if (!opt.batch) opt.batch = n < batch ? n : batch;
+    size_t B = (size_t)opt.batch, parts = (B + part_size(B) - 1) / part_size(B);
+    if (parts < (size_t)all_ranks)
+        fprintf(stderr, "note    a batch of %zu molecules is %zu part%s: %zu of %d ranks have nothing "
+                "to train with (--micro-batch N)\n", B, parts, parts > 1 ? "s" : "",
+                (size_t)all_ranks - parts, all_ranks);
+    if (!MB_OPTIMIZED)
+        fprintf(stderr, "note    built without optimisation, many times slower: use make, or -O3\n");
     note_stereo(&run->valid, train_path, run->train.stereo);
     note_stereo(&run->test, train_path, run->train.stereo);
     run->epoch = -1;
@@ -3104,6 +3101,9 @@ static void run_close(Run *run) {
 
 // ---- the loop
 
+// A mean loss for people: "-" if nothing reached it.
+static const char *loss_text(double x) { return number_text(x == 0 ? (double)NAN : x, 4); }
+
 // One update; fills the step's row of the log.
 static void run_step(Run *run) {
     double start = now_seconds(), loss[LOSSES] = {0};
@@ -3116,7 +3116,7 @@ static void run_step(Run *run) {
     Given given = {&run->train, run->ids, run->s.task ? NULL : &opt.blend,
                    run->s.task ? run->task.use : 0, {run_seed(run), (uint32_t)run->done, 0, 1}};
     double norm = training_step(loss, s, (idx)opt.batch, &given, &adam, run->done + 1);
-    check_finite(run, loss[LOSS_TOTAL] + norm);
+    finite_check(s, NULL, norm);
     CHECK(adam.clip > 0 || norm < 1e18, "step %lld: the squares of a gradient of norm %g overflow; "
           "give --clip", (long long)run->done + 1, norm);
     float *row = run->log + run->done * LOG_COLUMNS;
@@ -3134,9 +3134,10 @@ static void pretrain_after_step(const Run *run, int terminal) {
     double mean[LOG_COLUMNS];
     rows_mean(mean, run->log, LOG_COLUMNS, n == 1 ? 0 : n - (n % every ? n % every : every), n);
     if (terminal) fprintf(stderr, "\r\033[K");
-    printf("%7lld  %7.4f  %7.4f %7.4f %7.4f %7.4f  %8.2e %8.3f %7.0f\n", (long long)n,
-           mean[LOSS_TOTAL], mean[LOSS_NOISE], mean[LOSS_SPD], mean[LOSS_EDGE], mean[LOSS_3D],
-           mean[LOG_LR], mean[LOG_NORM], mean[LOG_RATE]);
+    printf("%7lld  %7s  %7s %7s %7s %7s  %8.2e %8.3f %7.0f\n", (long long)n,
+           loss_text(mean[LOSS_TOTAL]), loss_text(mean[LOSS_NOISE]), loss_text(mean[LOSS_SPD]),
+           loss_text(mean[LOSS_EDGE]), loss_text(mean[LOSS_3D]), mean[LOG_LR], mean[LOG_NORM],
+           mean[LOG_RATE]);
     fflush(stdout);
 }
 
@@ -3223,6 +3224,11 @@ static void pretrain_open(Run *run, const char *train_path) {
         tensor_file_close(&f);
     }
     idx bytes = run_prepare(run);
+    size_t without = 0;
+    for (size_t i = 0; i < run->train.count; i++) without += !dataset_has_pos(&run->train, i);
+    if (without)
+        fprintf(stderr, "note    %s: %zu of %zu molecules have no positions: 2D losses only\n",
+                train_path, without, run->train.count);
     Config c = run->s.model.config;
     fprintf(
         stderr,
@@ -3251,10 +3257,8 @@ static void pretrain_report(Run *run) {
     printf("\nloss        start     end   valid  by chance\n");
     for (int k = 1; k <= LOSSES; k++) {
         int loss = k % LOSSES;  // the total last
-        char shown[16] = "-";
-        if (run->valid.count) snprintf(shown, sizeof shown, "%.4f", valid[loss]);
-        printf("%-8s %8.4f%8.4f%8s%11.4f\n", LOSS_NAMES[loss], start[loss], end[loss], shown,
-               chance[loss]);
+        printf("%-8s %8s%8s%8s%11s\n", LOSS_NAMES[loss], loss_text(start[loss]),
+               loss_text(end[loss]), loss_text(valid[loss]), loss_text(chance[loss]));
     }
     if (end[LOSS_TOTAL] > 1.2 * chance[LOSS_TOTAL])
         fprintf(stderr, "note    the losses are far above those of chance: try a lower --lr\n");
@@ -3294,7 +3298,7 @@ static const Command COMMANDS[] = {
     {"predict", PREDICT, 1, "-", "data.bin --model FILE", "predictions as CSV on stdout"},
     {"embed", EMBED, 1, "embeddings.npy", "data.bin --model FILE",
      "a vector per molecule, NumPy format"},
-    {"show", SHOW, 2, NULL, "data.bin INDEX", "a molecule's relations, and one blend of them"},
+    {"show", SHOW, 2, NULL, "data.bin INDEX|NAME", "a molecule's relations, and one blend of them"},
     {"info", INFO, 1, NULL, "FILE", "what is in a dataset or checkpoint"},
 };
 enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
@@ -3310,9 +3314,7 @@ static void print_help(const Command *command) {
 }
 
 // Says so if parts that should sum to 1 do not; they count as parts of their sum.
-static void note_parts(const char *names, const double *part, int n) {
-    double sum = 0;
-    for (int k = 0; k < n; k++) sum += part[k];
+static void note_parts(const char *names, double sum) {
     if (fabs(sum - 1) > 1e-6)
         fprintf(stderr, "note    %s sum to %g and are taken as parts of that\n", names, sum);
 }
@@ -3327,8 +3329,9 @@ static void check_options(void) {
         CHECK(!option_given[k] || !is_between(&OPTIONS[k], &opt.blend.pair_spd, &opt.blend.atom_3d),
               "--no-blend shows everything of every pair; expected no --pair-* or --atom-* beside "
               "it");
-    note_parts("--pair-spd, --pair-edge and --pair-3d", &opt.blend.pair_spd, 3);
-    note_parts("--atom-2d and --atom-3d", &opt.blend.atom_2d, 2);
+    note_parts("--pair-spd, --pair-edge and --pair-3d",
+               opt.blend.pair_spd + opt.blend.pair_edge + opt.blend.pair_3d);
+    note_parts("--atom-2d and --atom-3d", opt.blend.atom_2d + opt.blend.atom_3d);
 }
 
 // The command that argv[1] names; NULL if it is a file or an option. Dies at one that is misspelt.

@@ -82,6 +82,12 @@ static int mb_temporary;  // it has no tmpfile(); these, an input's copy and an 
 #define MB_NORETURN
 #endif
 
+#if (defined(__GNUC__) && !defined(__OPTIMIZE__)) || defined(__TINYC__)
+#define MB_OPTIMIZED 0
+#else
+#define MB_OPTIMIZED 1  // as far as the compiler says
+#endif
+
 #ifdef _OPENMP
 #include <omp.h>
 #define MB_OPENMP 1
@@ -787,6 +793,28 @@ static inline const char *dataset_try(const Dataset *d, size_t i, Molecule *m) {
 static inline void dataset_read(const Dataset *d, size_t i, Molecule *m) {
     const char *wrong = dataset_try(d, i, m);
     CHECK(!wrong, "%s: molecule %zu: %s", d->path, i, wrong);
+}
+
+// The molecule that `text` names, by its index from 0 on or by its name; says so if that also is
+// another's name. Dies if there is none.
+static inline size_t dataset_find(const Dataset *d, const char *text) {
+    char *end = NULL;
+    unsigned long long index = strtoull(text, &end, 10);
+    int is_index = isdigit((unsigned char)text[0]) && *end == 0 && index < d->count;
+    size_t found = is_index ? (size_t)index : d->count, others = 0, other = d->count;
+    Molecule m = {0};
+    for (size_t i = 0; i < d->count; i++) {
+        if (i == found || dataset_try(d, i, &m) || strcmp(m.name, text) != 0) continue;
+        if (found == d->count) found = i;
+        else if (others++ == 0) other = i;
+    }
+    CHECK(found < d->count, "%s: expected the index of one of its %zu molecules, from 0 on, or a "
+          "name, found \"%s\"", d->path, d->count, text);
+    if (others)
+        fprintf(stderr, "note    %s: \"%s\" is taken as molecule %zu; %zu more of that name, the first "
+                "%zu\n", d->path, text, found, others, other);
+    molecule_free(&m);
+    return found;
 }
 
 // Dies unless both have the same tasks.

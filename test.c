@@ -1507,6 +1507,8 @@ int main(int argc, char **argv) {
                      {"machine", test_machine},
                      {"flipped bits", test_flips},
                      {"judging", test_judging},
+                     {"poison", test_poison},
+                     {"notes", test_notes},
 #endif
                      {"worked example", test_example},
                      {"damaged files", test_damage},

@@ -1,5 +1,6 @@
 // commands/embed.h - ./moleblend embed data.bin --model FILE -o out.npy; a vector a molecule (the
-// graph token, or the mean or sum over the atoms) or an atom, and beside it whose they are
+// graph token, or the mean or sum over the atoms) or an atom; beside it FILE.csv, the names, and with
+// --level atom FILE.index.npy, which has for each row the molecule, from 0 on, that the atom is of
 
 typedef struct {
     OutFile out, names, index;
@@ -71,6 +72,8 @@ static void command_embed(const char *path) {
     Embedding e = {.progress = progress_begin(0)};
     int atoms = opt.level && name_index("--level", opt.level, levels, 2);
     int files = strcmp(opt.output, "-") != 0;
+    CHECK(files || !atoms, "--level atom: expected -o FILE.npy, beside which FILE.index.npy says whose "
+          "an atom is");
     dataset_open(&run.test, path);
     run_open_model(&run, opt.model);
     check_positions(&run.test, run.task.use);

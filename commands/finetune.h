@@ -188,11 +188,29 @@ static void seed_end(Run *run, double chance[METRICS], double sum[METRICS],
     fflush(stdout);
 }
 
+// Says so if models of other seeds lie where those of this run will: the pattern that names an
+// ensemble would take them in.
+static void note_other_seeds(void) {
+    int n = 0;
+    for (int64_t seed = 0; seed < 1000; seed++) {
+        char ending[64];
+        snprintf(ending, sizeof ending, ".seed%lld.safetensors", (long long)seed);
+        char *path = path_with(opt.output, ".safetensors", ending);
+        int own = opt.seeds > 1 && seed >= opt.seed && seed < opt.seed + opt.seeds;
+        if (!own && access(path, F_OK) == 0 && n++ == 0)
+            fprintf(stderr, "note    %s is there, of another run: leave it out of an ensemble, or "
+                    "remove it\n", path);
+        free(path);
+    }
+    if (n > 1) fprintf(stderr, "note    and %d more of other seeds\n", n - 1);
+}
+
 // A seed is a run of its own; the summary is of all.
 static void command_finetune(const char *train_path) {
     Run run = {0};
     double chance[METRICS], sum[METRICS] = {0}, square[METRICS] = {0};
     finetune_open(&run, train_path);
+    note_other_seeds();
     const char *part = run.test.data ? "test" : "valid";
     printf("  seed  epoch      loss      valid (%s)\n", selection_name(&run));
     for (run.nth = 0; run.nth < opt.seeds; run.nth++) {

@@ -344,6 +344,7 @@ static inline void info_dataset(const char *path) {
     printf("  atoms      mean %.1f, most %d\n  bonds      mean %.1f, most %d\n", atoms / n,
            data.max_atoms, bonds / n, data.max_bonds);
     printf("  positions  %.0f molecules\n", with_pos);
+    printf("  skipped    %zu records of the input\n", data.skipped);
     printf("  stereo     %s (data_prep --stereo)\n", data.stereo);
     if (data.split)
         printf("  split      %08lx, as its other parts\n", (unsigned long)data.split);

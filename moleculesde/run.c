@@ -989,6 +989,8 @@ static void run_open(Run *run, const char *train_path, int64_t batch) {
     CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
           (long long)opt.batch, (long long)n, train_path);
     if (!opt.batch) opt.batch = n < batch ? n : batch;
+    if (!MB_OPTIMIZED)
+        fprintf(stderr, "note    built without optimisation, many times slower: use make, or -O3\n");
     note_stereo(&run->valid, train_path, run->train.stereo);
     note_stereo(&run->test, train_path, run->train.stereo);
     opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
@@ -1398,13 +1400,9 @@ static void write_conformer(OutFile *out, const Molecule *m, const float *pos, i
 static void command_generate(const char *path, const char *index_text) {
     Run run = {0};
     OutFile out;
-    char *end;
     run_open_model(&run, path);
     Sde *s = &run.s;
-    unsigned long long index = strtoull(index_text, &end, 10);
-    CHECK(end != index_text && *end == 0 && index < run.test.count,
-          "%s: expected the index of one of its %zu molecules, from 0 on, found \"%s\"", path,
-          run.test.count, index_text);
+    size_t index = dataset_find(&run.test, index_text);
     CHECK(!s->shape.tasks, "%s: has no network that generates: expected a pretrained model",
           opt.model);
     uint32_t *ids = xmalloc((size_t)opt.copies, sizeof *ids);
@@ -1412,7 +1410,7 @@ static void command_generate(const char *path, const char *index_text) {
     mols_load(&s->mols, &run.test, ids, (size_t)opt.copies, 0);
     free(ids);
     const Molecule *m = s->mols.molecule;
-    CHECK(m->n_atoms <= 999 && m->n_bonds <= 999, "molecule %llu: too large for an SD file", index);
+    CHECK(m->n_atoms <= 999 && m->n_bonds <= 999, "molecule %zu: too large for an SD file", index);
     size_t n = 3 * s->mols.A, row = 3 * (size_t)m->n_atoms;
     float *z = xmalloc(3 * n, sizeof *z), *mean = z + 2 * n;
     out_open(&out, opt.output, "*\n  moleculesde conformer ");
@@ -1540,7 +1538,7 @@ static const struct {
      "train an encoder on labels"},
     {"predict", PREDICT, 1, NULL, "data.bin --model FILE", "predictions as CSV on stdout"},
     {"embed", EMBED, 1, "embeddings.npy", "data.bin --model FILE", "a vector per molecule"},
-    {"generate", GENERATE, 2, "conformers.sdf", "data.bin INDEX --model FILE",
+    {"generate", GENERATE, 2, "conformers.sdf", "data.bin INDEX|NAME --model FILE",
      "conformers of a molecule"},
 };
 enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };

@@ -114,9 +114,10 @@ static uint32_t prep_flags(const PrepOptions *opt) {
 }
 
 // Copies the pooled records to their parts, which get one identity: the checksum of all records and
-// of where they went.
+// of where they went. Those that were skipped, noted in a writer without file, are listed in the
+// first part, so that the parts together account for the whole input.
 static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char *pattern,
-                        const Conversion *c) {
+                        const Conversion *c, const DatasetWriter *skipped) {
     DatasetWriter writers[PARTS_MAX];
     uint8_t *record = NULL;
     size_t room = 0, size;
@@ -142,6 +143,8 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
     }
     fclose(in);
     free(record);
+    writers[0].skips = skipped->skips;
+    writers[0].skipped = skipped->skipped;
     for (int p = 0; p < n_parts; p++) {
         writers[p].flags = prep_flags(c->opt);
         fprintf(stderr, "%-8s %8zu molecules -> %s\n", PART_NAMES[p], writers[p].count,
