@@ -1450,6 +1450,7 @@ static void test_sensitivity(const char *golden_path) {
 #include "tests/tables.h"     // tables and labels as people have them
 #include "tests/outputs.h"    // inputs and files of others stay, results on stdout, memory in use
 #include "tests/predict.h"    // intervals, ensembles, nearest training molecules
+#include "tests/bites.h"      // small faults that no other test notices
 
 // =================================================================================================
 // Main
@@ -1530,6 +1531,12 @@ int main(int argc, char **argv) {
                      {"outputs", test_outputs},
                      {"quotas", test_quota},
                      {"busy machine", test_busy},
+                     {"draws", test_draws},
+                     {"plain losses", test_plain_losses},
+                     {"dropped layers", test_dropped_layers},
+                     {"optimiser", test_optimiser},
+                     {"options", test_options},
+                     {"tuning options", test_tuning_options},
                      {"golden files", test_bundled_golden}};
         write_test_dataset("build/test_train.bin", 40, 0);  // several groups use it
         for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {

@@ -1,0 +1,856 @@
+// tests/bites.h - small faults that no other test notices (see dev/mutants.txt): numbers are
+// computed here once more, by plain loops in double, and every draw by its name
+
+// ---- draws by their names: (purpose, step, place, index) under a seed, as moleblend.h says
+
+static double plain_uniform(uint64_t seed, uint32_t purpose, uint32_t step, uint32_t place,
+                            uint32_t index) {
+    Philox block = philox((Philox){{index / 4, place, step, purpose}}, seed);
+    return (double)(block.word[index % 4] >> 8) / 16777216.0;
+}
+
+static double plain_normal(uint64_t seed, uint32_t purpose, uint32_t step, uint32_t place,
+                           uint32_t index) {
+    double u = 1 - plain_uniform(seed, purpose, step, place, 2 * index);
+    double v = plain_uniform(seed, purpose, step, place, 2 * index + 1);
+    return sqrt(-2 * log(u)) * cos(2 * acos(-1.0) * v);
+}
+
+// Number k of row `row` of n numbers of a dropout mask: word k / blocks of block k mod blocks.
+static double plain_mask(uint64_t seed, uint32_t purpose, uint32_t step, uint32_t slot,
+                         uint32_t row, int n, int k, double p) {
+    int blocks = (n + 3) / 4;
+    uint32_t index = row * (uint32_t)blocks + (uint32_t)(k % blocks);
+    Philox block = philox((Philox){{index, slot, step, purpose}}, seed);
+    return (double)block.word[k / blocks] < p * 4294967296.0 ? 0 : 1 / (1 - p);
+}
+
+// A draw under the name of another, a probability that is not a part of the sum.
+static void test_draws(void) {
+    static const uint8_t shuffled[8] = {1, 2, 0, 3, 4, 7, 6, 5};
+    uint32_t order[8], plain[8];
+    for (uint32_t i = 0; i < 8; i++) plain[i] = i;
+    for (uint32_t i = 8; i > 1; i--) {  // Fisher and Yates: with one of 0..i-1
+        uint32_t bits = philox((Philox){{i / 4, 0, 3, 1}}, 7).word[i % 4];
+        uint32_t j = (uint32_t)((uint64_t)bits * i >> 32), swap = plain[i - 1];
+        plain[i - 1] = plain[j];
+        plain[j] = swap;
+    }
+    rng_permutation(order, 8, 7, RNG_SHUFFLE, 3);
+    int same = 0;
+    for (int i = 0; i < 8; i++) same += order[i] == plain[i] && order[i] == shuffled[i];
+    test_check(same == 8, "a permutation of eight: %u %u %u %u %u %u %u %u", order[0], order[1],
+               order[2], order[3], order[4], order[5], order[6], order[7]);
+    test_check(RNG_INIT == 0 && RNG_SPLIT == 2 && RNG_BLEND == 3 && RNG_FEATURE == 4 &&
+               RNG_NOISE == 5 && RNG_DENOISE_DROP == 6 && RNG_EMBED_DROP == 7 &&
+               RNG_ATTENTION_DROP == 256 && RNG_ACTIVATION_DROP == 512 && RNG_PATH_DROP == 768,
+               "purposes of draws");
+    Batch batch;
+    Sizes room = {0};
+    Molecule m = {0};
+    const Blend blend = {0.3, 0.5, 0.7, 0.9, 0.3, 0.25, 0};  // sums of 1.5 and 1.2
+    const Draws draws = {21, 6, 40, 1};
+    for (int b = 0; b < 2; b++) sizes_add(&room, 11);
+    batch_alloc(&batch, room, 0);
+    batch.n_atoms[0] = batch.n_atoms[1] = 11;
+    batch_layout(&batch, 2);
+    int wrong_pairs = 0, wrong_atoms = 0, shown[8] = {0};
+    double worst = 0;
+    for (int b = 0; b < 2; b++) {
+        View v = batch_view(&batch, (size_t)b);
+        random_molecule(&m, 11, 1, b == 0, 5);
+        batch_set(&batch, (size_t)b, &m, &batch.reader[0]);
+        batch_draw(&batch, (size_t)b, &blend, &draws);
+        for (uint32_t k = 0; k < 121; k++) {
+            double u = plain_uniform(21, 3, 6, 40 + (uint32_t)b, k) * (b ? 0.8 : 1.5);
+            int expected = u < 0.3 ? USE_SPD : u < 0.8 ? USE_EDGE : USE_3D;
+            wrong_pairs += batch.pair_use[v.pair + k] != expected;
+            shown[expected]++;
+        }
+        for (uint32_t i = 0; i < 11; i++) {
+            double u = plain_uniform(21, 4, 6, 40 + (uint32_t)b, i);
+            wrong_atoms += batch.atom_use[v.atom + i] != (b || u < 0.75 ? USE_SPD : USE_3D);
+            for (uint32_t k = 3 * i; k < 3 * i + 3; k++) {
+                double noise = b ? 0 : 0.25 * plain_normal(21, 5, 6, 40, k);
+                worst = fmax(worst, fabs((double)batch.noise[3 * v.atom + k] - noise));
+            }
+        }
+        batch_use(&batch, (size_t)b, USE_EDGE | USE_3D);
+        test_check(batch.pair_use[v.pair + 5] == (b ? USE_EDGE : USE_EDGE | USE_3D) &&
+                   batch.atom_use[v.atom + 10] == batch.pair_use[v.pair + 120],
+                   "3D is used where there are positions");
+    }
+    test_check(wrong_pairs == 0 && shown[USE_SPD] > 20 && shown[USE_EDGE] > 20 &&
+               shown[USE_3D] > 20, "%d pairs show what they did not draw", wrong_pairs);
+    test_check(wrong_atoms == 0, "%d atoms show what they did not draw", wrong_atoms);
+    test_check(worst < 1e-6, "noise differs by %.1e", worst);
+    molecule_free(&m);
+    batch_free(&batch);
+    static const struct { int spd, class; } lengths[] = {
+        {0, -1}, {1, 0}, {9, 8}, {10, 9}, {11, 10}, {400, 10}, {509, 10}, {510, -1}};
+    for (int k = 0; k < 8; k++)
+        test_check(spd_class(lengths[k].spd) == lengths[k].class, "class of a path of %d bonds: %d",
+                   lengths[k].spd, spd_class(lengths[k].spd));
+    for (int code = 0; code <= PATH_NONE; code++) {
+        int type = code / 12, stereo = code % 12 / 2, expected = 6 * type + code % 12;
+        test_check(edge_class(code) == (type > 3 || stereo > 2 ? -1 : expected),
+                   "class of bond code %d: %d", code, edge_class(code));
+    }
+}
+
+// ---- losses by their definitions, from what the heads say
+
+static double plain_entropy(const float *x, int n, int target) {
+    double sum = 0;
+    for (int k = 0; k < n; k++) sum += exp((double)x[k] - (double)x[target]);
+    return log(sum);
+}
+
+static double plain_cosine(const float *p, const float *q) {
+    double pp = 0, qq = 0, pq = 0;
+    for (int k = 0; k < 3; k++) {
+        pp += (double)p[k] * (double)p[k];
+        qq += (double)q[k] * (double)q[k];
+        pq += (double)p[k] * (double)q[k];
+    }
+    return 1 - pq / sqrt(pp * qq);
+}
+
+// Molecules of the next test: in a line along x, y or z; atoms at one place; without positions;
+// one atom; two atoms at one place; and others.
+enum { LOSS_MOLECULES = 9 };
+static void losses_molecule(Molecule *m, int b) {
+    static const int atoms[LOSS_MOLECULES] = {4, 3, 5, 3, 14, 1, 6, 25, 9};
+    random_molecule(m, atoms[b], b == 8 ? 2 : 1, b != 4, 300 + (uint32_t)b);
+    for (int i = 0; i < m->n_atoms; i++)
+        for (int k = 0; k < 3; k++) {
+            float *x = &m->pos[3 * i + k];
+            if (b < 3) *x = k == b ? 1.3f * (float)i : 0.5f;
+            if (b == 3) *x = 2;
+            if (b == 6 && i == 4) *x = m->pos[k];
+        }
+}
+
+// A pair, slot, atom or molecule that counts where it should not, a mean over something else.
+static void test_plain_losses(void) {
+    Step s = {.draws = {4, 2, 0, 0}, .weights = {{0, 5, 0.3, 0.2, 0.7}}};
+    Sizes room = {0};
+    Molecule m = {0};
+    for (int b = 0; b < LOSS_MOLECULES; b++) {
+        losses_molecule(&m, b);
+        sizes_add(&room, m.n_atoms);
+    }
+    model_create(&s.model, (Config){1, 12, 8, 2, 4, 0}, 1);
+    formula_params(&s.model);
+    batch_alloc(&s.batch, room, 0);
+    acts_alloc(&s.acts, s.model.config, room);
+    for (int b = 0; b < LOSS_MOLECULES; b++) {
+        losses_molecule(&m, b);
+        s.batch.n_atoms[b] = m.n_atoms;
+    }
+    batch_layout(&s.batch, LOSS_MOLECULES);
+    for (size_t b = 0; b < LOSS_MOLECULES; b++) {
+        losses_molecule(&m, (int)b);
+        batch_set(&s.batch, b, &m, &s.batch.reader[0]);
+        batch_draw(&s.batch, b, &TEST_BLEND, &s.draws);
+        batch_pairs(&s.batch, b);
+    }
+    batch_count(&s.batch);
+    size_t P = s.batch.P, pair = 0;
+    float *spd = s.logits[LOSS_SPD] = xmalloc(P * SPD_CLASSES, sizeof *spd);
+    float *edge = s.logits[LOSS_EDGE] = xmalloc(P * EDGE_OUTPUTS, sizeof *edge);
+    float *d3 = s.logits[LOSS_3D] = xmalloc(P * 3, sizeof *d3);
+    double sum[LOSSES], loss[LOSSES], plain[LOSSES] = {0}, count[LOSSES] = {0};
+    encoder_forward(&s);
+    pretrain_heads(sum, &s, 0);
+    loss_means(loss, sum, s.batch.count, &s.weights);
+    for (int b = 0; b < LOSS_MOLECULES; b++) {
+        losses_molecule(&m, b);
+        View v = batch_view(&s.batch, (size_t)b);
+        double directions = 0, directions_count = 0;
+        for (int i = 0; i < m.n_atoms; i++) {
+            for (int j = 0; j < m.n_atoms; j++, pair++) {
+                const uint8_t *path = s.batch.path + 5 * pair;
+                int length = s.batch.spd[pair], apart = 0;
+                float d[3];
+                if (i != j && length < 510) {
+                    plain[LOSS_SPD] +=
+                        plain_entropy(spd + 11 * pair, 11, length > 10 ? 10 : length - 1);
+                    count[LOSS_SPD]++;
+                }
+                for (int t = 0; t < 5; t++) {  // of types and stereo that have a class
+                    if (path[t] >= 48 || path[t] % 12 >= 6) continue;
+                    plain[LOSS_EDGE] += plain_entropy(edge + 120 * pair + 24 * t, 24,
+                                                      6 * (path[t] / 12) + path[t] % 12);
+                    count[LOSS_EDGE]++;
+                }
+                for (int k = 0; k < 3; k++) {
+                    d[k] = m.pos[3 * j + k] - m.pos[3 * i + k];
+                    apart |= d[k] < 0 || d[k] > 0;
+                }
+                if (!m.has_pos || !apart) continue;
+                directions += plain_cosine(d3 + 3 * pair, d);
+                directions_count++;
+            }
+            size_t atom = v.atom + (size_t)i;
+            if (!m.has_pos || s.batch.atom_use[atom] != USE_3D) continue;
+            plain[LOSS_NOISE] +=
+                plain_cosine(s.acts.denoise_out + 3 * atom, s.batch.noise + 3 * atom);
+            count[LOSS_NOISE]++;
+        }
+        if (directions_count > 0) plain[LOSS_3D] += directions / directions_count;
+        count[LOSS_3D] += directions_count > 0;
+    }
+    for (int k = 1; k < LOSSES; k++) {
+        plain[k] /= count[k];
+        plain[LOSS_TOTAL] += s.weights.weight[k] * plain[k];
+        test_check(s.batch.count[k] == count[k], "%s: %.0f count, expected %.0f", LOSS_NAMES[k],
+                   s.batch.count[k], count[k]);
+    }
+    for (int k = 0; k < LOSSES; k++)
+        test_check(fabs(loss[k] / plain[k] - 1) < 1e-5, "loss %s: %.7f, expected %.7f",
+                   LOSS_NAMES[k], loss[k], plain[k]);
+    float p[3] = {0, 0, 0}, q[3] = {1, 2, 3}, r[3] = {0.3f, -2, 1}, zero[3] = {0, 0, 0};
+    test_check(cosine_loss(p, q, 1, 1) == 1 && p[0] < 0 && cosine_loss(r, zero, 1, 1) == 1 &&
+               r[0] == 0, "a direction of no length costs 1");
+    free(spd), free(edge), free(d3);
+    molecule_free(&m);
+    rig_close(&s);
+}
+
+// ---- layers with every dropout, in double, from the same input
+
+// A rate of another layer, a mask or branch of another name, a mask that is not applied.
+static void test_dropped_layers(void) {
+    Rig rig;
+    rig_open(&rig, 0, 1);
+    const uint64_t seed = rig.draws.seed;
+    const uint32_t step = rig.draws.step;
+    enum { L = 4 };
+    const double rates[4] = {0.2, 0.15, 0.3, 0.1};  // as in rig_open()
+    Config c = rig.model.config;
+    int C = c.dim, F = c.ffn, H = c.heads, D = C / H, dropped = 0, kept = 0;
+    Sizes room = rig.batch.room;
+    model_free(&rig.model);
+    acts_free(&rig.acts);
+    c.layers = L;
+    rig.draws.first_slot = 50;
+    model_create(&rig.model, c, 1);
+    formula_params(&rig.model);
+    acts_alloc(&rig.acts, c, room);
+    encoder_forward(&rig);
+    size_t T = rig.batch.T, n = T * (size_t)C;
+    float *undropped = xmalloc(n, sizeof *undropped), *plain = xmalloc(n, sizeof *plain);
+    float *x0 = xmalloc((L + 1) * n, sizeof *x0);
+    memcpy(x0, rig.acts.x, (L + 1) * n * sizeof *x0);
+    rig.draws.active = 0;
+    encoder_forward(&rig);
+    memcpy(undropped, rig.acts.x, n * sizeof *undropped);
+    for (size_t t = 0; t < T; t++) {  // the embedding's dropout: a row a token of a molecule
+        View v = batch_view(&rig.batch, (size_t)rig.batch.molecule[t]);
+        for (int k = 0; k < C; k++)
+            plain[t * (size_t)C + k] =
+                (float)(plain_mask(seed, 7, step, 50 + (uint32_t)v.b, (uint32_t)(t - v.token), C, k,
+                                   rates[3]) * (double)undropped[t * (size_t)C + k]);
+    }
+    test_close(x0, plain, n, 1e-6, "embedding dropout");
+    double *mid = xmalloc((size_t)C, sizeof *mid), *hidden = xmalloc((size_t)F, sizeof *hidden);
+    double *qkv = xmalloc(3 * n, sizeof *qkv), *row = xmalloc((size_t)C, sizeof *row);
+    for (int l = 0; l < L; l++) {
+        const LayerTensors *p = &rig.model.p.layer[l];
+        const float *x = x0 + (size_t)l * n;
+        double rate = rates[2] * l / (L - 1);
+        for (size_t t = 0; t < T; t++)
+            for (int o = 0; o < 3 * C; o++) {
+                const float *w = (o < C ? p->q_w : o < 2 * C ? p->k_w : p->v_w) + o % C * C;
+                double out = (double)(o < C ? p->q_b : o < 2 * C ? p->k_b : p->v_b)[o % C];
+                for (int k = 0; k < C; k++) out += (double)w[k] * (double)x[t * (size_t)C + k];
+                qkv[t * 3 * (size_t)C + o] = out;
+            }
+        for (size_t t = 0; t < T; t++) {
+            View v = batch_view(&rig.batch, (size_t)rig.batch.molecule[t]);
+            int S = v.S, i = (int)(t - v.token);
+            uint32_t slot = 50 + (uint32_t)v.b;
+            double keep[2], mean, square, *context = row;
+            for (uint32_t second = 0; second < 2; second++) {
+                double u = plain_uniform(seed, 768 + (uint32_t)l, step, slot, second);
+                keep[second] = rate <= 0 ? 1 : u < rate ? 0 : 1 / (1 - rate);
+                dropped += i == 0 && keep[second] < 0.5;
+                kept += i == 0 && keep[second] > 1;
+            }
+            for (int h = 0; h < H; h++) {
+                const float *bias = rig.acts.attn_bias + bias_at(&rig.batch, H, &v, h) + i * v.W;
+                double e[64], sum = 0;
+                for (int j = 0; j < S; j++) {
+                    double score = 0;
+                    for (int d = h * D; d < (h + 1) * D; d++)
+                        score += qkv[t * 3 * (size_t)C + d] *
+                                 qkv[(v.token + (size_t)j) * 3 * (size_t)C + C + d];
+                    sum += e[j] = exp(score / sqrt(D) + (double)bias[j]);
+                }
+                for (int d = h * D; d < (h + 1) * D; d++) {
+                    context[d] = 0;
+                    for (int j = 0; j < S; j++)
+                        context[d] += e[j] / sum *
+                                      plain_mask(seed, 256 + (uint32_t)l, step, slot, (uint32_t)h,
+                                                 S * S, i * S + j, rates[0]) *
+                                      qkv[(v.token + (size_t)j) * 3 * (size_t)C + 2 * C + d];
+                }
+            }
+            for (int half = 0; half < 2; half++) {  // attention, then the feed-forward layer
+                const float *w = half ? p->ffn2_w : p->out_w, *b = half ? p->ffn2_b : p->out_b;
+                const double *in = half ? hidden : context;
+                int width = half ? F : C;
+                double sums[64];
+                mean = square = 0;
+                for (int o = 0; o < C; o++) {
+                    double out = (double)b[o];
+                    for (int k = 0; k < width; k++) out += (double)w[o * width + k] * in[k];
+                    sums[o] = (half ? mid[o] : (double)x[t * (size_t)C + o]) + keep[half] * out;
+                    mean += sums[o] / C;
+                }
+                for (int o = 0; o < C; o++) square += (sums[o] - mean) * (sums[o] - mean) / C;
+                const float *nw = half ? p->norm2_w : p->norm1_w;
+                const float *nb = half ? p->norm2_b : p->norm1_b;
+                for (int o = 0; o < C; o++)
+                    mid[o] = (sums[o] - mean) / sqrt(square + 1e-5) * (double)nw[o] + (double)nb[o];
+                for (int o = 0; o < F && !half; o++) {
+                    double pre = (double)p->ffn1_b[o];
+                    for (int k = 0; k < C; k++) pre += (double)p->ffn1_w[o * C + k] * mid[k];
+                    hidden[o] = 0.5 * pre * (1 + erf(pre / sqrt(2.0))) *
+                                plain_mask(seed, 512 + (uint32_t)l, step, slot, (uint32_t)i, F, o,
+                                           rates[1]);
+                }
+            }
+            for (int o = 0; o < C; o++) plain[t * (size_t)C + o] = (float)mid[o];
+        }
+        char *what = xprintf("layer %d with its dropouts", l);
+        test_close(x0 + (size_t)(l + 1) * n, plain, n, 1e-5, what);
+        free(what);
+    }
+    test_check(dropped > 2 && kept > 10, "%d branches dropped, %d scaled", dropped, kept);
+    FREE_ALL(undropped, plain, x0, mid, hidden, qkv, row);
+    rig_close(&rig);
+}
+
+// ---- the optimiser
+
+// Weight decay, clipping or a correction left out; a rate one step late; parts of the arena
+// forgotten.
+static void test_optimiser(void) {
+    static const struct { int64_t step, warmup, steps; double hold, expected; } rates[] = {
+        {0, 10, 100, 0, 0.2}, {8, 10, 100, 0, 1.8}, {9, 10, 100, 0, 2}, {10, 10, 100, 0, 2},
+        {55, 10, 100, 0, 1}, {40, 10, 100, 0, 1.5}, {70, 10, 100, 0, 0.5}, {100, 10, 100, 0, 0},
+        {55, 10, 100, 0.5, 2}, {77, 10, 99, 0.5, 0.9823515}, {0, 0, 4, 0, 2}, {2, 0, 4, 0, 1},
+        {5, 9, 9, 0, 2.0 * 6 / 9}, {90, 10, 100, 1, 2}, {19, 10, 110, 0.9, 2}};
+    for (size_t k = 0; k < sizeof rates / sizeof *rates; k++) {
+        double rate = learning_rate(2, rates[k].step, rates[k].warmup, rates[k].steps,
+                                    rates[k].hold);
+        test_check(fabs(rate - rates[k].expected) < 1e-6, "learning rate %zu: %.7f, expected %.7f",
+                   k, rate, rates[k].expected);
+    }
+    static const Adam all[] = {{0.01, 0.9, 0.99, 1e-3, 0, 0}, {0.02, 0.5, 0.8, 1e-2, 0.3, 0},
+                               {0.02, 0.5, 0.8, 1e-2, 0.1, 3}, {0.02, 0.9, 0.8, 1e-2, 0, 1e6}};
+    for (int a = 0; a < 4; a++) {
+        Model model;
+        model_create(&model, (Config){1, 8, 8, 2, 2, 0}, 1);
+        model_init(&model, 2);
+        size_t n = model.count, idle = ADAM_CHUNK, end = 2 * (size_t)ADAM_CHUNK;
+        CHECK(n > end + 100 && n % (ADAM_CHUNK / 256), "a model too small for this test");
+        double *p = xmalloc(3 * n, sizeof *p), *m = p + n, *v = m + n, square, worst = 0;
+        float *g0 = xmalloc(n, sizeof *g0);
+        const Adam *o = &all[a];
+        fill(g0, n, 0, 1);
+        for (size_t k = 0; k < n; k++) p[k] = (double)model.params[k];
+        for (int t = 1; t <= 3; t++) {
+            square = 0;
+            for (size_t k = 0; k < n; k++) {  // the second chunk never has a gradient
+                model.grads[k] = k >= idle && k < end ? 0 : (float)t * g0[k];
+                square += (double)model.grads[k] * (double)model.grads[k];
+            }
+            double factor = o->clip > 0 && o->clip < sqrt(square) ? o->clip / sqrt(square) : 1;
+            double norm = adamw_step(&model, o, t);
+            test_check(fabs(norm / sqrt(square) - 1) < 1e-6, "norm %.7f of gradients, not %.7f",
+                       norm, sqrt(square));
+            for (size_t k = 0; k < n; k++) {
+                double g = factor * (double)model.grads[k];
+                m[k] = o->beta1 * m[k] + (1 - o->beta1) * g;
+                v[k] = o->beta2 * v[k] + (1 - o->beta2) * g * g;
+                double m_hat = m[k] / (1 - pow(o->beta1, t)), v_hat = v[k] / (1 - pow(o->beta2, t));
+                p[k] = p[k] - o->lr * o->weight_decay * p[k] - o->lr * m_hat / (sqrt(v_hat) + o->eps);
+                worst = fmax(worst, fabs(p[k] - (double)model.params[k]));
+            }
+        }
+        test_check(worst < 2e-6, "AdamW %d differs by %.1e from its definition", a, worst);
+        memset(model.grads, 0, n * sizeof *model.grads);
+        model.grads[n - 1] = 3;  // what fills no lane
+        model.grads[0] = 4;
+        test_check(fabs(gradient_norm(&model) - 5) < 1e-9, "the norm of first and last");
+        FREE_ALL(p, g0);
+        model_free(&model);
+    }
+}
+
+// ---- training commands, step by step: what ./moleblend must do with these options
+
+typedef struct {
+    double pair_spd, pair_edge, pair_3d, atom_2d, atom_3d, noise, all;
+    double denoise, spd, edge, d3;                     // weights of losses
+    double attention, activation, path, embedding;     // dropout
+    double lr, beta1, beta2, eps, decay, clip, warmup, hold;
+    double seed, batch, steps, readout, use, units, init;
+} Settings;
+
+#define BITES_SHAPE "--layers 2 --dim 24 --ffn 20 --heads 3 --kernels 12 "
+static const Config BITES_CONFIG = {2, 24, 20, 3, 12, 0};
+// The defaults, but for batch, steps and eps: with a small eps Adam enlarges rounding.
+static const Settings PRETRAINING = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0, 6, 0.1, 0.1, 0.5,
+                                     0.1, 0.1, 0.1, 0, 3e-4, 0.9, 0.98, 1e-3, 0, 5, -1, 0.9,
+                                     1, 25, 3, 0, 0, 0, 0};
+static const Settings TUNING = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                0.1, 0.1, 0.1, 0, 2e-4, 0.9, 0.999, 1e-3, 0, 5, -1, 0,
+                                1, 16, 3, READ_MEAN, USE_SPD | USE_EDGE, 0, 0};
+
+// The line of a CSV that begins with `number` commas-separated values; number k of it.
+static double csv_number(const char *text, int line, int column) {
+    for (; line > 0 && text; line--) text = strchr(text, '\n') ? strchr(text, '\n') + 1 : NULL;
+    for (; column > 0 && text; column--) text = strchr(text, ',') ? strchr(text, ',') + 1 : NULL;
+    return text ? strtod(text, NULL) : (double)NAN;
+}
+
+// The number that follows the k-th `word` of a text; NaN if there is none.
+static double number_after(const char *text, const char *word, int k) {
+    for (; text && k >= 0; k--) {
+        text = strstr(text, word);
+        if (text) text += strlen(word);
+    }
+    return text ? strtod(text, NULL) : (double)NAN;
+}
+
+static int is_near(double a, double b, double tolerance) {
+    return fabs(a - b) <= tolerance * fmax(fabs(b), 1e-6) || (isnan(a) && isnan(b));
+}
+
+// Writes n molecules, from number `first` on, with two tasks: of unlike units, with labels that are
+// missing; or of classes.
+static void write_bites(const char *path, int first, int n, int classes) {
+    static char big[] = "big", small[] = "small";
+    char *const tasks[] = {big, small};
+    DatasetWriter w;
+    Molecule m = {0};
+    uint8_t *record = NULL;
+    dataset_create(&w, path, 2, tasks);
+    for (int i = first; i < first + n; i++) {
+        random_molecule(&m, 1 + i * 5 % 17, 1, i % 7 != 3, 900 + (uint32_t)i);
+        float x = test_number(5000 + (size_t)i), y = test_number(7000 + (size_t)i);
+        m.labels[0] = classes ? x > 0.3f : 300 + 1000 * x + 20 * (float)m.n_atoms;
+        m.labels[1] = i % 5 == 1 ? NAN : classes ? y > 0 : 0.01f * y;
+        size_t size = record_size(m.n_atoms, m.n_bonds, 2, m.name_length, m.has_pos);
+        record = xrealloc(record, size, 1);
+        dataset_append(&w, record, record_encode(record, &m), (uint32_t)(i - first) + 1);
+    }
+    dataset_finish(&w);
+    free(record);
+    molecule_free(&m);
+}
+
+// A model of this shape and room for all molecules of the datasets at once. The caller calls
+// rig_close() and frees logits[LOSS_TOTAL].
+static void bites_step(Step *s, Config c, const Dataset *data, int n_data, int labels) {
+    Sizes room = {0};
+    for (int d = 0; d < n_data; d++) {
+        Sizes all = {0};
+        for (size_t i = 0; i < data[d].count; i++) sizes_add(&all, dataset_atoms(&data[d], i));
+        room = sizes_max(room, all);
+    }
+    model_create(&s->model, c, 1);
+    batch_alloc(&s->batch, room, labels);
+    acts_alloc(&s->acts, c, room);
+    s->logits[LOSS_TOTAL] = xmalloc(2 * room.B * (size_t)max_int(labels, 1), sizeof(float));
+}
+
+// Molecules of step `step`, of n, as the permutations of their epochs say.
+static void plain_ids(uint32_t *ids, int64_t step, const Settings *o, size_t n) {
+    uint32_t *order = xmalloc(n, sizeof *order);
+    for (int64_t k = 0; k < (int64_t)o->batch; k++) {
+        int64_t sample = step * (int64_t)o->batch + k;
+        rng_permutation(order, n, (uint64_t)o->seed, RNG_SHUFFLE, (uint32_t)(sample / (int64_t)n));
+        ids[k] = order[sample % (int64_t)n];
+    }
+    free(order);
+}
+
+// One update with these settings, number `step` of `steps`.
+static void plain_update(double log[LOSSES + 2], Step *s, const Dataset *data, const Settings *o,
+                         int64_t step, int64_t steps) {
+    uint32_t *ids = xmalloc((size_t)o->batch, sizeof *ids);
+    Blend blend = {o->pair_spd, o->pair_edge, o->pair_3d, o->atom_2d, o->atom_3d, o->noise,
+                   o->all > 0};
+    Adam adam = {0, o->beta1, o->beta2, o->eps, o->decay, o->clip};
+    int64_t warmup = o->warmup < 0 ? steps / (s->task ? 10 : 12) + 1 : (int64_t)o->warmup;
+    Given given = {data, ids, s->task ? NULL : &blend, (int)o->use,
+                   {(uint64_t)o->seed, (uint32_t)step, 0, 1}};
+    plain_ids(ids, step, o, data->count);
+    adam.lr = log[LOSSES] = learning_rate(o->lr, step, warmup, steps, o->hold);
+    s->drop = (Dropout){o->attention, o->activation, o->path, o->embedding};
+    s->weights = (LossWeights){{0, o->denoise, o->spd, o->edge, o->d3}};
+    log[LOSSES + 1] = training_step(log, s, (size_t)o->batch, &given, &adam, step + 1);
+    free(ids);
+}
+
+// How far the parameters of a checkpoint are from those of s, in parts of what training has moved
+// them from `start`; NaN if there is none. Biases of keys have no gradient but rounding.
+static double moved_apart(const Step *s, const float *start, const char *path) {
+    TensorFile f;
+    double apart = 0, moved = 0;
+    if (access(path, F_OK) != 0) return (double)NAN;
+    tensor_file_open(&f, path);
+    float *arena = xmalloc(s->model.count, sizeof *arena);
+    model_load(&s->model, arena, &f, "");
+    for (int i = 0; i < s->model.n_tensors; i++) {
+        const TensorInfo *t = &s->model.info[i];
+        for (size_t k = t->offset; k < t->offset + t->count; k++) {
+            if (strstr(t->name, "k_proj.bias")) break;
+            double x = (double)s->model.params[k];
+            apart += pow(x - (double)arena[k], 2);
+            moved += pow(x - (double)start[k], 2);
+        }
+    }
+    free(arena);
+    tensor_file_close(&f);
+    return sqrt(apart / moved);
+}
+
+// An option of pretraining that has no effect, or another one's; a default that has changed.
+static void test_options(void) {
+#define OPTION(text, field, value) {text, offsetof(Settings, field), value}
+    static const struct { const char *args; size_t field; double value; } rows[] = {
+        OPTION("", lr, 3e-4), OPTION("--pair-spd 0.9", pair_spd, 0.9),
+        OPTION("--pair-edge 0.9", pair_edge, 0.9), OPTION("--pair-3d 0.1", pair_3d, 0.1),
+        OPTION("--atom-2d 0.9", atom_2d, 0.9), OPTION("--atom-3d 0.1", atom_3d, 0.1),
+        OPTION("--no-blend", all, 1), OPTION("--noise 0.7", noise, 0.7),
+        OPTION("--weight-denoise 1", denoise, 1), OPTION("--weight-spd 3", spd, 3),
+        OPTION("--weight-edge 3", edge, 3), OPTION("--weight-3d 3", d3, 3),
+        OPTION("--attention-dropout 0.5", attention, 0.5),
+        OPTION("--activation-dropout 0.5", activation, 0.5), OPTION("--path-dropout 0.6", path, 0.6),
+        OPTION("--embedding-dropout 0.3", embedding, 0.3), OPTION("--lr 0.01", lr, 0.01),
+        OPTION("--beta1 0.5", beta1, 0.5), OPTION("--beta2 0.5", beta2, 0.5),
+        OPTION("--eps 0.1", eps, 0.1), OPTION("--weight-decay 5", decay, 5),
+        OPTION("--clip 0.1", clip, 0.1), OPTION("--warmup 3", warmup, 3), OPTION("--hold 0", hold, 0),
+        OPTION("--batch-size 9", batch, 9), OPTION("--micro-batch 7", lr, 3e-4),
+        OPTION("--seed 5", seed, 5)};
+    enum { ROWS = sizeof rows / sizeof *rows, OUT = LOSSES + 2 };
+    Dataset data;
+    size_t size;
+    double base[3 * OUT];
+    float *base_params = NULL, *start = NULL;
+    write_bites("build/bites.bin", 0, 40, 0);
+    dataset_open(&data, "build/bites.bin");
+    for (int r = 0; r < ROWS; r++) {
+        Settings o = PRETRAINING;
+        memcpy((char *)&o + rows[r].field, &rows[r].value, sizeof(double));
+        Step s = {0};
+        double log[3 * OUT], differs = 0, worst = 0;
+        bites_step(&s, BITES_CONFIG, &data, 1, 0);
+        if (r == 0 || o.seed > 1) {
+            model_init(&s.model, (uint64_t)o.seed);
+            start = xrealloc(start, s.model.count, sizeof *start);
+            memcpy(start, s.model.params, sizeof *start * s.model.count);
+        }
+        memcpy(s.model.params, start, sizeof *start * s.model.count);
+        if (r == 0) {
+            float *const arenas[ARENAS] = {start};
+            model_write("build/bites_start.safetensors", &s.model, arenas, NULL, 0, "{\"a\":\"b\"}");
+        }
+        for (int step = 0; step < 3; step++)
+            plain_update(log + step * OUT, &s, &data, &o, step, 3);
+        if (r == 0) {
+            memcpy(base, log, sizeof base);
+            base_params = xmalloc(s.model.count, sizeof *base_params);
+            memcpy(base_params, s.model.params, sizeof *base_params * s.model.count);
+        }
+        double apart = 0, moved = 0;
+        for (size_t k = 0; k < s.model.count; k++) {
+            apart += pow((double)(s.model.params[k] - base_params[k]), 2);
+            moved += pow((double)(s.model.params[k] - start[k]), 2);
+        }
+        differs = sqrt(apart / moved);
+        char *line = xprintf("./moleblend build/bites.bin " BITES_SHAPE "--steps 3 --batch-size 25 "
+                             "--eps 1e-3 %s %s -o build/bites.safetensors", rows[r].args,
+                             r == 0 || o.seed > 1 ? "" : "--init build/bites_start.safetensors");
+        remove("build/bites.safetensors");
+        test_command(line, 0, "by chance");
+        char *csv = file_text("build/bites.log.csv", &size);
+        for (int k = 0; k < 3 * OUT; k++) {
+            double found = csv_number(csv, 1 + k / OUT, 1 + k % OUT);
+            if (!is_near(found, log[k], 2e-5))
+                worst = isnan(found) ? 1e9 : fmax(worst, fabs(found / log[k] - 1));
+            differs = fmax(differs, fabs(log[k] / base[k] - 1));
+        }
+        double params = moved_apart(&s, start, "build/bites.safetensors");
+        test_check(worst <= 0 && params < 2e-3, "%s: the log differs by %.1e, the parameters by %.1e",
+                   line, worst, params);
+        test_check(differs > 1e-2 || r == 0 || r == ROWS - 2, "%s: this test would not notice (%.1e)",
+                   line, differs);
+        FREE_ALL(line, csv, s.logits[LOSS_TOTAL], s.part_sum);
+        rig_close(&s);
+    }
+    FREE_ALL(base_params, start);
+    dataset_close(&data);
+    // memory is that of a part; the rate rises, stays and falls
+    char *line = xprintf("./moleblend build/bites.bin " BITES_SHAPE "--dim 96 --batch-size 40 "
+                         "--steps 1 -o build/bites.safetensors ");
+    char *part = xprintf("%s --micro-batch 2", line);
+    double memory[2];
+    for (int k = 0; k < 2; k++) {
+        test_command(k ? part : line, 0, "MiB activations");
+        char *text = file_text("build/test.out", &size);
+        memory[k] = number_after(text, "moments, ", 0);
+        free(text);
+    }
+    test_check(memory[1] < 0.85 * memory[0], "%.0f MiB of activations in parts, %.0f without",
+               memory[1], memory[0]);
+    FREE_ALL(line, part);
+    test_command("./moleblend build/bites.bin --layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 "
+                 "--batch-size 4 --steps 48 -o build/bites.safetensors", 0, "by chance");
+    char *csv = file_text("build/bites.log.csv", &size);
+    int wrong = 0;
+    for (int step = 0; step < 48; step++) {  // five steps up, 90 % of the rest at the peak
+        double done = (step - 5) / 43.0, rate = csv_number(csv, 1 + step, 6);
+        double expected = step < 5 ? (step + 1) / 5.0 : done < 0.9 ? 1
+                          : (1 + cos(acos(-1.0) * (done - 0.9) / 0.1)) / 2;
+        wrong += !is_near(rate, 3e-4 * expected, 1e-4);
+    }
+    test_check(wrong == 0, "%d of 48 learning rates by default", wrong);
+    free(csv);
+}
+
+static double log_odds(double p) { return log(p) - log(1 - p); }
+
+// Predictions (n, 2) of the model in s for a dataset, as logits or in the labels' units; labels too.
+static void plain_predict(float *out, float *labels, Step *s, const Dataset *data, const Task *task) {
+    uint32_t *ids = xmalloc(data->count, sizeof *ids);
+    Draws still = {1, UINT32_MAX, 0, 0};
+    Molecule m = {0};
+    for (size_t i = 0; i < data->count; i++) {
+        ids[i] = (uint32_t)i;
+        dataset_read(data, i, &m);
+        memcpy(labels + 2 * i, m.labels, 2 * sizeof *labels);
+    }
+    s->draws = still;
+    batch_load(&s->batch, data, ids, data->count, NULL, task->use, &still);
+    encoder_forward(s);
+    task_head_forward(out, s, task->readout);
+    for (size_t k = 0; k < 2 * data->count && task->kind == TASK_REGRESSION; k++)
+        out[k] = out[k] * task->std[k % 2] + task->mean[k % 2];
+    molecule_free(&m);
+    free(ids);
+}
+
+// RMSE and R2, or ROC-AUC, of task y by their definitions.
+static void plain_metrics(double *rmse, double *r2, double *auc, const float *out,
+                          const float *labels, size_t n, size_t y) {
+    double count = 0, mean = 0, square = 0, spread = 0, pairs = 0, right = 0;
+    for (size_t i = 0; i < n; i++) {
+        double label = (double)labels[2 * i + y];
+        if (isnan(label)) continue;
+        count++;
+        mean += label;
+    }
+    mean /= count;
+    for (size_t i = 0; i < n; i++) {
+        double label = (double)labels[2 * i + y], x = (double)out[2 * i + y];
+        if (isnan(label)) continue;
+        square += (x - label) * (x - label);
+        spread += (label - mean) * (label - mean);
+        for (size_t j = 0; j < n; j++) {
+            if (!(labels[2 * j + y] < labels[2 * i + y])) continue;
+            pairs++;
+            right += (double)out[2 * j + y] < x ? 1 : (double)out[2 * j + y] > x ? 0 : 0.5;
+        }
+    }
+    *rmse = sqrt(square / count);
+    *r2 = 1 - square / spread;
+    *auc = right / pairs;
+}
+
+// A fine-tuned model, what became of it, and what chance would be.
+typedef struct {
+    double loss[8], valid[8], r2, auc, chance_r2, brier;
+    int epochs, best;
+    float mean[2], std[2], out[128], labels[128];  // of the test set by the best epoch
+    float *params, *start;                         // the best; before training
+    float scale;                                   // see calibration()
+    Step s;
+} Tuned;
+
+// ./moleblend finetune build/bites_TRAIN --valid build/bites_VALID --test build/bites_TEST.
+static void plain_tuning(Tuned *t, const Settings *o, int classes, Dataset data[3]) {
+    double known[2][3] = {{0}}, log[64][LOSSES + 2];
+    size_t n = data[0].count;
+    int64_t steps = ((int64_t)(o->steps * (double)n) + (int64_t)o->batch - 1) / (int64_t)o->batch;
+    Config c = BITES_CONFIG;
+    Molecule m = {0};
+    Task task = {.kind = classes ? TASK_CLASSIFICATION : TASK_REGRESSION,
+                 .readout = (Readout)o->readout, .use = (int)o->use, .mean = t->mean, .std = t->std,
+                 .label_units = o->units > 0};
+    *t = (Tuned){.best = 1};
+    for (size_t i = 0; i < n; i++) {
+        dataset_read(&data[0], i, &m);
+        for (int y = 0; y < 2; y++)
+            for (int power = 0; power < 3 && !isnan(m.labels[y]); power++)
+                known[y][power] += pow((double)m.labels[y], power);
+    }
+    for (int y = 0; y < 2; y++) {
+        double mean = known[y][1] / known[y][0];
+        t->mean[y] = classes ? 0 : (float)mean;
+        t->std[y] = classes ? 1 : (float)sqrt(known[y][2] / known[y][0] - mean * mean);
+        known[y][1] = log_odds(mean);
+    }
+    c.tasks = 2;
+    bites_step(&t->s, c, data, 3, 2);
+    model_init(&t->s.model, (uint64_t)o->seed);
+    Model init;
+    model_create(&init, c, 0);
+    formula_params(&init);
+    for (int k = 0; k < init.n_tensors && o->init > 0; k++)
+        if (!strstr(init.info[k].name, "proj_out"))
+            memcpy(t->s.model.params + init.info[k].offset, init.params + init.info[k].offset,
+                   sizeof(float) * init.info[k].count);
+    model_free(&init);
+    for (int y = 0; y < 2 && classes && o->readout != READ_SUM; y++)
+        t->s.model.p.head2_b[y] = (float)known[y][1];
+    size_t bytes = sizeof(float) * t->s.model.count;
+    t->params = xmalloc(bytes, 1);
+    t->start = xmalloc(bytes, 1);
+    memcpy(t->start, t->s.model.params, bytes);
+    for (int64_t step = 0; step < steps; step++) {
+        t->s.task = &task;
+        plain_update(log[step], &t->s, &data[0], o, step, steps);
+        int64_t seen = (step + 1) * (int64_t)o->batch, epoch = seen / (int64_t)n, first;
+        if (epoch == step * (int64_t)o->batch / (int64_t)n) continue;
+        first = (epoch - 1) * (int64_t)n / (int64_t)o->batch;
+        double *loss = &t->loss[epoch], *valid = &t->valid[epoch], rmse, r2, auc;
+        for (int64_t k = first; k <= step; k++)
+            *loss += log[k][LOSS_TOTAL] / (double)(step + 1 - first);
+        plain_predict(t->out, t->labels, &t->s, &data[1], &task);
+        for (size_t y = 0; y < 2; y++) {
+            plain_metrics(&rmse, &r2, &auc, t->out, t->labels, data[1].count, y);
+            *valid += classes ? auc / 2 : rmse / (double)t->std[y] / 2;
+        }
+        t->epochs = (int)epoch;
+        if (classes ? *valid > t->valid[t->best] : *valid < t->valid[t->best]) t->best = (int)epoch;
+        if (t->best != epoch) continue;
+        memcpy(t->params, t->s.model.params, bytes);
+        t->scale = classes ? calibration(t->out, t->labels, 2 * data[1].count) : 1;
+    }
+    memcpy(t->s.model.params, t->params, bytes);
+    plain_predict(t->out, t->labels, &t->s, &data[2], &task);
+    float constant[128];
+    for (size_t k = 0; k < 128; k++) constant[k] = t->mean[k % 2];
+    for (size_t y = 0; y < 2; y++) {
+        double rmse, r2, auc;
+        plain_metrics(&rmse, &r2, &auc, t->out, t->labels, data[2].count, y);
+        t->r2 += r2 / 2;
+        t->auc += auc / 2;
+        plain_metrics(&rmse, &r2, &auc, constant, t->labels, data[2].count, y);
+        t->chance_r2 += r2 / 2;
+    }
+    molecule_free(&m);
+}
+
+static void tuned_free(Tuned *t) {
+    FREE_ALL(t->params, t->start, t->s.logits[LOSS_TOTAL], t->s.part_sum);
+    rig_close(&t->s);
+}
+
+#define TUNE "./moleblend finetune build/bites_%s0.bin --valid build/bites_%s1.bin --test " \
+    "build/bites_%s2.bin "
+
+// Writes and opens training, validation and test set.
+static void bites_open(Dataset data[3], int classes) {
+    static const char *const paths[2][3] = {
+        {"build/bites_r0.bin", "build/bites_r1.bin", "build/bites_r2.bin"},
+        {"build/bites_c0.bin", "build/bites_c1.bin", "build/bites_c2.bin"}};
+    for (int k = 0; k < 3; k++) {
+        write_bites(paths[classes][k], 40 * k, k ? 30 : 40, classes);
+        dataset_open(&data[k], paths[classes][k]);
+    }
+}
+
+// Fine-tuning by other labels, options, epochs or parameters than it says.
+static void test_tuning_options(void) {
+    static const struct { const char *args; int classes; size_t field; double value; } rows[] = {
+        {"", 0, 0, 0}, {"", 1, 0, 0},
+        {"--readout cls", 0, offsetof(Settings, readout), READ_CLS},
+        {"--readout sum", 1, offsetof(Settings, readout), READ_SUM},
+        {"--modality both", 0, offsetof(Settings, use), USE_SPD | USE_EDGE | USE_3D},
+        {"--loss-units labels", 0, offsetof(Settings, units), 1},
+        {"--lr 0.05", 0, offsetof(Settings, lr), 0.05}, {"--lr 0.05", 1, offsetof(Settings, lr), 0.05},
+        {"--beta1 0.5", 0, offsetof(Settings, beta1), 0.5},
+        {"--beta2 0.5", 1, offsetof(Settings, beta2), 0.5},
+        {"--weight-decay 9", 0, offsetof(Settings, decay), 9},
+        {"--clip 0.01", 1, offsetof(Settings, clip), 0.01},
+        {"--warmup 6", 0, offsetof(Settings, warmup), 6},
+        {"--hold 1", 1, offsetof(Settings, hold), 1},
+        {"--attention-dropout 0.6", 0, offsetof(Settings, attention), 0.6},
+        {"--activation-dropout 0.6", 1, offsetof(Settings, activation), 0.6},
+        {"--path-dropout 0.6", 0, offsetof(Settings, path), 0.6},
+        {"--embedding-dropout 0.4", 1, offsetof(Settings, embedding), 0.4},
+        {"--batch-size 40", 0, offsetof(Settings, batch), 40},
+        {"--epochs 5", 1, offsetof(Settings, steps), 5},
+        {"--micro-batch 3", 0, offsetof(Settings, lr), 2e-4},
+        {"--init build/bites_init.safetensors", 1, offsetof(Settings, init), 1},
+        {"--seed 4", 0, offsetof(Settings, seed), 4}};
+    enum { ROWS = sizeof rows / sizeof *rows };
+    Dataset data[2][3];
+    Model init;
+    size_t size;
+    int earlier = 0;
+    for (int c = 0; c < 2; c++) bites_open(data[c], c);
+    Config shape = BITES_CONFIG;
+    shape.tasks = 2;
+    model_create(&init, shape, 0);
+    formula_params(&init);
+    float *const arenas[ARENAS] = {init.params};
+    model_write("build/bites_init.safetensors", &init, arenas, NULL, 0, "{\"format\":\"pt\"}");
+    model_free(&init);
+    for (int r = 0; r < ROWS; r++) {
+        Settings o = TUNING;
+        int classes = rows[r].classes, wrong = 0;
+        const char *kind = classes ? "c" : "r";
+        if (rows[r].args[0]) memcpy((char *)&o + rows[r].field, &rows[r].value, sizeof(double));
+        Tuned t;
+        plain_tuning(&t, &o, classes, data[classes]);
+        char *line = xprintf(TUNE BITES_SHAPE "--batch-size 16 --epochs 3 --eps 1e-3 --patience 0 "
+                             "%s -o build/bites_t.safetensors", kind, kind, kind, rows[r].args);
+        remove("build/bites_t.safetensors");
+        test_command(line, 0, "by chance");
+        char *text = file_text("build/test.out", &size);
+        char *csv = file_text("build/bites_t.log.csv", &size);
+        for (int e = 1; e <= t.epochs; e++)
+            wrong += csv_number(csv, e, 1) != e || !is_near(csv_number(csv, e, 2), t.loss[e], 2e-5) ||
+                     !is_near(csv_number(csv, e, 3), t.valid[e], 2e-5);
+        double apart = moved_apart(&t.s, t.start, "build/bites_t.safetensors");
+        test_check(wrong == 0 && isnan(csv_number(csv, t.epochs + 1, 1)),
+                   "%s: %d of %d epochs are wrong:\n%s", line, wrong, t.epochs, csv);
+        test_check(csv_number(csv, t.epochs, 4) == t.best && apart < 1e-2,
+                   "%s: the best is epoch %d; its parameters differ by %.1e", line, t.best, apart);
+        const char *best = strstr(text, ": best epoch"), *chance = strstr(text, "by chance (");
+        best = best ? strstr(best, "test") : NULL;
+        if (classes)
+            test_check(is_near(number_after(best, "ROC-AUC ", 0), t.auc, 1e-5) &&
+                       is_near(number_after(chance, "ROC-AUC ", 0), 0.5, 1e-6),
+                       "%s: ROC-AUC is not %.6f in %s", line, t.auc, best ? best : text);
+        else
+            test_check(is_near(number_after(best, "R2 ", 0), t.r2, 2e-4) &&
+                       is_near(number_after(chance, "R2 ", 0), t.chance_r2, 2e-4),
+                       "%s: R2 is not %.6f, by chance %.6f in %s", line, t.r2, t.chance_r2,
+                       best ? best : text);
+        earlier += t.best < t.epochs;
+        tuned_free(&t);
+        FREE_ALL(line, text, csv);
+    }
+    test_check(earlier > 2, "the best epoch is not the last in %d rows", earlier);
+    for (int k = 0; k < 6; k++) dataset_close(&data[k / 3][k % 3]);
+}
