@@ -20,15 +20,36 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
-static int folders_flushed;
+#include <time.h>
+static int folders_flushed, files_flushed, flushed_late;  // late: flush_name was there by then
+static const char *flush_name;
 
-// fsync() that counts the folders it is asked for.
+// fsync() that counts what it is asked for.
 static int counting_fsync(int fd) {
     struct stat info;
-    folders_flushed += fstat(fd, &info) == 0 && S_ISDIR(info.st_mode);
+    int folder = fstat(fd, &info) == 0 && S_ISDIR(info.st_mode);
+    folders_flushed += folder;
+    files_flushed += !folder;
+    flushed_late += !folder && flush_name && access(flush_name, F_OK) == 0;
     return fsync(fd);
 }
 #define fsync counting_fsync
+
+static double fake_wall, fake_cpu;  // seconds; fake_wall = 0: the clocks are true
+
+// Clocks that a test can set.
+static int faked_clock_gettime(clockid_t id, struct timespec *t) {
+    int result = clock_gettime(id, t);
+    if (fake_wall <= 0) return result;
+    t->tv_sec = (time_t)fake_wall;
+    t->tv_nsec = (long)(1e9 * (fake_wall - (double)t->tv_sec));
+    return result;
+}
+static clock_t faked_clock(void) {
+    return fake_wall > 0 ? (clock_t)(fake_cpu * CLOCKS_PER_SEC) : clock();
+}
+#define clock_gettime faked_clock_gettime
+#define clock faked_clock
 #endif
 #define MB_PROGRAM "test"
 #define MOLEBLEND_TEST
@@ -1537,6 +1558,14 @@ int main(int argc, char **argv) {
                      {"optimiser", test_optimiser},
                      {"options", test_options},
                      {"tuning options", test_tuning_options},
+                     {"seeds", test_seeds},
+                     {"stopping early", test_stopping},
+                     {"embedding rows", test_embedding_rows},
+                     {"predictions", test_predictions},
+                     {"pretraining report", test_pretraining_report},
+                     {"threads adapt", test_adapting},
+                     {"machinery", test_machinery},
+                     {"small chemistry", test_small_chemistry},
                      {"golden files", test_bundled_golden}};
         write_test_dataset("build/test_train.bin", 40, 0);  // several groups use it
         for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {

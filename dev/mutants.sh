@@ -69,10 +69,23 @@ mutate() {
         }' "${file[$1]}"
 }
 
+# The groups of mutant $1 into the array `names`, and the program that has them into `program`.
+groups_of() {
+    program=build/test
+    [[ ${groups[$1]} = sde:* ]] && program=build/test_moleculesde
+    IFS=, read -ra names <<< "${groups[$1]#sde:}"
+    names=("${names[@]# }")
+}
+
 bad=0
 for ((k = 1; k <= n; k++)); do
     is_wanted $k || continue
     mutate $k > /dev/null || bad=1
+    groups_of $k
+    for name in "${names[@]}"; do
+        grep -qF "{\"$name\", " "$([ $program = build/test ] && echo test.c \
+            || echo moleculesde/test_moleculesde.c)" || { echo "mutant $k: no group \"$name\""; bad=1; }
+    done
 done
 [ $bad -eq 0 ] || exit 1
 if [ $check -eq 1 ]; then
@@ -80,7 +93,7 @@ if [ $check -eq 1 ]; then
     exit 0
 fi
 
-# ---- the copies: sources and programs without faults, kept in base/ beside each
+# ---- the copies, one a worker; programs without faults are kept beside it
 top=$(mktemp -d "${TMPDIR:-/tmp}/mutants.XXXXXX")
 programs=(moleblend data_prep build/test moleculesde/moleculesde build/test_moleculesde)
 make=(make -s "CFLAGS=-O1" "CC=${CC:-gcc}")
@@ -94,9 +107,8 @@ tests() {
 
 # A copy of the source with all programs in the folder $1.
 prepare() {
-    mkdir -p "$1" "$1.base"
-    { git ls-files -z; git ls-files -z --others --exclude-standard; } \
-        | xargs -0 cp -p --parents -t "$1" 2> /dev/null || true
+    cp -rp "$top/source" "$1"
+    mkdir "$1.base"
     cd "$1"
     "${make[@]}" "${programs[@]}" train.bin > make.log 2>&1 || { cat make.log >&2; return 1; }
     cp -p --parents "${programs[@]}" train.bin valid.bin "$1.base"
@@ -104,32 +116,28 @@ prepare() {
 
 # Tries mutant $1 in the current folder; says "killed BY", "survived" or "error WHY".
 try() {
-    local list here=() sde=() name all=()
-    cp -p "${file[$1]}" "$copy.base/source"
-    (cd "$here_root" && mutate "$1") > "$copy.base/mutant"
-    cat "$copy.base/mutant" > "${file[$1]}"
-    touch "${file[$1]}"
-    list=${groups[$1]}
-    if [[ $list = sde:* ]]; then IFS=, read -ra all <<< "${list#sde:}"
-    else IFS=, read -ra all <<< "$list"; fi
-    for name in "${all[@]}"; do
-        name=${name#"${name%%[! ]*}"}
-        if [[ $list = sde:* ]]; then sde+=("$name"); else here+=("$name"); fi
-    done
-    if [ ${#here[@]} -gt 0 ]; then
-        "${make[@]}" moleblend data_prep build/test train.bin > make.log 2>&1 \
-            || { echo "error does not build"; return; }
-        tests build/test "${here[@]}" || { said "${here[*]}"; return; }
-    else
-        "${make[@]}" data_prep train.bin moleculesde/moleculesde build/test_moleculesde \
-            > make.log 2>&1 || { echo "error does not build"; return; }
-        tests build/test_moleculesde "${sde[@]}" || { said "sde: ${sde[*]}"; return; }
+    local name names program build=(moleblend data_prep build/test train.bin)
+    groups_of "$1"
+    [ $program = build/test ] || build=(data_prep train.bin moleculesde/moleculesde $program)
+    if [ ! -e "$copy.passed.${groups[$1]}" ]; then  # without the fault they must pass
+        for name in "${names[@]}"; do
+            tests $program "$name" || { echo "error \"$name\" fails without a fault"; return; }
+        done
+        touch "$copy.passed.${groups[$1]}"
     fi
+    (cd "$top/source" && mutate "$1") > "${file[$1]}"
+    "${make[@]}" "${build[@]}" > make.log 2>&1 || { echo "error does not build"; return; }
+    for name in "${names[@]}"; do
+        tests $program "$name" || { said "$name"; return; }
+    done
     [ $expected -eq 0 ] || { echo survived; return; }
     "${make[@]}" "${programs[@]}" train.bin > make.log 2>&1 \
         || { echo "error does not build"; return; }
-    tests build/test --without "busy machine" "${here[@]}" || { said "the rest"; return; }
-    tests build/test_moleculesde --without none "${sde[@]}" || { said "the rest of sde"; return; }
+    [ $program = build/test ] || names=()
+    tests build/test --without "busy machine" "${names[@]}" || { said "the rest"; return; }
+    groups_of "$1"
+    [ $program = build/test ] && names=(none)
+    tests build/test_moleculesde --without "${names[@]}" || { said "the rest of sde"; return; }
     echo survived
 }
 
@@ -144,7 +152,6 @@ said() {
 work() {
     local k outcome start
     copy=$top/$1
-    here_root=$PWD
     prepare "$copy" || { echo "the source without faults does not build" > "$top/failed"; return; }
     for ((k = 1; k <= n; k++)); do
         is_wanted $k && mkdir "$top/taken.$k" 2> /dev/null || continue
@@ -153,11 +160,13 @@ work() {
         printf '%3d  %4d s  %s  [%s: %s]\n' $k $((SECONDS - start)) "$outcome" "${file[$k]}" \
             "${what[$k]}"
         echo "$outcome" > "$top/outcome.$k"
-        cp -p "$copy.base/source" "${file[$k]}"
+        cp -p "$top/source/${file[$k]}" "${file[$k]}"
         cp -rp "$copy.base/." .
     done
 }
 
+mkdir "$top/source"
+git ls-files -z --cached --others --exclude-standard | xargs -0 cp -p --parents -t "$top/source"
 for ((w = 1; w <= jobs; w++)); do (work $w) & done
 wait
 [ ! -e "$top/failed" ] || { cat "$top/failed"; exit 1; }

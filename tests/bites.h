@@ -45,29 +45,30 @@ static void test_draws(void) {
                RNG_NOISE == 5 && RNG_DENOISE_DROP == 6 && RNG_EMBED_DROP == 7 &&
                RNG_ATTENTION_DROP == 256 && RNG_ACTIVATION_DROP == 512 && RNG_PATH_DROP == 768,
                "purposes of draws");
+    enum { N = 37 };
     Batch batch;
     Sizes room = {0};
     Molecule m = {0};
     const Blend blend = {0.3, 0.5, 0.7, 0.9, 0.3, 0.25, 0};  // sums of 1.5 and 1.2
     const Draws draws = {21, 6, 40, 1};
-    for (int b = 0; b < 2; b++) sizes_add(&room, 11);
+    for (int b = 0; b < 2; b++) sizes_add(&room, N);
     batch_alloc(&batch, room, 0);
-    batch.n_atoms[0] = batch.n_atoms[1] = 11;
+    batch.n_atoms[0] = batch.n_atoms[1] = N;
     batch_layout(&batch, 2);
     int wrong_pairs = 0, wrong_atoms = 0, shown[8] = {0};
     double worst = 0;
     for (int b = 0; b < 2; b++) {
         View v = batch_view(&batch, (size_t)b);
-        random_molecule(&m, 11, 1, b == 0, 5);
+        random_molecule(&m, N, 1, b == 0, 5);
         batch_set(&batch, (size_t)b, &m, &batch.reader[0]);
         batch_draw(&batch, (size_t)b, &blend, &draws);
-        for (uint32_t k = 0; k < 121; k++) {
+        for (uint32_t k = 0; k < N * N; k++) {
             double u = plain_uniform(21, 3, 6, 40 + (uint32_t)b, k) * (b ? 0.8 : 1.5);
             int expected = u < 0.3 ? USE_SPD : u < 0.8 ? USE_EDGE : USE_3D;
             wrong_pairs += batch.pair_use[v.pair + k] != expected;
             shown[expected]++;
         }
-        for (uint32_t i = 0; i < 11; i++) {
+        for (uint32_t i = 0; i < N; i++) {
             double u = plain_uniform(21, 4, 6, 40 + (uint32_t)b, i);
             wrong_atoms += batch.atom_use[v.atom + i] != (b || u < 0.75 ? USE_SPD : USE_3D);
             for (uint32_t k = 3 * i; k < 3 * i + 3; k++) {
@@ -77,7 +78,7 @@ static void test_draws(void) {
         }
         batch_use(&batch, (size_t)b, USE_EDGE | USE_3D);
         test_check(batch.pair_use[v.pair + 5] == (b ? USE_EDGE : USE_EDGE | USE_3D) &&
-                   batch.atom_use[v.atom + 10] == batch.pair_use[v.pair + 120],
+                   batch.atom_use[v.atom + N - 1] == batch.pair_use[v.pair + N * N - 1],
                    "3D is used where there are positions");
     }
     test_check(wrong_pairs == 0 && shown[USE_SPD] > 20 && shown[USE_EDGE] > 20 &&
@@ -411,11 +412,11 @@ static const Settings TUNING = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                                 0.1, 0.1, 0.1, 0, 2e-4, 0.9, 0.999, 1e-3, 0, 5, -1, 0,
                                 1, 16, 3, READ_MEAN, USE_SPD | USE_EDGE, 0, 0};
 
-// The line of a CSV that begins with `number` commas-separated values; number k of it.
+// The number in a column of a line of a CSV, both counted from 0; NaN if nothing stands there.
 static double csv_number(const char *text, int line, int column) {
     for (; line > 0 && text; line--) text = strchr(text, '\n') ? strchr(text, '\n') + 1 : NULL;
     for (; column > 0 && text; column--) text = strchr(text, ',') ? strchr(text, ',') + 1 : NULL;
-    return text ? strtod(text, NULL) : (double)NAN;
+    return text && !strchr(",\n", *text) ? strtod(text, NULL) : (double)NAN;
 }
 
 // The number that follows the k-th `word` of a text; NaN if there is none.
@@ -853,4 +854,574 @@ static void test_tuning_options(void) {
     }
     test_check(earlier > 2, "the best epoch is not the last in %d rows", earlier);
     for (int k = 0; k < 6; k++) dataset_close(&data[k / 3][k % 3]);
+}
+
+// The line of `text` that begins with this, or "".
+static const char *line_with(const char *text, const char *begin) {
+    for (const char *at = text; (at = strstr(at, begin)); at++)
+        if (at == text || at[-1] == '\n') return at;
+    return "";
+}
+
+// Seeds that are not runs of their own: shuffled, begun or moved as another; the wrong one kept.
+static void test_seeds(void) {
+    if (!MB_POSIX) return;
+    Dataset data[3];
+    size_t size;
+    bites_open(data, 0);
+    for (int k = 0; k < 3; k++) dataset_close(&data[k]);
+    const char *tune = "./moleblend finetune build/bites_r0.bin --valid build/bites_r1.bin --test "
+                       "build/bites_r2.bin " BITES_SHAPE "--batch-size 16 --epochs 2 --lr 0.003 ";
+    const char *predict = "./moleblend predict build/bites_r2.bin --model build/bites_%s.safetensors "
+                          "-o build/bites_%s.csv";
+    char *line = xprintf("rm -f build/bites_s*; %s --seed 3 --seeds 3 -o build/bites_s.safetensors",
+                         tune);
+    test_command(line, 0, "over 3 seeds");
+    free(line);
+    char *text = file_text("build/test.out", &size), *csv = file_text("build/bites_s.log.csv", &size);
+    double r2[3], best[3] = {1e9, 1e9, 1e9}, mean = 0, square = 0;
+    for (int k = 0; k < 3; k++) {
+        char *begin = xprintf("seed %d: ", 3 + k);
+        r2[k] = number_after(line_with(text, begin), "R2 ", 0);
+        mean += r2[k] / 3;
+        free(begin);
+        for (int row = 1; row <= 6; row++)
+            if (csv_number(csv, row, 0) == 3 + k) best[k] = fmin(best[k], csv_number(csv, row, 3));
+    }
+    for (int k = 0; k < 3; k++) square += (r2[k] - mean) * (r2[k] - mean);
+    const char *all = line_with(text, "test R2: ");
+    test_check(fabs(number_after(all, "R2: ", 0) - mean) < 1e-4 &&
+               fabs(number_after(all, "+- ", 0) - sqrt(square / 2)) < 1e-4,
+               "mean and deviation of a sample are %.4f, %.4f: %.60s", mean, sqrt(square / 2), all);
+    int chosen = best[1] < best[0] ? 1 : 0;
+    chosen = best[2] < best[chosen] ? 2 : chosen;
+    test_check(chosen < 2, "the best seed must not be the last here: %g %g %g", best[0], best[1],
+               best[2]);
+    free(text), free(csv);
+    static const char *const models[] = {"s", "s.seed3", "s.seed4", "s.seed5", "a4", "a5"};
+    for (int k = 0; k < 2; k++) {  // the second and third seed by themselves
+        line = xprintf("%s --seed %d -o build/bites_a%d.safetensors", tune, 4 + k, 4 + k);
+        test_command(line, 0, "wrote");
+        free(line);
+    }
+    for (int k = 0; k < 6; k++) {
+        line = xprintf(predict, models[k], models[k]);
+        test_command(line, 0, "R2");
+        free(line);
+    }
+    test_check(same_files("build/bites_s.seed4.csv", "build/bites_a4.csv") &&
+               same_files("build/bites_s.seed5.csv", "build/bites_a5.csv"),
+               "a seed after others is that seed alone");
+    for (int k = 0; k < 3; k++) {
+        line = xprintf("build/bites_%s.csv", models[1 + k]);
+        test_check(same_files("build/bites_s.csv", line) == (k == chosen),
+                   "-o holds the best seed, %d: %s", 3 + chosen, line);
+        free(line);
+    }
+    // resumed with another validation set: refused
+    line = xprintf("%s --epochs 3 --resume -o build/bites_a4.safetensors --valid "
+                   "build/bites_r2.bin", tune);
+    test_command(line, 1, "valid");
+    free(line);
+}
+
+// Early stopping that never or always stops, or that takes an equal epoch for a better one.
+static void test_stopping(void) {
+    static const struct { const char *args; int rows; } runs[] = {
+        {"", 16}, {"--patience 3", 4}, {"--patience 0 --epochs 22", 22}, {"--patience 1", 2}};
+    size_t size;
+    write_bites("build/bites_r0.bin", 0, 40, 0);
+    for (int k = 0; k < 4; k++) {  // at a rate of 0 no epoch is better than the first
+        char *line = xprintf("./moleblend finetune build/bites_r0.bin --valid build/bites_r0.bin "
+                             "--layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 --lr 0 %s -o "
+                             "build/bites_e.safetensors", runs[k].args);
+        test_command(line, 0, "best epoch 1");
+        char *csv = file_text("build/bites_e.log.csv", &size);
+        test_check(csv_number(csv, runs[k].rows, 1) == runs[k].rows &&
+                   isnan(csv_number(csv, runs[k].rows + 1, 1)) &&
+                   csv_number(csv, runs[k].rows, 4) == 1, "%s: expected %d epochs:\n%s", line,
+                   runs[k].rows, csv);
+        FREE_ALL(line, csv);
+    }
+}
+
+// ---- what a model says of molecules
+
+// The array of a .npy file of 4-byte elements, `rows` by `columns`, behind its header of 128 bytes;
+// NULL if it has another size.
+static const uint8_t *npy_array(char *bytes, size_t size, size_t rows, size_t columns) {
+    return size == 128 + 4 * rows * columns ? (uint8_t *)bytes + 128 : NULL;
+}
+
+// Vectors of another layer, token, molecule or relation than was asked for.
+static void test_embedding_rows(void) {
+    static const struct { const char *args; int layer, readout, use; } runs[] = {
+        {"", 2, READ_MEAN, USE_SPD | USE_EDGE},
+        {"--layer 0 --readout mean --modality both", 0, READ_MEAN, USE_SPD | USE_EDGE | USE_3D},
+        {"--layer 1 --readout sum", 1, READ_SUM, USE_SPD | USE_EDGE},
+        {"--layer -1 --readout cls --modality both", 2, READ_CLS, USE_SPD | USE_EDGE | USE_3D},
+        {"--layer 1 --level atom", 1, -1, USE_SPD | USE_EDGE},
+        {"--level atom --modality both", 2, -1, USE_SPD | USE_EDGE | USE_3D},
+        {"--level molecule", 2, READ_MEAN, USE_SPD | USE_EDGE}};
+    Dataset data;
+    Step s = {0};
+    size_t C = 24, size;
+    write_bites("build/bites.bin", 0, 40, 0);
+    dataset_open(&data, "build/bites.bin");
+    bites_step(&s, BITES_CONFIG, &data, 1, 0);
+    formula_params(&s.model);
+    float *const arenas[ARENAS] = {s.model.params};
+    model_write("build/bites_m.safetensors", &s.model, arenas, NULL, 0, "{\"format\":\"pt\"}");
+    uint32_t ids[40];
+    for (uint32_t i = 0; i < 40; i++) ids[i] = i;
+    for (size_t r = 0; r < sizeof runs / sizeof *runs; r++) {
+        batch_load(&s.batch, &data, ids, 40, NULL, runs[r].use, &s.draws);
+        encoder_forward(&s);
+        const float *x = s.acts.x + (size_t)runs[r].layer * s.batch.T * C;
+        size_t rows = runs[r].readout < 0 ? s.batch.A : 40, row = 0;
+        float *plain = xmalloc(rows * C, sizeof *plain), *found = xmalloc(rows * C, sizeof *found);
+        int index_wrong = 0, names_wrong = 0;
+        char *line = xprintf("./moleblend embed build/bites.bin --model build/bites_m.safetensors "
+                             "--batch-size 7 %s -o build/bites_e.npy", runs[r].args);
+        test_command(line, 0, "");
+        char *bytes = file_text("build/bites_e.npy", &size);
+        const uint8_t *array = npy_array(bytes, size, rows, C);
+        for (size_t k = 0; array && k < rows * C; k++) found[k] = get_f32(array + 4 * k);
+        char *index = file_text("build/bites_e.index.npy", &size), *names;
+        const uint8_t *owner = npy_array(index, size, rows, 1);
+        names = file_text("build/bites_e.csv", &size);
+        for (size_t b = 0; b < 40; b++) {
+            View v = batch_view(&s.batch, b);
+            size_t N = (size_t)v.N, count = runs[r].readout < 0 ? N : 1;
+            names_wrong += csv_number(names, (int)b + 1, 0) != (double)row ||
+                           csv_number(names, (int)b + 1, 1) != (double)count ||
+                           csv_number(names, (int)b + 1, 2) != (double)(b + 1);
+            for (size_t i = 0; i < count; i++, row++) {
+                index_wrong += runs[r].readout < 0 && (!owner || get_u32(owner + 4 * row) != b);
+                for (size_t c = 0; c < C; c++) {
+                    double sum = 0;
+                    for (size_t j = 0; j < N; j++) sum += (double)x[(v.token + 1 + j) * C + c];
+                    if (runs[r].readout == READ_CLS) sum = (double)x[v.token * C + c];
+                    if (runs[r].readout == READ_MEAN) sum /= (double)N;
+                    if (runs[r].readout < 0) sum = (double)x[(v.token + 1 + i) * C + c];
+                    plain[row * C + c] = (float)sum;
+                }
+            }
+        }
+        test_close(found, plain, rows * C, 1e-5, line);
+        test_check(index_wrong == 0 && names_wrong == 0,
+                   "%s: %d atoms of another molecule, %d molecules begin elsewhere", line,
+                   index_wrong, names_wrong);
+        FREE_ALL(plain, found, line, bytes, index, names);
+    }
+    free(s.logits[LOSS_TOTAL]);
+    rig_close(&s);
+    dataset_close(&data);
+}
+
+// An ensemble's mean, deviation or label of another task, molecule or model; probabilities that
+// are not calibrated.
+static void test_predictions(void) {
+    static char names[4][8] = {"other", "small", "extra", "big"};
+    static const float scales[3] = {1.7f, 0.4f, 1};
+    Dataset data;
+    size_t size;
+    DatasetWriter w;
+    Molecule m = {0};
+    uint8_t record[4096];
+    char *const tasks[] = {names[0], names[1], names[2], names[3]};
+    dataset_create(&w, "build/bites_p.bin", 4, tasks);  // in another order, with others between
+    for (int i = 0; i < 30; i++) {
+        random_molecule(&m, 1 + i * 5 % 17, 1, 1, 700 + (uint32_t)i);
+        molecule_resize(&m, m.n_atoms, m.n_bonds, 4, m.name_length);
+        for (int y = 0; y < 4; y++)
+            m.labels[y] = i % 9 == 2 * y ? NAN : test_number((size_t)(10 * i + y)) > 0;
+        dataset_append(&w, record, record_encode(record, &m), (uint32_t)i + 1);
+    }
+    dataset_finish(&w);
+    molecule_free(&m);
+    dataset_open(&data, "build/bites_p.bin");
+    for (int classes = 0; classes < 2; classes++) {
+        double p[3][60], labels[60];
+        float out[60], truth[120];
+        Config c = BITES_CONFIG;
+        c.tasks = 2;  // "big", "small"
+        for (int k = 0; k < 3; k++) {
+            Step s = {0};
+            static const float mean[2] = {3, -1}, std[2] = {20, 0.5f};
+            Task task = {.kind = classes ? TASK_CLASSIFICATION : TASK_REGRESSION,
+                         .readout = READ_SUM, .use = USE_SPD | USE_EDGE, .mean = mean, .std = std};
+            bites_step(&s, c, &data, 1, 4);
+            formula_params(&s.model);
+            for (size_t i = 0; i < s.model.count; i++)
+                s.model.params[i] += 0.05f * test_number(i + 17 * (size_t)k);
+            char *meta = xprintf("{\"task\":\"%s\",\"readout\":\"sum\",\"modality\":\"2d\","
+                                 "\"task_names\":\"big\\nsmall\",\"label_mean\":\"3 -1\","
+                                 "\"label_std\":\"20 0.5\",\"logit_scale\":\"%g\"}",
+                                 classes ? "classification" : "regression", (double)scales[k]);
+            char *path = xprintf("build/bites_p%d.safetensors", k);
+            float *const arenas[ARENAS] = {s.model.params};
+            model_write(path, &s.model, arenas, NULL, 0, meta);
+            uint32_t ids[30];
+            for (uint32_t i = 0; i < 30; i++) ids[i] = i;
+            batch_load(&s.batch, &data, ids, 30, NULL, task.use, &s.draws);
+            encoder_forward(&s);
+            task_head_forward(out, &s, READ_SUM);
+            memcpy(truth, s.batch.labels, sizeof truth);
+            for (int i = 0; i < 60; i++) {
+                double x = (double)out[i];
+                p[k][i] = classes ? 1 / (1 + exp(-(double)scales[k] * x))
+                                  : x * (double)std[i % 2] + (double)mean[i % 2];
+            }
+            free(s.logits[LOSS_TOTAL]);
+            rig_close(&s);
+            free(meta), free(path);
+        }
+        for (int i = 0; i < 60; i++)
+            labels[i] = (double)truth[4 * (i / 2) + (i % 2 ? 1 : 3)];
+        for (int models = 1; models <= 3; models += 2) {
+            char *line = xprintf("./moleblend predict build/bites_p.bin --batch-size 7 --model "
+                                 "build/bites_p0.safetensors %s -o build/bites_p.csv", models == 1
+                                 ? "" : "build/bites_p1.safetensors build/bites_p2.safetensors");
+            test_command(line, 0, classes ? "ROC-AUC" : "RMSE");
+            char *csv = file_text("build/bites_p.csv", &size);
+            const char *header = models == 1 ? "record,name,big,big label,small,small label,skipped\n"
+                                 : "record,name,big,big deviation,big label,small,small deviation,"
+                                   "small label,skipped\n";
+            int wrong = strncmp(csv, header, strlen(header)) != 0;
+            for (int i = 0; i < 60; i++) {
+                double mean = 0, square = 0;
+                int at = 2 + (i % 2) * (models == 1 ? 2 : 3), row = 1 + i / 2;
+                for (int k = 0; k < models; k++) mean += p[k][i] / models;
+                for (int k = 0; k < models; k++) square += (p[k][i] - mean) * (p[k][i] - mean);
+                wrong += !is_near(csv_number(csv, row, at), mean, 1e-4);
+                if (models > 1)
+                    wrong += !is_near(csv_number(csv, row, ++at), sqrt(square / 2), 2e-2);
+                double label = csv_number(csv, row, at + 1);
+                wrong += isnan(labels[i]) ? !isnan(label) : label != labels[i];
+            }
+            test_check(wrong == 0, "%s: %d wrong numbers:\n%s", line, wrong, csv);
+            FREE_ALL(line, csv);
+        }
+    }
+    dataset_close(&data);
+}
+
+// ---- what pretraining reports
+
+// Losses of other molecules or steps than the table says; chance that knows too much.
+static void test_pretraining_report(void) {
+    Dataset data[2];
+    Molecule m = {0};
+    Step s = {0};
+    size_t size;
+    double sum[LOSSES], plain[LOSSES], classes[2][6][24] = {{{0}}}, chance[LOSSES] = {0, 1, 0, 0, 1};
+    write_bites("build/bites.bin", 0, 40, 0);
+    write_bites("build/bites_v.bin", 50, 23, 0);
+    dataset_open(&data[0], "build/bites.bin");
+    dataset_open(&data[1], "build/bites_v.bin");
+    test_command("./moleblend build/bites.bin --valid build/bites_v.bin " BITES_SHAPE
+                 "--batch-size 9 --steps 60 -o build/bites.safetensors", 0, "by chance");
+    char *text = file_text("build/test.out", &size);
+    char *csv = file_text("build/bites.log.csv", &size);
+    bites_step(&s, BITES_CONFIG, data, 2, 0);
+    TensorFile f;
+    tensor_file_open(&f, "build/bites.safetensors");
+    model_load(&s.model, s.model.params, &f, "");
+    tensor_file_close(&f);
+    s.weights = (LossWeights){{0, 6, 0.1, 0.1, 0.5}};
+    s.draws = (Draws){1, UINT32_MAX, 0, 0};  // as if all were one batch, without dropout
+    uint32_t ids[40];
+    for (uint32_t i = 0; i < 40; i++) ids[i] = i;
+    for (int d = 0; d < 2; d++) {
+        batch_load(&s.batch, &data[d], ids, data[d].count, &TEST_BLEND, 0, &s.draws);
+        for (size_t p = 0; p < s.batch.P; p++) {
+            if (s.batch.spd_target[p] >= 0) classes[d][0][s.batch.spd_target[p]]++;
+            for (size_t e = 0; e < 5; e++)
+                if (s.batch.edge_target[5 * p + e] >= 0)
+                    classes[d][1 + e][s.batch.edge_target[5 * p + e]]++;
+        }
+    }
+    encoder_forward(&s);
+    pretrain_heads(sum, &s, 0);
+    loss_means(plain, sum, s.batch.count, &s.weights);
+    double seen[LOSSES] = {0};
+    for (int group = 0; group < 6; group++) {
+        int n = group ? 24 : 11, loss = group ? LOSS_EDGE : LOSS_SPD;
+        double known = n;  // each class once more than it was seen
+        for (int k = 0; k < n; k++) known += classes[0][group][k];
+        for (int k = 0; k < n; k++) {
+            chance[loss] -= classes[1][group][k] * log((classes[0][group][k] + 1) / known);
+            seen[loss] += classes[1][group][k];
+        }
+    }
+    for (int k = 1; k < LOSSES; k++) {
+        if (seen[k] > 0) chance[k] /= seen[k];
+        chance[LOSS_TOTAL] += s.weights.weight[k] * chance[k];
+    }
+    const char *table = line_with(text, "loss        start     end   valid  by chance");
+    for (int k = 0; k < LOSSES; k++) {
+        double number[4], start = csv_number(csv, 1, 1 + k);
+        double end = (csv_number(csv, 59, 1 + k) + csv_number(csv, 60, 1 + k)) / 2;
+        const char *row = line_with(table, LOSS_NAMES[k]);
+        int n = sscanf(row, "%*s %lf %lf %lf %lf", &number[0], &number[1], &number[2], &number[3]);
+        test_check(n == 4 && fabs(number[0] - start) < 1e-4 && fabs(number[1] - end) < 1e-4 &&
+                   fabs(number[2] - plain[k]) < 1.5e-4 && fabs(number[3] - chance[k]) < 1e-4,
+                   "%s: expected %.4f %.4f %.4f %.4f: %.60s", LOSS_NAMES[k], start, end, plain[k],
+                   chance[k], row);
+    }
+    molecule_free(&m);
+    FREE_ALL(text, csv, s.logits[LOSS_TOTAL]);
+    rig_close(&s);
+    for (int d = 0; d < 2; d++) dataset_close(&data[d]);
+}
+
+// ---- machinery
+
+static double fake_rate;  // CPUs that a faked process gets
+
+// 25 steps that fake the clock, a second each; returns the threads after the last of them.
+static int fake_steps(int n) {
+    for (int k = 0; k < n; k++) {
+        fake_wall += 1;
+        fake_cpu += fake_rate;
+        threads_adapt();
+    }
+    return omp_get_max_threads();
+}
+
+// Threads that are given up too early, too many of them, or never tried again.
+static void adapt_apart(void *argument) {
+    int *said = argument;
+    (void)said;
+    mb_threads = 4;
+    mb_adapting = 1;
+    omp_set_num_threads(4);
+    fake_wall = 1000;
+    fake_cpu = 10;
+    fake_rate = 2.5;  // 0.6 CPUs a thread and more is enough
+    int fine = fake_steps(5);
+    fake_rate = 2.3;
+    int once = fake_steps(1), twice = fake_steps(1);
+    fake_rate = 2;
+    int resting = fake_steps(24), again = fake_steps(1), down = fake_steps(1);
+    fake_rate = 0.3;
+    fake_steps(25);  // all are tried, and one such step is enough now
+    int least = fake_steps(1);
+    fake_wall += 0.001;  // too short to tell
+    threads_adapt();
+    CHECK(fine == 4 && once == 4 && twice == 2 && resting == 2 && again == 4 && down == 2 &&
+          least == 1, "threads: %d %d %d %d %d %d %d", fine, once, twice, resting, again, down,
+          least);
+    mb_adapting = 0;
+    fake_steps(60);
+    CHECK(omp_get_max_threads() == 1, "threads change though they may not");
+    DIE("all is well");
+}
+
+static void test_adapting(void) {
+#if MB_POSIX && defined(_OPENMP)
+    test_apart(adapt_apart, NULL, "all is well");
+#endif
+}
+
+// What print_reliability() says.
+static void reliability_apart(void *argument) {
+    (void)argument;
+    const float p[] = {0, 0.18f, 0.2f, 0.5f, 0.61f, 0.79f, 0.8f, 1, 0.9f, 0.3f};
+    const float y[] = {0, 1, 0, 1, 1, 0, 1, 1, NAN, NAN};
+    print_reliability(stderr, p, y, 10);
+    DIE("the end");
+}
+
+// What progress_show() says of a resumed run.
+static void progress_apart(void *argument) {
+    (void)argument;
+    Progress p = {now_seconds() - 100, now_seconds() - 100, 50, 0};
+    progress_show(&p, 75, 100, 200, "molecules", "step", 0);
+    progress_show(&p, 75, 100, 200, "molecules", "soon", 0);  // ten seconds have not passed
+    progress_show(&p, 100, 100, 200, "molecules", "done", 1);
+    DIE("the end");
+}
+
+// Names, rows, files and numbers around the method.
+static void test_machinery(void) {
+#if MB_POSIX
+    test_apart(reliability_apart, NULL, "Brier score 0.2223; where the probability is\n"
+               "  0.0 to 0.2, of 2: said 0.09, found 0.50\n  0.2 to 0.4, of 1: said 0.20, found 0.00\n"
+               "  0.4 to 0.6, of 1: said 0.50, found 1.00\n  0.6 to 0.8, of 2: said 0.70, found 0.50\n"
+               "  0.8 to 1.0, of 2: said 0.90, found 1.00\n");
+    test_apart(progress_apart, NULL, "step   75.0 %  2 molecules/s  1:40 left\ndone  100.0 %  2 "
+               "molecules/s\n");
+    // the bytes of an output are on the disk before it gets its name
+    OutFile out;
+    remove("build/bites_out");
+    files_flushed = flushed_late = folders_flushed = 0;
+    flush_name = "build/bites_out";
+    out_open(&out, "build/bites_out");
+    out_write(&out, "x", 1);
+    out_commit(&out);
+    flush_name = NULL;
+    test_check(files_flushed == 1 && flushed_late == 0 && folders_flushed == 1,
+               "an output is flushed %d times, %d too late; its folder %d times", files_flushed,
+               flushed_late, folders_flushed);
+#endif
+    // a number, once read, that stands on the right side of the best
+    const float logits[] = {1, 2, -1, -3, 0.5f, 0.7f, -0.2f, 4}, ones[] = {1, 1, 0, 0, 1, 0, 1, 0};
+    double scale = (double)calibration(logits, ones, 8), slope = 0;
+    for (int k = 0; k < 8; k++)
+        slope += (1 / (1 + exp(-scale * (double)logits[k])) - (double)ones[k]) * (double)logits[k];
+    test_check(fabs(slope) < 1e-5 && scale > 0.1, "calibration %.4f leaves a slope of %.1e", scale,
+               slope);
+    const float sure[] = {3, -3, NAN, 2}, right[] = {1, 0, NAN, 1}, wrong[] = {0, 1, NAN, 0};
+    test_check(calibration(sure, right, 4) == 10 && calibration(sure, wrong, 4) == 0.1f,
+               "calibration ends at 10 and 0.1: %g, %g", (double)calibration(sure, right, 4),
+               (double)calibration(sure, wrong, 4));
+    static const struct { const char *a, *b; int distance; } words[] = {
+        {"--lr", "--lr", 0}, {"--stps", "--steps", 1}, {"kitten", "sitting", 3}, {"", "abc", 3},
+        {"abc", "", 3}, {"--labels-from", "--labels-by", 4}};
+    for (int k = 0; k < 6; k++)
+        test_check(edit_distance(words[k].a, words[k].b) == words[k].distance, "distance of %s, %s: "
+                   "%d", words[k].a, words[k].b, edit_distance(words[k].a, words[k].b));
+    test_command("./moleblend build/test_train.bin --layerszzzz 2", 1, "did you mean --layers?");
+    test_command("./moleblend build/test_train.bin --layerszzzzz 2", 1,
+                 "unknown option --layerszzzzz; see --help");
+    // valid.bin beside train.bin: of the last "train" of the path
+    if (MB_POSIX) {
+        test_command("mkdir -p build/train_v && cp build/test_train.bin build/train_v/a.train.bin && "
+                     "cp build/test_train.bin build/train_v/a.valid.bin && ./moleblend "
+                     "build/train_v/a.train.bin --layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 "
+                     "--steps 1 -o build/bites.safetensors", 0, "build/train_v/a.valid.bin: 40");
+        test_command("printf 'C(\\nC\\nCC\\n' > build/bites.smi; ./data_prep --format smi -o "
+                     "build/bites_n.bin build/bites.smi && sed 's/ /  /' build/bites.smi > /dev/null; "
+                     "./data_prep --dump build/bites_n.bin", 0, "{\"name\":\"CC\",");
+        test_command("printf '\\n x\\n\\n  1  0  0  0  0  0  0  0  0  0999 V2000\\n    0.0000    "
+                     "0.0000    0.0000 C   0  0\\nM  END\\n$$$$\\n' > build/bites.sdf; cat "
+                     "build/bites.sdf build/bites.sdf build/bites.sdf | ./data_prep --format sdf -o "
+                     "- - | ./data_prep --range 2: --dump -", 0, "{\"name\":\"3\",");
+    }
+    struct { const char *path, *ending, *other, *expected; } paths[] = {
+        {"a/b.safetensors", ".safetensors", ".log.csv", "a/b.log.csv"},
+        {"a/b", ".safetensors", ".log.csv", "a/b.log.csv"}, {".npy", ".npy", ".csv", ".npy.csv"},
+        {"b.npy.npy", ".npy", ".csv", "b.npy.csv"}};
+    for (int k = 0; k < 4; k++) {
+        char *path = path_with(paths[k].path, paths[k].ending, paths[k].other);
+        test_check(strcmp(path, paths[k].expected) == 0, "%s is not %s", path, paths[k].expected);
+        free(path);
+    }
+    // a flipped bit behind the checksum of a tensor file
+    size_t size;
+    const float numbers[] = {1, 2, 3, 4, 5, 6};
+    tensor_file_write("build/bites.safetensors", &(TensorOut){"x", 2, 3, numbers}, 1,
+                      "{\"format\":\"pt\"}");
+    char *bytes = file_text("build/bites.safetensors", &size);
+    bytes[size - 2] = (char)(bytes[size - 2] ^ 1);
+    write_bytes("build/bites_bad.safetensors", bytes, size);
+    test_command("./moleblend info build/bites.safetensors", 0, "F32 (2, 3)");
+    test_command("./moleblend info build/bites_bad.safetensors", 1, "damaged tensor file");
+    free(bytes);
+    double mean[2];
+    const float rows[] = {1, 10, 2, 20, 4, 60};
+    rows_mean(mean, rows, 2, 1, 3);
+    test_check(mean[0] == 3 && mean[1] == 40, "means of rows: %g, %g", mean[0], mean[1]);
+    double metric[METRICS];  // of two tasks one has both classes
+    const float scores[] = {1, 0, 2, 0, 3, 0, 0, 0}, classes[] = {0, 1, 1, 1, 1, 1, 0, 1};
+    mean_metrics(metric, TASK_CLASSIFICATION, scores, classes, 4, 2);
+    test_check(metric[METRIC_AUC] == 1 && metric[METRIC_AP] == 1, "a mean over the tasks that have "
+               "a metric: %g, %g", metric[METRIC_AUC], metric[METRIC_AP]);
+}
+
+// ---- data_prep
+
+// Frames that mirror; shares and limits off by one; scaffolds and fragments told apart wrongly.
+static void test_small_chemistry(void) {
+    Worker w = {0};
+    ChemMol *m = &w.mol;
+    Outcome o;
+    double before = 0, after = 0, extent[3] = {0};
+    mol_clear(m);
+    for (int i = 0; i < 7; i++) {
+        mol_add_atom(m, 6);
+        for (int k = 0; k < 3; k++) m->xyz[i][k] = (k + 1.0) * (double)test_number(40 + 3 * i + k);
+    }
+    for (int turn = 0; turn < 2; turn++) {  // the volume that four atoms span keeps its sign
+        Point a = arm(m, 0, 1), b = arm(m, 0, 2), c = arm(m, 0, 3);
+        *(turn ? &after : &before) = dot(a, cross(b, c));
+        if (turn == 0) orient_principal(m);
+    }
+    for (int i = 0; i < 7; i++)
+        for (int k = 0; k < 3; k++) extent[k] += m->xyz[i][k] * m->xyz[i][k];
+    test_check(fabs(before) > 0.1 && fabs(after - before) < 1e-9, "principal frame: a volume of "
+               "%.4f becomes %.4f", before, after);
+    test_check(extent[0] > extent[1] && extent[1] > extent[2], "principal frame: extents %.3f %.3f "
+               "%.3f", extent[0], extent[1], extent[2]);
+    static const struct { const char *a, *b; int same; } scaffolds[] = {
+        {"C[c+]1cccccc1", "[cH+]1cccccc1", 1}, {"[O-][n+]1ccccc1", "c1cc[nH+]cc1", 1},
+        {"Cn1cccc1", "c1cc[nH]c1", 1}, {"C[n+]1ccccc1", "c1ccncc1", 0},
+        {"O=C1CCCCC1", "C1CCCCC1", 0}, {"OC1CCCCC1", "C1CCCCC1", 1},
+        {"C1CC[NH2+]CC1", "C1CCNCC1", 0}, {"C1CCNCC1", "C1CCCCC1", 0}};
+    for (size_t k = 0; k < sizeof scaffolds / sizeof *scaffolds; k++) {
+        ScaffoldKey key[2];
+        for (int x = 0; x < 2; x++) {
+            const char *smiles = x ? scaffolds[k].b : scaffolds[k].a;
+            test_check(prep_convert(&w, FORMAT_SMI, smiles, strlen(smiles), &o), "%s", smiles);
+            key[x] = scaffold_key(m);
+        }
+        test_check((key[0].a == key[1].a && key[0].b == key[1].b) == scaffolds[k].same,
+                   "scaffolds of %s and %s", scaffolds[k].a, scaffolds[k].b);
+    }
+    worker_free(&w);
+    // shares that are just reached: 0.29 * 100 is 28.999999999999996
+    uint8_t part[100];
+    ScaffoldKey key[100];
+    const double share[2] = {0.29, 0.71};
+    int count = 0, first = 0;
+    split_by_order(part, 100, NULL, share, 2);
+    for (int i = 0; i < 100; i++) {
+        count += part[i] == 0;
+        key[i] = (ScaffoldKey){i < 71 ? 1 : 2, 0};
+    }
+    test_check(count == 29 && part[28] == 0 && part[29] == 1, "29 %% of 100 are %d", count);
+    split_by_scaffold(part, key, 100, share, 2);
+    for (int i = 0; i < 100; i++) first += part[i] == 0 && i >= 71;
+    test_check(first == 29, "a scaffold of 29 of 100 fits a share of 0.29: %d", first);
+    if (!MB_POSIX) return;
+    static const struct { const char *command; int code; const char *expected; } table[] = {
+        // of equal fragments the first, by heavy atoms
+        {"echo 'CCO.CCN a' | ./data_prep --format smi --largest-fragment -o - - | ./data_prep "
+         "--dump -", 0, ",[7,0,"},
+        {"echo '[2H]C([2H])([2H])[2H].OO' | ./data_prep --format smi --largest-fragment -o - - | "
+         "./data_prep --dump -", 0, "\"atom_feat\":[[7,0,2,5,1,0,2,0,0],[7,0,2,5,1,0,2,0,0]]"},
+        {"echo 'O.CC.[Na+].CCC.C' | ./data_prep --format smi --largest-fragment -o - - | ./data_prep "
+         "--dump -", 0, "\"bonds\":[[0,1,0,0,0],[1,2,0,0,0]]"},
+        // limits that are just kept
+        {"printf 'C\\nC(\\n' | ./data_prep --format smi --max-reject 50 -o build/bites_x.bin -", 0,
+         "1 molecules"},
+        {"printf 'C\\nC(\\n' | ./data_prep --format smi --max-reject 49.9 -o build/bites_x.bin -", 1,
+         "nothing is written"},
+        {"echo CCC | ./data_prep --format smi --max-atoms 3 -o build/bites_x.bin -", 0,
+         "1 molecules"},
+        {"echo '[H]C([H])C' | ./data_prep --format smi --keep-hydrogens -o - - | ./data_prep --dump "
+         "- | tr -cd '[' | wc -c", 0, "12"},
+        {"echo 'C[C@H]1CC[C@@H](C)CC1' | ./data_prep --format smi -o - - | ./data_prep --dump - | "
+         "cut -c 1-60", 0, "\"atom_feat\":[[5,0,"}};
+    for (size_t k = 0; k < sizeof table / sizeof *table; k++)
+        test_command(table[k].command, table[k].code, table[k].expected);
+    // a random split: the permutation of its seed
+    uint32_t order[10];
+    size_t size;
+    for (int seed = 1; seed <= 6; seed += 5) {
+        char *line = xprintf("printf 'C 0\\nC 1\\nC 2\\nC 3\\nC 4\\nC 5\\nC 6\\nC 7\\nC 8\\nC 9\\n' "
+                             "| ./data_prep --format smi --split 0.7,0.3 --split-by random %s -o "
+                             "'build/bites_{}.bin' - 2> /dev/null; ./data_prep --dump "
+                             "build/bites_valid.bin | cut -c 1-11", seed > 1 ? "--seed 6" : "");
+        test_command(line, 0, "name");
+        char *text = file_text("build/test.out", &size), expected[64] = "";
+        rng_permutation(order, 10, (uint64_t)seed, RNG_SPLIT, 0);
+        for (uint32_t i = 0, n = 0; i < 10; i++)  // in the order of the input
+            if (order[7] == i || order[8] == i || order[9] == i)
+                n += (uint32_t)sprintf(expected + n, "{\"name\":\"%u\"\n", i);
+        test_check(strcmp(text, expected) == 0, "%s:\n%sexpected\n%s", line, text, expected);
+        FREE_ALL(line, text);
+    }
 }
