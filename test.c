@@ -1561,7 +1561,7 @@ int main(int argc, char **argv) {
                      {"seeds", test_seeds},
                      {"stopping early", test_stopping},
                      {"embedding rows", test_embedding_rows},
-                     {"predictions", test_predictions},
+                     {"ensembles", test_ensembles},
                      {"pretraining report", test_pretraining_report},
                      {"threads adapt", test_adapting},
                      {"machinery", test_machinery},

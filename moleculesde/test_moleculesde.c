@@ -1162,6 +1162,230 @@ static void test_judging(void) {
     }
 }
 
+// What mols_draw() and mols_noised() make, by the names of the draws and the formulas of section 6.
+static void test_drawn(void) {
+    Sde s;
+    int times = 0, wrong = 0;
+    double worst = 0;
+    rig_open(&s, 0, 0, 1);
+    s.method.ve3d = (Range){0.3, 2};
+    s.method.ve2d = (Range){0.05, 1.5};
+    s.draws.first_slot = 9;
+    mols_draw(&s);
+    Mols *m = &s.mols;
+    for (uint32_t k = 0; k < 2; k++)
+        for (uint32_t b = 0; b < m->B; b++) {  // the first four of six, then 999 minus the first two
+            float u = rng_uniform(s.draws.seed, k ? RNG_TIME_2D : RNG_TIME_3D, s.draws.step, 9, b % 4);
+            int drawn = (int)(u * 1000);
+            times += m->time[k * m->B + b] == (b < 4 ? drawn : 999 - drawn);
+        }
+    test_check(times == 12, "%d of 12 times are right", times);
+    for (uint32_t k = 0; k < 2; k++) {
+        uint32_t *order = xmalloc(m->A, sizeof *order);
+        rng_permutation(order, m->A, s.draws.seed, k ? RNG_PERM_BACK : RNG_PERM, s.draws.step);
+        wrong += memcmp(order, m->perm + k * m->A, m->A * sizeof *order) != 0;
+        free(order);
+    }
+    test_check(wrong == 0, "permutations by other names");
+    for (int vp = 0; vp < 2; vp++) {
+        s.method.vp = vp;
+        s.method.beta = (Range){0.4, 3};
+        mols_noised(&s);
+        for (size_t b = 0; b < m->B; b++) {
+            Place v = place_of(m, b);
+            double mu[2], sigma[2];
+            for (size_t k = 0; k < 2; k++) {  // 2D -> 3D, 3D -> 2D
+                double t = m->time[k * m->B + b] / 1000.0 * (1 - 1e-6) + 1e-6;
+                double l = -t * t * (3 - 0.4) / 4 - t * 0.4 / 2;
+                mu[k] = vp ? exp(l) : 1;
+                sigma[k] = vp ? sqrt(1 - exp(2 * l)) : k ? 0.05 * pow(30, t) : 0.3 * pow(2 / 0.3, t);
+            }
+            for (size_t x = 3 * v.atom; x < 3 * (v.atom + (size_t)v.N); x++)
+                worst = fmax(worst, fabs(mu[0] * (double)m->pos[x] + sigma[0] * (double)m->noise[x] -
+                                         (double)m->q[x]));
+            FOR_PAIRS(v, i, j) {
+                size_t p = pair_row(&v, i, j);
+                int both = i != j && m->bonded[v.atom + (size_t)i] && m->bonded[v.atom + (size_t)j];
+                double adj = mu[1] * m->bond_type[p] + sigma[1] * (double)m->noise_adj[p];
+                worst = fmax(worst, fabs(adj - (double)m->adj[p]));
+                wrong += !both && (m->noise_adj[p] < 0 || m->noise_adj[p] > 0);
+            }
+            for (size_t x = V * v.atom; x < V * (v.atom + (size_t)v.N); x++) {
+                int one = m->atom_feat[x / V * ATOM_FEATURES] == x % V;
+                double element = m->bonded[x / V] ? one * mu[1] + sigma[1] * (double)m->noise_x[x] : 0;
+                worst = fmax(worst, fabs(element - (double)m->elements[x]));
+            }
+        }
+    }
+    test_check(worst < 1e-5 && wrong == 0, "noised: differs by %.1e, %d wrong", worst, wrong);
+    sde_free(&s);
+}
+
+// The text of a file, in fresh memory.
+static char *text_of(const char *path) {
+    char *text = xmalloc(1 << 16, 1);
+    FILE *f = fopen(path, "r");
+    if (f && !fread(text, 1, (1 << 16) - 1, f)) *text = 0;
+    if (f) fclose(f);
+    return text;
+}
+
+// The number in a column of a line of a CSV, both counted from 0; NaN if there is none.
+static double csv_number(const char *text, int line, int column) {
+    for (; line > 0 && text; line--) text = strchr(text, '\n') ? strchr(text, '\n') + 1 : NULL;
+    for (; column > 0 && text; column--) text = strchr(text, ',') ? strchr(text, ',') + 1 : NULL;
+    return text && *text ? strtod(text, NULL) : (double)NAN;
+}
+
+typedef struct { Method method; Adam adam; double scale_3d, seed, batch, epochs, vp, use_3d; } Settings;
+static const Settings DEFAULTS = {
+    {0, {0.2, 1}, {0.1, 1}, {0.2, 1}, 0, 0.1, 0.5, 1, 1, 1}, {5e-4, 0.9, 0.999, 1e-8, 0, 0},
+    1, 1, 16, 3, 0, 0};
+
+// Molecules of step `step`, of n, by the permutations of their epochs.
+static void plain_ids(uint32_t *ids, int64_t step, const Settings *o, size_t n) {
+    uint32_t *order = xmalloc(n, sizeof *order);
+    for (int64_t k = 0; k < (int64_t)o->batch; k++) {
+        int64_t sample = step * (int64_t)o->batch + k;
+        rng_permutation(order, n, (uint64_t)o->seed, RNG_SHUFFLE, (uint32_t)(sample / (int64_t)n));
+        ids[k] = order[sample % (int64_t)n];
+    }
+    free(order);
+}
+
+// A step of pretraining or epochs of fine-tuning by other settings than were asked for.
+static void test_options(void) {
+    static const struct { const char *args; size_t field; double value; } rows[] = {
+        {"", offsetof(Settings, seed), 1}, {"--sde vp", offsetof(Settings, vp), 1},
+        {"--sigma-3d-low 0.6", offsetof(Settings, method.ve3d.low), 0.6},
+        {"--sigma-3d-high 3", offsetof(Settings, method.ve3d.high), 3},
+        {"--sigma-2d-low 0.5", offsetof(Settings, method.ve2d.low), 0.5},
+        {"--sigma-2d-high 3", offsetof(Settings, method.ve2d.high), 3},
+        {"--anneal 1", offsetof(Settings, method.anneal), 1},
+        {"--weight-contrast 3", offsetof(Settings, method.contrast), 3},
+        {"--weight-3d 3", offsetof(Settings, method.to3d), 3},
+        {"--weight-2d 3", offsetof(Settings, method.to2d), 3},
+        {"--attention-dropout 0.7", offsetof(Settings, method.attention_dropout), 0.7},
+        {"--lr 0.02", offsetof(Settings, adam.lr), 0.02},
+        {"--scale-3d 9", offsetof(Settings, scale_3d), 9},
+        {"--seed 7", offsetof(Settings, seed), 7}, {"--batch-size 11", offsetof(Settings, batch), 11}};
+    static const struct { const char *args; size_t field; double value; } tuned[] = {
+        {"", offsetof(Settings, seed), 1}, {"--dropout 0.05", offsetof(Settings, method.dropout), 0.05},
+        {"--lr 0.05", offsetof(Settings, adam.lr), 0.05}, {"--epochs 4", offsetof(Settings, epochs), 4},
+        {"--encoder 3d", offsetof(Settings, use_3d), 1}};
+    const Shape shape = {16, 2, 8, 9, 2, 8, 4, 2, 2, 1, 0, 0};
+    Dataset data;
+    double base[2 * TERMS + 2];
+    int earlier = 0;
+    dataset_open(&data, "valid.bin");
+    uint32_t *ids = xmalloc(data.count, sizeof *ids);
+    for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+        Settings o = DEFAULTS;
+        Sde s = {0};
+        double loss[TERMS], all[2 * TERMS + 2], differs = 0;
+        int wrong = 0;
+        memcpy((char *)&o + rows[r].field, &rows[r].value, sizeof(double));
+        o.method.vp = o.vp > 0;
+        o.method.dropout = 0;
+        sde_create(&s, shape, 1);
+        sde_init(&s, (uint64_t)o.seed);
+        s.method = o.method;
+        run_command(SDE " valid.bin --valid valid.bin" SMALL "--steps 2 %s -o build/sdeo.safetensors "
+                    "> build/sde.out 2> build/sde.err", rows[r].args);
+        char *csv = text_of("build/sdeo.log.csv");
+        for (int step = 0; step < 2; step++) {
+            Draws draws = {(uint64_t)o.seed, (uint32_t)step, 0, 1};
+            plain_ids(ids, step, &o, data.count);
+            double norm = sde_step(loss, &s, &data, ids, (size_t)o.batch, &o.adam, o.scale_3d, &draws,
+                                   step + 1);
+            for (int k = 0; k < TERMS; k++)
+                wrong += !(fabs(csv_number(csv, 1 + step, 1 + k) / loss[k] - 1) < 1e-4);
+            wrong += !(fabs(csv_number(csv, 1 + step, 1 + TERMS) / o.adam.lr - 1) < 1e-5);
+            wrong += !(fabs(csv_number(csv, 1 + step, 2 + TERMS) / norm - 1) < 1e-3);
+            memcpy(all + step * TERMS, loss, sizeof loss);
+            all[2 * TERMS + step] = norm;
+        }
+        if (r == 0) memcpy(base, all, sizeof base);
+        for (int k = 0; k < 2 * TERMS + 2; k++) differs = fmax(differs, fabs(all[k] / base[k] - 1));
+        test_check(wrong == 0, "%s: %d numbers of the log are wrong:\n%s", rows[r].args, wrong, csv);
+        test_check(r == 0 || differs > 1e-3, "%s: this test would not notice (%.1e)",
+                   rows[r].args, differs);
+        free(csv);
+        sde_free(&s);
+    }
+    Molecule m = {0};
+    for (size_t r = 0; r < sizeof tuned / sizeof *tuned; r++) {
+        Settings o = DEFAULTS;
+        float mean[2], std[2];
+        double sum[2][3] = {{0}}, valid[8] = {0}, step_loss[64];
+        int wrong = 0, best = 1;
+        o.batch = 50;
+        o.adam.lr = 1e-4;  // its own default
+        memcpy((char *)&o + tuned[r].field, &tuned[r].value, sizeof(double));
+        for (size_t i = 0; i < data.count; i++) {
+            dataset_read(&data, i, &m);
+            for (int k = 0; k < 6; k++) sum[k / 3][k % 3] += pow((double)m.labels[k / 3], k % 3);
+        }
+        for (int y = 0; y < 2; y++) {
+            mean[y] = (float)(sum[y][1] / sum[y][0]);
+            std[y] = (float)sqrt(sum[y][2] / sum[y][0] - pow(sum[y][1] / sum[y][0], 2));
+        }
+        Aim aim = {TASK_REGRESSION, mean, std};
+        Shape c = shape;
+        c.tasks = 2;
+        c.use_3d = o.use_3d > 0;
+        Sde s = {0};
+        sde_create(&s, c, 1);
+        sde_init(&s, (uint64_t)o.seed);
+        s.p.head.b[0] = s.p.head.b[1] = 0;
+        s.method = o.method;
+        run_command(SDE " finetune valid.bin --valid valid.bin --dim 16 --layers 2 --blocks 2 "
+                    "--filters 8 --gaussians 9 --batch-size 50 --epochs 3 %s -o build/sdeo.safetensors > build/sde.out 2> build/sde.err", tuned[r].args);
+        char *csv = text_of("build/sdeo.log.csv"), *out = text_of("build/sde.out");
+        for (int step = 0; step < 4 * (int)o.epochs; step++) {
+            Adam adam = o.adam;
+            int epoch = step / 4;
+            adam.lr *= (1 + cos(acos(-1.0) * epoch / o.epochs)) / 2;
+            plain_ids(ids, step, &o, data.count);
+            s.draws = (Draws){(uint64_t)o.seed, (uint32_t)step, 0, 1};
+            s.training = 1;
+            mols_load(&s.mols, &data, ids, 50, 2);
+            task_forward(&s);
+            step_loss[step] = head_loss(&s, &aim);
+            task_backward(&s);
+            update(&s, &adam, 1, step + 1);
+            if (step % 4 < 3) continue;
+            epoch++;
+            for (uint32_t i = 0; i < data.count; i++) ids[i] = i;
+            s.draws.active = s.training = 0;
+            mols_load(&s.mols, &data, ids, data.count, 2);
+            task_forward(&s);
+            for (size_t k = 0; k < 2 * data.count; k++)  // in deviations
+                valid[epoch] += fabs((double)s.a.logits[k] - ((double)s.mols.labels[k] -
+                                     (double)mean[k % 2]) / (double)std[k % 2]) / 2 /
+                                (double)data.count;
+            best = valid[epoch] < valid[best] ? epoch : best;
+            double loss = 0;
+            for (int k = 0; k < 4; k++) loss += step_loss[step - k] / 4;
+            wrong += !(fabs(csv_number(csv, epoch, 1) / loss - 1) < 1e-4) ||
+                     !(fabs(csv_number(csv, epoch, 2) / valid[epoch] - 1) < 1e-4) ||
+                     (int)csv_number(csv, epoch, 3) != best;
+        }
+        const char *report = strstr(out, "valid:"), *mae = report ? strstr(report, "MAE ") : NULL;
+        test_check(wrong == 0, "%s: %d epochs are wrong:\n%s", tuned[r].args, wrong, csv);
+        test_check(mae && fabs(strtod(mae + 4, NULL) / valid[best] - 1) < 1e-4,
+                   "%s: the best has %.6f, reported is %s", tuned[r].args, valid[best],
+                   mae ? mae : "nothing");
+        earlier += best < (int)o.epochs;
+        free(csv), free(out);
+        sde_free(&s);
+    }
+    test_check(earlier > 0, "the best epoch is always the last");
+    molecule_free(&m);
+    free(ids);
+    dataset_close(&data);
+}
+
 // What is refused, and how.
 static void test_messages(void) {
     static const struct { const char *args, *message; } rows[] = {
@@ -1322,7 +1546,8 @@ int main(int argc, char **argv) {
         {"3D -> 2D", test_to2d}, {"model", test_model}, {"fine-tuning head", test_head},
         {"rotation", test_rotation}, {"permutation", test_permutation}, {"shapes", test_shapes},
         {"program", test_program}, {"judging", test_judging}, {"messages", test_messages},
-        {"outputs", test_outputs}, {"runs", test_runs}, {"golden file", test_bundled}};
+        {"outputs", test_outputs}, {"runs", test_runs}, {"drawn", test_drawn},
+        {"options", test_options}, {"golden file", test_bundled}};
     int only = argc > 2 && strcmp(argv[1], "--golden") == 0;
     for (int i = 2; i < argc && only; i++) test_golden(argv[i], 1);
     for (size_t k = 0; k < sizeof tests / sizeof tests[0] && !only; k++) {

@@ -46,39 +46,36 @@ static void test_draws(void) {
                RNG_ATTENTION_DROP == 256 && RNG_ACTIVATION_DROP == 512 && RNG_PATH_DROP == 768,
                "purposes of draws");
     enum { N = 37 };
-    Batch batch;
-    Sizes room = {0};
+    Step s = {0};
+    Batch *const batch = &s.batch;
     Molecule m = {0};
     const Blend blend = {0.3, 0.5, 0.7, 0.9, 0.3, 0.25, 0};  // sums of 1.5 and 1.2
     const Draws draws = {21, 6, 40, 1};
-    for (int b = 0; b < 2; b++) sizes_add(&room, N);
-    batch_alloc(&batch, room, 0);
-    batch.n_atoms[0] = batch.n_atoms[1] = N;
-    batch_layout(&batch, 2);
+    batch_layout(batch, 2, (const int[]){N, N});
     int wrong_pairs = 0, wrong_atoms = 0, shown[8] = {0};
     double worst = 0;
     for (int b = 0; b < 2; b++) {
-        View v = batch_view(&batch, (size_t)b);
+        View v = batch_view(batch, b);
         random_molecule(&m, N, 1, b == 0, 5);
-        batch_set(&batch, (size_t)b, &m, &batch.reader[0]);
-        batch_draw(&batch, (size_t)b, &blend, &draws);
+        batch_set(batch, b, &m, &batch->reader[0]);
+        batch_draw(batch, b, &blend, &draws);
         for (uint32_t k = 0; k < N * N; k++) {
             double u = plain_uniform(21, 3, 6, 40 + (uint32_t)b, k) * (b ? 0.8 : 1.5);
             int expected = u < 0.3 ? USE_SPD : u < 0.8 ? USE_EDGE : USE_3D;
-            wrong_pairs += batch.pair_use[v.pair + k] != expected;
+            wrong_pairs += batch->pair_use[v.pair + k] != expected;
             shown[expected]++;
         }
         for (uint32_t i = 0; i < N; i++) {
             double u = plain_uniform(21, 4, 6, 40 + (uint32_t)b, i);
-            wrong_atoms += batch.atom_use[v.atom + i] != (b || u < 0.75 ? USE_SPD : USE_3D);
+            wrong_atoms += batch->atom_use[v.atom + i] != (b || u < 0.75 ? USE_SPD : USE_3D);
             for (uint32_t k = 3 * i; k < 3 * i + 3; k++) {
                 double noise = b ? 0 : 0.25 * plain_normal(21, 5, 6, 40, k);
-                worst = fmax(worst, fabs((double)batch.noise[3 * v.atom + k] - noise));
+                worst = fmax(worst, fabs((double)batch->noise[3 * v.atom + k] - noise));
             }
         }
-        batch_use(&batch, (size_t)b, USE_EDGE | USE_3D);
-        test_check(batch.pair_use[v.pair + 5] == (b ? USE_EDGE : USE_EDGE | USE_3D) &&
-                   batch.atom_use[v.atom + N - 1] == batch.pair_use[v.pair + N * N - 1],
+        batch_use(batch, b, USE_EDGE | USE_3D);
+        test_check(batch->pair_use[v.pair + 5] == (b ? USE_EDGE : USE_EDGE | USE_3D) &&
+                   batch->atom_use[v.atom + N - 1] == batch->pair_use[v.pair + N * N - 1],
                    "3D is used where there are positions");
     }
     test_check(wrong_pairs == 0 && shown[USE_SPD] > 20 && shown[USE_EDGE] > 20 &&
@@ -86,7 +83,7 @@ static void test_draws(void) {
     test_check(wrong_atoms == 0, "%d atoms show what they did not draw", wrong_atoms);
     test_check(worst < 1e-6, "noise differs by %.1e", worst);
     molecule_free(&m);
-    batch_free(&batch);
+    step_close(&s);
     static const struct { int spd, class; } lengths[] = {
         {0, -1}, {1, 0}, {9, 8}, {10, 9}, {11, 10}, {400, 10}, {509, 10}, {510, -1}};
     for (int k = 0; k < 8; k++)
@@ -135,29 +132,23 @@ static void losses_molecule(Molecule *m, int b) {
 // A pair, slot, atom or molecule that counts where it should not, a mean over something else.
 static void test_plain_losses(void) {
     Step s = {.draws = {4, 2, 0, 0}, .weights = {{0, 5, 0.3, 0.2, 0.7}}};
-    Sizes room = {0};
     Molecule m = {0};
+    int n_atoms[LOSS_MOLECULES];
     for (int b = 0; b < LOSS_MOLECULES; b++) {
         losses_molecule(&m, b);
-        sizes_add(&room, m.n_atoms);
+        n_atoms[b] = m.n_atoms;
     }
     model_create(&s.model, (Config){1, 12, 8, 2, 4, 0}, 1);
     formula_params(&s.model);
-    batch_alloc(&s.batch, room, 0);
-    acts_alloc(&s.acts, s.model.config, room);
+    batch_layout(&s.batch, LOSS_MOLECULES, n_atoms);
     for (int b = 0; b < LOSS_MOLECULES; b++) {
         losses_molecule(&m, b);
-        s.batch.n_atoms[b] = m.n_atoms;
-    }
-    batch_layout(&s.batch, LOSS_MOLECULES);
-    for (size_t b = 0; b < LOSS_MOLECULES; b++) {
-        losses_molecule(&m, (int)b);
         batch_set(&s.batch, b, &m, &s.batch.reader[0]);
         batch_draw(&s.batch, b, &TEST_BLEND, &s.draws);
         batch_pairs(&s.batch, b);
     }
     batch_count(&s.batch);
-    size_t P = s.batch.P, pair = 0;
+    idx P = s.batch.P, pair = 0;
     float *spd = s.logits[LOSS_SPD] = xmalloc(P * SPD_CLASSES, sizeof *spd);
     float *edge = s.logits[LOSS_EDGE] = xmalloc(P * EDGE_OUTPUTS, sizeof *edge);
     float *d3 = s.logits[LOSS_3D] = xmalloc(P * 3, sizeof *d3);
@@ -167,7 +158,7 @@ static void test_plain_losses(void) {
     loss_means(loss, sum, s.batch.count, &s.weights);
     for (int b = 0; b < LOSS_MOLECULES; b++) {
         losses_molecule(&m, b);
-        View v = batch_view(&s.batch, (size_t)b);
+        View v = batch_view(&s.batch, b);
         double directions = 0, directions_count = 0;
         for (int i = 0; i < m.n_atoms; i++) {
             for (int j = 0; j < m.n_atoms; j++, pair++) {
@@ -193,10 +184,10 @@ static void test_plain_losses(void) {
                 directions += plain_cosine(d3 + 3 * pair, d);
                 directions_count++;
             }
-            size_t atom = v.atom + (size_t)i;
+            idx atom = v.atom + i;
             if (!m.has_pos || s.batch.atom_use[atom] != USE_3D) continue;
             plain[LOSS_NOISE] +=
-                plain_cosine(s.acts.denoise_out + 3 * atom, s.batch.noise + 3 * atom);
+                plain_cosine(s.head->denoise_out + 3 * atom, s.batch.noise + 3 * atom);
             count[LOSS_NOISE]++;
         }
         if (directions_count > 0) plain[LOSS_3D] += directions / directions_count;
@@ -216,7 +207,7 @@ static void test_plain_losses(void) {
                r[0] == 0, "a direction of no length costs 1");
     free(spd), free(edge), free(d3);
     molecule_free(&m);
-    rig_close(&s);
+    step_close(&s);
 }
 
 // ---- layers with every dropout, in double, from the same input
@@ -231,46 +222,43 @@ static void test_dropped_layers(void) {
     const double rates[4] = {0.2, 0.15, 0.3, 0.1};  // as in rig_open()
     Config c = rig.model.config;
     int C = c.dim, F = c.ffn, H = c.heads, D = C / H, dropped = 0, kept = 0;
-    Sizes room = rig.batch.room;
     model_free(&rig.model);
-    acts_free(&rig.acts);
     c.layers = L;
     rig.draws.first_slot = 50;
     model_create(&rig.model, c, 1);
     formula_params(&rig.model);
-    acts_alloc(&rig.acts, c, room);
     encoder_forward(&rig);
-    size_t T = rig.batch.T, n = T * (size_t)C;
+    idx T = rig.batch.T, n = T * C;
     float *undropped = xmalloc(n, sizeof *undropped), *plain = xmalloc(n, sizeof *plain);
     float *x0 = xmalloc((L + 1) * n, sizeof *x0);
-    memcpy(x0, rig.acts.x, (L + 1) * n * sizeof *x0);
+    memcpy(x0, rig.enc->x, (L + 1) * n * sizeof *x0);
     rig.draws.active = 0;
     encoder_forward(&rig);
-    memcpy(undropped, rig.acts.x, n * sizeof *undropped);
-    for (size_t t = 0; t < T; t++) {  // the embedding's dropout: a row a token of a molecule
-        View v = batch_view(&rig.batch, (size_t)rig.batch.molecule[t]);
+    memcpy(undropped, rig.enc->x, n * sizeof *undropped);
+    for (idx t = 0; t < T; t++) {  // the embedding's dropout: a row a token of a molecule
+        View v = batch_view(&rig.batch, rig.batch.molecule[t]);
         for (int k = 0; k < C; k++)
-            plain[t * (size_t)C + k] =
+            plain[t * C + k] =
                 (float)(plain_mask(seed, 7, step, 50 + (uint32_t)v.b, (uint32_t)(t - v.token), C, k,
-                                   rates[3]) * (double)undropped[t * (size_t)C + k]);
+                                   rates[3]) * (double)undropped[t * C + k]);
     }
     test_close(x0, plain, n, 1e-6, "embedding dropout");
     double *mid = xmalloc((size_t)C, sizeof *mid), *hidden = xmalloc((size_t)F, sizeof *hidden);
     double *qkv = xmalloc(3 * n, sizeof *qkv), *row = xmalloc((size_t)C, sizeof *row);
     for (int l = 0; l < L; l++) {
         const LayerTensors *p = &rig.model.p.layer[l];
-        const float *x = x0 + (size_t)l * n;
+        const float *x = x0 + l * n;
         double rate = rates[2] * l / (L - 1);
-        for (size_t t = 0; t < T; t++)
+        for (idx t = 0; t < T; t++)
             for (int o = 0; o < 3 * C; o++) {
-                const float *w = (o < C ? p->q_w : o < 2 * C ? p->k_w : p->v_w) + o % C * C;
-                double out = (double)(o < C ? p->q_b : o < 2 * C ? p->k_b : p->v_b)[o % C];
-                for (int k = 0; k < C; k++) out += (double)w[k] * (double)x[t * (size_t)C + k];
-                qkv[t * 3 * (size_t)C + o] = out;
+                const float *w = p->qkv_w + o * C;
+                double out = (double)p->qkv_b[o];
+                for (int k = 0; k < C; k++) out += (double)w[k] * (double)x[t * C + k];
+                qkv[t * 3 * C + o] = out;
             }
-        for (size_t t = 0; t < T; t++) {
-            View v = batch_view(&rig.batch, (size_t)rig.batch.molecule[t]);
-            int S = v.S, i = (int)(t - v.token);
+        for (idx t = 0; t < T; t++) {
+            View v = batch_view(&rig.batch, rig.batch.molecule[t]);
+            int S = (int)v.S, i = (int)(t - v.token);
             uint32_t slot = 50 + (uint32_t)v.b;
             double keep[2], mean, square, *context = row;
             for (uint32_t second = 0; second < 2; second++) {
@@ -280,13 +268,13 @@ static void test_dropped_layers(void) {
                 kept += i == 0 && keep[second] > 1;
             }
             for (int h = 0; h < H; h++) {
-                const float *bias = rig.acts.attn_bias + bias_at(&rig.batch, H, &v, h) + i * v.W;
+                const float *bias = rig.pair->attn_bias + H * v.square + h * S * S + i * S;
                 double e[64], sum = 0;
                 for (int j = 0; j < S; j++) {
                     double score = 0;
                     for (int d = h * D; d < (h + 1) * D; d++)
-                        score += qkv[t * 3 * (size_t)C + d] *
-                                 qkv[(v.token + (size_t)j) * 3 * (size_t)C + C + d];
+                        score += qkv[t * 3 * C + d] *
+                                 qkv[(v.token + j) * 3 * C + C + d];
                     sum += e[j] = exp(score / sqrt(D) + (double)bias[j]);
                 }
                 for (int d = h * D; d < (h + 1) * D; d++) {
@@ -295,7 +283,7 @@ static void test_dropped_layers(void) {
                         context[d] += e[j] / sum *
                                       plain_mask(seed, 256 + (uint32_t)l, step, slot, (uint32_t)h,
                                                  S * S, i * S + j, rates[0]) *
-                                      qkv[(v.token + (size_t)j) * 3 * (size_t)C + 2 * C + d];
+                                      qkv[(v.token + j) * 3 * C + 2 * C + d];
                 }
             }
             for (int half = 0; half < 2; half++) {  // attention, then the feed-forward layer
@@ -307,7 +295,7 @@ static void test_dropped_layers(void) {
                 for (int o = 0; o < C; o++) {
                     double out = (double)b[o];
                     for (int k = 0; k < width; k++) out += (double)w[o * width + k] * in[k];
-                    sums[o] = (half ? mid[o] : (double)x[t * (size_t)C + o]) + keep[half] * out;
+                    sums[o] = (half ? mid[o] : (double)x[t * C + o]) + keep[half] * out;
                     mean += sums[o] / C;
                 }
                 for (int o = 0; o < C; o++) square += (sums[o] - mean) * (sums[o] - mean) / C;
@@ -323,10 +311,10 @@ static void test_dropped_layers(void) {
                                            rates[1]);
                 }
             }
-            for (int o = 0; o < C; o++) plain[t * (size_t)C + o] = (float)mid[o];
+            for (int o = 0; o < C; o++) plain[t * C + o] = (float)mid[o];
         }
         char *what = xprintf("layer %d with its dropouts", l);
-        test_close(x0 + (size_t)(l + 1) * n, plain, n, 1e-5, what);
+        test_close(x0 + (l + 1) * n, plain, n, 1e-5, what);
         free(what);
     }
     test_check(dropped > 2 && kept > 10, "%d branches dropped, %d scaled", dropped, kept);
@@ -356,16 +344,16 @@ static void test_optimiser(void) {
         Model model;
         model_create(&model, (Config){1, 8, 8, 2, 2, 0}, 1);
         model_init(&model, 2);
-        size_t n = model.count, idle = ADAM_CHUNK, end = 2 * (size_t)ADAM_CHUNK;
+        idx n = model.count, idle = ADAM_CHUNK, end = 2 * ADAM_CHUNK;
         CHECK(n > end + 100 && n % (ADAM_CHUNK / 256), "a model too small for this test");
         double *p = xmalloc(3 * n, sizeof *p), *m = p + n, *v = m + n, square, worst = 0;
         float *g0 = xmalloc(n, sizeof *g0);
         const Adam *o = &all[a];
-        fill(g0, n, 0, 1);
-        for (size_t k = 0; k < n; k++) p[k] = (double)model.params[k];
+        fill(g0, (size_t)n, 0, 1);
+        for (idx k = 0; k < n; k++) p[k] = (double)model.params[k];
         for (int t = 1; t <= 3; t++) {
             square = 0;
-            for (size_t k = 0; k < n; k++) {  // the second chunk never has a gradient
+            for (idx k = 0; k < n; k++) {  // the second chunk never has a gradient
                 model.grads[k] = k >= idle && k < end ? 0 : (float)t * g0[k];
                 square += (double)model.grads[k] * (double)model.grads[k];
             }
@@ -373,7 +361,7 @@ static void test_optimiser(void) {
             double norm = adamw_step(&model, o, t);
             test_check(fabs(norm / sqrt(square) - 1) < 1e-6, "norm %.7f of gradients, not %.7f",
                        norm, sqrt(square));
-            for (size_t k = 0; k < n; k++) {
+            for (idx k = 0; k < n; k++) {
                 double g = factor * (double)model.grads[k];
                 m[k] = o->beta1 * m[k] + (1 - o->beta1) * g;
                 v[k] = o->beta2 * v[k] + (1 - o->beta2) * g * g;
@@ -383,7 +371,7 @@ static void test_optimiser(void) {
             }
         }
         test_check(worst < 2e-6, "AdamW %d differs by %.1e from its definition", a, worst);
-        memset(model.grads, 0, n * sizeof *model.grads);
+        memset(model.grads, 0, (size_t)n * sizeof *model.grads);
         model.grads[n - 1] = 3;  // what fills no lane
         model.grads[0] = 4;
         test_check(fabs(gradient_norm(&model) - 5) < 1e-9, "the norm of first and last");
@@ -455,21 +443,6 @@ static void write_bites(const char *path, int first, int n, int classes) {
     molecule_free(&m);
 }
 
-// A model of this shape and room for all molecules of the datasets at once. The caller calls
-// rig_close() and frees logits[LOSS_TOTAL].
-static void bites_step(Step *s, Config c, const Dataset *data, int n_data, int labels) {
-    Sizes room = {0};
-    for (int d = 0; d < n_data; d++) {
-        Sizes all = {0};
-        for (size_t i = 0; i < data[d].count; i++) sizes_add(&all, dataset_atoms(&data[d], i));
-        room = sizes_max(room, all);
-    }
-    model_create(&s->model, c, 1);
-    batch_alloc(&s->batch, room, labels);
-    acts_alloc(&s->acts, c, room);
-    s->logits[LOSS_TOTAL] = xmalloc(2 * room.B * (size_t)max_int(labels, 1), sizeof(float));
-}
-
 // Molecules of step `step`, of n, as the permutations of their epochs say.
 static void plain_ids(uint32_t *ids, int64_t step, const Settings *o, size_t n) {
     uint32_t *order = xmalloc(n, sizeof *order);
@@ -495,7 +468,7 @@ static void plain_update(double log[LOSSES + 2], Step *s, const Dataset *data, c
     adam.lr = log[LOSSES] = learning_rate(o->lr, step, warmup, steps, o->hold);
     s->drop = (Dropout){o->attention, o->activation, o->path, o->embedding};
     s->weights = (LossWeights){{0, o->denoise, o->spd, o->edge, o->d3}};
-    log[LOSSES + 1] = training_step(log, s, (size_t)o->batch, &given, &adam, step + 1);
+    log[LOSSES + 1] = training_step(log, s, (idx)o->batch, &given, &adam, step + 1);
     free(ids);
 }
 
@@ -552,7 +525,7 @@ static void test_options(void) {
         memcpy((char *)&o + rows[r].field, &rows[r].value, sizeof(double));
         Step s = {0};
         double log[3 * OUT], differs = 0, worst = 0;
-        bites_step(&s, BITES_CONFIG, &data, 1, 0);
+        model_create(&s.model, BITES_CONFIG, 1);
         if (r == 0 || o.seed > 1) {
             model_init(&s.model, (uint64_t)o.seed);
             start = xrealloc(start, s.model.count, sizeof *start);
@@ -571,7 +544,7 @@ static void test_options(void) {
             memcpy(base_params, s.model.params, sizeof *base_params * s.model.count);
         }
         double apart = 0, moved = 0;
-        for (size_t k = 0; k < s.model.count; k++) {
+        for (idx k = 0; k < s.model.count; k++) {
             apart += pow((double)(s.model.params[k] - base_params[k]), 2);
             moved += pow((double)(s.model.params[k] - start[k]), 2);
         }
@@ -593,8 +566,8 @@ static void test_options(void) {
                    line, worst, params);
         test_check(differs > 1e-2 || r == 0 || r == ROWS - 2, "%s: this test would not notice (%.1e)",
                    line, differs);
-        FREE_ALL(line, csv, s.logits[LOSS_TOTAL], s.part_sum);
-        rig_close(&s);
+        FREE_ALL(line, csv);
+        step_close(&s);
     }
     FREE_ALL(base_params, start);
     dataset_close(&data);
@@ -639,9 +612,10 @@ static void plain_predict(float *out, float *labels, Step *s, const Dataset *dat
         memcpy(labels + 2 * i, m.labels, 2 * sizeof *labels);
     }
     s->draws = still;
-    batch_load(&s->batch, data, ids, data->count, NULL, task->use, &still);
+    batch_load(&s->batch, data, ids, (idx)data->count, NULL, task->use, &still);
     encoder_forward(s);
-    task_head_forward(out, s, task->readout);
+    task_head_forward(s, task->readout);
+    memcpy(out, s->task_arrays->logits, 2 * data->count * sizeof *out);
     for (size_t k = 0; k < 2 * data->count && task->kind == TASK_REGRESSION; k++)
         out[k] = out[k] * task->std[k % 2] + task->mean[k % 2];
     molecule_free(&m);
@@ -709,7 +683,8 @@ static void plain_tuning(Tuned *t, const Settings *o, int classes, Dataset data[
         known[y][1] = log_odds(mean);
     }
     c.tasks = 2;
-    bites_step(&t->s, c, data, 3, 2);
+    model_create(&t->s.model, c, 1);
+    t->s.batch.Y = 2;
     model_init(&t->s.model, (uint64_t)o->seed);
     Model init;
     model_create(&init, c, 0);
@@ -761,11 +736,11 @@ static void plain_tuning(Tuned *t, const Settings *o, int classes, Dataset data[
 }
 
 static void tuned_free(Tuned *t) {
-    FREE_ALL(t->params, t->start, t->s.logits[LOSS_TOTAL], t->s.part_sum);
-    rig_close(&t->s);
+    FREE_ALL(t->params, t->start);
+    step_close(&t->s);
 }
 
-#define TUNE "./moleblend finetune build/bites_%s0.bin --valid build/bites_%s1.bin --test " \
+#define BITES_TUNE "./moleblend finetune build/bites_%s0.bin --valid build/bites_%s1.bin --test " \
     "build/bites_%s2.bin "
 
 // Writes and opens training, validation and test set.
@@ -823,7 +798,7 @@ static void test_tuning_options(void) {
         if (rows[r].args[0]) memcpy((char *)&o + rows[r].field, &rows[r].value, sizeof(double));
         Tuned t;
         plain_tuning(&t, &o, classes, data[classes]);
-        char *line = xprintf(TUNE BITES_SHAPE "--batch-size 16 --epochs 3 --eps 1e-3 --patience 0 "
+        char *line = xprintf(BITES_TUNE BITES_SHAPE "--batch-size 16 --epochs 3 --eps 1e-3 --patience 0 "
                              "%s -o build/bites_t.safetensors", kind, kind, kind, rows[r].args);
         remove("build/bites_t.safetensors");
         test_command(line, 0, "by chance");
@@ -968,7 +943,7 @@ static void test_embedding_rows(void) {
     size_t C = 24, size;
     write_bites("build/bites.bin", 0, 40, 0);
     dataset_open(&data, "build/bites.bin");
-    bites_step(&s, BITES_CONFIG, &data, 1, 0);
+    model_create(&s.model, BITES_CONFIG, 1);
     formula_params(&s.model);
     float *const arenas[ARENAS] = {s.model.params};
     model_write("build/bites_m.safetensors", &s.model, arenas, NULL, 0, "{\"format\":\"pt\"}");
@@ -977,8 +952,8 @@ static void test_embedding_rows(void) {
     for (size_t r = 0; r < sizeof runs / sizeof *runs; r++) {
         batch_load(&s.batch, &data, ids, 40, NULL, runs[r].use, &s.draws);
         encoder_forward(&s);
-        const float *x = s.acts.x + (size_t)runs[r].layer * s.batch.T * C;
-        size_t rows = runs[r].readout < 0 ? s.batch.A : 40, row = 0;
+        const float *x = s.enc->x + (idx)runs[r].layer * s.batch.T * (idx)C;
+        size_t rows = runs[r].readout < 0 ? (size_t)s.batch.A : 40, row = 0;
         float *plain = xmalloc(rows * C, sizeof *plain), *found = xmalloc(rows * C, sizeof *found);
         int index_wrong = 0, names_wrong = 0;
         char *line = xprintf("./moleblend embed build/bites.bin --model build/bites_m.safetensors "
@@ -991,8 +966,8 @@ static void test_embedding_rows(void) {
         const uint8_t *owner = npy_array(index, size, rows, 1);
         names = file_text("build/bites_e.csv", &size);
         for (size_t b = 0; b < 40; b++) {
-            View v = batch_view(&s.batch, b);
-            size_t N = (size_t)v.N, count = runs[r].readout < 0 ? N : 1;
+            View v = batch_view(&s.batch, (idx)b);
+            size_t first = (size_t)v.token, N = (size_t)v.N, count = runs[r].readout < 0 ? N : 1;
             names_wrong += csv_number(names, (int)b + 1, 0) != (double)row ||
                            csv_number(names, (int)b + 1, 1) != (double)count ||
                            csv_number(names, (int)b + 1, 2) != (double)(b + 1);
@@ -1000,10 +975,10 @@ static void test_embedding_rows(void) {
                 index_wrong += runs[r].readout < 0 && (!owner || get_u32(owner + 4 * row) != b);
                 for (size_t c = 0; c < C; c++) {
                     double sum = 0;
-                    for (size_t j = 0; j < N; j++) sum += (double)x[(v.token + 1 + j) * C + c];
-                    if (runs[r].readout == READ_CLS) sum = (double)x[v.token * C + c];
+                    for (size_t j = 0; j < N; j++) sum += (double)x[(first + 1 + j) * C + c];
+                    if (runs[r].readout == READ_CLS) sum = (double)x[first * C + c];
                     if (runs[r].readout == READ_MEAN) sum /= (double)N;
-                    if (runs[r].readout < 0) sum = (double)x[(v.token + 1 + i) * C + c];
+                    if (runs[r].readout < 0) sum = (double)x[(first + 1 + i) * C + c];
                     plain[row * C + c] = (float)sum;
                 }
             }
@@ -1014,14 +989,13 @@ static void test_embedding_rows(void) {
                    index_wrong, names_wrong);
         FREE_ALL(plain, found, line, bytes, index, names);
     }
-    free(s.logits[LOSS_TOTAL]);
-    rig_close(&s);
+    step_close(&s);
     dataset_close(&data);
 }
 
 // An ensemble's mean, deviation or label of another task, molecule or model; probabilities that
 // are not calibrated.
-static void test_predictions(void) {
+static void test_ensembles(void) {
     static char names[4][8] = {"other", "small", "extra", "big"};
     static const float scales[3] = {1.7f, 0.4f, 1};
     Dataset data;
@@ -1051,10 +1025,11 @@ static void test_predictions(void) {
             static const float mean[2] = {3, -1}, std[2] = {20, 0.5f};
             Task task = {.kind = classes ? TASK_CLASSIFICATION : TASK_REGRESSION,
                          .readout = READ_SUM, .use = USE_SPD | USE_EDGE, .mean = mean, .std = std};
-            bites_step(&s, c, &data, 1, 4);
+            model_create(&s.model, c, 1);
+            s.batch.Y = 4;
             formula_params(&s.model);
-            for (size_t i = 0; i < s.model.count; i++)
-                s.model.params[i] += 0.05f * test_number(i + 17 * (size_t)k);
+            for (idx i = 0; i < s.model.count; i++)
+                s.model.params[i] += 0.05f * test_number((size_t)(i + 17 * k));
             char *meta = xprintf("{\"task\":\"%s\",\"readout\":\"sum\",\"modality\":\"2d\","
                                  "\"task_names\":\"big\\nsmall\",\"label_mean\":\"3 -1\","
                                  "\"label_std\":\"20 0.5\",\"logit_scale\":\"%g\"}",
@@ -1066,15 +1041,15 @@ static void test_predictions(void) {
             for (uint32_t i = 0; i < 30; i++) ids[i] = i;
             batch_load(&s.batch, &data, ids, 30, NULL, task.use, &s.draws);
             encoder_forward(&s);
-            task_head_forward(out, &s, READ_SUM);
+            task_head_forward(&s, READ_SUM);
+            memcpy(out, s.task_arrays->logits, sizeof out);
             memcpy(truth, s.batch.labels, sizeof truth);
             for (int i = 0; i < 60; i++) {
                 double x = (double)out[i];
                 p[k][i] = classes ? 1 / (1 + exp(-(double)scales[k] * x))
                                   : x * (double)std[i % 2] + (double)mean[i % 2];
             }
-            free(s.logits[LOSS_TOTAL]);
-            rig_close(&s);
+            step_close(&s);
             free(meta), free(path);
         }
         for (int i = 0; i < 60; i++)
@@ -1124,7 +1099,7 @@ static void test_pretraining_report(void) {
                  "--batch-size 9 --steps 60 -o build/bites.safetensors", 0, "by chance");
     char *text = file_text("build/test.out", &size);
     char *csv = file_text("build/bites.log.csv", &size);
-    bites_step(&s, BITES_CONFIG, data, 2, 0);
+    model_create(&s.model, BITES_CONFIG, 1);
     TensorFile f;
     tensor_file_open(&f, "build/bites.safetensors");
     model_load(&s.model, s.model.params, &f, "");
@@ -1134,10 +1109,10 @@ static void test_pretraining_report(void) {
     uint32_t ids[40];
     for (uint32_t i = 0; i < 40; i++) ids[i] = i;
     for (int d = 0; d < 2; d++) {
-        batch_load(&s.batch, &data[d], ids, data[d].count, &TEST_BLEND, 0, &s.draws);
-        for (size_t p = 0; p < s.batch.P; p++) {
+        batch_load(&s.batch, &data[d], ids, (idx)data[d].count, &TEST_BLEND, 0, &s.draws);
+        for (idx p = 0; p < s.batch.P; p++) {
             if (s.batch.spd_target[p] >= 0) classes[d][0][s.batch.spd_target[p]]++;
-            for (size_t e = 0; e < 5; e++)
+            for (idx e = 0; e < 5; e++)
                 if (s.batch.edge_target[5 * p + e] >= 0)
                     classes[d][1 + e][s.batch.edge_target[5 * p + e]]++;
         }
@@ -1171,8 +1146,8 @@ static void test_pretraining_report(void) {
                    chance[k], row);
     }
     molecule_free(&m);
-    FREE_ALL(text, csv, s.logits[LOSS_TOTAL]);
-    rig_close(&s);
+    FREE_ALL(text, csv);
+    step_close(&s);
     for (int d = 0; d < 2; d++) dataset_close(&data[d]);
 }
 
@@ -1258,7 +1233,7 @@ static void test_machinery(void) {
     remove("build/bites_out");
     files_flushed = flushed_late = folders_flushed = 0;
     flush_name = "build/bites_out";
-    out_open(&out, "build/bites_out");
+    out_open(&out, "build/bites_out", "x");
     out_write(&out, "x", 1);
     out_commit(&out);
     flush_name = NULL;
