@@ -3,6 +3,7 @@
 //   ./test                        all tests; the last line is "N passed, N failed"
 //   ./test NAME...                these groups of tests only: see the names at the end of this file
 //   ./test --without NAME...      all but these
+//   ./test --stop ...             ends at the first failure
 //   ./test --golden FILE...       compares with golden files (numbers of the official modules) and
 //                                 prints the largest relative error of every family of tensors
 //
@@ -61,7 +62,7 @@ static clock_t faked_clock(void) {
 // Counting and comparing
 // =================================================================================================
 
-static int tests_passed, tests_failed;
+static int tests_passed, tests_failed, stop_at_failure;
 
 // Counts a test; says which one failed.
 MB_PRINTF(2, 3) static void test_check(int ok, const char *fmt, ...) {
@@ -76,6 +77,7 @@ MB_PRINTF(2, 3) static void test_check(int ok, const char *fmt, ...) {
     vprintf(fmt, args);
     va_end(args);
     printf("\n");
+    if (stop_at_failure) mb_exit(EXIT_FAILURE);
 }
 
 // |a - b| / |b| in the Euclidean norm; infinite if b is 0 and a is not; NaN stays NaN.
@@ -1494,6 +1496,8 @@ static int test_wanted(const char *name, int argc, char **argv) {
 }
 
 int main(int argc, char **argv) {
+    stop_at_failure = argc > 1 && strcmp(argv[1], "--stop") == 0;
+    argc -= stop_at_failure, argv += stop_at_failure;
     if (argc > 2 && strcmp(argv[1], "--golden") == 0) {
         for (int i = 2; i < argc; i++) test_golden(argv[i], 1);
     } else {
@@ -1520,6 +1524,7 @@ int main(int argc, char **argv) {
                      {"metrics", test_metrics},
                      {"dataset", test_dataset},
                      {"checkpoint", test_checkpoint},
+                     {"molecules", test_molecules},
                      {"data_prep", test_data_prep},
                      {"stereo", test_stereo},
                      {"S groups", test_sgroups},

@@ -121,23 +121,23 @@ try() {
     [ $program = build/test ] || build=(data_prep train.bin moleculesde/moleculesde $program)
     if [ ! -e "$copy.passed.${groups[$1]}" ]; then  # without the fault they must pass
         for name in "${names[@]}"; do
-            tests $program "$name" || { echo "error \"$name\" fails without a fault"; return; }
+            tests $program --stop "$name" || { echo "error \"$name\" fails without a fault"; return; }
         done
         touch "$copy.passed.${groups[$1]}"
     fi
     (cd "$top/source" && mutate "$1") > "${file[$1]}"
     "${make[@]}" "${build[@]}" > make.log 2>&1 || { echo "error does not build"; return; }
     for name in "${names[@]}"; do
-        tests $program "$name" || { said "$name"; return; }
+        tests $program --stop "$name" || { said "$name"; return; }
     done
     [ $expected -eq 0 ] || { echo survived; return; }
     "${make[@]}" "${programs[@]}" train.bin > make.log 2>&1 \
         || { echo "error does not build"; return; }
     [ $program = build/test ] || names=()
-    tests build/test --without "busy machine" "${names[@]}" || { said "the rest"; return; }
+    tests build/test --stop --without "busy machine" "${names[@]}" || { said "the rest"; return; }
     groups_of "$1"
     [ $program = build/test ] && names=(none)
-    tests build/test_moleculesde --without "${names[@]}" || { said "the rest of sde"; return; }
+    tests build/test_moleculesde --stop --without "${names[@]}" || { said "the rest of sde"; return; }
     echo survived
 }
 

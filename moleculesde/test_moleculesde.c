@@ -11,7 +11,7 @@
 #define MOLECULESDE_TEST
 #include "moleculesde.c"
 
-static int tests_passed, tests_failed;
+static int tests_passed, tests_failed, stop_at_failure;
 
 // Counts a test; says which one failed.
 MB_PRINTF(2, 3) static void test_check(int ok, const char *fmt, ...) {
@@ -24,6 +24,7 @@ MB_PRINTF(2, 3) static void test_check(int ok, const char *fmt, ...) {
     vprintf(fmt, args);
     va_end(args);
     printf("\n");
+    if (stop_at_failure) mb_exit(EXIT_FAILURE);
 }
 
 // Largest |a - b| / largest |b|; infinite if b is 0 and a is not.
@@ -1308,6 +1309,30 @@ static void test_options(void) {
         if (r == 0) memcpy(base, all, sizeof base);
         for (int k = 0; k < 2 * TERMS + 2; k++) differs = fmax(differs, fabs(all[k] / base[k] - 1));
         test_check(wrong == 0, "%s: %d numbers of the log are wrong:\n%s", rows[r].args, wrong, csv);
+        for (int use_3d = 0; use_3d < 2 && r == 0; use_3d++) {  // vectors: means over the atoms
+            int unlike = 0;
+            run_command(SDE " embed valid.bin --model build/sdeo.safetensors --encoder %s -o "
+                        "build/sdeo.npy > build/sde.out 2> build/sde.err", use_3d ? "3d" : "2d");
+            for (uint32_t i = 0; i < data.count; i++) ids[i] = i;
+            s.training = 0;
+            mols_load(&s.mols, &data, ids, data.count, 0);
+            mols_draw(&s);
+            losses(loss, &s);
+            FILE *npy = fopen("build/sdeo.npy", "rb");
+            uint8_t number[4];
+            int there = npy && fseek(npy, 128, SEEK_SET) == 0;
+            for (size_t b = 0; b < data.count; b++)
+                for (size_t c = 0; c < 16; c++) {
+                    double mean = 0;
+                    for (size_t i = s.mols.atom_start[b]; i < s.mols.atom_start[b + 1]; i++)
+                        mean += (double)(use_3d ? s.a.y : s.a.x)[i * 16 + c] / s.mols.n_atoms[b];
+                    there = there && fread(number, 4, 1, npy) == 1;
+                    unlike += !there || !(fabs((double)get_f32(number) - mean) <
+                                          1e-4 * fmax(1, fabs(mean)));
+                }
+            if (npy) fclose(npy);
+            test_check(unlike == 0, "%d numbers of embeddings differ", unlike);
+        }
         test_check(r == 0 || differs > 1e-3, "%s: this test would not notice (%.1e)",
                    rows[r].args, differs);
         free(csv);
@@ -1318,6 +1343,7 @@ static void test_options(void) {
         Settings o = DEFAULTS;
         float mean[2], std[2];
         double sum[2][3] = {{0}}, valid[8] = {0}, step_loss[64];
+        float *said = xmalloc(2 * data.count, sizeof *said);
         int wrong = 0, best = 1;
         o.batch = 50;
         o.adam.lr = 1e-4;  // its own default
@@ -1365,6 +1391,8 @@ static void test_options(void) {
                                      (double)mean[k % 2]) / (double)std[k % 2]) / 2 /
                                 (double)data.count;
             best = valid[epoch] < valid[best] ? epoch : best;
+            for (size_t k = 0; k < 2 * data.count && best == epoch; k++)
+                said[k] = s.a.logits[k] * std[k % 2] + mean[k % 2];
             double loss = 0;
             for (int k = 0; k < 4; k++) loss += step_loss[step - k] / 4;
             wrong += !(fabs(csv_number(csv, epoch, 1) / loss - 1) < 1e-4) ||
@@ -1378,6 +1406,14 @@ static void test_options(void) {
                    mae ? mae : "nothing");
         earlier += best < (int)o.epochs;
         free(csv), free(out);
+        run_command(SDE " predict valid.bin --model build/sdeo.safetensors > build/sde.out 2> "
+                    "build/sde.err");
+        out = text_of("build/sde.out");
+        for (int k = wrong = 0; k < 2 * (int)data.count; k++)
+            wrong += !(fabs(csv_number(out, 1 + k / 2, 1 + k % 2) - (double)said[k]) <
+                       1e-3 * (double)std[k % 2]);
+        test_check(wrong == 0, "%s: %d predictions are wrong:\n%.200s", tuned[r].args, wrong, out);
+        free(out), free(said);
         sde_free(&s);
     }
     test_check(earlier > 0, "the best epoch is always the last");

@@ -202,6 +202,10 @@ static void test_plain_losses(void) {
     for (int k = 0; k < LOSSES; k++)
         test_check(fabs(loss[k] / plain[k] - 1) < 1e-5, "loss %s: %.7f, expected %.7f",
                    LOSS_NAMES[k], loss[k], plain[k]);
+    View v = batch_view(&s.batch, 4);  // of a molecule without positions no atom ever counts
+    memset(s.batch.atom_use + v.atom, USE_3D, (size_t)v.N);
+    batch_count(&s.batch);
+    test_check(s.batch.count[LOSS_NOISE] == count[LOSS_NOISE], "noise counts without positions");
     float p[3] = {0, 0, 0}, q[3] = {1, 2, 3}, r[3] = {0.3f, -2, 1}, zero[3] = {0, 0, 0};
     test_check(cosine_loss(p, q, 1, 1) == 1 && p[0] < 0 && cosine_loss(r, zero, 1, 1) == 1 &&
                r[0] == 0, "a direction of no length costs 1");
@@ -414,6 +418,13 @@ static double number_after(const char *text, const char *word, int k) {
         if (text) text += strlen(word);
     }
     return text ? strtod(text, NULL) : (double)NAN;
+}
+
+// The line of `text` that begins with this, or "".
+static const char *line_with(const char *text, const char *begin) {
+    for (const char *at = text; (at = strstr(at, begin)); at++)
+        if (at == text || at[-1] == '\n') return at;
+    return "";
 }
 
 static int is_near(double a, double b, double tolerance) {
@@ -824,18 +835,25 @@ static void test_tuning_options(void) {
                        "%s: R2 is not %.6f, by chance %.6f in %s", line, t.r2, t.chance_r2,
                        best ? best : text);
         earlier += t.best < t.epochs;
+        if (r < 5 && MB_POSIX) {  // what `predict` makes of the file: calibrated, in the labels' units
+            char *predict = xprintf("./moleblend predict build/bites_%s2.bin --interval 0 --model "
+                                    "build/bites_t.safetensors | cut -d, -f 3,5", kind);
+            test_command(predict, 0, "big,small");
+            char *rows_text = file_text("build/test.out", &size);
+            const char *table = line_with(rows_text, "big,small");
+            for (int k = wrong = 0; k < 60; k++) {
+                double x = (double)t.out[k];
+                if (classes) x = 1 / (1 + exp(-(double)t.scale * x));
+                wrong += !is_near(csv_number(table, 1 + k / 2, k % 2), x, 1e-3);
+            }
+            test_check(wrong == 0, "%s: %d of 60 predictions differ:\n%s", line, wrong, table);
+            FREE_ALL(predict, rows_text);
+        }
         tuned_free(&t);
         FREE_ALL(line, text, csv);
     }
     test_check(earlier > 2, "the best epoch is not the last in %d rows", earlier);
     for (int k = 0; k < 6; k++) dataset_close(&data[k / 3][k % 3]);
-}
-
-// The line of `text` that begins with this, or "".
-static const char *line_with(const char *text, const char *begin) {
-    for (const char *at = text; (at = strstr(at, begin)); at++)
-        if (at == text || at[-1] == '\n') return at;
-    return "";
 }
 
 // Seeds that are not runs of their own: shuffled, begun or moved as another; the wrong one kept.
@@ -1219,9 +1237,55 @@ static void progress_apart(void *argument) {
     DIE("the end");
 }
 
+// A second signal soon after the first is of the same sender; a later one ends the program.
+static void signals_apart(void *argument) {
+    (void)argument;
+    fake_wall = 100;
+    mb_on_signal(SIGTERM);
+    fake_wall += 1.4;
+    mb_on_signal(SIGTERM);
+    CHECK(mb_signal == SIGTERM, "no signal was noticed");
+    fputs("still here\n", stderr);
+    fflush(stderr);
+    fake_wall += 0.2;
+    mb_on_signal(SIGTERM);
+    fputs("too long\n", stderr);
+}
+
 // Names, rows, files and numbers around the method.
 static void test_machinery(void) {
 #if MB_POSIX
+    size_t said_size;
+    int ended = run_apart(signals_apart, NULL);
+    char *said = file_text("build/test.out", &said_size);
+    test_check(ended == 1000 + SIGTERM && strcmp(said, "still here\n") == 0,
+               "two signals within 1.5 seconds are one: %d, %s", ended, said);
+    free(said);
+    // what is in a dataset
+    Dataset counted;
+    Molecule molecule = {0};
+    double atoms = 0, bonds = 0, present[2] = {0};
+    int positions = 0, most[2] = {0};
+    write_bites("build/bites.bin", 0, 40, 0);
+    dataset_open(&counted, "build/bites.bin");
+    for (size_t i = 0; i < 40; i++) {
+        dataset_read(&counted, i, &molecule);
+        atoms += molecule.n_atoms / 40.0;
+        bonds += molecule.n_bonds / 40.0;
+        positions += molecule.has_pos;
+        most[0] = max_int(most[0], molecule.n_atoms);
+        most[1] = max_int(most[1], molecule.n_bonds);
+        for (int y = 0; y < 2; y++) present[y] += !isnan(molecule.labels[y]);
+    }
+    char *info = xprintf("atoms      mean %.1f, most %d\n  bonds      mean %.1f, most %d\n  "
+                         "positions  %d molecules\n", atoms, most[0], bonds, most[1], positions);
+    char *labels_there = xprintf("  task       big: %.0f labels\n  task       small: %.0f labels\n",
+                                 present[0], present[1]);
+    test_command("./moleblend info build/bites.bin", 0, info);
+    test_command("./moleblend info build/bites.bin", 0, labels_there);
+    FREE_ALL(info, labels_there);
+    molecule_free(&molecule);
+    dataset_close(&counted);
     test_apart(reliability_apart, NULL, "Brier score 0.2223; where the probability is\n"
                "  0.0 to 0.2, of 2: said 0.09, found 0.50\n  0.2 to 0.4, of 1: said 0.20, found 0.00\n"
                "  0.4 to 0.6, of 1: said 0.50, found 1.00\n  0.6 to 0.8, of 2: said 0.70, found 0.50\n"

@@ -461,13 +461,11 @@ static void test_threads(void) {
                (unsigned)crc[0], (unsigned)crc[1], (unsigned)crc[2]);
 }
 
-// All tests of data_prep.
-static void test_data_prep(void) {
+// The quick ones of data_prep's tests.
+static void test_molecules(void) {
     Worker w = {0};
     test_perception(&w);
     test_faults(&w);
-    test_hostile_records();
-    test_hostile_files();
     test_decimals();
     test_records();
     test_fields(&w);
@@ -475,6 +473,12 @@ static void test_data_prep(void) {
     test_scaffolds(&w);
     test_split_fractions();
     test_growth();
-    test_threads();
     worker_free(&w);
+}
+
+// What takes its time: hostile records and files, threads.
+static void test_data_prep(void) {
+    test_hostile_records();
+    test_hostile_files();
+    test_threads();
 }
