@@ -911,6 +911,18 @@ static void test_seeds(void) {
                    "-o holds the best seed, %d: %s", 3 + chosen, line);
         free(line);
     }
+    // epochs that end with a batch: the second seed has a permutation of its own
+    test_command("./moleblend finetune build/bites_r0.bin --valid build/bites_r1.bin " BITES_SHAPE
+                 "--batch-size 8 --epochs 1 --seed 3 --seeds 2 -o build/bites_s1.safetensors && "
+                 "./moleblend finetune build/bites_r0.bin --valid build/bites_r1.bin " BITES_SHAPE
+                 "--batch-size 8 --epochs 1 --seed 4 -o build/bites_s2.safetensors", 0, "wrote");
+    for (int k = 0; k < 2; k++) {
+        line = xprintf(predict, k ? "s1.seed4" : "s2", k ? "s1.seed4" : "s2");
+        test_command(line, 0, "R2");
+        free(line);
+    }
+    test_check(same_files("build/bites_s1.seed4.csv", "build/bites_s2.csv"),
+               "a seed after another of whole batches is that seed alone");
     // resumed with another validation set: refused
     line = xprintf("%s --epochs 3 --resume -o build/bites_a4.safetensors --valid "
                    "build/bites_r2.bin", tune);
@@ -1227,6 +1239,17 @@ static void reliability_apart(void *argument) {
     DIE("the end");
 }
 
+// What print_csv() makes of a field.
+static void csv_apart(void *argument) {
+    (void)argument;
+    static const char *const fields[] = {"plain", "a,b", "say \"no\"", "two\nlines", ""};
+    for (int k = 0; k < 5; k++) {
+        print_csv(stderr, fields[k], strlen(fields[k]));
+        fputc(';', stderr);
+    }
+    DIE("the end");
+}
+
 // What progress_show() says of a resumed run.
 static void progress_apart(void *argument) {
     (void)argument;
@@ -1290,6 +1313,7 @@ static void test_machinery(void) {
                "  0.0 to 0.2, of 2: said 0.09, found 0.50\n  0.2 to 0.4, of 1: said 0.20, found 0.00\n"
                "  0.4 to 0.6, of 1: said 0.50, found 1.00\n  0.6 to 0.8, of 2: said 0.70, found 0.50\n"
                "  0.8 to 1.0, of 2: said 0.90, found 1.00\n");
+    test_apart(csv_apart, NULL, "plain;\"a,b\";\"say \"\"no\"\"\";\"two\nlines\";;");
     test_apart(progress_apart, NULL, "step   75.0 %  2 molecules/s  1:40 left\ndone  100.0 %  2 "
                "molecules/s\n");
     // the bytes of an output are on the disk before it gets its name
