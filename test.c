@@ -1563,7 +1563,7 @@ int main(int argc, char **argv) {
                      {"optimiser", test_optimiser},
                      {"options", test_options},
                      {"tuning options", test_tuning_options},
-                     {"seeds", test_seeds},
+                     {"seeds alone", test_seeds_alone},
                      {"stopping early", test_stopping},
                      {"embedding rows", test_embedding_rows},
                      {"ensembles", test_ensembles},

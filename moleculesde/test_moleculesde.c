@@ -1584,6 +1584,8 @@ int main(int argc, char **argv) {
         {"program", test_program}, {"judging", test_judging}, {"messages", test_messages},
         {"outputs", test_outputs}, {"runs", test_runs}, {"drawn", test_drawn},
         {"options", test_options}, {"golden file", test_bundled}};
+    stop_at_failure = argc > 1 && strcmp(argv[1], "--stop") == 0;  // at the first
+    argc -= stop_at_failure, argv += stop_at_failure;
     int only = argc > 2 && strcmp(argv[1], "--golden") == 0;
     for (int i = 2; i < argc && only; i++) test_golden(argv[i], 1);
     for (size_t k = 0; k < sizeof tests / sizeof tests[0] && !only; k++) {

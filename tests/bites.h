@@ -857,7 +857,7 @@ static void test_tuning_options(void) {
 }
 
 // Seeds that are not runs of their own: shuffled, begun or moved as another; the wrong one kept.
-static void test_seeds(void) {
+static void test_seeds_alone(void) {
     if (!MB_POSIX) return;
     Dataset data[3];
     size_t size;
