@@ -1284,6 +1284,19 @@ static void test_machinery(void) {
     test_check(ended == 1000 + SIGTERM && strcmp(said, "still here\n") == 0,
                "two signals within 1.5 seconds are one: %d, %s", ended, said);
     free(said);
+    // of the limits of a group and those above it the least
+    static const char *const limits[2][2] = {{"400000 100000", "200000 100000"},
+                                             {"200000 100000", "400000 100000"}};
+    for (int k = 0; k < 2; k++) {
+        char *line = xprintf("rm -rf build/v3; mkdir -p build/v3/proc/self build/v3/sys/fs/cgroup/a/b; "
+                             "echo 0::/a/b > build/v3/proc/self/cgroup; echo %s > "
+                             "build/v3/sys/fs/cgroup/a/b/cpu.max; echo %s > "
+                             "build/v3/sys/fs/cgroup/a/cpu.max", limits[k][0], limits[k][1]);
+        run_command(line);
+        double least = group_limit("build/v3", "cpu.max", "cpu", "cpu.cfs_quota_us");
+        test_check(is_near(least, 2, 1e-9), "the least of 2 and 4 CPUs: %g", least);
+        free(line);
+    }
     // what is in a dataset
     Dataset counted;
     Molecule molecule = {0};
@@ -1432,6 +1445,34 @@ static void test_small_chemistry(void) {
         }
         test_check((key[0].a == key[1].a && key[0].b == key[1].b) == scaffolds[k].same,
                    "scaffolds of %s and %s", scaffolds[k].a, scaffolds[k].b);
+    }
+    // M  RAD takes back the charges of atom lines as M  CHG does; of equal labels the first counts
+    static const char *const blocks[] = {
+        HEAD COUNTS2 "    0.0000    0.0000    0.0000 N   0  3\n" ATOM "  1  2  1\nM  END\n",
+        HEAD COUNTS2 "    0.0000    0.0000    0.0000 N   0  3\n" ATOM "  1  2  1\nM  RAD  1   2   2\n"
+            "M  END\n",
+        V3HEAD "M  V30 COUNTS 3 1 0 0 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0\nM  V30 2 N 1 0 0 0\n"
+            "M  V30 2 O 2 0 0 0\nM  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 1 1 2\n"
+            "M  V30 END BOND\nM  V30 END CTAB\nM  END\n"};
+    int charge[3] = {0};
+    for (int k = 0; k < 3; k++) {
+        test_check(prep_convert(&w, FORMAT_SDF, blocks[k], strlen(blocks[k]), &o), "block %d", k);
+        charge[k] = w.molecule.atom_feat[3] - 5;
+    }
+    test_check(charge[0] == 1 && charge[1] == 0, "charges %d, %d", charge[0], charge[1]);
+    test_check(w.molecule.n_bonds == 1 && w.molecule.bonds[1] == 1, "a bond to the first of equal "
+               "labels");
+    // hydrogens of lone charged atoms, as RDKit has them; field of the charge in the atom line
+    static const struct { const char *symbol; int field, hydrogens; } ions[] = {
+        {"B", 5, 4}, {"B", 0, 3}, {"C", 3, 3}, {"C", 0, 4}, {"C", 5, 3}, {"N", 3, 4}, {"N", 5, 2},
+        {"O", 3, 3}, {"O", 5, 1}, {"S", 3, 3}, {"Al", 5, 4}};
+    for (size_t k = 0; k < sizeof ions / sizeof *ions; k++) {
+        char *block = xprintf(HEAD COUNTS1 "    0.0000    0.0000    0.0000 %-3s 0  %d\nM  END\n",
+                              ions[k].symbol, ions[k].field);
+        int kept = prep_convert(&w, FORMAT_SDF, block, strlen(block), &o);
+        test_check(kept && w.molecule.atom_feat[4] == ions[k].hydrogens, "%s of field %d: %d "
+                   "hydrogens", ions[k].symbol, ions[k].field, w.molecule.atom_feat[4]);
+        free(block);
     }
     worker_free(&w);
     // shares that are just reached: 0.29 * 100 is 28.999999999999996
