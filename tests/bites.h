@@ -1462,6 +1462,36 @@ static void test_small_chemistry(void) {
     test_check(charge[0] == 1 && charge[1] == 0, "charges %d, %d", charge[0], charge[1]);
     test_check(w.molecule.n_bonds == 1 && w.molecule.bonds[1] == 1, "a bond to the first of equal "
                "labels");
+    // tags (1: CW, 2: CCW) of a centre whose hydrogen goes; aromatic atoms and bonds where an atom
+    // is in three rings, as RDKit has them
+    static const struct { const char *smiles; int tag, atoms, bonds; } known[] = {
+        {"F[C@](Cl)([H])Br", 1, 0, 0}, {"F[C@]([H])(Cl)Br", 2, 0, 0}, {"F[C@](Cl)(Br)[H]", 2, 0, 0},
+        {"C1=CC2=CC=CC3=CC=CC(=C1)N23", 0, 0, 0}, {"C1=CC2=CC=C3C=CC4=C1C2=C34", 0, 12, 13},
+        {"C1=CC2=C3C(=CC=C2)C=CC=C3C=C1", 0, 10, 11}, {"C1=CC2=CC=CC3=CC=CC1=C23", 0, 10, 11}};
+    for (size_t k = 0; k < sizeof known / sizeof *known; k++) {
+        int kept = prep_convert(&w, FORMAT_SMI, known[k].smiles, strlen(known[k].smiles), &o);
+        int atoms = 0, bonds = 0, tag = w.molecule.atom_feat[ATOM_FEATURES + 1];
+        for (int i = 0; i < w.molecule.n_atoms; i++)
+            atoms += w.molecule.atom_feat[ATOM_FEATURES * i + 7];
+        for (int b = 0; b < w.molecule.n_bonds; b++) bonds += w.molecule.bond_code[b] / 12 == 3;
+        test_check(kept && tag == known[k].tag && atoms == known[k].atoms && bonds == known[k].bonds,
+                   "%s: tag %d, %d aromatic atoms, %d bonds", known[k].smiles, tag, atoms, bonds);
+    }
+    // a wavy bond hides the chirality of the atom at which it begins only
+    static const char *const bond[3] = {"  1  2  1", "  2  1  1  4", "  1  2  1  4"};
+    for (int k = 0; k < 3; k++) {
+        char *block = xprintf("x\n  t                 3D\n\n  5  4  0     0  0            999 V2000\n"
+                              "    0.0000    0.0000    0.0000 C   0  0\n"
+                              "    0.6000    0.6000    0.6000 F   0  0\n"
+                              "   -0.8000   -0.8000    0.8000 Cl  0  0\n"
+                              "   -0.9000    0.9000   -0.9000 Br  0  0\n"
+                              "    1.0000   -1.0000   -1.0000 I   0  0\n"
+                              "%s\n  1  3  1\n  1  4  1\n  1  5  1\nM  END\n", bond[k]);
+        int kept = prep_convert(&w, FORMAT_SDF, block, strlen(block), &o);
+        test_check(kept && w.molecule.atom_feat[1] == (k < 2), "%s: tag %d", bond[k],
+                   w.molecule.atom_feat[1]);
+        free(block);
+    }
     // hydrogens of lone charged atoms, as RDKit has them; field of the charge in the atom line
     static const struct { const char *symbol; int field, hydrogens; } ions[] = {
         {"B", 5, 4}, {"B", 0, 3}, {"C", 3, 3}, {"C", 0, 4}, {"C", 5, 3}, {"N", 3, 4}, {"N", 5, 2},
