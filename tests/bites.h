@@ -1477,6 +1477,21 @@ static void test_small_chemistry(void) {
         test_check(kept && tag == known[k].tag && atoms == known[k].atoms && bonds == known[k].bonds,
                    "%s: tag %d, %d aromatic atoms, %d bonds", known[k].smiles, tag, atoms, bonds);
     }
+    // nitrogen is a centre at bridgeheads: two rings through it share two bonds or more
+    static const struct { const char *smiles; int centre; } nitrogen[] = {
+        {"C1CC[N@]2CCC[C@H]2C1", 0}, {"C1CC[N@@]2CCC[C@H]2C1", 0}, {"C[C@H]1C[N@]2CC[C@@H]1CC2", 1}};
+    for (size_t k = 0; k < sizeof nitrogen / sizeof *nitrogen; k++) {
+        prep_convert(&w, FORMAT_SMI, nitrogen[k].smiles, strlen(nitrogen[k].smiles), &o);
+        test_check((w.molecule.atom_feat[3 * ATOM_FEATURES + 1] > 0) == nitrogen[k].centre, "%s",
+                   nitrogen[k].smiles);
+    }
+    static const struct { const char *smiles; int charge; } irons[] = {
+        {"[Fe+5]", 10}, {"[Fe+6]", 11}, {"[Fe-5]", 0}, {"[Fe-6]", 11}};
+    for (size_t k = 0; k < sizeof irons / sizeof *irons; k++) {
+        prep_convert(&w, FORMAT_SMI, irons[k].smiles, strlen(irons[k].smiles), &o);
+        test_check(w.molecule.atom_feat[3] == irons[k].charge, "%s: %d", irons[k].smiles,
+                   w.molecule.atom_feat[3]);
+    }
     // a wavy bond hides the chirality of the atom at which it begins only
     static const char *const bond[3] = {"  1  2  1", "  2  1  1  4", "  1  2  1  4"};
     for (int k = 0; k < 3; k++) {
