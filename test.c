@@ -1559,6 +1559,7 @@ int main(int argc, char **argv) {
                      {"busy machine", test_busy},
                      {"draws", test_draws},
                      {"plain losses", test_plain_losses},
+                     {"task loss", test_task_loss},
                      {"dropped layers", test_dropped_layers},
                      {"optimiser", test_optimiser},
                      {"options", test_options},

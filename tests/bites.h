@@ -214,6 +214,34 @@ static void test_plain_losses(void) {
     step_close(&s);
 }
 
+// The loss of fine-tuning and its gradient: a term left out, a label that is missing and counts.
+static void test_task_loss(void) {
+    static const float logits[6] = {0.5f, -2, 30, -40, 1.5f, 0.25f};
+    static const float mean[2] = {1, -3}, std[2] = {2, 0.5f};
+    float classes[6] = {1, 0, 0, 1, NAN, 1}, values[6] = {2, -3, NAN, -2.5f, 0, 4}, d[6];
+    for (int kind = 0; kind < 3; kind++) {  // classes; deviations; the labels' units
+        Task task = {.kind = kind ? TASK_REGRESSION : TASK_CLASSIFICATION, .mean = mean, .std = std,
+                     .label_units = kind == 2};
+        Batch batch = {.B = 3, .Y = 2, .labels = kind ? values : classes, .count = {5}};
+        double loss = task_loss(d, logits, &batch, &task), sum = 0, worst = 0;
+        for (int k = 0; k < 6; k++) {
+            double x = (double)logits[k], y = (double)batch.labels[k], slope = 0;
+            double unit = kind == 2 ? (double)std[k % 2] : 1;
+            if (!isnan(y) && kind == 0) {
+                sum += log(1 + exp(-fabs(x))) + fmax(x, 0) - x * y;
+                slope = 1 / (1 + exp(-x)) - y;
+            } else if (!isnan(y)) {
+                double error = x - (y - (double)mean[k % 2]) / (double)std[k % 2];
+                sum += unit * unit * error * error;
+                slope = 2 * unit * unit * error;
+            }
+            worst = fmax(worst, fabs(slope / 5 - (double)d[k]));
+        }
+        test_check(fabs(loss / (sum / 5) - 1) < 1e-6 && worst < 1e-5, "loss of kind %d: %.7f, "
+                   "expected %.7f; gradients differ by %.1e", kind, loss, sum / 5, worst);
+    }
+}
+
 // ---- layers with every dropout, in double, from the same input
 
 // A rate of another layer, a mask or branch of another name, a mask that is not applied.
