@@ -13,16 +13,12 @@
 //   use:    ./moleblend train.bin          (train.bin comes from data_prep)
 //
 // HOW TO READ IT. Sections 1 to 8 are the method, from a molecule to one training step, with every
-// line of every forward and backward pass; read them in order, each backward pass stands under its
-// forward pass and quotes the line that it undoes. Behind the border stands what surrounds it:
-// memory for parameters, checkpoints, the run. What is included knows nothing of the method:
-// moleblend.h has molecules, datasets and random numbers (rng_uniform(), rng_normal()), lib/fast.h
-// fast versions of six functions whose plain definitions stand in section 4.
-//
-//   1 a molecule and its relations     5 from relation to attention bias     9 models
-//   2 the blend and the batch          6 tokens and the encoder             10 checkpoints
-//   3 parameters, a step               7 heads and losses                   11 runs
-//   4 layers                           8 one training step                  12 commands, main
+// line of every forward and backward pass; each backward pass stands under its forward pass and
+// quotes the line that it undoes. Behind the border: memory for parameters, the run, the loop. What
+// is included knows nothing of the method: moleblend.h has molecules, datasets, random numbers.
+//   1 a molecule and its relations   4 layers                            7 heads and losses
+//   2 the blend and the batch        5 from relation to attention bias   8 gradients and update
+//   3 parameters, a step             6 tokens and the encoder            9 ... behind the border
 //
 //   molecule: atoms, bonds, positions
 //      | 1                    shortest paths, bond paths; noise on positions -> distances
@@ -56,6 +52,7 @@
 // number has a name instead of a turn.
 
 #include "moleblend.h"
+#include "lib/memory.h"  // Store, ARRAYS(): arrays of a batch; take(): scratch of a task
 
 // =================================================================================================
 // 1 A molecule and its relations (paper 3.1). Ethanol, atoms C0-C1-O2, is the example throughout:
@@ -74,33 +71,27 @@ enum {
     SPD_ROWS = 512,              // rows of spatial_pos_encoder and of the degree tables
 };
 
-// What a thread needs to read a molecule of up to `room` atoms.
-typedef struct {
-    Molecule molecule;
-    idx room;
-    uint16_t *next;              // (N, N) first atom on the way from i to j
-    uint8_t *bond;               // (N, N) code of the bond between two neighbours
-} Reader;
-
 // Shortest paths of a molecule: spd (N, N) bonds, and path (N, N, E), the codes of the first E
 // bonds; degree (N). Floyd-Warshall with the intermediate atom k in the outermost loop and a strict
 // test decides which of several shortest paths is taken (algos.pyx of the release).
-static void relations(uint16_t *spd, uint8_t *path, uint16_t *degree, const Molecule *m,
-                      const Reader *r) {
+static void relations(uint16_t *spd, uint8_t *path, uint16_t *degree, const Molecule *m) {
     idx N = m->n_atoms;
+    Scratch *scratch = scratch_begin();
+    uint16_t *next = (uint16_t *)(void *)take(scratch, N * N / 2 + 1);  // first atom from i to j
+    uint8_t *bond = (uint8_t *)take(scratch, N * N / 4 + 1);  // of two neighbours
     for (idx ij = 0; ij < N * N; ij++) spd[ij] = ij % (N + 1) ? SPD_UNREACHABLE : 0;
     memset(degree, 0, N * sizeof *degree);
     for (int k = 0; k < 2 * m->n_bonds; k++) {  // bond k / 2, in both directions
         idx i = m->bonds[k], j = m->bonds[k ^ 1];
         spd[i * N + j] = 1;
-        r->next[i * N + j] = (uint16_t)j;
-        r->bond[i * N + j] = m->bond_code[k / 2];
+        next[i * N + j] = (uint16_t)j;
+        bond[i * N + j] = m->bond_code[k / 2];
         degree[i] += degree[i] < SPD_ROWS - 2;
     }
     for (idx k = 0; k < N; k++) {
         const uint16_t *spd_k = spd + k * N;
         for (idx i = 0; i < N; i++) {
-            uint16_t *spd_i = spd + i * N, *next_i = r->next + i * N, spd_ik = spd_i[k];
+            uint16_t *spd_i = spd + i * N, *next_i = next + i * N, spd_ik = spd_i[k];
             uint16_t next_ik = next_i[k];
             if (i == k || spd_ik == SPD_UNREACHABLE) continue;
 #pragma omp simd
@@ -118,9 +109,9 @@ static void relations(uint16_t *spd, uint8_t *path, uint16_t *degree, const Mole
             int length = spd[i * N + j] == SPD_UNREACHABLE ? 0 : spd[i * N + j];
             memset(path_ij, PATH_NONE, PATH_BONDS);
             for (idx e = 0, at = i; e < PATH_BONDS && e < length; e++) {
-                idx next = r->next[at * N + j];
-                path_ij[e] = r->bond[at * N + next];
-                at = next;
+                idx to = next[at * N + j];
+                path_ij[e] = bond[at * N + to];
+                at = to;
             }
         }
     }
@@ -145,48 +136,9 @@ static void relations(uint16_t *spd, uint8_t *path, uint16_t *degree, const Mole
 //     bias    (H, 3, 3) | (H, 4, 4)    SS = 25   square_start 0, 9, 25, times H
 // =================================================================================================
 
-// Memory whose arrays are laid out anew for every batch; it only grows. A list of arrays, LIST(X),
-// has an X(field, shape...) or X(type, field, shape...) each: LAYOUT() takes them all twice, first
-// to count what they need, then to place them.
-typedef struct {
-    char *memory;   // starts at a cache line
-    idx room, used; // bytes
-    int placing;    // the second time
-} Store;
-
-// A place for an array of this shape, which ends in -1.
-static void *store_take(Store *store, idx size, const idx *shape) {
-    idx at = store->used, line = 64;
-    for (; *shape >= 0; shape++) size = (idx)mul_size(size, *shape);
-    store->used += (size + line - 1) / line * line;
-    return store->placing ? store->memory + at : NULL;
-}
-
-// Begins pass 0, which counts, or 1, for which there must be memory.
-static void store_begin(Store *store, int pass) {
-    if (pass && store->used > store->room) {
-        free(store->memory);
-        store->room = store->used;
-        memory_check(store->room, "this batch", "a lower --batch-size, or data_prep --max-atoms");
-        store->memory = (char *)floats_alloc(store->room / sizeof(float), "a lower --batch-size");
-    }
-    store->used = 0;
-    store->placing = pass;
-}
-
-#define SHAPE(...) (const idx[]){__VA_ARGS__, -1}
-#define FIELD(field, ...) float *field;
-#define PLACE(field, ...) all->field = store_take(store, sizeof(float), SHAPE(__VA_ARGS__));
-#define LAYOUT(LIST, X)                                                                            \
-    for (int pass = 0; pass < 2; pass++) {                                                         \
-        store_begin(store, pass);                                                                  \
-        LIST(X)                                                                                    \
-    }
-
 enum { USE_SPD = 1, USE_EDGE = 2, USE_3D = 4 };  // of a pair; an atom uses USE_SPD (2D) or USE_3D
 enum { SPD_CLASSES = 11, EDGE_CLASSES = 24 };
 enum { LOSS_TOTAL, LOSS_NOISE, LOSS_SPD, LOSS_EDGE, LOSS_3D, LOSSES };
-static const char *const LOSS_NAMES[LOSSES] = {"total", "denoise", "spd", "edge", "3d"};
 
 #define DIRECTION_EPS 1e-5f  // direction = (pos_j - pos_i) / (distance + eps)
 
@@ -216,14 +168,14 @@ static const char *const LOSS_NAMES[LOSSES] = {"total", "denoise", "spd", "edge"
     X(float, labels, B, Y)
 
 typedef struct {
-    idx B, T, A, P, Q, SS, N, Y;    // N: atoms of the largest molecule; Y: labels of each
+    idx B, T, A, P, Q, SS, Y;       // Y: labels of a molecule
     double count[LOSSES];           // what counts in a loss: atoms, pairs, slots, molecules
 #define X(type, field, ...) type *field;
     BATCH_ARRAYS(X)
 #undef X
     Store store;
     int readers;
-    Reader *reader;                 // (readers) one a thread
+    Molecule *reader;               // (readers) what a thread reads into
 } Batch;
 
 // Where molecule b stands in a batch.
@@ -245,18 +197,17 @@ static int is_graph_token(const Batch *batch, idx t) {
 // Lays out a batch of B molecules with these atom counts, as drawn above.
 static void batch_layout(Batch *batch, idx B, const int *n_atoms) {
     Store *store = &batch->store;
-    Batch *all = batch;
-    idx A = 0, P = 0, SS = 0, N = 0, Y = batch->Y;
+    idx A = 0, P = 0, SS = 0, Y = batch->Y;
     for (idx b = 0; b < B; b++) {
         idx n = n_atoms[b];
         A += n;
-        P += (idx)mul_size(n, n);
+        P += n * n;
         SS += (n + 1) * (n + 1);
-        N = max_idx(N, n);
+        CHECK(n < 30000 && SS < PTRDIFF_MAX / 64, "a batch too large; try a lower --batch-size");
     }
     idx T = A + B;
-    batch->B = B, batch->T = T, batch->A = A, batch->P = P, batch->SS = SS, batch->N = N;
-#define X(type, field, ...) all->field = store_take(store, sizeof(type), SHAPE(__VA_ARGS__));
+    batch->B = B, batch->T = T, batch->A = A, batch->P = P, batch->SS = SS;
+#define X(type, field, ...) batch->field = store_take(store, sizeof(type), SHAPE(__VA_ARGS__));
     LAYOUT(BATCH_ARRAYS, X)
 #undef X
     batch->atom_start[0] = batch->pair_start[0] = batch->square_start[0] = 0;
@@ -269,17 +220,10 @@ static void batch_layout(Batch *batch, idx B, const int *n_atoms) {
     }
     if (!batch->reader) batch->readers = thread_count();
     if (!batch->reader) batch->reader = xmalloc(batch->readers, sizeof *batch->reader);
-    for (int k = 0; k < batch->readers && batch->reader[k].room < N; k++) {
-        Reader *r = &batch->reader[k];
-        FREE_ALL(r->next, r->bond);
-        r->room = N;
-        r->next = xmalloc(mul_size(N, N), sizeof *r->next);
-        r->bond = xmalloc(mul_size(N, N), sizeof *r->bond);
-    }
 }
 
 // Copies a molecule into place b of a batch that has been laid out, and finds its relations.
-static void batch_set(Batch *batch, idx b, const Molecule *m, const Reader *r) {
+static void batch_set(Batch *batch, idx b, const Molecule *m) {
     View v = batch_view(batch, b);
     memcpy(batch->atom_feat + v.atom * ATOM_FEATURES, m->atom_feat, v.N * ATOM_FEATURES);
     batch->has_pos[b] = m->has_pos != 0;
@@ -287,7 +231,7 @@ static void batch_set(Batch *batch, idx b, const Molecule *m, const Reader *r) {
     memset(batch->noise + 3 * v.atom, 0, 3 * v.N * sizeof(float));
     if (m->has_pos) memcpy(batch->pos + 3 * v.atom, m->pos, 3 * v.N * sizeof(float));
     for (idx y = 0; y < batch->Y; y++) batch->labels[b * batch->Y + y] = m->labels[y];
-    relations(batch->spd + v.pair, batch->path + v.pair * PATH_BONDS, batch->degree + v.atom, m, r);
+    relations(batch->spd + v.pair, batch->path + v.pair * PATH_BONDS, batch->degree + v.atom, m);
 }
 
 // How relations are blended in pretraining (paper 3.2), and the noise on the positions (3.3).
@@ -422,17 +366,17 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, i
     free(n_atoms);
 #pragma omp parallel for schedule(dynamic) reduction(min : bad)
     for (idx b = 0; b < B; b++) {
-        Reader *r = &batch->reader[thread_id()];
-        if (dataset_try(data, ids[b], &r->molecule)) {
+        Molecule *m = &batch->reader[thread_id()];
+        if (dataset_try(data, ids[b], m)) {
             bad = min_idx(bad, b);
             continue;
         }
-        batch_set(batch, b, &r->molecule, r);
+        batch_set(batch, b, m);
         if (blend) batch_draw(batch, b, blend, draws);
         else batch_use(batch, b, use);
         batch_pairs(batch, b);
     }
-    if (bad < B) dataset_read(data, ids[bad], &batch->reader[0].molecule);  // dies
+    if (bad < B) dataset_read(data, ids[bad], &batch->reader[0]);  // dies
     batch_count(batch);
 }
 
@@ -469,17 +413,8 @@ typedef struct {
     int tasks;                             // Y; 0: a pretraining model with its four heads
 } Config;
 
-typedef enum {
-    INIT_NORMAL,  // N(0, 0.02^2)
-    INIT_TABLE,   // the same, row 0 (padding) zero
-    INIT_ZERO, INIT_ONE,
-    INIT_WIDE,    // U(0, 3): means and widths of the Gaussians, Angstrom
-    INIT_HALF,    // 0.5, row 0 zero
-} InitRule;
-
-#define INIT_STD 0.02f
-
-// X(field, official name, rows, columns, rule); rows = 0: a vector of `columns` numbers.
+// X(field, official name, rows, columns, initial values: section 9); rows = 0: a vector of
+// `columns` numbers.
 #define LINEAR(X, field, name, rows, columns)                                                      \
     X(field##_w, name ".weight", rows, columns, INIT_NORMAL)                                       \
     X(field##_b, name ".bias", 0, rows, INIT_ZERO)
@@ -517,13 +452,12 @@ typedef enum {
 
 #define PRETRAIN_TENSORS(X)                                                                        \
     LINEAR(X, pair_maps, "blend_{spd,edge,3d}_pred_head.transform_n2_head.{row,column}_head",      \
-           PAIR_MAPS * PAIR_WIDTH, C)                                                              \
+           PAIR_MAPS * R, C)                                                                       \
     NORM(X, pair_norm, "blend_{spd,edge,3d}_pred_head.transform_n2_head.{row,column}_LayerNorm",   \
-         PAIR_MAPS * PAIR_WIDTH)                                                                   \
-    LINEAR(X, spd, "blend_spd_pred_head.linear", SPD_CLASSES, PAIR_WIDTH * PAIR_WIDTH)             \
-    LINEAR(X, edge, "blend_edge_pred_head.linear_map_feature", EDGE_OUTPUTS,                       \
-           PAIR_WIDTH * PAIR_WIDTH)                                                                \
-    LINEAR(X, dir, "blend_3d_pred_head.linear", DIR_INNER, PAIR_WIDTH * PAIR_WIDTH)                \
+         PAIR_MAPS * R)                                                                            \
+    LINEAR(X, spd, "blend_spd_pred_head.linear", SPD_CLASSES, R *R)                                \
+    LINEAR(X, edge, "blend_edge_pred_head.linear_map_feature", EDGE_OUTPUTS, R *R)                 \
+    LINEAR(X, dir, "blend_3d_pred_head.linear", DIR_INNER, R *R)                                   \
     LINEAR(X, dir_axes, "blend_3d_pred_head.force_proj{1,2,3}", 3, DIR_INNER)                      \
     LINEAR(X, denoise_qkv, "atom_proc.{q,k,v}_proj", 3 * C, C)                                     \
     LINEAR(X, denoise_axes, "atom_proc.force_proj{1,2,3}", 3, C)
@@ -542,18 +476,9 @@ typedef struct {
 } Tensors;
 #undef X
 
-// A tensor of the release.
-typedef struct {
-    char name[128];       // official
-    size_t rows, columns; // rows = 0: a vector
-    InitRule rule;
-    size_t offset, count; // floats, in the arena
-    size_t field;         // byte offset in Tensors of the field that begins here; else SIZE_MAX
-} TensorInfo;
-
 typedef struct {
     Config config;
-    TensorInfo *info;     // (n_tensors)
+    struct TensorInfo *info;  // (n_tensors) those of the release, see section 9
     int n_tensors;
     idx count;            // parameters in all
     idx table_count;      // those of the tables, at the front
@@ -576,17 +501,15 @@ typedef struct {
     Draws draws;
     Dropout drop;
     LossWeights weights;
-    struct PairArrays *pair;     // section 5: biases of pairs
-    struct EncoderArrays *enc;   // section 6
-    struct HeadArrays *head;     // section 7
-    struct TaskArrays *task_arrays;  // of fine-tuning, and
-    const struct Task *task;     // what it learns (commands/head.h); NULL: pretraining
-    idx part;                    // molecules at a time, see training_step(); 0: all
-    float *part_sum;             // of the gradients of parts
+    struct pair *pair;     // section 5: biases of pairs
+    struct enc *enc;             // section 6
+    struct head *head;           // section 7
+    struct task_arrays *task_arrays;  // of fine-tuning (commands/head.h), and
+    const struct Task *task;     // what it learns; NULL: pretraining
     float *logits[LOSSES];       // a relation head's outputs go there too, if not NULL
 } Step;
 
-// The dimension letters, for the functions that follow.
+// The letters, for the functions that follow: dimensions; and what they are about.
 #define DIMENSIONS(s)                                                                              \
     const idx B = (s)->batch.B, T = (s)->batch.T, A = (s)->batch.A, P = (s)->batch.P;              \
     const idx Q = (s)->batch.Q, SS = (s)->batch.SS, L = (s)->model.config.layers;                  \
@@ -595,6 +518,11 @@ typedef struct {
     enum { R = PAIR_WIDTH, E = PATH_BONDS };                                                       \
     (void)B, (void)T, (void)A, (void)P, (void)Q, (void)SS, (void)L, (void)C, (void)F, (void)H;     \
     (void)G, (void)Y, (void)D
+#define LETTERS(s)                                                                                 \
+    DIMENSIONS(s);                                                                                 \
+    const Batch *batch = &(s)->batch;                                                              \
+    const Tensors *p = &(s)->model.p, *g = &(s)->model.g;                                          \
+    (void)batch, (void)p, (void)g
 
 // =================================================================================================
 // 4 Layers, forward and backward, on top of six functions in which a training step spends its
@@ -655,33 +583,6 @@ static void philox_blocks(uint32_t words[4][BLOCKS], int count, Philox first, ui
 
 static idx padded(idx n) { return (n + VEC - 1) / VEC * VEC; }  // to whole vectors
 
-// Scratch memory of a thread: as many arrays as its task takes, from the first one on again in the
-// next task. They grow on demand; their content is left over from the task before.
-typedef struct { int taken; struct { float *x; idx room; } array[16]; } Scratch;
-static Scratch thread_scratch[1024];
-
-// This thread's, nothing taken.
-static Scratch *scratch_begin(void) {
-    CHECK(thread_id() < 1024, "expected at most 1024 threads (--threads)");
-    Scratch *scratch = &thread_scratch[thread_id()];
-    scratch->taken = 0;
-    return scratch;
-}
-
-// n floats, from a cache line on.
-static float *take(Scratch *scratch, idx n) {
-    CHECK(scratch->taken < 16, "a task takes too many arrays");
-    int k = scratch->taken++;
-    if (scratch->array[k].room < n) {
-        free(scratch->array[k].x);
-        scratch->array[k].x = floats_alloc(n, "a lower --batch-size, or data_prep --max-atoms");
-        scratch->array[k].room = n;
-    }
-    return scratch->array[k].x;
-}
-
-// ---- elementary functions of numbers, rows and columns
-
 // gelu(x) = x Phi(x), the exact form.
 ALWAYS_INLINE float gelu(float x) {
     float density;
@@ -728,21 +629,6 @@ static void column_sums(float *out, const float *x, idx ldx, idx rows, idx n) {
     }
 }
 
-// out (rows, width) = x (rows, n), or its transpose: out (n, width) = x (rows, n)^T; zero beyond.
-static void copy_padded(float *out, idx width, const float *x, idx ldx, idx rows, idx n) {
-    for (idx r = 0; r < rows; r++) {
-        memcpy(out + r * width, x + r * ldx, n * sizeof *out);
-        memset(out + r * width + n, 0, (width - n) * sizeof *out);
-    }
-}
-
-static void copy_transposed(float *out, idx width, const float *x, idx ldx, idx rows, idx n) {
-    for (idx c = 0; c < n; c++) {
-        for (idx r = 0; r < rows; r++) out[c * width + r] = x[r * ldx + c];
-        memset(out + c * width + rows, 0, (width - rows) * sizeof *out);
-    }
-}
-
 // ---- linear: out (rows, OC) = x (rows, IC) @ weight (OC, IC)^T + bias (OC)
 
 static void linear_forward(float *out, const float *x, const float *weight, const float *bias,
@@ -774,13 +660,15 @@ static void gelu_backward(float *d, const float *x, idx n) {
 
 // ---- dropout: out = mask * x, the same in both passes; masks are drawn again, not kept
 
-// mask (n): 0 with probability p, else 1 / (1 - p), named (purpose, slot, row). Number k is word
-// k / blocks of Philox block k mod blocks.
+// mask (n): 0 with probability p, else 1 / (1 - p), named (purpose, slot, row); all ones without
+// dropout. Number k is word k / blocks of Philox block k mod blocks.
 static void dropout_row(float *mask, idx n, double p, const Draws *draws, uint32_t purpose,
                         uint32_t slot, uint32_t row) {
     int blocks = (int)(n + 3) / 4;
     uint32_t limit = (uint32_t)(p * 4294967296.0), words[4][BLOCKS];
     float keep = (float)(1.0 / (1.0 - p));
+    if (!draws->active || p <= 0) blocks = 0;
+    for (idx k = 0; k < n && !blocks; k++) mask[k] = 1.0f;
     for (int first = 0; first < blocks; first += BLOCKS) {
         int count = min_int(BLOCKS, blocks - first);
         uint32_t index = row * (uint32_t)blocks + (uint32_t)first;
@@ -938,15 +826,7 @@ static void norm_backward(float *dx, float *dweight, float *dbias, const float *
     X(dbias3d_out, Q, H)                                                                           \
     X(dstructure3d, A, C)
 
-struct PairArrays { PAIR_ARRAYS(FIELD) Store store; };
-
-static void pair_layout(Step *s) {
-    if (!s->pair) s->pair = xmalloc(1, sizeof *s->pair);
-    struct PairArrays *all = s->pair;
-    Store *store = &all->store;
-    DIMENSIONS(s);
-    LAYOUT(PAIR_ARRAYS, PLACE)
-}
+ARRAYS(pair, PAIR_ARRAYS)
 
 // ---- edge paths (paper 3.1): b_edge(i, j) = sum over slots e of path_bias[e][code_e], divided by
 //      the number of bonds, at most 5. path_bias[e][code] = bond_vector[code] @ map_e, and
@@ -961,9 +841,8 @@ static void bond_rows(idx row[BOND_FEATURES], int code) {
 }
 
 static void path_bias_forward(Step *s) {
-    DIMENSIONS(s);
-    struct PairArrays *a = s->pair;
-    const Tensors *p = &s->model.p;
+    LETTERS(s);
+    struct pair *a = s->pair;
     memset(a->bond_vector, 0, PATH_CODES * H * sizeof(float));  // that of PATH_NONE stays 0
     for (int code = 0; code < PATH_NONE; code++) {
         idx row[BOND_FEATURES];
@@ -979,13 +858,13 @@ static void path_bias_forward(Step *s) {
 
 // From dpath_bias (E, 61, H) to the gradients of bond_table and path_maps.
 static void path_bias_backward(Step *s) {
-    DIMENSIONS(s);
-    struct PairArrays *a = s->pair;
+    LETTERS(s);
+    struct pair *a = s->pair;
     for (idx e = 0; e < E; e++) {  // forward: path_bias[e] = bond_vector @ map_e
         const float *dout = a->dpath_bias + e * PATH_CODES * H;
         gemm(1, 0, H, H, PATH_NONE, a->bond_vector, H, dout, H, NULL, 0,
-             s->model.g.path_maps + e * H * H, H);
-        gemm(0, 1, PATH_NONE, H, H, dout, H, s->model.p.path_maps + e * H * H, H, NULL, e > 0,
+             g->path_maps + e * H * H, H);
+        gemm(0, 1, PATH_NONE, H, H, dout, H, p->path_maps + e * H * H, H, NULL, e > 0,
              a->dbond_vector, H);
     }
     for (int code = 0; code < PATH_NONE; code++) {
@@ -993,7 +872,7 @@ static void path_bias_backward(Step *s) {
         bond_rows(row, code);
         for (int f = 0; f < BOND_FEATURES; f++)  // forward: bond_vector = mean of three rows
             for (idx h = 0; h < H; h++)
-                s->model.g.bond_table[row[f] * H + h] += a->dbond_vector[code * H + h] /
+                g->bond_table[row[f] * H + h] += a->dbond_vector[code * H + h] /
                                                          BOND_FEATURES;
     }
 }
@@ -1006,16 +885,12 @@ static void path_bias_backward(Step *s) {
 #define GAUSS_STD_MIN 1e-2f
 #define GAUSS_FAR 174.0f       // z^2 beyond which exp(-0.5 z^2) is no normal float: taken as 0
 
-static void gauss_rows(idx row[2], const Batch *batch, idx i, idx j) {
-    row[0] = batch->atom_feat[i * ATOM_FEATURES] + GAUSS_ROW_OFFSET;
-    row[1] = batch->atom_feat[j * ATOM_FEATURES] + GAUSS_ROW_OFFSET + FEATURE_ROWS;
-}
-
-// x of a pair of atoms.
-static float gauss_argument(const Tensors *p, const Batch *batch, idx i, idx j, idx pair) {
-    idx row[2];
-    gauss_rows(row, batch, i, j);
-    return (p->gauss_mul[row[0]] + p->gauss_mul[row[1]]) * batch->distance[pair] +
+// x of a pair of atoms, and the rows u and v.
+static float gauss_argument(idx row[2], const Step *s, idx i, idx j, idx pair) {
+    const Tensors *p = &s->model.p;
+    row[0] = s->batch.atom_feat[i * ATOM_FEATURES] + GAUSS_ROW_OFFSET;
+    row[1] = s->batch.atom_feat[j * ATOM_FEATURES] + GAUSS_ROW_OFFSET + FEATURE_ROWS;
+    return (p->gauss_mul[row[0]] + p->gauss_mul[row[1]]) * s->batch.distance[pair] +
            (p->gauss_bias[row[0]] + p->gauss_bias[row[1]]);
 }
 
@@ -1052,19 +927,18 @@ ALWAYS_INLINE float gauss_row_backward(float *restrict dmean, float *restrict ds
 
 // gauss (Q, G) of the pairs that use 3D, gauss_sum (A, G) over all pairs of the atoms that do.
 static void gauss_forward(Step *s) {
-    DIMENSIONS(s);
-    struct PairArrays *a = s->pair;
-    const Batch *batch = &s->batch;
+    LETTERS(s);
+    struct pair *a = s->pair;
     for (idx k = 0; k < G; k++) {
-        float width = fabsf(s->model.p.gauss_std[k]) + GAUSS_STD_MIN;
-        a->gauss_const[k] = s->model.p.gauss_mean[k];
+        float width = fabsf(p->gauss_std[k]) + GAUSS_STD_MIN;
+        a->gauss_const[k] = p->gauss_mean[k];
         a->gauss_const[G + k] = 1.0f / width;
         a->gauss_const[2 * G + k] = 1.0f / (sqrtf(2.0f * GAUSS_PI) * width);
     }
 #pragma omp parallel for schedule(dynamic)
     for (idx b = 0; b < B; b++) {
         View v = batch_view(batch, b);
-        idx pair = v.pair, end = v.atom + v.N;
+        idx pair = v.pair, end = v.atom + v.N, rows[2];
         float *unused = take(scratch_begin(), G);  // g of a pair that is part of the sum only
         for (idx i = v.atom; i < end; i++) {
             float *sum = a->gauss_sum + i * G;
@@ -1073,10 +947,9 @@ static void gauss_forward(Step *s) {
             for (idx j = v.atom; j < end; j++, pair++) {
                 idx row = batch->pair_row[pair];
                 if (row < 0 && !summed) continue;
-                float *g = row < 0 ? unused : a->gauss + row * G;
-                gauss_row_forward(g, gauss_argument(&s->model.p, batch, i, j, pair), a->gauss_const,
-                                  G);
-                for (idx k = 0; summed && k < G; k++) sum[k] += g[k];
+                float *out = row < 0 ? unused : a->gauss + row * G;
+                gauss_row_forward(out, gauss_argument(rows, s, i, j, pair), a->gauss_const, G);
+                for (idx k = 0; summed && k < G; k++) sum[k] += out[k];
             }
         }
     }
@@ -1084,14 +957,12 @@ static void gauss_forward(Step *s) {
 
 // From dgauss_sum (A, G) and dgauss (Q, G) to the gradients of gauss_mean, _std, _mul, _bias.
 static void gauss_backward(Step *s) {
-    DIMENSIONS(s);
-    struct PairArrays *a = s->pair;
-    const Batch *batch = &s->batch;
-    Tensors *p = &s->model.p, *g = &s->model.g;
+    LETTERS(s);
+    struct pair *a = s->pair;
 #pragma omp parallel for schedule(dynamic)
     for (idx b = 0; b < B; b++) {
         View v = batch_view(batch, b);
-        idx pair = v.pair, end = v.atom + v.N;
+        idx pair = v.pair, end = v.atom + v.N, rows[2];
         float *dg = take(scratch_begin(), G);
         for (idx i = v.atom; i < end; i++) {
             float *dmean = a->dgauss_const + i * 2 * G, *ds = dmean + G;
@@ -1105,8 +976,8 @@ static void gauss_backward(Step *s) {
                 const float *drow = a->dgauss + max_idx(row, 0) * G;
                 for (idx k = 0; k < G; k++)  // forward: g is the pair's row, and part of the sum
                     dg[k] = (summed ? dsum[k] : 0.0f) + (row >= 0 ? drow[k] : 0.0f);
-                a->dgauss_x[pair] = gauss_row_backward(
-                    dmean, ds, dg, gauss_argument(p, batch, i, j, pair), a->gauss_const, G);
+                float x = gauss_argument(rows, s, i, j, pair);
+                a->dgauss_x[pair] = gauss_row_backward(dmean, ds, dg, x, a->gauss_const, G);
             }
         }
     }
@@ -1115,7 +986,7 @@ static void gauss_backward(Step *s) {
         idx pair = v.pair, end = v.atom + v.N, row[2];
         for (idx i = v.atom; i < end; i++)
             for (idx j = v.atom; j < end; j++, pair++) {
-                gauss_rows(row, batch, i, j);
+                gauss_argument(row, s, i, j, pair);
                 for (int k = 0; k < 2; k++) {  // forward: x = (mul[u] + mul[v]) * distance + ...
                     g->gauss_mul[row[k]] += a->dgauss_x[pair] * batch->distance[pair];
                     g->gauss_bias[row[k]] += a->dgauss_x[pair];
@@ -1132,9 +1003,8 @@ static void gauss_backward(Step *s) {
 //      structure of every atom: structure3d (A, C) = W gauss_sum + c
 
 static void bias3d_forward(Step *s) {
-    DIMENSIONS(s);
-    struct PairArrays *a = s->pair;
-    const Tensors *p = &s->model.p;
+    LETTERS(s);
+    struct pair *a = s->pair;
     gauss_forward(s);
     linear_forward(a->bias3d_pre, a->gauss, p->bias3d1_w, p->bias3d1_b, Q, G, G);
     gelu_forward(a->bias3d_hidden, a->bias3d_pre, Q * G);
@@ -1144,9 +1014,8 @@ static void bias3d_forward(Step *s) {
 
 // From dbias3d_out (Q, H) and dstructure3d (A, C).
 static void bias3d_backward(Step *s) {
-    DIMENSIONS(s);
-    struct PairArrays *a = s->pair;
-    Tensors *p = &s->model.p, *g = &s->model.g;
+    LETTERS(s);
+    struct pair *a = s->pair;
     linear_backward(a->dgauss_sum, 0, g->structure3d_w, g->structure3d_b, a->dstructure3d,
                     a->gauss_sum, p->structure3d_w, A, G, C);
     linear_backward(a->dbias3d_hidden, 0, g->bias3d2_w, g->bias3d2_b, a->dbias3d_out,
@@ -1163,87 +1032,60 @@ static void bias3d_backward(Step *s) {
 // What a path's slots are weighted with.
 static float path_weight(int spd) { return 1.0f / (float)max_int(1, min_int(spd, PATH_BONDS)); }
 
-// out (H) = the blended bias of one pair.
-ALWAYS_INLINE void pair_bias(float *restrict out, const Step *s, idx pair, idx H) {
-    const Batch *batch = &s->batch;
-    const struct PairArrays *a = s->pair;
-    int use = batch->pair_use[pair], spd = batch->spd[pair];
-    idx row = batch->pair_row[pair];
-    const uint8_t *path = batch->path + pair * PATH_BONDS;
-    const float *row3d = a->bias3d_out + max_idx(row, 0) * H;
-    for (idx h = 0; h < H; h++) out[h] = row >= 0 ? row3d[h] : 0.0f;
-    if (use & USE_SPD)
-        for (idx h = 0; h < H; h++) out[h] += s->model.p.spd_table[(spd + 1) * H + h];
-    float weight = path_weight(spd);
-    for (idx e = 0; use & USE_EDGE && e < PATH_BONDS && path[e] != PATH_NONE; e++)
-        for (idx h = 0; h < H; h++)
-            out[h] += weight * a->path_bias[(e * PATH_CODES + path[e]) * H + h];
-}
-
 static void bias_forward(Step *s) {
-    DIMENSIONS(s);
+    LETTERS(s);
+    const struct pair *a = s->pair;
 #pragma omp parallel for schedule(dynamic)
-    for (idx b = 0; b < B; b++) {
-        View v = batch_view(&s->batch, b);
-        idx pair = v.pair, plane = v.S * v.S;
-        float *bias = s->pair->attn_bias + H * v.square, out[MAX_HEADS];
-        for (idx h = 0; h < H; h++)
-            for (idx t = 0; t < v.S; t++)
-                bias[h * plane + t] = bias[h * plane + t * v.S] = s->model.p.graph_bias[h];
-        for (idx i = 1; i < v.S; i++)
-            for (idx j = 1; j < v.S; j++, pair++) {
-                pair_bias(out, s, pair, H);
-                for (idx h = 0; h < H; h++) bias[h * plane + i * v.S + j] = out[h];
-            }
-    }
-}
-
-// Stores head h's columns of the gradients of spd_table, path_bias and graph_bias: its part of
-// dattn_bias, sorted by what the pairs used. Sums are made beside those tables, in which heads, and
-// so threads, share cache lines.
-static void bias_backward_head(Step *s, idx h) {
-    float dspd[SPD_ROWS] = {0}, dpath[PATH_BONDS * PATH_CODES] = {0}, dgraph = 0;
-    const Batch *batch = &s->batch;
-    DIMENSIONS(s);
     for (idx b = 0; b < B; b++) {
         View v = batch_view(batch, b);
-        idx pair = v.pair;
-        const float *dbias = s->pair->dattn_bias + H * v.square + h * v.S * v.S;
-        for (idx j = 0; j < v.S; j++) dgraph += dbias[j];
-        for (idx i = 1; i < v.S; i++) dgraph += dbias[i * v.S];
-        for (idx i = 1; i < v.S; i++)
-            for (idx j = 1; j < v.S; j++, pair++) {  // forward: see pair_bias()
-                float d = dbias[i * v.S + j];
-                int use = batch->pair_use[pair], spd = batch->spd[pair];
-                const uint8_t *path = batch->path + pair * PATH_BONDS;
-                if (use & USE_SPD) dspd[spd + 1] += d;
-                if (use & USE_EDGE) d *= path_weight(spd);
-                for (idx e = 0; use & USE_EDGE && e < E && path[e] != PATH_NONE; e++)
-                    dpath[e * PATH_CODES + path[e]] += d;
-            }
+        idx pair = v.pair, plane = v.S * v.S;
+        float *bias = a->attn_bias + H * v.square, out[MAX_HEADS];
+        for (idx h = 0; h < H; h++)
+            for (idx t = 0; t < v.S; t++)
+                bias[h * plane + t] = bias[h * plane + t * v.S] = p->graph_bias[h];
+        for (idx ij = 0; ij < v.N * v.N; ij++, pair++) {
+            int use = batch->pair_use[pair], spd = batch->spd[pair];
+            const uint8_t *path = batch->path + pair * E;
+            const float *row3d = a->bias3d_out + max_idx(batch->pair_row[pair], 0) * H;
+            for (idx h = 0; h < H; h++) out[h] = use & USE_3D ? row3d[h] : 0.0f;
+            for (idx h = 0; use & USE_SPD && h < H; h++) out[h] += p->spd_table[(spd + 1) * H + h];
+            for (idx e = 0; use & USE_EDGE && e < E && path[e] != PATH_NONE; e++)
+                for (idx h = 0; h < H; h++)
+                    out[h] += path_weight(spd) * a->path_bias[(e * PATH_CODES + path[e]) * H + h];
+            float *at = bias + (1 + ij / v.N) * v.S + 1 + ij % v.N;
+            for (idx h = 0; h < H; h++) at[h * plane] = out[h];
+        }
     }
-    s->model.g.graph_bias[h] = dgraph;
-    for (idx k = 0; k < SPD_ROWS; k++) s->model.g.spd_table[k * H + h] = dspd[k];
-    for (idx k = 0; k < PATH_BONDS * PATH_CODES; k++) s->pair->dpath_bias[k * H + h] = dpath[k];
 }
 
-// From dattn_bias to dbias3d_out (Q, H), molecule by molecule, and to all others, head by head.
+// From dattn_bias, sorted by what the pairs used, to dbias3d_out (Q, H), dpath_bias, gradients of
+// spd_table and graph_bias: a head's columns at a time, whose sums are made beside the tables, in
+// which heads, and so threads, share cache lines.
 static void bias_backward(Step *s) {
-    DIMENSIONS(s);
+    LETTERS(s);
 #pragma omp parallel for schedule(dynamic)
-    for (idx b = 0; b < B; b++) {
-        View v = batch_view(&s->batch, b);
-        idx pair = v.pair, plane = v.S * v.S;
-        const float *dbias = s->pair->dattn_bias + H * v.square;
-        for (idx i = 1; i < v.S; i++)
-            for (idx j = 1; j < v.S; j++, pair++) {
-                idx row = s->batch.pair_row[pair];
-                for (idx h = 0; row >= 0 && h < H; h++)  // forward: out[h] = row3d[h] + ...
-                    s->pair->dbias3d_out[row * H + h] = dbias[h * plane + i * v.S + j];
+    for (idx h = 0; h < H; h++) {
+        float dspd[SPD_ROWS] = {0}, dpath[PATH_BONDS * PATH_CODES] = {0}, dgraph = 0;
+        for (idx b = 0; b < B; b++) {
+            View v = batch_view(batch, b);
+            idx pair = v.pair;
+            const float *dbias = s->pair->dattn_bias + H * v.square + h * v.S * v.S;
+            for (idx j = 0; j < v.S; j++) dgraph += dbias[j];
+            for (idx i = 1; i < v.S; i++) dgraph += dbias[i * v.S];
+            for (idx ij = 0; ij < v.N * v.N; ij++, pair++) {  // forward: see bias_forward()
+                float d = dbias[(1 + ij / v.N) * v.S + 1 + ij % v.N];
+                int use = batch->pair_use[pair], spd = batch->spd[pair];
+                const uint8_t *path = batch->path + pair * E;
+                if (use & USE_3D) s->pair->dbias3d_out[batch->pair_row[pair] * H + h] = d;
+                if (use & USE_SPD) dspd[spd + 1] += d;
+                for (idx e = 0; use & USE_EDGE && e < E && path[e] != PATH_NONE; e++)
+                    dpath[e * PATH_CODES + path[e]] += path_weight(spd) * d;
             }
+        }
+        g->graph_bias[h] = dgraph;
+        for (idx k = 0; k < SPD_ROWS; k++) g->spd_table[k * H + h] = dspd[k];
+        for (idx k = 0; k < E * PATH_CODES; k++) s->pair->dpath_bias[k * H + h] = dpath[k];
     }
-#pragma omp parallel for schedule(dynamic)
-    for (idx h = 0; h < H; h++) bias_backward_head(s, h);
 }
 
 // =================================================================================================
@@ -1277,23 +1119,15 @@ static void bias_backward(Step *s) {
     X(dqkv, T, 3, C)                                                                               \
     X(dtokens, T, C)
 
-struct EncoderArrays {
-    ENCODER_ARRAYS(FIELD)
-    float *out;                      // (T, C) the encoder's output: the last of x
-    Store store;
-};
+ARRAYS(enc, ENCODER_ARRAYS)
 
-static void encoder_layout(Step *s) {
-    if (!s->enc) s->enc = xmalloc(1, sizeof *s->enc);
-    struct EncoderArrays *all = s->enc;
-    Store *store = &all->store;
-    DIMENSIONS(s);
-    LAYOUT(ENCODER_ARRAYS, PLACE)
-    all->out = all->x + L * T * C;
+// (T, C) what comes out of the encoder, the last of x.
+static float *encoder_output(const Step *s) {
+    return s->enc->x + s->model.config.layers * s->batch.T * s->model.config.dim;
 }
 
 // ---- tokens: x = LayerNorm(sum of embedding rows). An atom's rows are those of its nine features
-//      and, if it shows its 2D structure, of its degree (twice); an atom that shows its 3D structure
+//      and, if it shows its 2D structure, of its degree (twice); one that shows its 3D structure
 //      adds 0.01 * structure3d; the graph token has one row of its own
 
 #define STRUCTURE_SCALE 0.01f
@@ -1324,8 +1158,8 @@ static int token_rows(idx at[TOKEN_ROWS], float *scale, idx *atom, const Step *s
 }
 
 static void embedding_forward(Step *s) {
-    DIMENSIONS(s);
-    struct EncoderArrays *a = s->enc;
+    LETTERS(s);
+    struct enc *a = s->enc;
     const Model *m = &s->model;
 #pragma omp parallel for schedule(static)
     for (idx t = 0; t < T; t++) {
@@ -1346,8 +1180,8 @@ static void embedding_forward(Step *s) {
 // so each table row is summed in the order of the atoms.
 static void embedding_backward(Step *s) {
     enum { STRIP = 64 };
-    DIMENSIONS(s);
-    struct EncoderArrays *a = s->enc;
+    LETTERS(s);
+    struct enc *a = s->enc;
     Model *m = &s->model;
     norm_backward(a->dtokens, m->g.embed_norm_w, m->g.embed_norm_b, a->dx, a->embed_hat,
                   a->embed_rstd, C, m->p.embed_norm_w, T, C);
@@ -1361,7 +1195,7 @@ static void embedding_backward(Step *s) {
             const float *d = a->dtokens + t * C + c0;
             for (int r = 0; r < rows; r++)  // forward: token += row
                 for (idx c = 0; c < width; c++) m->grads[at[r] + c0 + c] += d[c];
-            if (is_graph_token(&s->batch, t)) continue;
+            if (is_graph_token(batch, t)) continue;
             float *dstructure = s->pair->dstructure3d + atom * C + c0;
             for (idx c = 0; c < width; c++)  // forward: token += scale * structure3d
                 dstructure[c] = scale * d[c];
@@ -1386,22 +1220,13 @@ typedef struct {
 // Head h of molecule b; the denoising head sees the atoms only (`atoms` = 1): its part of the bias
 // is what stands behind the row and the column of the graph token.
 static HeadTask head_task(const Step *s, idx b, idx h, int atoms, uint32_t purpose) {
-    DIMENSIONS(s);
-    View v = batch_view(&s->batch, b);
+    LETTERS(s);
+    View v = batch_view(batch, b);
     idx n = v.S - atoms, first = v.token + atoms, bias = H * v.square + h * v.S * v.S;
     return (HeadTask){.b = b, .n = n, .D = D, .C = C, .qkv = first * 3 * C + h * D,
                       .context = first * C + h * D, .prob = H * v.square + h * n * n,
                       .bias = bias + atoms * (v.S + 1), .bias_row = v.S, .purpose = purpose,
                       .head = (uint32_t)h};
-}
-
-// mask (n, n) of the task; all ones without dropout.
-static void attention_mask(float *mask, const Step *s, const HeadTask *task) {
-    idx n = task->n;
-    for (idx k = 0; k < n * n; k++) mask[k] = 1.0f;
-    if (s->draws.active && s->drop.attention > 0)
-        dropout_row(mask, n * n, s->drop.attention, &s->draws, task->purpose,
-                    draws_slot(&s->draws, task->b), task->head);
 }
 
 // prob and dropped (n, n), from qkv, the slices that begin with the task's q.
@@ -1413,7 +1238,8 @@ static void attention_prob_forward(float *prob, float *dropped, const Step *s, c
     float *mask = take(scratch, n * n), scale = 1.0f / sqrtf((float)task->D);
     copy_transposed(kt, W, k, 3 * task->C, n, task->D);
     small_product(score, W, q, 3 * task->C, 1, kt, W, n, W, task->D);  // q k^T
-    attention_mask(mask, s, task);
+    dropout_row(mask, n * n, s->drop.attention, &s->draws, task->purpose,
+                draws_slot(&s->draws, task->b), task->head);
     for (idx i = 0; i < n; i++) {
         float *score_i = score + i * W;
         const float *bias_i = s->pair->attn_bias + task->bias + i * task->bias_row;
@@ -1433,7 +1259,8 @@ static void attention_prob_backward(float *dscore, float *dropped, Step *s, cons
                                     const HeadTask *task, Scratch *scratch) {
     idx n = task->n, W = padded(n);
     float *mask = take(scratch, n * n), *prob_i = take(scratch, W);
-    attention_mask(mask, s, task);
+    dropout_row(mask, n * n, s->drop.attention, &s->draws, task->purpose,
+                draws_slot(&s->draws, task->b), task->head);
     memset(prob_i, 0, W * sizeof *prob_i);
     for (idx i = 0; i < n; i++) {
         float *d = dscore + i * W, sum = 0;
@@ -1470,8 +1297,8 @@ static void attention_qk_backward(float *dqkv, const float *dscore, const float 
 
 // context (T, C) and prob of layer l from its qkv (T, 3, C).
 static void attention_forward(Step *s, idx l) {
-    DIMENSIONS(s);
-    struct EncoderArrays *a = s->enc;
+    LETTERS(s);
+    struct enc *a = s->enc;
 #pragma omp parallel for schedule(dynamic, 4)
     for (idx bh = 0; bh < B * H; bh++) {
         HeadTask task = head_task(s, bh / H, bh % H, 0, RNG_ATTENTION_DROP + (uint32_t)l);
@@ -1490,8 +1317,8 @@ static void attention_forward(Step *s, idx l) {
 
 // From dcontext (T, C) to dqkv (T, 3, C); dattn_bias is added to.
 static void attention_backward(Step *s, idx l) {
-    DIMENSIONS(s);
-    struct EncoderArrays *a = s->enc;
+    LETTERS(s);
+    struct enc *a = s->enc;
 #pragma omp parallel for schedule(dynamic, 4)
     for (idx bh = 0; bh < B * H; bh++) {
         HeadTask task = head_task(s, bh / H, bh % H, 0, RNG_ATTENTION_DROP + (uint32_t)l);
@@ -1514,64 +1341,59 @@ static void attention_backward(Step *s, idx l) {
     }
 }
 
-// ---- one layer
-
 // From x[l] (T, C) to x[l + 1].
 static void layer_forward(Step *s, idx l) {
-    DIMENSIONS(s);
-    struct EncoderArrays *a = s->enc;
-    const LayerTensors *p = &s->model.p.layer[l];
+    LETTERS(s);
+    struct enc *a = s->enc;
+    const LayerTensors *w = &p->layer[l];
     const float *x = a->x + l * T * C;
     float *context = a->context + l * T * C, *mid = a->mid + l * T * C;
     float *pre = a->ffn_pre + l * T * F, *hidden = a->ffn_hidden + l * T * F;
-    linear_forward(a->qkv + l * T * 3 * C, x, p->qkv_w, p->qkv_b, T, C, 3 * C);
+    linear_forward(a->qkv + l * T * 3 * C, x, w->qkv_w, w->qkv_b, T, C, 3 * C);
     attention_forward(s, l);
-    linear_forward(a->branch, context, p->out_w, p->out_b, T, C, C);
+    linear_forward(a->branch, context, w->out_w, w->out_b, T, C, C);
     residual_forward(a->sum, x, a->branch, s, l, 0);
-    norm_forward(mid, a->norm1_hat + l * T * C, a->norm1_rstd + l * T, a->sum, C, p->norm1_w,
-                 p->norm1_b, T, C, NORM_EPS);
-    linear_forward(pre, mid, p->ffn1_w, p->ffn1_b, T, C, F);
+    norm_forward(mid, a->norm1_hat + l * T * C, a->norm1_rstd + l * T, a->sum, C, w->norm1_w,
+                 w->norm1_b, T, C, NORM_EPS);
+    linear_forward(pre, mid, w->ffn1_w, w->ffn1_b, T, C, F);
     gelu_forward(hidden, pre, T * F);
     dropout_rows(hidden, s, F, s->drop.activation, RNG_ACTIVATION_DROP + (uint32_t)l);
-    linear_forward(a->branch, hidden, p->ffn2_w, p->ffn2_b, T, F, C);
+    linear_forward(a->branch, hidden, w->ffn2_w, w->ffn2_b, T, F, C);
     residual_forward(a->sum, mid, a->branch, s, l, 1);
     norm_forward(a->x + (l + 1) * T * C, a->norm2_hat + l * T * C, a->norm2_rstd + l * T, a->sum, C,
-                 p->norm2_w, p->norm2_b, T, C, NORM_EPS);
+                 w->norm2_w, w->norm2_b, T, C, NORM_EPS);
 }
 
 // dx, the gradient of x[l + 1], becomes that of x[l].
 static void layer_backward(Step *s, idx l) {
-    DIMENSIONS(s);
-    struct EncoderArrays *a = s->enc;
-    const LayerTensors *p = &s->model.p.layer[l];
-    LayerTensors *g = &s->model.g.layer[l];
+    LETTERS(s);
+    struct enc *a = s->enc;
+    const LayerTensors *w = &p->layer[l], *dw = &g->layer[l];
     const float *x = a->x + l * T * C, *context = a->context + l * T * C;
     const float *mid = a->mid + l * T * C, *pre = a->ffn_pre + l * T * F;
     const float *hidden = a->ffn_hidden + l * T * F;
     float *dmid = a->dsum;  // a sum's gradient is that of its first term, to which more is added
     // forward: x' = LN2(mid + droppath(ffn2(hidden))), hidden = dropout(gelu(ffn1(mid)))
-    norm_backward(a->dsum, g->norm2_w, g->norm2_b, a->dx, a->norm2_hat + l * T * C,
-                  a->norm2_rstd + l * T, C, p->norm2_w, T, C);
+    norm_backward(a->dsum, dw->norm2_w, dw->norm2_b, a->dx, a->norm2_hat + l * T * C,
+                  a->norm2_rstd + l * T, C, w->norm2_w, T, C);
     residual_backward(a->dbranch, a->dsum, s, l, 1);
-    linear_backward(a->dhidden, 0, g->ffn2_w, g->ffn2_b, a->dbranch, hidden, p->ffn2_w, T, F, C);
+    linear_backward(a->dhidden, 0, dw->ffn2_w, dw->ffn2_b, a->dbranch, hidden, w->ffn2_w, T, F, C);
     dropout_rows(a->dhidden, s, F, s->drop.activation, RNG_ACTIVATION_DROP + (uint32_t)l);
     gelu_backward(a->dhidden, pre, T * F);
-    linear_backward(dmid, 1, g->ffn1_w, g->ffn1_b, a->dhidden, mid, p->ffn1_w, T, C, F);
+    linear_backward(dmid, 1, dw->ffn1_w, dw->ffn1_b, a->dhidden, mid, w->ffn1_w, T, C, F);
     // forward: mid = LN1(x + droppath(out(attention(qkv(x)))))
-    norm_backward(a->dx, g->norm1_w, g->norm1_b, dmid, a->norm1_hat + l * T * C,
-                  a->norm1_rstd + l * T, C, p->norm1_w, T, C);
+    norm_backward(a->dx, dw->norm1_w, dw->norm1_b, dmid, a->norm1_hat + l * T * C,
+                  a->norm1_rstd + l * T, C, w->norm1_w, T, C);
     residual_backward(a->dbranch, a->dx, s, l, 0);
-    linear_backward(a->dcontext, 0, g->out_w, g->out_b, a->dbranch, context, p->out_w, T, C, C);
+    linear_backward(a->dcontext, 0, dw->out_w, dw->out_b, a->dbranch, context, w->out_w, T, C, C);
     attention_backward(s, l);
-    linear_backward(a->dx, 1, g->qkv_w, g->qkv_b, a->dqkv, x, p->qkv_w, T, C, 3 * C);
+    linear_backward(a->dx, 1, dw->qkv_w, dw->qkv_b, a->dqkv, x, w->qkv_w, T, C, 3 * C);
 }
-
-// ---- the whole encoder
 
 // From the batch to the output x (T, C).
 static void encoder_forward(Step *s) {
     pair_layout(s);
-    encoder_layout(s);
+    enc_layout(s);
     path_bias_forward(s);
     bias3d_forward(s);
     bias_forward(s);
@@ -1598,39 +1420,30 @@ static void encoder_backward(Step *s) {
 //   in cache. Linear maps run over all tokens; the graph tokens have no loss and no gradient.
 // =================================================================================================
 
-// K: outputs of the largest relation head, padded.
+#define WIDEST padded(EDGE_OUTPUTS)  // outputs of the largest relation head
 #define HEAD_ARRAYS(X)                                                                             \
     X(pair_pre, T, PAIR_MAPS, R)                                                                   \
     X(pair_gelu, T, PAIR_MAPS, R)                                                                  \
     X(pair_hat, T, PAIR_MAPS, R)                                                                   \
     X(pair_rstd, PAIR_MAPS, T)                                                                     \
     X(pair_map, T, PAIR_MAPS, R)     /* r and c of the three relation heads */                     \
-    X(pair_weight, R, R, K)          /* a head's map: W[a][b][k] */                                \
-    X(pair_u, T, R, K)               /* U of every token */                                        \
+    X(pair_weight, R, R, WIDEST)     /* a head's map: W[a][b][k] */                                \
+    X(pair_u, T, R, WIDEST)          /* U of every token */                                        \
     X(dir_weight, 3, R, R)           /* the 3D head's four maps as one */                          \
     X(denoise_qkv, T, 3, C)                                                                        \
     X(denoise_prob, SS, H)           /* (H, N, N) of a molecule at the place of its (H, S, S) */   \
     X(denoise_out, A, 3)                                                                           \
     X(dpair_pre, T, PAIR_MAPS, R)                                                                  \
     X(dpair_map, T, PAIR_MAPS, R)                                                                  \
-    X(dpair_weight, R, R, K)                                                                       \
-    X(dpair_u, T, R, K)                                                                            \
-    X(dpair_bias, A, K)                                                                            \
+    X(dpair_weight, R, R, WIDEST)                                                                  \
+    X(dpair_u, T, R, WIDEST)                                                                       \
+    X(dpair_bias, A, WIDEST)                                                                       \
     X(ddir_weight, 3, R, R)                                                                        \
     X(ddenoise_qkv, T, 3, C)                                                                       \
     X(ddenoise_force, T, 3, H)                                                                     \
     X(ddenoise_out, A, 3)
 
-struct HeadArrays { HEAD_ARRAYS(FIELD) Store store; };
-
-static void head_layout(Step *s) {
-    if (!s->head) s->head = xmalloc(1, sizeof *s->head);
-    struct HeadArrays *all = s->head;
-    Store *store = &all->store;
-    DIMENSIONS(s);
-    const idx K = padded(EDGE_OUTPUTS);
-    LAYOUT(HEAD_ARRAYS, PLACE)
-}
+ARRAYS(head, HEAD_ARRAYS)
 
 // Gradient of the total loss by a sum of single losses: the weight over what counts.
 static double loss_scale(const Step *s, int loss) {
@@ -1671,29 +1484,27 @@ static double cosine_loss(float *p, const float *d, int counts, double scale) {
 // ---- pair maps (T, 6, R), side by side: spd r, c, edge r, c, 3d r, c; map = LN(gelu(W h + b))
 
 static void pair_maps_forward(Step *s) {
-    DIMENSIONS(s);
-    struct HeadArrays *a = s->head;
-    const Tensors *p = &s->model.p;
-    linear_forward(a->pair_pre, s->enc->out, p->pair_maps_w, p->pair_maps_b, T, C, PAIR_MAPS * R);
-    gelu_forward(a->pair_gelu, a->pair_pre, T * PAIR_MAPS * R);
+    LETTERS(s);
+    const idx width = PAIR_MAPS * R;
+    struct head *a = s->head;
+    linear_forward(a->pair_pre, encoder_output(s), p->pair_maps_w, p->pair_maps_b, T, C, width);
+    gelu_forward(a->pair_gelu, a->pair_pre, T * width);
     for (idx k = 0; k < PAIR_MAPS; k++)
         norm_forward(a->pair_map + k * R, a->pair_hat + k * R, a->pair_rstd + k * T,
-                     a->pair_gelu + k * R, PAIR_MAPS * R, p->pair_norm_w + k * R,
+                     a->pair_gelu + k * R, width, p->pair_norm_w + k * R,
                      p->pair_norm_b + k * R, T, R, PAIR_NORM_EPS);
 }
 
 // From dpair_map (T, 6, R); stores dx.
 static void pair_maps_backward(Step *s) {
-    DIMENSIONS(s);
-    struct HeadArrays *a = s->head;
-    const Tensors *p = &s->model.p;
-    Tensors *g = &s->model.g;
+    LETTERS(s);
+    struct head *a = s->head;
     for (idx k = 0; k < PAIR_MAPS; k++)
         norm_backward(a->dpair_pre + k * R, g->pair_norm_w + k * R, g->pair_norm_b + k * R,
                       a->dpair_map + k * R, a->pair_hat + k * R, a->pair_rstd + k * T,
                       PAIR_MAPS * R, p->pair_norm_w + k * R, T, R);
     gelu_backward(a->dpair_pre, a->pair_pre, T * PAIR_MAPS * R);
-    linear_backward(s->enc->dx, 0, g->pair_maps_w, g->pair_maps_b, a->dpair_pre, s->enc->out,
+    linear_backward(s->enc->dx, 0, g->pair_maps_w, g->pair_maps_b, a->dpair_pre, encoder_output(s),
                     p->pair_maps_w, T, C, PAIR_MAPS * R);
 }
 
@@ -1748,7 +1559,7 @@ static double direction_losses(float *logits, idx width, const Step *s, const Vi
 // dpair_map, if head->dweight.
 static void pair_head_molecule(Step *s, const PairHead *head, idx b) {
     enum { R = PAIR_WIDTH, STRIDE = PAIR_MAPS * PAIR_WIDTH };
-    struct HeadArrays *a = s->head;
+    struct head *a = s->head;
     View v = batch_view(&s->batch, b);
     idx N = v.N, K = padded(head->outputs), first = v.token + 1;
     Scratch *scratch = scratch_begin();
@@ -1786,8 +1597,8 @@ static void pair_head_molecule(Step *s, const PairHead *head, idx b) {
 // Sum of a relation head's losses; its gradients, and those of its pair maps, if head->dweight.
 static double pair_head(Step *s, const PairHead *head) {
     enum { STRIDE = PAIR_MAPS * PAIR_WIDTH, RR = PAIR_WIDTH * PAIR_WIDTH };
-    DIMENSIONS(s);
-    struct HeadArrays *a = s->head;
+    LETTERS(s);
+    struct head *a = s->head;
     const float *r = a->pair_map + head->map * R;
     float *dr = a->dpair_map + head->map * R, sums[EDGE_OUTPUTS + 64];  // the largest K
     idx K = padded(head->outputs);
@@ -1799,7 +1610,7 @@ static double pair_head(Step *s, const PairHead *head) {
 #pragma omp parallel for schedule(dynamic)
     for (idx b = 0; b < B; b++) pair_head_molecule(s, head, b);
     double loss = 0;
-    for (idx i = 0; i < A; i++) loss += s->batch.row_loss[i];
+    for (idx i = 0; i < A; i++) loss += batch->row_loss[i];
     if (!head->dweight) return loss;
     gemm(0, 1, T, R, R * K, a->dpair_u, R * K, a->pair_weight, R * K, NULL, 0, dr, STRIDE);  // (5)
     gemm(1, 0, R, R * K, T, r, STRIDE, a->dpair_u, R * K, NULL, 0, a->dpair_weight, R * K);  // (6)
@@ -1852,10 +1663,10 @@ static void dir_split(Step *s, const float dbias[3]) {
 
 // force (3, N) of a task.
 static void denoise_force(float *force, const Step *s, const HeadTask *task) {
-    DIMENSIONS(s);
+    LETTERS(s);
     const float *value = s->head->denoise_qkv + task->qkv + 2 * C;
     for (idx axis = 0; axis < 3; axis++) {
-        const float *w = s->model.p.denoise_axes_w + axis * C + task->head * D;
+        const float *w = p->denoise_axes_w + axis * C + task->head * D;
         for (idx j = 0; j < task->n; j++) {
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -1867,13 +1678,13 @@ static void denoise_force(float *force, const Step *s, const HeadTask *task) {
 
 // denoise_out (A, 3): a task a molecule, its heads in order.
 static void denoise_forward(Step *s) {
-    DIMENSIONS(s);
-    const Tensors *p = &s->model.p;
-    struct HeadArrays *a = s->head;
-    linear_forward(a->denoise_qkv, s->enc->out, p->denoise_qkv_w, p->denoise_qkv_b, T, C, 3 * C);
+    LETTERS(s);
+    struct head *a = s->head;
+    linear_forward(a->denoise_qkv, encoder_output(s), p->denoise_qkv_w, p->denoise_qkv_b, T, C,
+                   3 * C);
 #pragma omp parallel for schedule(dynamic)
     for (idx b = 0; b < B; b++) {
-        View v = batch_view(&s->batch, b);
+        View v = batch_view(batch, b);
         idx N = v.N;
         float *out = a->denoise_out + 3 * v.atom;
         for (idx k = 0; k < 3 * N; k++) out[k] = p->denoise_axes_b[k % 3];
@@ -1884,7 +1695,7 @@ static void denoise_forward(Step *s) {
             attention_prob_forward(a->denoise_prob + task.prob, dropped, s,
                                    a->denoise_qkv + task.qkv, &task, scratch);
             denoise_force(force, s, &task);
-            const float *direction = s->batch.direction + 3 * v.pair;
+            const float *direction = batch->direction + 3 * v.pair;
             for (idx axis = 0; axis < 3; axis++)
                 for (idx i = 0; i < N; i++, direction += N) {
                     float sum = 0;
@@ -1899,15 +1710,15 @@ static void denoise_forward(Step *s) {
 
 // Sum of 1 - cos(out, noise) over the atoms that count; ddenoise_out (A, 3) is its gradient.
 static double denoise_loss(Step *s) {
-    DIMENSIONS(s);
+    LETTERS(s);
     float *dout = s->head->ddenoise_out;
     double loss = 0;
     memcpy(dout, s->head->denoise_out, 3 * A * sizeof *dout);
     for (idx b = 0; b < B; b++) {
-        View v = batch_view(&s->batch, b);
+        View v = batch_view(batch, b);
         for (idx i = 0; i < v.N; i++) {
             idx at = 3 * (v.atom + i);
-            loss += cosine_loss(dout + at, s->batch.noise + at, noise_counts(&s->batch, &v, i),
+            loss += cosine_loss(dout + at, batch->noise + at, noise_counts(batch, &v, i),
                                 loss_scale(s, LOSS_NOISE));
         }
     }
@@ -1916,9 +1727,9 @@ static double denoise_loss(Step *s) {
 
 // One molecule: from ddenoise_out to dattn_bias, ddenoise_force (T, 3, H), dq and dk.
 static void denoise_backward_molecule(Step *s, idx b) {
-    DIMENSIONS(s);
-    struct HeadArrays *a = s->head;
-    View v = batch_view(&s->batch, b);
+    LETTERS(s);
+    struct head *a = s->head;
+    View v = batch_view(batch, b);
     idx N = v.N, W = padded(N);
     const float *dout = a->ddenoise_out + 3 * v.atom;
     memset(a->ddenoise_qkv + v.token * 3 * C, 0, 3 * C * sizeof(float));  // of the graph token
@@ -1927,7 +1738,7 @@ static void denoise_backward_molecule(Step *s, idx b) {
         Scratch *scratch = scratch_begin();
         float *dscore = take(scratch, N * W), *dropped = take(scratch, N * N);
         float *force = take(scratch, 3 * N), *dforce = take(scratch, 3 * N);
-        const float *direction = s->batch.direction + 3 * v.pair;
+        const float *direction = batch->direction + 3 * v.pair;
         denoise_force(force, s, &task);
         memset(dscore, 0, N * W * sizeof *dscore);
         memset(dforce, 0, 3 * N * sizeof *dforce);
@@ -1936,7 +1747,7 @@ static void denoise_backward_molecule(Step *s, idx b) {
                 for (idx j = 0; j < N; j++)
                     dscore[i * W + j] += dout[3 * i + axis] * force[axis * N + j] * direction[j];
         attention_prob_backward(dscore, dropped, s, a->denoise_prob + task.prob, &task, scratch);
-        direction = s->batch.direction + 3 * v.pair;
+        direction = batch->direction + 3 * v.pair;
         for (idx axis = 0; axis < 3; axis++)
             for (idx i = 0; i < N; i++, direction += N)
                 for (idx j = 0; j < N; j++)
@@ -1952,12 +1763,12 @@ static void denoise_backward_molecule(Step *s, idx b) {
 // Head h's part of force_a(j) = w_a . v_j: dw_a = sum over atoms of dforce_a(j) v_j, and
 // dv_j = sum over a of dforce_a(j) w_a.
 static void denoise_force_backward(Step *s, idx h) {
-    DIMENSIONS(s);
-    const float *w = s->model.p.denoise_axes_w + h * D;
-    float *dw = s->model.g.denoise_axes_w + h * D;
+    LETTERS(s);
+    const float *w = p->denoise_axes_w + h * D;
+    float *dw = g->denoise_axes_w + h * D;
     for (idx axis = 0; axis < 3; axis++) memset(dw + axis * C, 0, D * sizeof *dw);
     for (idx t = 0; t < T; t++) {
-        if (is_graph_token(&s->batch, t)) continue;
+        if (is_graph_token(batch, t)) continue;
         const float *dforce = s->head->ddenoise_force + t * 3 * H + h;
         const float *value = s->head->denoise_qkv + (3 * t + 2) * C + h * D;
         float *dvalue = s->head->ddenoise_qkv + (3 * t + 2) * C + h * D;
@@ -1974,37 +1785,31 @@ static void denoise_force_backward(Step *s, idx h) {
 
 // From ddenoise_out (A, 3): adds to dx and dattn_bias, stores the head's parameter gradients.
 static void denoise_backward(Step *s) {
-    DIMENSIONS(s);
-    const Tensors *p = &s->model.p;
-    Tensors *g = &s->model.g;
+    LETTERS(s);
 #pragma omp parallel for schedule(dynamic)
     for (idx b = 0; b < B; b++) denoise_backward_molecule(s, b);
 #pragma omp parallel for schedule(static)
     for (idx h = 0; h < H; h++) denoise_force_backward(s, h);
     column_sums(g->denoise_axes_b, s->head->ddenoise_out, 3, A, 3);
     linear_backward(s->enc->dx, 1, g->denoise_qkv_w, g->denoise_qkv_b, s->head->ddenoise_qkv,
-                    s->enc->out, p->denoise_qkv_w, T, C, 3 * C);
+                    encoder_output(s), p->denoise_qkv_w, T, C, 3 * C);
 }
-
-// ---- all four heads
 
 // Sums of losses over what counts in the batch; with `backward`, also the gradients of the heads,
 // dx (of x) and dattn_bias.
 static void pretrain_heads(double sum[LOSSES], Step *s, int backward) {
     head_layout(s);
-    DIMENSIONS(s);
-    const Tensors *p = &s->model.p;
-    Tensors *g = &s->model.g;
-    struct HeadArrays *a = s->head;
+    LETTERS(s);
+    struct head *a = s->head;
     float dir_bias[3], ddir_bias[3];
     pair_maps_forward(s);
     dir_compose(s, dir_bias);
     PairHead heads[] = {
         {.loss = LOSS_SPD, .outputs = SPD_CLASSES, .slots = 1, .map = 0,
-         .target = s->batch.spd_target, .weight = p->spd_w, .bias = p->spd_b, .dweight = g->spd_w,
+         .target = batch->spd_target, .weight = p->spd_w, .bias = p->spd_b, .dweight = g->spd_w,
          .dbias = g->spd_b},
         {.loss = LOSS_EDGE, .outputs = EDGE_OUTPUTS, .slots = PATH_BONDS, .map = 2,
-         .target = s->batch.edge_target, .weight = p->edge_w, .bias = p->edge_b,
+         .target = batch->edge_target, .weight = p->edge_w, .bias = p->edge_b,
          .dweight = g->edge_w, .dbias = g->edge_b},
         {.loss = LOSS_3D, .outputs = 3, .map = 4, .weight = a->dir_weight, .bias = dir_bias,
          .dweight = a->ddir_weight, .dbias = ddir_bias}};
@@ -2033,31 +1838,25 @@ static void loss_means(double loss[LOSSES], const double sum[LOSSES], const doub
 }
 
 // =================================================================================================
-// 8 One training step: everything above, in order, and the update of the parameters
+// 8 Gradients of a batch: everything above, in order; and the update of the parameters
 // =================================================================================================
 
 #define CLIP_EPS 1e-6  // clip_grad_norm: factor = clip / (norm + eps)
-enum { ADAM_CHUNK = 1 << 14 };  // parameters a thread takes at a time; sums are per chunk, in order
-
 typedef struct { double lr, beta1, beta2, eps, weight_decay, clip; } Adam;
 
-// Euclidean norm of all gradients: sums of 256 squares in float, side by side, the rest in double;
-// all of a chunk in double where the former overflow.
+// Euclidean norm of all gradients, whose squares may be beyond a float.
 static double gradient_norm(const Model *model) {
-    enum { LANES = ADAM_CHUNK / 256 };
-    idx chunks = (model->count + ADAM_CHUNK - 1) / ADAM_CHUNK;
+    enum { CHUNK = 1 << 14 };  // of a thread at a time; sums are made per chunk, in order
+    idx chunks = (model->count + CHUNK - 1) / CHUNK;
     double sum = 0, *squares = xmalloc(chunks, sizeof *squares);
 #pragma omp parallel for schedule(static)
     for (idx k = 0; k < chunks; k++) {
-        idx i = k * ADAM_CHUNK, end = min_idx(i + ADAM_CHUNK, model->count);
-        float lane[LANES] = {0};
-        for (; i + LANES <= end; i += LANES)
-            for (int l = 0; l < LANES; l++) lane[l] += model->grads[i + l] * model->grads[i + l];
-        for (; i < end; i++) squares[k] += (double)model->grads[i] * (double)model->grads[i];
-        for (int l = 0; l < LANES; l++) squares[k] += (double)lane[l];
-        if (isfinite(squares[k])) continue;
-        for (i = k * ADAM_CHUNK, squares[k] = 0; i < end; i++)
-            squares[k] += (double)model->grads[i] * (double)model->grads[i];
+        const float *g = model->grads + k * CHUNK;
+        double square = 0;
+#pragma omp simd reduction(+ : square)
+        for (idx i = 0; i < min_idx(CHUNK, model->count - k * CHUNK); i++)
+            square += (double)g[i] * (double)g[i];
+        squares[k] = square;
     }
     for (idx k = 0; k < chunks; k++) sum += squares[k];
     free(squares);
@@ -2088,15 +1887,6 @@ static double adamw_step(Model *model, const Adam *adam, int64_t t) {
     return norm;
 }
 
-// Learning rate of update `step` = 0, 1, ...: linear warm-up to the peak, the peak until a part
-// `hold` of what then remains is done (the paper: 0), cosine to 0.
-static double learning_rate(double peak, int64_t step, int64_t warmup, int64_t steps, double hold) {
-    if (step < warmup) return peak * (double)(step + 1) / (double)warmup;
-    double done = (double)(step - warmup) / (double)(steps > warmup ? steps - warmup : 1);
-    double x = done > hold ? (done - hold) / (1 - hold) : 0;
-    return 0.5 * peak * (1 + cos(3.141592653589793 * x));
-}
-
 // Forward and backward pass of the batch in s: mean losses and all gradients.
 static void gradients(double loss[LOSSES], Step *s) {
     double sum[LOSSES];
@@ -2105,77 +1895,6 @@ static void gradients(double loss[LOSSES], Step *s) {
     pretrain_heads(sum, s, 1);  // forward and backward
     loss_means(loss, sum, s->batch.count, &s->weights);
     encoder_backward(s);
-}
-
-#include "commands/head.h"  // task_gradients(): the same with the head of fine-tuning
-#include "lib/finite.h"     // finite_check(): what was first to be no number
-#include "lib/ranks.h"      // my_rank, all_ranks: who takes which part
-
-// ---- a batch in parts of s->part molecules, which need less memory; each by another rank, if
-//      there are several (lib/ranks.h). Gradients are summed part after part, ((g0 + g1) + g2) +
-//      ..., so that any number of ranks gets the same bits
-
-// Adds the gradients of part k to s->part_sum; after the last part they are the sum. It travels from
-// rank to rank in pieces, so that all ranks add at once.
-static void part_add(Step *s, idx k, idx parts) {
-    float *sum = s->part_sum, *grads = s->model.grads;
-    pieces_wait();
-    for (idx first = 0; first < s->model.count; first += PIECE) {
-        idx n = min_idx(s->model.count - first, PIECE);
-        if (k > 0 && all_ranks > 1) piece_receive(sum + first, n, k);
-#pragma omp parallel for simd schedule(static)
-        for (idx i = first; i < first + n; i++) sum[i] = k > 0 ? sum[i] + grads[i] : grads[i];
-        if (k + 1 == parts) memcpy(grads + first, sum + first, n * sizeof *sum);
-        else if (all_ranks > 1) piece_send(sum + first, n, k);
-    }
-}
-
-// The molecules of a training step: ids[...] of a dataset, blended, or if `blend` is NULL with the
-// fixed relations `use`.
-typedef struct {
-    const Dataset *data;
-    const uint32_t *ids;
-    const Blend *blend;
-    int use;
-    Draws draws;
-} Given;
-
-// Puts n of them, from `first` on, into s->batch.
-static void given_load(Step *s, const Given *given, idx first, idx n) {
-    s->draws = given->draws;
-    s->draws.first_slot += (uint32_t)first;
-    batch_load(&s->batch, given->data, given->ids + first, n, given->blend, given->use, &s->draws);
-}
-
-// The training step: n molecules, their losses, gradients, and update t = 1, 2, ...; adam has the
-// learning_rate() of this update. Returns the gradient norm.
-static double training_step(double loss[LOSSES], Step *s, idx n, const Given *given,
-                            const Adam *adam, int64_t t) {
-    idx M = s->part && s->part < n ? s->part : n, parts = (n + M - 1) / M, loaded = parts;
-    double count[LOSSES] = {0}, *part_loss = xmalloc(parts, LOSSES * sizeof *part_loss);
-    if (parts > 1 && !s->part_sum) s->part_sum = floats_alloc(s->model.count, "a smaller model");
-    for (idx k = my_rank; k < parts; k += all_ranks) {  // of how many the losses are means
-        given_load(s, given, k * M, min_idx(n - k * M, M));
-        for (int l = 0; l < LOSSES; l++) count[l] += s->batch.count[l];
-        loaded = k;
-    }
-    ranks_sum(count, LOSSES, sizeof *count);
-    for (idx k = my_rank; k < parts; k += all_ranks) {
-        if (k != loaded) given_load(s, given, k * M, min_idx(n - k * M, M));
-        loaded = k;
-        memcpy(s->batch.count, count, sizeof count);
-        if (s->task) task_gradients(part_loss + k * LOSSES, s);
-        else gradients(part_loss + k * LOSSES, s);
-        finite_check(s, part_loss + k * LOSSES, 0);
-        if (parts > 1) part_add(s, k, parts);
-    }
-    pieces_wait();
-    ranks_share(s->model.grads, s->model.count, parts - 1);
-    ranks_sum(part_loss, parts * LOSSES, sizeof *part_loss);
-    for (int l = 0; l < LOSSES; l++) loss[l] = 0;
-    for (idx k = 0; k < parts * LOSSES; k++) loss[k % LOSSES] += part_loss[k];
-    free(part_loss);
-    return adamw_step(&s->model, adam, t);
 }
 
 // ==== The method ends here. What follows may be skipped by whoever came for it. ==================
@@ -2197,9 +1916,30 @@ static double training_step(double loss[LOSSES], Step *s, idx n, const Given *gi
 // FILE), datasets and checkpoints byte for byte. What may differ: rounding, so losses drift apart
 // after some ten steps; not the random draws, which are integer arithmetic.
 
+#include "commands/head.h"  // task_gradients(): gradients() with the head of fine-tuning
+
 // =================================================================================================
 // 9 Models: the arenas of their parameters, initial values; and memory for a step
 // =================================================================================================
+
+typedef enum {
+    INIT_NORMAL,  // N(0, 0.02^2)
+    INIT_TABLE,   // the same, row 0 (padding) zero
+    INIT_ZERO, INIT_ONE,
+    INIT_WIDE,    // U(0, 3): means and widths of the Gaussians, Angstrom
+    INIT_HALF,    // 0.5, row 0 zero
+} InitRule;
+
+#define INIT_STD 0.02f
+
+// A tensor of the release.
+typedef struct TensorInfo {
+    char name[128];       // official
+    size_t rows, columns; // rows = 0: a vector
+    InitRule rule;
+    size_t offset, count; // floats, in the arena
+    size_t field;         // byte offset in Tensors of the field that begins here; else SIZE_MAX
+} TensorInfo;
 
 // Alternatives of the list at p, "{a,b,c}".
 static int list_length(const char *p) {
@@ -2253,6 +1993,7 @@ static size_t tensor_row(TensorInfo *info, int *n, const char *pattern, int laye
 // Fills info (NULL: only counts) with the tensors of a model; returns how many there are.
 static int tensor_table(Config c, TensorInfo *info) {
     const size_t L = c.layers, C = c.dim, F = c.ffn, H = c.heads, G = c.kernels, Y = c.tasks;
+    const size_t R = PAIR_WIDTH;
     size_t offset = 0, layer = offsetof(Tensors, layer), l = 0;
     int n = 0;
 #define X(field, name, rows, columns, rule)                                                        \
@@ -2351,19 +2092,16 @@ static idx step_reserve(Step *s, const Dataset *data, const uint32_t *ids, idx n
     free(n_atoms);
     s->batch.Q = s->batch.P;
     pair_layout(s);
-    encoder_layout(s);
-    if (s->model.config.tasks) task_layout(s);
+    enc_layout(s);
+    if (s->model.config.tasks) task_arrays_layout(s);
     else head_layout(s);
     return s->batch.store.room + s->pair->store.room + s->enc->store.room +
            (s->head ? s->head->store.room : s->task_arrays->store.room);
 }
 
 static void step_close(Step *s) {
-    for (int k = 0; k < s->batch.readers; k++) {
-        molecule_free(&s->batch.reader[k].molecule);
-        FREE_ALL(s->batch.reader[k].next, s->batch.reader[k].bond);
-    }
-    FREE_ALL(s->batch.reader, s->batch.store.memory, s->part_sum);
+    for (int k = 0; k < s->batch.readers; k++) molecule_free(&s->batch.reader[k]);
+    FREE_ALL(s->batch.reader, s->batch.store.memory);
     if (s->pair) free(s->pair->store.memory);
     if (s->enc) free(s->enc->store.memory);
     if (s->head) free(s->head->store.memory);
@@ -2374,6 +2112,75 @@ static void step_close(Step *s) {
 }
 
 #include "lib/checkpoints.h"  // model_write(), model_load(), transfer_load()
+
+static const char *const LOSS_NAMES[LOSSES] = {"total", "denoise", "spd", "edge", "3d"};
+#include "lib/finite.h"        // finite_check(): what was first to be no number
+#include "lib/ranks.h"         // my_rank, all_ranks: who takes which part of a batch
+
+// Learning rate of update `step` = 0, 1, ...: linear warm-up to the peak, the peak until a part
+// `hold` of what then remains is done (the paper: 0), cosine to 0.
+static double learning_rate(double peak, int64_t step, int64_t warmup, int64_t steps, double hold) {
+    if (step < warmup) return peak * (double)(step + 1) / (double)warmup;
+    double done = (double)(step - warmup) / (double)(steps > warmup ? steps - warmup : 1);
+    double x = done > hold ? (done - hold) / (1 - hold) : 0;
+    return 0.5 * peak * (1 + cos(3.141592653589793 * x));
+}
+
+// ---- a batch in parts of given->part molecules, which need less memory; each by another rank, if
+//      there are several (lib/ranks.h). Gradients are summed part after part, ((g0 + g1) + g2) +
+//      ..., so that any number of ranks gets the same bits
+
+// The molecules of a training step: ids[...] of a dataset, blended, or if `blend` is NULL with the
+// fixed relations `use`.
+typedef struct {
+    const Dataset *data;
+    const uint32_t *ids;
+    const Blend *blend;
+    int use;
+    Draws draws;
+    idx part;                    // molecules at a time; 0: all
+    float **part_sum;            // of the gradients of parts: made when it is needed
+} Given;
+
+// Puts n of them, from `first` on, into s->batch.
+static void given_load(Step *s, const Given *given, idx first, idx n) {
+    s->draws = given->draws;
+    s->draws.first_slot += (uint32_t)first;
+    batch_load(&s->batch, given->data, given->ids + first, n, given->blend, given->use, &s->draws);
+}
+
+// The training step: n molecules, their losses, gradients, and update t = 1, 2, ...; adam has the
+// learning_rate() of this update. Returns the gradient norm.
+static double training_step(double loss[LOSSES], Step *s, idx n, const Given *given,
+                            const Adam *adam, int64_t t) {
+    idx M = given->part && given->part < n ? given->part : n, parts = (n + M - 1) / M;
+    idx loaded = parts;
+    double count[LOSSES] = {0}, *part_loss = xmalloc(parts, LOSSES * sizeof *part_loss);
+    if (parts > 1 && !*given->part_sum)
+        *given->part_sum = floats_alloc(s->model.count, "a smaller model");
+    for (idx k = my_rank; k < parts; k += all_ranks) {  // of how many the losses are means
+        given_load(s, given, k * M, min_idx(n - k * M, M));
+        for (int l = 0; l < LOSSES; l++) count[l] += s->batch.count[l];
+        loaded = k;
+    }
+    ranks_sum(count, LOSSES, sizeof *count);
+    for (idx k = my_rank; k < parts; k += all_ranks) {
+        if (k != loaded) given_load(s, given, k * M, min_idx(n - k * M, M));
+        loaded = k;
+        memcpy(s->batch.count, count, sizeof count);
+        if (s->task) task_gradients(part_loss + k * LOSSES, s);
+        else gradients(part_loss + k * LOSSES, s);
+        finite_check(s, part_loss + k * LOSSES, 0);
+        if (parts > 1) ranks_add(*given->part_sum, s->model.grads, s->model.count, k, parts);
+    }
+    pieces_wait();
+    ranks_share(s->model.grads, s->model.count, parts - 1);
+    ranks_sum(part_loss, parts * LOSSES, sizeof *part_loss);
+    for (int l = 0; l < LOSSES; l++) loss[l] = 0;
+    for (idx k = 0; k < parts * LOSSES; k++) loss[k % LOSSES] += part_loss[k];
+    free(part_loss);
+    return adamw_step(&s->model, adam, t);
+}
 
 // =================================================================================================
 // 13 Options, and runs: one loop trains, for pretraining and fine-tuning; one loop goes through a
@@ -2597,6 +2404,7 @@ typedef struct {
     Step s;
     Dataset train, valid, test;  // opened if their path is set
     Task task;                   // of fine-tuning
+    float *part_sum;             // see training_step()
     float *statistics;           // (3, Y) of training labels: mean, deviation, first bias (tuning)
     float scale;                 // of logits, by calibration(); 1 while training
     int judged;                  // can the validation set judge? Else the training loss does
@@ -3025,7 +2833,6 @@ static void run_open(Run *run, const char *train_path) {
     run->order = xmalloc(run->train.count, sizeof *run->order);
     run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
     run->s.drop = opt.drop;
-    run->s.part = (size_t)opt.part;
     run->s.weights = opt.weights;
     run->steps = run->s.task ? (opt.epochs * n + opt.batch - 1) / opt.batch : opt.steps;
     run->warmup = opt.warmup >= 0 ? opt.warmup : run->steps / (run->s.task ? 10 : 12) + 1;
@@ -3096,7 +2903,8 @@ static void run_close(Run *run) {
     step_close(&run->s);
     if (run->csv) fclose(run->csv);
     FREE_ALL(run->order, run->ids, run->log, run->history, run->best, run->seed_best,
-             run->seed_locks, run->statistics, run->residuals, run->state_path, run->log_path);
+             run->seed_locks, run->statistics, run->part_sum, run->residuals, run->state_path,
+             run->log_path);
 }
 
 // ---- the loop
@@ -3114,7 +2922,8 @@ static void run_step(Run *run) {
     run_ids(run, run->done);
     s->batch.Y = s->task ? run->train.n_tasks : 0;
     Given given = {&run->train, run->ids, run->s.task ? NULL : &opt.blend,
-                   run->s.task ? run->task.use : 0, {run_seed(run), (uint32_t)run->done, 0, 1}};
+                   run->s.task ? run->task.use : 0, {run_seed(run), (uint32_t)run->done, 0, 1},
+                   (idx)opt.part, &run->part_sum};
     double norm = training_step(loss, s, (idx)opt.batch, &given, &adam, run->done + 1);
     finite_check(s, NULL, norm);
     CHECK(adam.clip > 0 || norm < 1e18, "step %lld: the squares of a gradient of norm %g overflow; "

@@ -252,6 +252,8 @@ typedef struct {
     Task task;
     float mean[16], std[16];
     Adam adam;
+    size_t part;             // molecules of a part
+    float *part_sum;
 } Golden;
 
 // Puts molecules first..first+B-1 of a golden file into its batch, with their blend and noise.
@@ -271,7 +273,7 @@ static void golden_load(Golden *g, size_t first, size_t B) {
         golden_molecule(&m, &g->file, first + b);
         molecule_resize(&m, m.n_atoms, m.n_bonds, Y, 0);
         if (Y) memcpy(m.labels, labels + (first + b) * (size_t)Y, sizeof(float) * (size_t)Y);
-        batch_set(&g->s.batch, b, &m, &g->s.batch.reader[0]);
+        batch_set(&g->s.batch, b, &m);
         const TensorEntry *noise = golden_tensor(&g->file, "mol", first + b, "noise");
         const TensorEntry *blend = golden_tensor(&g->file, "mol", first + b, "blend");
         const TensorEntry *feat_blend = golden_tensor(&g->file, "mol", first + b, "feat_blend");
@@ -335,6 +337,7 @@ static void golden_open(Golden *g, const char *path) {
 static void golden_close(Golden *g) {
     tensor_file_close(&g->file);
     step_close(&g->s);
+    free(g->part_sum);
 }
 
 // Compares ours with tensor out/b/name, if the file has it.
@@ -439,14 +442,14 @@ static void golden_steps(Report *r, Golden *g, double first[LOSSES]) {
     free(norms);
 }
 
-// Losses and gradients of the whole batch, made in parts of g->s.part molecules.
+// Losses and gradients of the whole batch, made in parts of g->part molecules.
 static void golden_parts(double loss[LOSSES], Golden *g, size_t B) {
     double count[LOSSES], now[LOSSES];
-    size_t M = (size_t)g->s.part, parts = (B + M - 1) / M;
+    size_t M = g->part, parts = (B + M - 1) / M;
     golden_load(g, 0, B);
     memcpy(count, g->s.batch.count, sizeof count);
-    free(g->s.part_sum);
-    g->s.part_sum = floats_alloc((size_t)g->s.model.count, "");
+    free(g->part_sum);
+    g->part_sum = floats_alloc((size_t)g->s.model.count, "");
     loss[LOSS_TOTAL] = 0;
     for (size_t k = 0; k < parts; k++) {
         golden_load(g, k * M, min_size(M, B - k * M));
@@ -454,7 +457,7 @@ static void golden_parts(double loss[LOSSES], Golden *g, size_t B) {
         if (g->finetune) task_gradients(now, &g->s);
         else gradients(now, &g->s);
         loss[LOSS_TOTAL] += now[LOSS_TOTAL];
-        part_add(&g->s, (idx)k, (idx)parts);
+        ranks_add(g->part_sum, g->s.model.grads, g->s.model.count, (idx)k, (idx)parts);
     }
 }
 
@@ -500,7 +503,7 @@ static void test_golden(const char *path, int print) {
     golden_encoder(&report, &g);
     golden_gradients(&report, &g, 1);
     double part_loss[LOSSES];
-    for (g.s.part = 1; g.s.part < (idx)B; g.s.part++) {  // the batch in parts: the same sums
+    for (g.part = 1; g.part < B; g.part++) {  // the batch in parts: the same sums
         golden_parts(part_loss, &g, B);
         report_add(&report, "loss in parts", fabs(part_loss[LOSS_TOTAL] / loss[LOSS_TOTAL] - 1),
                    1e-5);
@@ -710,7 +713,7 @@ static void test_relations(void) {
         random_molecule(&m, N, 1 + (int)trial % 3, 1, trial);
         batch_layout(&step.batch, 1, &N);
         Batch batch = step.batch;
-        batch_set(&batch, 0, &m, &batch.reader[0]);
+        batch_set(&batch, 0, &m);
         for (int k = 0; k < N * N; k++) d[k] = SPD_UNREACHABLE, via[k] = -1;
         for (int i = 0; i < N; i++) d[i * N + i] = 0;
         for (int k = 0; k < m.n_bonds; k++) {
@@ -772,14 +775,14 @@ static void rig_open(Rig *rig, int tasks, int dropout) {
     batch_layout(&rig->batch, B, n_atoms);
     for (size_t b = 0; b < B; b++) {
         rig_molecule(&m, b);
-        batch_set(&rig->batch, b, &m, &rig->batch.reader[0]);
+        batch_set(&rig->batch, b, &m);
         batch_draw(&rig->batch, b, &TEST_BLEND, &rig->draws);
         batch_pairs(&rig->batch, b);
     }
     batch_count(&rig->batch);
     molecule_free(&m);
     encoder_forward(rig);
-    if (tasks) task_layout(rig);
+    if (tasks) task_arrays_layout(rig);
     else head_layout(rig);
 }
 
@@ -870,7 +873,7 @@ static void test_linear(void) {
 
 static double run_norm(Rig *rig) {
     const LayerTensors *p = &rig->model.p.layer[1];
-    struct EncoderArrays *a = rig->enc;
+    struct enc *a = rig->enc;
     idx C = rig->model.config.dim;
     residual_forward(a->sum, a->x, a->context, rig, 1, 0);
     norm_forward(a->mid, a->norm1_hat, a->norm1_rstd, a->sum, C, p->norm1_w, p->norm1_b,
@@ -1215,7 +1218,7 @@ static void test_heads(void) {
     rig.draws.active = 1;
     rig.draws.step = 5;  // a draw in which no gradient cancels to nothing
     pretrain_heads(loss, &rig, 1);
-    float *x = rig.enc->out;
+    float *x = encoder_output(&rig);
     size_t biases = rig.batch.SS * (size_t)rig.model.config.heads;
     float *dbias = xmalloc(biases, sizeof *dbias);
     memcpy(dbias, rig.pair->dattn_bias, biases * sizeof *dbias);
@@ -1282,17 +1285,17 @@ static void test_packing(void) {
     size_t C = (size_t)rig.model.config.dim, b = 4, N = (size_t)rig.batch.n_atoms[b];
     size_t first = (size_t)rig.batch.atom_start[b] + b;
     float *together = xmalloc((N + 1) * C, sizeof *together);
-    memcpy(together, rig.enc->out + first * C, (N + 1) * C * sizeof *together);
+    memcpy(together, encoder_output(&rig) + first * C, (N + 1) * C * sizeof *together);
     Molecule m = {0};
     rig_molecule(&m, b);
     batch_layout(&rig.batch, 1, &m.n_atoms);
-    batch_set(&rig.batch, 0, &m, &rig.batch.reader[0]);
+    batch_set(&rig.batch, 0, &m);
     rig.draws.first_slot = (uint32_t)b;
     batch_draw(&rig.batch, 0, &TEST_BLEND, &rig.draws);
     batch_pairs(&rig.batch, 0);
     batch_count(&rig.batch);
     encoder_forward(&rig);
-    test_close(rig.enc->out, together, (N + 1) * C, 1e-6,
+    test_close(encoder_output(&rig), together, (N + 1) * C, 1e-6,
                "alone and in a batch");
     free(together);
     molecule_free(&m);
@@ -1310,7 +1313,7 @@ static void test_large(void) {
     batch_layout(&s.batch, 3, atoms);
     for (size_t b = 0; b < 3; b++) {
         random_molecule(&m, atoms[b], parts[b], b != 2, (uint32_t)b);
-        batch_set(&s.batch, b, &m, &s.batch.reader[0]);
+        batch_set(&s.batch, b, &m);
         batch_draw(&s.batch, b, &TEST_BLEND, &s.draws);
         batch_pairs(&s.batch, b);
     }
@@ -1337,7 +1340,7 @@ static void test_task_head(void) {
     run_task(&rig);
     weights_into(rig.task_arrays->dlogits, (size_t)rig.batch.B * 2);
     task_head_backward(&rig, READ_MEAN);
-    test_gradient(&rig, run_task, rig.enc->out, rig.enc->dx, n,
+    test_gradient(&rig, run_task, encoder_output(&rig), rig.enc->dx, n,
                   STEP, "fine-tuning head: input");
     test_parameter(&rig, run_task, rig.model.p.head1_w, "fine-tuning head: dense");
     test_parameter(&rig, run_task, rig.model.p.head2_b, "fine-tuning head: bias");
@@ -1378,16 +1381,16 @@ static void test_edges(void) {
     rig_close(&rig);
 }
 
-// A mask is drawn for (n, n) numbers, whatever the vectors of the processor.
+// Without dropout, or in evaluation, a mask is one everywhere.
 static void test_mask(void) {
-    Step step = {.draws = {7, 3, 0, 1}, .drop = {.attention = 0.5}};
-    HeadTask task = {.n = 5, .b = 2, .purpose = RNG_ATTENTION_DROP, .head = 1};
-    float mask[25], plain[25];
-    int same = 0;
-    attention_mask(mask, &step, &task);
-    dropout_row(plain, 25, 0.5, &step.draws, RNG_ATTENTION_DROP, 2, 1);
-    for (int k = 0; k < 25; k++) same += mask[k] == plain[k];
-    test_check(same == 25, "%d of 25 numbers of a mask are those that are drawn", same);
+    Draws draws = {7, 3, 0, 1};
+    float mask[25], sum = 0;
+    dropout_row(mask, 25, 0, &draws, RNG_ATTENTION_DROP, 2, 1);
+    for (int k = 0; k < 25; k++) sum += mask[k];
+    draws.active = 0;
+    dropout_row(mask, 25, 0.5, &draws, RNG_ATTENTION_DROP, 2, 1);
+    for (int k = 0; k < 25; k++) sum += mask[k];
+    test_check(sum == 50, "masks without dropout sum to %g", (double)sum);
 }
 
 // Metrics against values computed by scikit-learn (roc_auc_score, average_precision_score).

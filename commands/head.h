@@ -23,15 +23,7 @@ typedef struct Task {
     X(dhead_out, T, Y)                                                                             \
     X(dlogits, B, Y)
 
-struct TaskArrays { TASK_ARRAYS(FIELD) Store store; };
-
-static void task_layout(Step *s) {
-    if (!s->task_arrays) s->task_arrays = xmalloc(1, sizeof *s->task_arrays);
-    struct TaskArrays *all = s->task_arrays;
-    Store *store = &all->store;
-    DIMENSIONS(s);
-    LAYOUT(TASK_ARRAYS, PLACE)
-}
+ARRAYS(task_arrays, TASK_ARRAYS)
 
 // Tokens of a molecule that are read out: from the first of them on, how many, and their weight.
 static float readout_tokens(idx *first, idx *count, const View *v, Readout readout) {
@@ -42,11 +34,11 @@ static float readout_tokens(idx *first, idx *count, const View *v, Readout reado
 
 // logits (B, Y) from the encoder's output.
 static void task_head_forward(Step *s, Readout readout) {
-    task_layout(s);
+    task_arrays_layout(s);
     DIMENSIONS(s);
     const Tensors *p = &s->model.p;
-    struct TaskArrays *a = s->task_arrays;
-    linear_forward(a->head_pre, s->enc->out, p->head1_w, p->head1_b, T, C, C);
+    struct task_arrays *a = s->task_arrays;
+    linear_forward(a->head_pre, encoder_output(s), p->head1_w, p->head1_b, T, C, C);
     gelu_forward(a->head_hidden, a->head_pre, T * C);
     linear_forward(a->head_out, a->head_hidden, p->head2_w, p->head2_b, T, C, Y);
     for (idx b = 0; b < B; b++) {
@@ -66,7 +58,7 @@ static void task_head_backward(Step *s, Readout readout) {
     DIMENSIONS(s);
     const Tensors *p = &s->model.p;
     Tensors *g = &s->model.g;
-    struct TaskArrays *a = s->task_arrays;
+    struct task_arrays *a = s->task_arrays;
     memset(a->dhead_out, 0, T * Y * sizeof(float));
     for (idx b = 0; b < B; b++) {
         View v = batch_view(&s->batch, b);
@@ -78,7 +70,7 @@ static void task_head_backward(Step *s, Readout readout) {
     linear_backward(a->dhead_hidden, 0, g->head2_w, g->head2_b, a->dhead_out, a->head_hidden,
                     p->head2_w, T, C, Y);
     gelu_backward(a->dhead_hidden, a->head_pre, T * C);
-    linear_backward(s->enc->dx, 0, g->head1_w, g->head1_b, a->dhead_hidden, s->enc->out, p->head1_w,
+    linear_backward(s->enc->dx, 0, g->head1_w, g->head1_b, a->dhead_hidden, encoder_output(s), p->head1_w,
                     T, C, C);
     memset(s->pair->dattn_bias, 0, SS * H * sizeof(float));
 }
@@ -113,7 +105,7 @@ static void task_gradients(double loss[LOSSES], Step *s) {
     memset(s->model.grads, 0, s->model.table_count * sizeof(float));
     encoder_forward(s);
     task_head_forward(s, s->task->readout);
-    struct TaskArrays *a = s->task_arrays;
+    struct task_arrays *a = s->task_arrays;
     loss[LOSS_TOTAL] = task_loss(a->dlogits, a->logits, &s->batch, s->task);
     task_head_backward(s, s->task->readout);
     encoder_backward(s);

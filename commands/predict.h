@@ -113,7 +113,7 @@ static void visit_vectors(Run *run, size_t first, size_t B, void *result) {
     for (size_t b = 0; b < B; b++, row += C) {
         View v = batch_view(&run->s.batch, b);
         float weight = readout_tokens(&token, &count, &v, run->task.readout);
-        embed_row(row, run->s.enc->out, C, token, count, weight);
+        embed_row(row, encoder_output(&run->s), C, token, count, weight);
     }
 }
 

@@ -1,4 +1,4 @@
-// lib/fast.h - the six functions in which a training step spends its time, for vector units. The one
+// lib/fast.h - the functions in which a training step spends its time, for vector units. The one
 // file that a porter replaces. Their plain definitions stand in section 4 of moleblend.c, and each
 // is tested against its definition (test.c); results may differ by rounding, never by the number of
 // threads.

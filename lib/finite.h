@@ -32,21 +32,20 @@ static void bad_note(Bad *bad, const char *name, const char *shape_text, const f
 static Bad bad_array(const Step *s) {
     Bad bad = {0};
     DIMENSIONS(s);
-    const idx K = padded(EDGE_OUTPUTS);
 #define NOTE(field, ...) bad_note(&bad, #field, #__VA_ARGS__, all->field, SHAPE(__VA_ARGS__));
     {
-        const struct PairArrays *all = s->pair;
+        const struct pair *all = s->pair;
         PAIR_ARRAYS(NOTE)
     }
     {
-        const struct EncoderArrays *all = s->enc;
+        const struct enc *all = s->enc;
         ENCODER_ARRAYS(NOTE)
     }
     if (!bad.name && s->task) {
-        const struct TaskArrays *all = s->task_arrays;
+        const struct task_arrays *all = s->task_arrays;
         TASK_ARRAYS(NOTE)
     } else if (!bad.name) {
-        const struct HeadArrays *all = s->head;
+        const struct head *all = s->head;
         HEAD_ARRAYS(NOTE)
     }
 #undef NOTE

@@ -3,7 +3,7 @@
 //   my_rank, all_ranks            who we are
 //   ranks_begin(), ranks_finish() only rank 0 speaks; a rank that fails ends the job
 //   ranks_sum(), ranks_share()    sums over the ranks; what one has for all
-//   piece_receive(), piece_send(), pieces_wait()   a sum that travels from rank to rank
+//   ranks_add()                   a sum of parts that travels from rank to rank
 
 #ifdef MB_MPI  // all that knows of MPI; without it there is one rank
 #include <mpi.h>
@@ -91,3 +91,17 @@ static inline void ranks_begin(void) {}
 static inline void ranks_finish(void) {}
 static void ranks_share(float *x, size_t n, size_t last) { (void)x, (void)n, (void)last; }
 #endif
+
+// Adds the gradients x (n) of part k to the sum, which comes from the rank of part k - 1; after the
+// last part x is the sum. It travels in pieces, so that all ranks add at once.
+static void ranks_add(float *sum, float *x, idx n, idx k, idx parts) {
+    pieces_wait();
+    for (idx first = 0; first < n; first += PIECE) {
+        idx end = min_idx(first + PIECE, n), size = end - first;
+        if (k > 0 && all_ranks > 1) piece_receive(sum + first, size, k);
+#pragma omp parallel for simd schedule(static)
+        for (idx i = first; i < end; i++) sum[i] = k > 0 ? sum[i] + x[i] : x[i];
+        if (k + 1 == parts) memcpy(x + first, sum + first, size * sizeof *x);
+        else if (all_ranks > 1) piece_send(sum + first, size, k);
+    }
+}

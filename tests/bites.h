@@ -57,7 +57,7 @@ static void test_draws(void) {
     for (int b = 0; b < 2; b++) {
         View v = batch_view(batch, b);
         random_molecule(&m, N, 1, b == 0, 5);
-        batch_set(batch, b, &m, &batch->reader[0]);
+        batch_set(batch, b, &m);
         batch_draw(batch, b, &blend, &draws);
         for (uint32_t k = 0; k < N * N; k++) {
             double u = plain_uniform(21, 3, 6, 40 + (uint32_t)b, k) * (b ? 0.8 : 1.5);
@@ -143,7 +143,7 @@ static void test_plain_losses(void) {
     batch_layout(&s.batch, LOSS_MOLECULES, n_atoms);
     for (int b = 0; b < LOSS_MOLECULES; b++) {
         losses_molecule(&m, b);
-        batch_set(&s.batch, b, &m, &s.batch.reader[0]);
+        batch_set(&s.batch, b, &m);
         batch_draw(&s.batch, b, &TEST_BLEND, &s.draws);
         batch_pairs(&s.batch, b);
     }
@@ -376,8 +376,8 @@ static void test_optimiser(void) {
         Model model;
         model_create(&model, (Config){1, 8, 8, 2, 2, 0}, 1);
         model_init(&model, 2);
-        idx n = model.count, idle = ADAM_CHUNK, end = 2 * ADAM_CHUNK;
-        CHECK(n > end + 100 && n % (ADAM_CHUNK / 256), "a model too small for this test");
+        idx n = model.count, idle = 1 << 14, end = 2 << 14;
+        CHECK(n > end + 100 && n % 64, "a model too small for this test");
         double *p = xmalloc(3 * n, sizeof *p), *m = p + n, *v = m + n, square, worst = 0;
         float *g0 = xmalloc(n, sizeof *g0);
         const Adam *o = &all[a];
@@ -501,8 +501,8 @@ static void plain_update(double log[LOSSES + 2], Step *s, const Dataset *data, c
                    o->all > 0};
     Adam adam = {0, o->beta1, o->beta2, o->eps, o->decay, o->clip};
     int64_t warmup = o->warmup < 0 ? steps / (s->task ? 10 : 12) + 1 : (int64_t)o->warmup;
-    Given given = {data, ids, s->task ? NULL : &blend, (int)o->use,
-                   {(uint64_t)o->seed, (uint32_t)step, 0, 1}};
+    Given given = {.data = data, .ids = ids, .blend = s->task ? NULL : &blend, .use = (int)o->use,
+                   .draws = {(uint64_t)o->seed, (uint32_t)step, 0, 1}};
     plain_ids(ids, step, o, data->count);
     adam.lr = log[LOSSES] = learning_rate(o->lr, step, warmup, steps, o->hold);
     s->drop = (Dropout){o->attention, o->activation, o->path, o->embedding};
