@@ -6,25 +6,24 @@
 // and sanitizes the same record, because the same perception is done in the same order:
 //
 //    1 elements             valences, outer electrons: the facts the rules below rest on
-//    2 working memory       one arena and one molecule a thread, reused for every record
-//    3 the molecule         atoms, bonds, adjacency, rings
-//    4 text                 lines, fields, numbers, and how a parser reports a fault
-//    5 mol blocks           V2000, V3000
-//    6 SMILES
-//    7 valence              explicit valence, implicit hydrogens, what is too much
-//    8 clean-up             nitro groups and their kin become charge-separated
-//    9 hydrogens            explicit H atoms become counts on their heavy atom
-//   10 rings                smallest set of smallest rings, symmetrised
-//   11 Kekule structure     aromatic bonds become single and double ones
-//   12 radicals, aromaticity, conjugation, hybridization
-//   13 stereo centres       from 3D coordinates or wedges; non-tetrahedral ones
-//   14 double bonds         bond directions from coordinates
-//   15 CIP ranks            and with them: which centres and double bonds are real
-//   16 perception           the steps above in order
-//   17 features             OGB's lists; the principal frame
-//   18 scaffolds            Bemis-Murcko, and a key equal for equal scaffolds
-//   prep/records.h, labels.h, convert.h, columns.h, splits.h, dump.h: see each #include
-//   19 options and main
+//    2 the molecule         atoms, bonds, adjacency, rings
+//    3 mol blocks           V2000, V3000
+//    4 SMILES
+//    5 valence              explicit valence, implicit hydrogens, what is too much
+//    6 clean-up             nitro groups and their kin become charge-separated
+//    7 hydrogens            explicit H atoms become counts on their heavy atom
+//    8 rings                smallest set of smallest rings, symmetrised
+//    9 Kekule structure     aromatic bonds become single and double ones
+//   10 radicals, aromaticity, conjugation, hybridization
+//   11 stereo centres       from 3D coordinates or wedges; non-tetrahedral ones
+//   12 double bonds         bond directions from coordinates
+//   13 CIP ranks            and with them: which centres and double bonds are real
+//   14 perception           the steps above in order
+//   15 features             OGB's lists
+//   16 main
+//
+// What is not chemistry stands in prep/: memory and text, CXSMILES, positions, scaffold keys; and
+// between molecules and files records, labels, tables, splits, options. See each #include.
 //
 // Where RDKit's behaviour is an accident of its code, it is followed and a comment says so: equal
 // numbers are worth more here than better chemistry. A line "RDKit: f" over a function names what
@@ -40,7 +39,9 @@
 #ifndef MB_PROGRAM
 #define MB_PROGRAM "data_prep"
 #endif
-#include "moleblend.h"
+#include "moleblend.h"   // CHECK(), xmalloc(); Molecule, the dataset's record; options, outputs
+#include "prep/arena.h"  // arena_take(): a record's working memory; spend(): its budget of work
+#include "prep/text.h"   // Span, Lines, numbers; fault_at(): how a parser says what is wrong
 
 // =================================================================================================
 // 1 Elements. `early` marks those left of carbon, where a positive charge costs a bond instead of
@@ -48,7 +49,6 @@
 // =================================================================================================
 
 typedef struct {
-    char symbol[3];
     int8_t outer;       // electrons in the outer shell
     int8_t early;
     int16_t isotope;    // the most common one
@@ -58,56 +58,50 @@ typedef struct {
 
 enum { Z_MAX = 118 };
 
+// By atomic number, from the dummy atom on.
 static const Element ELEMENTS[Z_MAX + 1] = {
-    {"*", 0, 0, 0, 1, {-1}}, {"H", 1, 0, 1, 1, {1}}, {"He", 2, 0, 4, 1, {0}},
-    {"Li", 1, 1, 7, 1, {1}}, {"Be", 2, 1, 9, 1, {2}}, {"B", 3, 1, 11, 1, {3}},
-    {"C", 4, 0, 12, 1, {4}}, {"N", 5, 0, 14, 1, {3}}, {"O", 6, 0, 16, 1, {2}},
-    {"F", 7, 0, 19, 1, {1}}, {"Ne", 8, 0, 20, 1, {0}}, {"Na", 1, 1, 23, 1, {1}},
-    {"Mg", 2, 1, 24, 2, {2, -1}}, {"Al", 3, 1, 27, 2, {3, 6}}, {"Si", 4, 0, 28, 2, {4, 6}},
-    {"P", 5, 0, 31, 3, {3, 5, 7}}, {"S", 6, 0, 32, 3, {2, 4, 6}}, {"Cl", 7, 0, 35, 1, {1}},
-    {"Ar", 8, 0, 40, 1, {0}}, {"K", 1, 1, 39, 1, {1}}, {"Ca", 2, 1, 40, 2, {2, -1}},
-    {"Sc", 3, 1, 45, 1, {-1}}, {"Ti", 4, 1, 48, 1, {-1}}, {"V", 5, 0, 50, 1, {-1}},
-    {"Cr", 6, 0, 52, 1, {-1}}, {"Mn", 7, 0, 55, 1, {-1}}, {"Fe", 8, 0, 56, 1, {-1}},
-    {"Co", 9, 0, 59, 1, {-1}}, {"Ni", 10, 0, 58, 1, {-1}}, {"Cu", 11, 0, 63, 1, {-1}},
-    {"Zn", 2, 1, 64, 1, {-1}}, {"Ga", 3, 1, 69, 1, {3}}, {"Ge", 4, 1, 74, 1, {4}},
-    {"As", 5, 0, 75, 3, {3, 5, 7}}, {"Se", 6, 0, 80, 3, {2, 4, 6}}, {"Br", 7, 0, 79, 1, {1}},
-    {"Kr", 8, 0, 84, 1, {0}}, {"Rb", 1, 1, 85, 1, {1}}, {"Sr", 2, 1, 88, 2, {2, -1}},
-    {"Y", 3, 1, 89, 1, {-1}}, {"Zr", 4, 1, 90, 1, {-1}}, {"Nb", 5, 1, 93, 1, {-1}},
-    {"Mo", 6, 0, 98, 1, {-1}}, {"Tc", 7, 0, 97, 1, {-1}}, {"Ru", 8, 0, 102, 1, {-1}},
-    {"Rh", 9, 0, 103, 1, {-1}}, {"Pd", 10, 0, 106, 1, {-1}}, {"Ag", 11, 0, 107, 1, {-1}},
-    {"Cd", 2, 1, 114, 1, {-1}}, {"In", 3, 1, 115, 1, {3}}, {"Sn", 4, 1, 120, 2, {2, 4}},
-    {"Sb", 5, 1, 121, 3, {3, 5, 7}}, {"Te", 6, 0, 130, 3, {2, 4, 6}},
-    {"I", 7, 0, 127, 3, {1, 3, 5}}, {"Xe", 8, 0, 132, 4, {0, 2, 4, 6}}, {"Cs", 1, 1, 133, 1, {1}},
-    {"Ba", 2, 1, 138, 2, {2, -1}}, {"La", 3, 1, 139, 1, {-1}}, {"Ce", 4, 1, 140, 1, {-1}},
-    {"Pr", 3, 1, 141, 1, {-1}}, {"Nd", 4, 1, 142, 1, {-1}}, {"Pm", 5, 1, 145, 1, {-1}},
-    {"Sm", 6, 0, 152, 1, {-1}}, {"Eu", 7, 0, 153, 1, {-1}}, {"Gd", 8, 0, 158, 1, {-1}},
-    {"Tb", 9, 0, 159, 1, {-1}}, {"Dy", 10, 0, 164, 1, {-1}}, {"Ho", 11, 0, 165, 1, {-1}},
-    {"Er", 12, 0, 166, 1, {-1}}, {"Tm", 13, 0, 169, 1, {-1}}, {"Yb", 14, 0, 174, 1, {-1}},
-    {"Lu", 15, 0, 175, 1, {-1}}, {"Hf", 4, 1, 180, 1, {-1}}, {"Ta", 5, 1, 181, 1, {-1}},
-    {"W", 6, 0, 184, 1, {-1}}, {"Re", 7, 0, 187, 1, {-1}}, {"Os", 8, 0, 192, 1, {-1}},
-    {"Ir", 9, 0, 193, 1, {-1}}, {"Pt", 10, 0, 195, 1, {-1}}, {"Au", 11, 0, 197, 1, {-1}},
-    {"Hg", 2, 1, 202, 1, {-1}}, {"Tl", 3, 1, 205, 1, {3}}, {"Pb", 4, 1, 208, 2, {2, 4}},
-    {"Bi", 5, 1, 209, 3, {3, 5, 7}}, {"Po", 6, 0, 209, 3, {2, 4, 6}},
-    {"At", 7, 0, 210, 3, {1, 3, 5}}, {"Rn", 8, 0, 211, 1, {0}}, {"Fr", 1, 1, 223, 1, {1}},
-    {"Ra", 2, 1, 223, 2, {2, -1}}, {"Ac", 3, 1, 227, 1, {-1}}, {"Th", 4, 1, 232, 1, {-1}},
-    {"Pa", 3, 1, 231, 1, {-1}}, {"U", 4, 1, 238, 1, {-1}}, {"Np", 5, 1, 236, 1, {-1}},
-    {"Pu", 6, 0, 238, 1, {-1}}, {"Am", 7, 0, 241, 1, {-1}}, {"Cm", 8, 0, 243, 1, {-1}},
-    {"Bk", 9, 0, 247, 1, {-1}}, {"Cf", 10, 0, 249, 1, {-1}}, {"Es", 11, 0, 252, 1, {-1}},
-    {"Fm", 12, 0, 257, 1, {-1}}, {"Md", 13, 0, 258, 1, {-1}}, {"No", 14, 0, 259, 1, {-1}},
-    {"Lr", 15, 0, 262, 1, {-1}}, {"Rf", 2, 1, 267, 1, {-1}}, {"Db", 2, 1, 268, 1, {-1}},
-    {"Sg", 2, 1, 271, 1, {-1}}, {"Bh", 2, 1, 270, 1, {-1}}, {"Hs", 2, 1, 269, 1, {-1}},
-    {"Mt", 2, 1, 278, 1, {-1}}, {"Ds", 2, 1, 281, 1, {-1}}, {"Rg", 2, 1, 281, 1, {-1}},
-    {"Cn", 2, 1, 285, 1, {-1}}, {"Nh", 2, 1, 284, 1, {-1}}, {"Fl", 2, 1, 289, 1, {-1}},
-    {"Mc", 2, 1, 288, 1, {-1}}, {"Lv", 2, 1, 293, 1, {-1}}, {"Ts", 2, 1, 292, 1, {-1}},
-    {"Og", 2, 1, 294, 1, {-1}},
+    {0, 0, 0, 1, {-1}}, {1, 0, 1, 1, {1}}, {2, 0, 4, 1, {0}}, {1, 1, 7, 1, {1}}, {2, 1, 9, 1, {2}},
+    {3, 1, 11, 1, {3}}, {4, 0, 12, 1, {4}}, {5, 0, 14, 1, {3}}, {6, 0, 16, 1, {2}},
+    {7, 0, 19, 1, {1}}, {8, 0, 20, 1, {0}}, {1, 1, 23, 1, {1}}, {2, 1, 24, 2, {2, -1}},
+    {3, 1, 27, 2, {3, 6}}, {4, 0, 28, 2, {4, 6}}, {5, 0, 31, 3, {3, 5, 7}},
+    {6, 0, 32, 3, {2, 4, 6}}, {7, 0, 35, 1, {1}}, {8, 0, 40, 1, {0}}, {1, 1, 39, 1, {1}},
+    {2, 1, 40, 2, {2, -1}}, {3, 1, 45, 1, {-1}}, {4, 1, 48, 1, {-1}}, {5, 0, 50, 1, {-1}},
+    {6, 0, 52, 1, {-1}}, {7, 0, 55, 1, {-1}}, {8, 0, 56, 1, {-1}}, {9, 0, 59, 1, {-1}},
+    {10, 0, 58, 1, {-1}}, {11, 0, 63, 1, {-1}}, {2, 1, 64, 1, {-1}}, {3, 1, 69, 1, {3}},
+    {4, 1, 74, 1, {4}}, {5, 0, 75, 3, {3, 5, 7}}, {6, 0, 80, 3, {2, 4, 6}}, {7, 0, 79, 1, {1}},
+    {8, 0, 84, 1, {0}}, {1, 1, 85, 1, {1}}, {2, 1, 88, 2, {2, -1}}, {3, 1, 89, 1, {-1}},
+    {4, 1, 90, 1, {-1}}, {5, 1, 93, 1, {-1}}, {6, 0, 98, 1, {-1}}, {7, 0, 97, 1, {-1}},
+    {8, 0, 102, 1, {-1}}, {9, 0, 103, 1, {-1}}, {10, 0, 106, 1, {-1}}, {11, 0, 107, 1, {-1}},
+    {2, 1, 114, 1, {-1}}, {3, 1, 115, 1, {3}}, {4, 1, 120, 2, {2, 4}}, {5, 1, 121, 3, {3, 5, 7}},
+    {6, 0, 130, 3, {2, 4, 6}}, {7, 0, 127, 3, {1, 3, 5}}, {8, 0, 132, 4, {0, 2, 4, 6}},
+    {1, 1, 133, 1, {1}}, {2, 1, 138, 2, {2, -1}}, {3, 1, 139, 1, {-1}}, {4, 1, 140, 1, {-1}},
+    {3, 1, 141, 1, {-1}}, {4, 1, 142, 1, {-1}}, {5, 1, 145, 1, {-1}}, {6, 0, 152, 1, {-1}},
+    {7, 0, 153, 1, {-1}}, {8, 0, 158, 1, {-1}}, {9, 0, 159, 1, {-1}}, {10, 0, 164, 1, {-1}},
+    {11, 0, 165, 1, {-1}}, {12, 0, 166, 1, {-1}}, {13, 0, 169, 1, {-1}}, {14, 0, 174, 1, {-1}},
+    {15, 0, 175, 1, {-1}}, {4, 1, 180, 1, {-1}}, {5, 1, 181, 1, {-1}}, {6, 0, 184, 1, {-1}},
+    {7, 0, 187, 1, {-1}}, {8, 0, 192, 1, {-1}}, {9, 0, 193, 1, {-1}}, {10, 0, 195, 1, {-1}},
+    {11, 0, 197, 1, {-1}}, {2, 1, 202, 1, {-1}}, {3, 1, 205, 1, {3}}, {4, 1, 208, 2, {2, 4}},
+    {5, 1, 209, 3, {3, 5, 7}}, {6, 0, 209, 3, {2, 4, 6}}, {7, 0, 210, 3, {1, 3, 5}},
+    {8, 0, 211, 1, {0}}, {1, 1, 223, 1, {1}}, {2, 1, 223, 2, {2, -1}}, {3, 1, 227, 1, {-1}},
+    {4, 1, 232, 1, {-1}}, {3, 1, 231, 1, {-1}}, {4, 1, 238, 1, {-1}}, {5, 1, 236, 1, {-1}},
+    {6, 0, 238, 1, {-1}}, {7, 0, 241, 1, {-1}}, {8, 0, 243, 1, {-1}}, {9, 0, 247, 1, {-1}},
+    {10, 0, 249, 1, {-1}}, {11, 0, 252, 1, {-1}}, {12, 0, 257, 1, {-1}}, {13, 0, 258, 1, {-1}},
+    {14, 0, 259, 1, {-1}}, {15, 0, 262, 1, {-1}}, {2, 1, 267, 1, {-1}}, {2, 1, 268, 1, {-1}},
+    {2, 1, 271, 1, {-1}}, {2, 1, 270, 1, {-1}}, {2, 1, 269, 1, {-1}}, {2, 1, 278, 1, {-1}},
+    {2, 1, 281, 1, {-1}}, {2, 1, 281, 1, {-1}}, {2, 1, 285, 1, {-1}}, {2, 1, 284, 1, {-1}},
+    {2, 1, 289, 1, {-1}}, {2, 1, 288, 1, {-1}}, {2, 1, 293, 1, {-1}}, {2, 1, 292, 1, {-1}},
+    {2, 1, 294, 1, {-1}},
 };
+
+// The symbol of an element, for "%.*s".
+#define SYMBOL(z) symbol_length(z), symbol(z)
+static const char *symbol(int z) { return SYMBOLS + 3 * (z ? z - 1 : Z_MAX); }
+static int symbol_length(int z) { return symbol(z)[1] == ' ' ? 1 : 2; }
 
 // Atomic number of an element symbol of n letters, or -1.
 static int element_number(const char *text, int n) {
-    for (int z = 1; z <= Z_MAX && n >= 1 && n <= 2; z++) {
-        const char *s = ELEMENTS[z].symbol;
-        if (s[0] == text[0] && (n == 1 ? s[1] == 0 : s[1] == text[1])) return z;
-    }
+    for (int z = 1; z <= Z_MAX; z++)
+        if (symbol_length(z) == n && memcmp(symbol(z), text, (size_t)n) == 0) return z;
     return -1;
 }
 
@@ -119,103 +113,7 @@ static int more_electronegative(int z1, int z2) {
 }
 
 // =================================================================================================
-// 2 Working memory. Everything a record needs while it is read and perceived comes from one arena,
-//   which is emptied before the next record: no malloc in the common case, nothing to free.
-//
-//   A record has one budget for work and memory, so that none can hang a run or end it. Loops that
-//   could take long count their steps with spend() and end when nothing is left; what they leave is
-//   incomplete but safe, and convert_record() refuses the record. Steps, not time: every machine
-//   refuses the same records.
-// =================================================================================================
-
-enum { BUDGET = 600000000, BYTE_STEPS = 6 };  // steps; of a byte of memory: at most 100 MB
-
-typedef struct ArenaOverflow {
-    struct ArenaOverflow *next;
-    size_t bytes;
-} ArenaOverflow;
-
-typedef struct {
-    char *base;
-    size_t used, room;
-    ArenaOverflow *overflow;  // blocks that did not fit; the base grows by them at the next reset
-    int64_t left;             // of the record's budget
-} Arena;
-
-// Counts n steps of work. Returns whether there is something left of the budget.
-static inline int spend(Arena *arena, int64_t n) { return (arena->left -= n) > 0; }
-
-// A block of the heap for what the base has no room for.
-static void *arena_overflow(Arena *arena, size_t bytes) {
-    size_t head = (sizeof(ArenaOverflow) + 15) / 16 * 16;
-    ArenaOverflow *block = xmalloc(1, head + bytes);
-    block->bytes = bytes;
-    block->next = arena->overflow;
-    arena->overflow = block;
-    return (char *)block + head;
-}
-
-// `count` zeroed elements of `size` bytes that live until arena_reset(). Inline, so that the check
-// of the product needs no division: a record takes some sixty small blocks.
-static inline void *arena_take(Arena *arena, size_t count, size_t size) {
-    size_t bytes = mul_size(count, size);
-    CHECK(bytes <= SIZE_MAX / 4, "out of memory: %zu bytes cannot be addressed", bytes);
-    bytes = (bytes + 15) / 16 * 16;
-    spend(arena, BYTE_STEPS * (int64_t)bytes);
-    if (bytes > arena->room - arena->used) return arena_overflow(arena, bytes);
-    void *p = arena->base + arena->used;
-    arena->used += bytes;
-    return p;
-}
-
-// Zeroed ints and flags from the arena.
-static int *arena_ints(Arena *arena, int count) {
-    return arena_take(arena, (size_t)count, sizeof(int));
-}
-
-static uint8_t *arena_flags(Arena *arena, int count) {
-    return arena_take(arena, (size_t)count, 1);
-}
-
-// A block twice as large as p's `room` elements with the same beginning; *room is updated.
-static void *arena_grow(Arena *arena, const void *p, int *room, size_t size) {
-    int more = *room < 16 ? 32 : 2 * *room;
-    void *grown = arena_take(arena, (size_t)more, size);
-    if (p) memcpy(grown, p, (size_t)*room * size);
-    *room = more;
-    return grown;
-}
-
-// Empties the arena; what did not fit this time will fit the next time. What was used is zeroed in
-// one go.
-static void arena_reset(Arena *arena) {
-    size_t missing = 0;
-    while (arena->overflow) {
-        ArenaOverflow *block = arena->overflow;
-        missing += block->bytes;
-        arena->overflow = block->next;
-        free(block);
-    }
-    if (missing || !arena->base) {
-        free(arena->base);
-        arena->room = arena->used + missing + (1 << 16);
-        arena->base = xmalloc(arena->room, 1);
-    } else {
-        memset(arena->base, 0, arena->used);
-    }
-    arena->used = 0;
-    arena->left = BUDGET;
-}
-
-// Gives the arena's memory back.
-static void arena_free(Arena *arena) {
-    arena_reset(arena);
-    free(arena->base);
-    *arena = (Arena){0};
-}
-
-// =================================================================================================
-// 3 The molecule
+// 2 The molecule
 // =================================================================================================
 
 enum { ORDER_NONE, ORDER_SINGLE, ORDER_DOUBLE, ORDER_TRIPLE, ORDER_QUADRUPLE, ORDER_AROMATIC,
@@ -261,8 +159,6 @@ typedef struct {
     int rings, smallest_ring;
     int query_line;         // where the mol block gives it the type of a query; 0: it does not
 } ChemBond;
-
-typedef struct { const char *p; int n; } Span;  // n bytes of text
 
 // A bond as one of its atoms sees it.
 typedef struct { ChemBond *bond; int index, atom; } Link;  // its number, the atom at its other end
@@ -470,158 +366,7 @@ static int is_aromatic_atom(const ChemMol *m, int i) {
 }
 
 // =================================================================================================
-// 4 Text. Parsers never exit: they return -1 and describe the fault, with the line and column it
-//   was found at, so that one bad record costs one record.
-// =================================================================================================
-
-typedef struct {
-    const char *kind;  // what the summary counts by, a string constant
-    char text[160];    // the whole story
-    int line, column;  // line within the record, from 1; column from 1, 0 = the whole line
-} Fault;
-
-// Fills a fault and returns -1.
-MB_PRINTF(5, 6) static int fault_at(Fault *f, int line, int column, const char *kind,
-                                    const char *fmt, ...) {
-    va_list args;
-    f->kind = kind;
-    f->line = line;
-    f->column = column;
-    va_start(args, fmt);
-    vsnprintf(f->text, sizeof f->text, fmt, args);
-    va_end(args);
-    for (char *c = f->text; *c; c++)
-        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
-    return -1;
-}
-
-// A cursor over the lines of a record.
-typedef struct {
-    const char *at, *end;
-    int line;  // number of the line last read, from 1
-} Lines;
-
-// Reads the next line without its LF or CRLF; 0 at the end of the record.
-static int next_line(Lines *in, Span *line) {
-    if (in->at >= in->end) {
-        *line = (Span){in->end, 0};
-        return 0;
-    }
-    const char *stop = memchr(in->at, '\n', (size_t)(in->end - in->at));
-    const char *end = stop ? stop : in->end;
-    *line = (Span){in->at, (int)(end - in->at)};
-    if (line->n && line->p[line->n - 1] == '\r') line->n--;
-    in->at = stop ? stop + 1 : in->end;
-    in->line++;
-    return 1;
-}
-
-// Small things to do with spans: blanks, equality, prefixes.
-static int is_blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
-
-static Span trim_right(Span s) {
-    while (s.n > 0 && is_blank(s.p[s.n - 1])) s.n--;
-    return s;
-}
-
-static Span trim(Span s) {
-    while (s.n > 0 && is_blank(s.p[0])) s.p++, s.n--;
-    return trim_right(s);
-}
-
-static int span_is(Span s, const char *text) {
-    return (size_t)s.n == strlen(text) && memcmp(s.p, text, (size_t)s.n) == 0;
-}
-
-static int starts_with(Span s, const char *text) {
-    size_t n = strlen(text);
-    return s.n >= 0 && (size_t)s.n >= n && memcmp(s.p, text, n) == 0;
-}
-
-// The same without regard to capitals: whether s is, or starts with, a word.
-static int word_is(Span s, const char *word) {
-    int n = (int)strlen(word);
-    for (int k = 0; k < n && s.n == n; k++)
-        if (tolower((unsigned char)s.p[k]) != tolower((unsigned char)word[k])) return 0;
-    return s.n == n;
-}
-
-static int starts_with_word(Span s, const char *word) {
-    int n = (int)strlen(word);
-    return s.n >= n && word_is((Span){s.p, n}, word);
-}
-
-// Number at the start of s after blanks (what atof reads), exactly rounded. Up to 15 digits are an
-// exact integer, and one division by an exact power of ten rounds once; the rest is strtod's.
-static double parse_decimal(Span s) {
-    static const double tens[] = {1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12,
-                                  1e13, 1e14, 1e15};
-    const char *p = s.p, *end = s.p + s.n;
-    while (p < end && is_blank(*p)) p++;
-    const char *start = p;
-    int negative = p < end && *p == '-', digits = 0, decimals = 0;
-    if (p < end && (*p == '-' || *p == '+')) p++;
-    uint64_t value = 0;
-    for (; p < end && *p >= '0' && *p <= '9' && digits < 16; p++, digits++)
-        value = 10 * value + (uint64_t)(*p - '0');
-    if (p < end && *p == '.') {
-        for (p++; p < end && *p >= '0' && *p <= '9' && digits < 16; p++, digits++, decimals++)
-            value = 10 * value + (uint64_t)(*p - '0');
-    }
-    int simple = p == end || !(isalnum((unsigned char)*p) || *p == '.');
-#if FLT_EVAL_METHOD == 2  // x87 would round twice
-    simple = 0;
-#endif
-    if (digits <= 15 && simple) {
-        double v = (double)value / tens[decimals];
-        return negative ? -v : v;
-    }
-    char copy[128];
-    size_t n = (size_t)(end - start) < sizeof copy - 1 ? (size_t)(end - start) : sizeof copy - 1;
-    memcpy(copy, start, n);
-    copy[n] = 0;
-    return strtod(copy, NULL);
-}
-
-// What a careless reader makes of s: blanks skipped, then digits as far as they go, a minus before
-// them if allowed. 0 if there are none.
-static int leading_int(Span s, int minus) {
-    int k = 0, v = 0, negative;
-    while (k < s.n && s.p[k] == ' ') k++;
-    negative = minus && k < s.n && s.p[k] == '-';
-    for (k += negative; k < s.n && s.p[k] >= '0' && s.p[k] <= '9' && v < 100000000; k++)
-        v = 10 * v + (s.p[k] - '0');
-    return negative ? -v : v;
-}
-
-// The same with a minus, if there are only digits, blanks and signs; a plus makes it 0. Returns 0
-// if there is anything else.
-// RDKit: FileParserUtils::toInt
-static int loose_int(Span s, int *value) {
-    for (int k = 0; k < s.n; k++)
-        if (!isdigit((unsigned char)s.p[k]) && s.p[k] != ' ' && s.p[k] != '-' && s.p[k] != '+')
-            return 0;
-    *value = leading_int(s, 1);
-    return 1;
-}
-
-// Strict whole number of a trimmed span. Returns 0 if s is anything else.
-static int parse_whole(Span s, int *value) {
-    s = trim(s);
-    int negative = s.n && s.p[0] == '-', i = s.n && (s.p[0] == '-' || s.p[0] == '+');
-    int64_t v = 0;
-    if (i == s.n) return 0;
-    for (; i < s.n; i++) {
-        if (s.p[i] < '0' || s.p[i] > '9' || v > INT_MAX) return 0;
-        v = 10 * v + (s.p[i] - '0');
-    }
-    if (v > INT_MAX) return 0;
-    *value = (int)(negative ? -v : v);
-    return 1;
-}
-
-// =================================================================================================
-// 5 Mol blocks: three header lines, a counts line, then atoms and bonds in fixed columns (V2000) or
+// 3 Mol blocks: three header lines, a counts line, then atoms and bonds in fixed columns (V2000) or
 //   in free format (V3000). What follows `M  END` in an SD file is for prep/records.h. Water:
 //
 //     water                                                    title
@@ -1380,7 +1125,7 @@ static int read_mol_block(ChemMol *m, Lines *rest, Span *title, Fault *fault) {
 }
 
 // =================================================================================================
-// 6 SMILES: OpenSMILES with what RDKit adds to it: dative bonds -> and <-, ring numbers %(123),
+// 4 SMILES: OpenSMILES with what RDKit adds to it: dative bonds -> and <-, ring numbers %(123),
 //   atoms [#6], any-bond ~, and of a CXSMILES extension, |...| behind a blank, what features show:
 //
 //     ^1:0,2  radicals     C:0.1 H:0.1  dative and hydrogen bonds     (x,y,z;x,y,z)  coordinates
@@ -1698,162 +1443,7 @@ static int smiles_step(SmilesReader *s) {
     return 0;
 }
 
-// ---- CXSMILES
-
-// What of an extension is not read, by the letters it begins with.
-static const struct { const char *begin, *what; } CX_PARTS[] = {
-    {"$", "atom labels"}, {"atomProp:", "atom properties"}, {"a", "stereo groups"},
-    {"o", "stereo groups"}, {"&", "stereo groups"}, {"rb", "conditions"}, {"u", "conditions"},
-    {"s", "conditions"}, {"LN", "link nodes"}, {"m", "bonds of no one place"}, {"Sg", "S groups"}};
-
-enum { N_CX_PARTS = sizeof CX_PARTS / sizeof CX_PARTS[0] };
-
-// The fault of an extension, whose text the reader is at.
-static int cx_fault(SmilesReader *s) {
-    return fault_at(s->fault, 1, 0, "malformed CXSMILES extension",
-                    "malformed CXSMILES extension at \"%.*s\"",
-                    min_int(max_int(s->n - s->pos, 0), 40), s->text + min_int(s->pos, s->n));
-}
-
-// The bonds in the order of the text, a ring's where it is closed. Sorts the marks anew.
-static int *bonds_as_written(SmilesReader *s) {
-    int n = 0, chain = 0, *order = arena_ints(&s->m->arena, s->m->n_bonds);
-    uint8_t *open = arena_flags(&s->m->arena, s->m->n_bonds);
-    for (int k = 0; k < s->n_marks; k++) s->marks[k].number = 0;
-    if (s->n_marks) qsort(s->marks, (size_t)s->n_marks, sizeof *s->marks, compare_marks);
-    for (int k = 0; k < s->n_marks; k++) {
-        while (chain < s->marks[k].chain) order[n++] = chain++;
-        open[s->marks[k].bond] ^= 1;
-        if (!open[s->marks[k].bond]) order[n++] = s->marks[k].bond;
-    }
-    while (n < s->m->n_bonds) order[n++] = chain++;
-    return order;
-}
-
-// Passes over text up to one of these characters. Returns it, 0 at the end.
-static int cx_pass(SmilesReader *s, const char *stops) {
-    while (s->pos < s->n && !strchr(stops, s->text[s->pos])) s->pos++;
-    return smiles_peek(s, 0);
-}
-
-// An index at the cursor into *v; 0 if there is none.
-static int cx_index(SmilesReader *s, int *v) {
-    int start = s->pos;
-    *v = leading_int((Span){s->text + s->pos, s->n - s->pos}, 0);
-    while (isdigit(smiles_peek(s, 0))) s->pos++;
-    return s->pos > start;
-}
-
-// Coordinates behind their parenthesis: x,y,z;x,y,z). Any may lack; the first set counts.
-// RDKit: parse_coords
-static int cx_coordinates(SmilesReader *s) {
-    ChemMol *m = s->m;
-    int i = 0, axis = 0, stop;
-    if (!m->has_xyz) memset(m->xyz, 0, (size_t)m->n_atoms * sizeof *m->xyz);
-    do {
-        Span number = {s->text + s->pos, s->pos};
-        stop = cx_pass(s, ",;)");
-        number.n = s->pos++ - number.n;
-        for (int k = 0, dots = 0; k < number.n && i < m->n_atoms && axis < 3; k++)
-            if (!strchr("0123456789+-.eE", number.p[k]) || (number.p[k] == '.' && dots++) ||
-                (number.p[k] < '.' && k && number.p[k - 1] < 'E'))
-                return cx_fault(s);
-        if (i < m->n_atoms && axis < 3 && number.n && !m->has_xyz) {
-            m->xyz[i][axis] = parse_decimal(number);
-            m->is_3d |= axis == 2 && m->xyz[i][2] != 0;
-        }
-        axis = stop == ',' ? axis + 1 : 0;
-        i += stop == ';';
-    } while (stop == ',' || stop == ';');
-    m->has_xyz = 1;
-    return stop ? 0 : cx_fault(s);
-}
-
-// Lists of atoms and bonds, each led by a letter and a colon: radicals ^n:, which `kind` is; dative
-// and hydrogen bonds C: and H: (atom.bond, from the atom); wavy ones w: and wedges wU: wD:; double
-// bonds c: t: and (a) ctu:. `bonds` is their order. Indices that are too large are passed over.
-// RDKit: parse_coordinate_bonds, parse_radicals, parse_wedged_bonds, parse_doublebond_stereo
-static int cx_list(SmilesReader *s, int kind, const int *bonds, uint8_t *wedged) {
-    ChemMol *m = s->m;
-    int i = 0, b = 0, marks_bond = strchr("CHwUD", kind) != NULL;
-    int of_bond = kind == 'c' || kind == 't' || kind == 'a';
-    if (of_bond) cx_pass(s, ":");
-    if (!smiles_take(s, ":")) return cx_fault(s);
-    if (kind < '9' && (kind < '1' || kind > '7' || !isdigit(smiles_peek(s, 0)))) return cx_fault(s);
-    while (isdigit(smiles_peek(s, 0))) {
-        cx_index(s, of_bond ? &b : &i);
-        if (marks_bond && (!smiles_take(s, ".") || !cx_index(s, &b))) return cx_fault(s);
-        smiles_take(s, ",");
-        if (i >= m->n_atoms || ((marks_bond || of_bond) && b >= m->n_bonds)) continue;
-        if (kind < '9' && m->atoms[i].z)
-            m->atoms[i].radicals = (uint8_t)(kind == '1' ? 1 : kind < '5' ? 2 : 3);
-        if (kind < '9') continue;
-        ChemBond *bond = &m->bonds[bonds[b]];
-        int single = bond->order == ORDER_SINGLE;
-        if (of_bond) {
-            if (mol_degree(m, bond->begin) < 2 || mol_degree(m, bond->end) < 2) continue;
-            bond->stereo = kind == 'c' ? STEREO_CIS : kind == 't' ? STEREO_TRANS : STEREO_ANY;
-            m->redrawn = 1;
-            continue;
-        }
-        if ((bond->begin != i && bond->end != i) || (strchr("wUD", kind) && wedged[bonds[b]]++))
-            return cx_fault(s);
-        bond->end = bond_other(bond, i);
-        bond->begin = i;
-        if (kind == 'C') bond->order = ORDER_DATIVE;
-        else if (kind == 'H') bond->order = ORDER_HYDROGEN;
-        else bond->direction = kind == 'w' ? DIR_UNKNOWN : kind == 'U' ? DIR_WEDGE : DIR_DASH;
-        if (kind == 'w' && single) m->atoms[i].chirality = CHI_NONE, m->redrawn = 1;
-        if (kind == 'U' || kind == 'D') m->wedged |= single;
-    }
-    return 0;
-}
-
-// A part that is not read: passes over what could be taken for another one.
-// RDKit: parse_atom_labels, parse_atom_props, parse_data_sgroup, parse_polymer_sgroup
-static int cx_skip(SmilesReader *s, int part) {
-    s->m->unread |= 1u << part;
-    if (part == 0) return cx_pass(s, "$") ? s->pos++, 0 : cx_fault(s);
-    if (part == 1) return cx_pass(s, "|,"), 0;
-    if (part == N_CX_PARTS - 1) {
-        int data = smiles_take(s, "D");
-        if (smiles_take(s, "H")) return 0;
-        for (int k = data ? 7 : 2; k > 0 && cx_pass(s, ":"); k--) s->pos++;
-        while (!data && (isdigit(smiles_peek(s, 0)) || smiles_peek(s, 0) == ',')) s->pos++;
-        for (int k = data ? 2 : 0; k < 2 && smiles_take(s, ":"); k++) cx_pass(s, k ? ":|," : ":|");
-        if (data && smiles_take(s, "(")) cx_pass(s, ")");
-        return 0;
-    }
-    while (part > 2 && part < 5 && isdigit(smiles_peek(s, 0))) s->pos++;
-    return smiles_take(s, ":") ? 0 : cx_fault(s);
-}
-
-// Reads an extension, |...|, and returns its length, or -1.
-// RDKit: parse_it
-static int read_extension(SmilesReader *s, Span text) {
-    const int *bonds = bonds_as_written(s);
-    uint8_t *wedged = arena_flags(&s->m->arena, s->m->n_bonds);
-    s->text = text.p;
-    s->n = text.n;
-    for (s->pos = 1; !smiles_take(s, "|");) {
-        int part = 0, failed = 0;
-        while (part < N_CX_PARTS && !smiles_take(s, CX_PARTS[part].begin)) part++;
-        int c = smiles_peek(s, 0);
-        if (s->pos >= s->n) return cx_fault(s);
-        else if (part < N_CX_PARTS) failed = cx_skip(s, part);
-        else if (smiles_take(s, "(")) failed = cx_coordinates(s);
-        else if (smiles_take(s, "ctu")) failed = cx_list(s, 'a', bonds, wedged);
-        else if (smiles_take(s, "wU") || smiles_take(s, "wD"))
-            failed = cx_list(s, s->text[s->pos - 1], bonds, wedged);
-        else if (smiles_take(s, "^"))
-            s->pos++, failed = cx_list(s, isdigit(smiles_peek(s, -1)) ? smiles_peek(s, -1) : '0',
-                                       bonds, wedged);
-        else if (strchr("CHwct", c)) s->pos++, failed = cx_list(s, c, bonds, wedged);
-        else s->pos++;
-        if (failed) return -1;
-    }
-    return s->pos;
-}
+#include "prep/cxsmiles.h"  // read_extension(): |...| behind a SMILES; CX_PARTS: what is not read
 
 // Reads a SMILES into m, and its extension if there is one, which becomes what follows it.
 // RDKit: SmilesToMol, SmilesParseOps::SetUnspecifiedBondTypes
@@ -1885,7 +1475,7 @@ static int read_smiles(ChemMol *m, Span text, Span *extension, Fault *fault) {
 }
 
 // =================================================================================================
-// 7 Valence. The explicit valence of an atom is what its bonds and explicit hydrogens use; implicit
+// 5 Valence. The explicit valence of an atom is what its bonds and explicit hydrogens use; implicit
 //   hydrogens fill it up to the next allowed valence, shifted by the charge:
 //
 //     C in C-O     uses 1, allowed 4                     3 hydrogens
@@ -1986,18 +1576,18 @@ static int check_valences(ChemMol *m, Fault *fault) {
         set_valence(m, i);
         if (valence_too_high(a))
             return fault_at(fault, 0, 0, "valence too high",
-                            "atom %d (%s): valence %d is greater than permitted", i + 1,
-                            ELEMENTS[a->z].symbol, a->valence);
+                            "atom %d (%.*s): valence %d is greater than permitted", i + 1,
+                            SYMBOL(a->z), a->valence);
         if (!set_implicit_hydrogens(m, i))
             return fault_at(fault, 0, 0, "valence too high",
-                            "atom %d (%s, charge %d): valence %d is not an allowed one", i + 1,
-                            ELEMENTS[a->z].symbol, a->charge, a->valence);
+                            "atom %d (%.*s, charge %d): valence %d is not an allowed one", i + 1,
+                            SYMBOL(a->z), a->charge, a->valence);
     }
     return 0;
 }
 
 // =================================================================================================
-// 8 Clean-up: groups commonly drawn with too many bonds become charge-separated.
+// 6 Clean-up: groups commonly drawn with too many bonds become charge-separated.
 // =================================================================================================
 
 // A neutral nitrogen with five bonds gives one of them away:
@@ -2076,7 +1666,7 @@ static void clean_up(ChemMol *m) {
 }
 
 // =================================================================================================
-// 9 Hydrogens. Most explicit hydrogen atoms become a count on their neighbour. Those stay that are
+// 7 Hydrogens. Most explicit hydrogen atoms become a count on their neighbour. Those stay that are
 //   more than that: isotopes, H2, bridging or lone ones, on dummies, on metal centres with their
 //   own geometry, the only thing that says which side of a double bond is which, what states a
 //   count of hydrogens, or what an S group rests on: an end of a bond across its boundary, an
@@ -2225,7 +1815,7 @@ static int remove_hydrogens(ChemMol *m, int count_all, Fault *fault) {
 }
 
 // =================================================================================================
-// 10 Rings. The smallest set of smallest rings after Figueras (J. Chem. Inf. Comput. Sci. 1996, 36,
+// 8 Rings. The smallest set of smallest rings after Figueras (J. Chem. Inf. Comput. Sci. 1996, 36,
 //   986), in RDKit's variant. Chains are trimmed away; then, fragment by fragment, breadth-first
 //   searches from atoms of degree two (one a chain) or, if there is none, of degree three find the
 //   smallest rings through them, and these atoms are trimmed too. Surplus rings are weeded out, and
@@ -2705,7 +2295,7 @@ static int find_rings(ChemMol *m, Fault *fault) {
 }
 
 // =================================================================================================
-// 11 Kekule structure. Aromatic bonds become alternating single and double ones: every atom that
+// 9 Kekule structure. Aromatic bonds become alternating single and double ones: every atom that
 //   must have a double bond gets exactly one. The search walks through a fused system, takes the
 //   first partner it can and returns to the last choice when an atom is left alone.
 //
@@ -3012,8 +2602,8 @@ static int kekulize(ChemMol *m, Fault *fault) {
         if (!a->aromatic) continue;
         if (!m->atom_rings[i])
             return fault_at(fault, 0, 0, "aromatic atom outside a ring",
-                            "atom %d (%s) is marked aromatic but in no ring", i + 1,
-                            ELEMENTS[a->z].symbol);
+                            "atom %d (%.*s) is marked aromatic but in no ring", i + 1,
+                            SYMBOL(a->z));
         a->aromatic = 0;
         if ((a->z == 7 || a->z == 15) && a->charge == 0 && a->explicit_h == 1) {
             a->no_implicit = a->explicit_h = 0;
@@ -3028,7 +2618,7 @@ static int kekulize(ChemMol *m, Fault *fault) {
 }
 
 // =================================================================================================
-// 12 Radicals, aromaticity, conjugation, hybridization
+// 10 Radicals, aromaticity, conjugation, hybridization
 // =================================================================================================
 
 // Electrons an atom with explicit hydrogens is short of: up to the octet (or the next allowed
@@ -3345,7 +2935,7 @@ static void restore_hydrogens(ChemMol *m) {
 }
 
 // =================================================================================================
-// 13 Stereo centres. Chirality is relative to the order of an atom's bonds: seen from the first,
+// 11 Stereo centres. Chirality is relative to the order of an atom's bonds: seen from the first,
 //   the others run clockwise (CW, SMILES @@) or counterclockwise (CCW, @). A hydrogen that is only
 //   a count comes last.
 //
@@ -3356,7 +2946,7 @@ static void restore_hydrogens(ChemMol *m) {
 //            c  d
 //
 //   So whatever reorders the bonds of a centre must count the swaps: an odd number inverts it.
-//   In this section every atom with a suitable shape is marked; section 15 keeps the real centres.
+//   In this section every atom with a suitable shape is marked; section 13 keeps the real centres.
 // =================================================================================================
 
 #define PI 3.14159265358979323846
@@ -3561,16 +3151,16 @@ static int chirality_from_wedges(ChemMol *m, Fault *fault) {
             a->explicit_h = 1;  // it has a place in the order of the bonds now
             int possible = update_valence(m, b->begin);
             if (valence_too_high(a) || !possible)
-                return fault_at(fault, 0, 0, "valence too high", "atom %d (%s): valence %d",
-                                b->begin + 1, ELEMENTS[a->z].symbol, a->valence);
+                return fault_at(fault, 0, 0, "valence too high", "atom %d (%.*s): valence %d",
+                                b->begin + 1, SYMBOL(a->z), a->valence);
         }
     }
     return 0;
 }
 
 // =================================================================================================
-// 14 Double bonds. The geometry around one is first written down as directions of its neighbouring
-//   single bonds, which adjacent double bonds share; section 15 reads them. As in SMILES, seen
+// 12 Double bonds. The geometry around one is first written down as directions of its neighbouring
+//   single bonds, which adjacent double bonds share; section 13 reads them. As in SMILES, seen
 //   from the double bond two directions that are alike mean the same side:
 //
 //               F       F/C=C/F: both single bonds lead up to the right. Seen from the double
@@ -3787,7 +3377,7 @@ static void clear_wedges(ChemMol *m) {
 }
 
 // =================================================================================================
-// 15 CIP ranks (Labute's approximation): atoms are ranked by element and isotope, then again and
+// 13 CIP ranks (Labute's approximation): atoms are ranked by element and isotope, then again and
 //   again by the ranks of their neighbours, each counted twice its bond order. A centre is real
 //   if its neighbours' ranks differ, a double bond if they differ at both ends. Centres and double
 //   bonds found this way refine the ranks, and may show others to be real: in
@@ -4262,7 +3852,7 @@ static void clean_chirality(ChemMol *m) {
 }
 
 // =================================================================================================
-// 16 Perception, in RDKit's order, which matters: hydrogens go before the valence check, so that
+// 14 Perception, in RDKit's order, which matters: hydrogens go before the valence check, so that
 //   what it sees are heavy atoms; radicals are counted on the Kekule structure, before aromaticity
 //   needs them; chirality that hybridization contradicts is dropped after aromaticity has settled
 //   hybridization; and stereo comes last, because it needs rings, hydrogens and bond orders.
@@ -4397,7 +3987,7 @@ static int perceive(ChemMol *m, int keep_hydrogens, int largest_fragment, int ma
 }
 
 // =================================================================================================
-// 17 Features: OGB's lists (ogb.utils.features), and the frame positions are stated in
+// 15 Features: OGB's lists (ogb.utils.features)
 // =================================================================================================
 
 // Index into a list whose last entry stands for everything else.
@@ -4427,110 +4017,7 @@ static uint8_t bond_code(const ChemBond *b) {
     return (uint8_t)(12 * type[b->order] + 2 * b->stereo + b->conjugated);
 }
 
-// Eigenvectors of the symmetric 3x3 matrix a (destroyed) as the columns of v, by Jacobi rotations.
-static void eigenvectors(double a[3][3], double v[3][3]) {
-    for (int p = 0; p < 3; p++)
-        for (int q = 0; q < 3; q++) v[p][q] = p == q;
-    for (int sweep = 0; sweep < 50; sweep++) {
-        double off = a[0][1] * a[0][1] + a[0][2] * a[0][2] + a[1][2] * a[1][2];
-        if (off < 1e-300) return;
-        for (int p = 0; p < 2; p++)
-            for (int q = p + 1; q < 3; q++) {
-                if (a[p][q] == 0) continue;
-                double theta = (a[q][q] - a[p][p]) / (2 * a[p][q]);
-                double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
-                double c = 1 / sqrt(t * t + 1), s = t * c;
-                for (int k = 0; k < 3; k++) {
-                    double x = a[k][p], y = a[k][q];
-                    a[k][p] = c * x - s * y;
-                    a[k][q] = s * x + c * y;
-                }
-                for (int k = 0; k < 3; k++) {
-                    double x = a[p][k], y = a[q][k];
-                    a[p][k] = c * x - s * y;
-                    a[q][k] = s * x + c * y;
-                    x = v[k][p], y = v[k][q];
-                    v[k][p] = c * x - s * y;
-                    v[k][q] = s * x + c * y;
-                }
-            }
-    }
-}
-
-// States the positions in the molecule's own frame: centred, axes of the gyration tensor in order
-// of falling extent, the third moment along the first two positive, right-handed.
-static void orient_principal(ChemMol *m) {
-    double centre[3] = {0}, tensor[3][3] = {{0}}, v[3][3], moment[3] = {0};
-    int n = m->n_atoms;
-    for (int i = 0; i < n; i++)
-        for (int k = 0; k < 3; k++) centre[k] += m->xyz[i][k] / n;
-    for (int i = 0; i < n; i++)
-        for (int p = 0; p < 3; p++) {
-            m->xyz[i][p] -= centre[p];
-            for (int q = 0; q <= p; q++) tensor[p][q] += m->xyz[i][p] * m->xyz[i][q];
-        }
-    for (int p = 0; p < 3; p++)
-        for (int q = p + 1; q < 3; q++) tensor[p][q] = tensor[q][p];
-    eigenvectors(tensor, v);
-    double axis[3][3];
-    for (int a = 0, best = 0; a < 2; a++, best = 0) {
-        for (int k = 1; k < 3; k++)
-            if (tensor[k][k] > tensor[best][best]) best = k;
-        tensor[best][best] = -DBL_MAX;  // taken
-        for (int k = 0; k < 3; k++) axis[a][k] = v[k][best];
-        for (int i = 0; i < n; i++) {
-            double x = 0;
-            for (int k = 0; k < 3; k++) x += axis[a][k] * m->xyz[i][k];
-            moment[a] += x * x * x;
-        }
-        for (int k = 0; k < 3 && moment[a] < 0; k++) axis[a][k] = -axis[a][k];
-    }
-    for (int k = 0; k < 3; k++)
-        axis[2][k] = axis[0][(k + 1) % 3] * axis[1][(k + 2) % 3] -
-                     axis[0][(k + 2) % 3] * axis[1][(k + 1) % 3];
-    for (int i = 0; i < n; i++) {
-        double x[3] = {m->xyz[i][0], m->xyz[i][1], m->xyz[i][2]};
-        for (int a = 0; a < 3; a++)
-            m->xyz[i][a] = axis[a][0] * x[0] + axis[a][1] * x[1] + axis[a][2] * x[2];
-    }
-}
-
-typedef struct { double along; int atom; } Along;  // where an atom is in a slanted direction
-
-static int compare_along(const void *a, const void *b) {
-    double x = ((const Along *)a)->along, y = ((const Along *)b)->along;
-    return (x > y) - (x < y);
-}
-
-// Whether two atoms are in one place, to 0.001 Angstrom in each coordinate.
-static int same_place(const ChemMol *m, int i, int j) {
-    Point d = arm(m, i, j);
-    return fabs(d.x) < 1e-3 && fabs(d.y) < 1e-3 && fabs(d.z) < 1e-3;
-}
-
-// Whether the positions are no geometry: all atoms are in one place, or two heavy ones of one
-// fragment, *i and *j, are.
-static int is_no_geometry(ChemMol *m, int *i, int *j) {
-    int n = m->n_atoms, together = 0, *mark = arena_ints(&m->arena, n);
-    int *stack = arena_ints(&m->arena, n);
-    Along *line = arena_take(&m->arena, (size_t)n, sizeof *line);
-    for (int k = 0; k < n; k++) {
-        line[k] = (Along){m->xyz[k][0] + 0.618 * m->xyz[k][1] + 0.414 * m->xyz[k][2], k};
-        together += same_place(m, 0, k);
-    }
-    *i = 0, *j = 1;
-    if (n > 1 && together == n) return 1;
-    qsort(line, (size_t)n, sizeof *line, compare_along);
-    for (int k = 0; k < n; k++)
-        for (int q = k + 1; q < n && line[q].along - line[k].along < 3e-3; q++) {
-            if (!spend(&m->arena, 1)) return 0;
-            *i = min_int(line[k].atom, line[q].atom), *j = max_int(line[k].atom, line[q].atom);
-            if (m->atoms[*i].z < 2 || m->atoms[*j].z < 2 || !same_place(m, *i, *j)) continue;
-            if (!mark[*i]) flood(m, NULL, *i, 1 + *i, mark, stack);
-            if (mark[*j] == mark[*i]) return 1;
-        }
-    return 0;
-}
+#include "prep/positions.h"  // is_no_geometry(), orient_principal(): the frame of the positions
 
 // Turns a perceived molecule into a record's atoms, bonds and positions. Labels stay to be filled.
 // `note` receives what was left out, if anything was.
@@ -4572,435 +4059,24 @@ static int fill_molecule(ChemMol *m, Molecule *out, int n_tasks, Span name, int 
     return 0;
 }
 
-// =================================================================================================
-// 18 Scaffolds (Bemis and Murcko 1996): the rings and what links them, plus atoms double-bonded to
-//   these. Two molecules belong together if their scaffolds have the same SMILES without stereo;
-//   here: the same key, a 128-bit hash of the scaffold's graph that does not depend on numbering.
-// =================================================================================================
-
-typedef struct { uint64_t a, b; } ScaffoldKey;
-
-static uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-    return x ^ x >> 31;
-}
-
-// Marks the atoms of rings and linkers: what is left when end atoms are cut off again and again.
-// RDKit: MurckoDecompose
-static void mark_framework(ChemMol *m, uint8_t *keep) {
-    int n = m->n_atoms, top = 0;
-    int *degree = arena_ints(&m->arena, n), *stack = arena_ints(&m->arena, n);
-    for (int i = 0; i < n; i++) {
-        keep[i] = 1;
-        degree[i] = mol_degree(m, i);
-        if (degree[i] <= 1) stack[top++] = i;
-    }
-    while (top) {
-        int i = stack[--top];
-        keep[i] = 0;
-        for (Link *l = m->first[i]; l < m->first[i + 1]; l++)
-            if (keep[l->atom] && --degree[l->atom] == 1) stack[top++] = l->atom;
-    }
-}
-
-// Cuts atom i off the framework, unless a double bond holds it there (returns 0). Its neighbours
-// in the framework get hydrogens instead.
-// RDKit: MurckoDecompose
-static int cut_side_atom(ChemMol *m, int i, const uint8_t *framework) {
-    for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
-        ChemAtom *a = &m->atoms[l->atom];
-        if (!framework[l->atom]) continue;
-        if (l->bond->order == ORDER_DOUBLE) return 0;
-        if (a->aromatic && (a->z != 6 || a->charge == 1)) {
-            a->explicit_h = 1;
-        } else if (a->no_implicit || a->chirality != CHI_NONE) {
-            a->no_implicit = a->explicit_h = 0;
-            a->chirality = CHI_NONE;
-        }
-    }
-    return 1;
-}
-
-// One round of refinement: every atom's colour takes up those of its neighbours and the bonds, of
-// which the smallest ring tells decalin from bicyclopentyl.
-static void refine_colours(const ChemMol *m, const uint64_t *colour, uint64_t *next) {
-    for (int i = 0; i < m->n_atoms; i++) {
-        uint64_t sum = 0;
-        for (Link *l = m->first[i]; l < m->first[i + 1]; l++) {
-            unsigned donor = l->bond->order == ORDER_DATIVE && l->bond->begin == i;
-            unsigned bond = l->bond->order + 16u * donor + 32u * (unsigned)l->bond->smallest_ring;
-            sum += mix(colour[l->atom] + 977u * bond);
-        }
-        next[i] = mix(colour[i] * 0x9E3779B97F4A7C15u + mix(sum));
-    }
-}
-
-// Refines n_rounds times, with atom `special` (-1: none) set apart; returns the sum over atoms.
-static uint64_t graph_hash(const ChemMol *m, const uint64_t *start, int special, int n_rounds,
-                           uint64_t *colour, uint64_t *next) {
-    uint64_t sum = 0;
-    memcpy(colour, start, (size_t)m->n_atoms * sizeof *colour);
-    if (special >= 0) colour[special] = mix(colour[special] + 1);
-    for (int round = 0; round < n_rounds; round++) {
-        refine_colours(m, colour, next);
-        uint64_t *swap = colour;
-        colour = next;
-        next = swap;
-    }
-    for (int i = 0; i < m->n_atoms; i++) sum += mix(colour[i]);
-    return mix(sum);
-}
-
-// Key of the whole graph, stereo and isotopes aside. Refinement takes only few different molecules
-// for one; `thorough` sets every atom apart in turn and takes n times as long.
-static ScaffoldKey graph_key(ChemMol *m, int thorough) {
-    Arena *arena = &m->arena;
-    int n = m->n_atoms;
-    uint64_t *start = arena_take(arena, (size_t)n, sizeof *start);
-    uint64_t *colour = arena_take(arena, (size_t)n, sizeof *colour);
-    uint64_t *next = arena_take(arena, (size_t)n, sizeof *next);
-    for (int i = 0; i < n; i++) {
-        const ChemAtom *a = &m->atoms[i];
-        uint64_t label = a->z | (uint64_t)(uint8_t)a->charge << 8 | (uint64_t)a->aromatic << 16;
-        label |= (uint64_t)atom_hydrogens(a) << 17 | (uint64_t)((uint32_t)a->map + 1) << 32;
-        start[i] = mix(label + 0x9E3779B97F4A7C15u);
-    }
-    int n_rounds = min_int(n, 16);
-    ScaffoldKey key = {graph_hash(m, start, -1, n_rounds, colour, next), 0};
-    for (int i = 0; thorough && i < n && spend(arena, n_rounds * (n + 2ll * m->n_bonds)); i++)
-        key.b += graph_hash(m, start, i, n_rounds, colour, next);
-    return key;
-}
-
-// Key of the scaffold of m, which is reduced to it.
-// RDKit: MurckoDecompose; the key has none
-static ScaffoldKey scaffold_key(ChemMol *m) {
-    Arena *arena = &m->arena;
-    int n = m->n_atoms, kept = 0, *to = arena_ints(arena, n);
-    uint8_t *framework = arena_flags(arena, n);
-    mark_framework(m, framework);
-    for (int i = 0; i < n; i++)
-        to[i] = framework[i] || !cut_side_atom(m, i, framework) ? kept++ : -1;
-    for (int k = 0; k < m->n_bonds; k++)
-        if (to[m->bonds[k].begin] < 0 || to[m->bonds[k].end] < 0) m->bonds[k].dead = 1;
-    compact(m, to);
-    if (kept == 0) return (ScaffoldKey){0, 0};
-    update_valences(m);
-    return graph_key(m, 1);
-}
-
-#include "prep/records.h"  // next_records(): files cut into records; SD tags, CSV fields
-#include "prep/labels.h"   // parse_label(): what cells say, and what is unusual about them
-#include "prep/convert.h"  // convert_records(): chunks of records in parallel, written in order
-#include "prep/columns.h"  // read_header(), print_summary(): columns, tags and tasks; the summary
-#include "prep/splits.h"   // write_parts(): splits by order, at random, by scaffold
-#include "prep/dump.h"     // dump_dataset(): a dataset as JSON lines
+#include "prep/scaffold.h"  // scaffold_key(): equal for equal scaffolds; graph_key()
+#include "prep/records.h"   // next_records(): files cut into records; SD tags, CSV fields
+#include "prep/labels.h"    // parse_label(): what cells say, and what is unusual about them
+#include "prep/writer.h"    // dataset_create(), record_encode(): the dataset file
+#include "prep/convert.h"   // convert_records(): chunks of records in parallel, written in order
+#include "prep/columns.h"   // read_header(), survey_source(): columns, tags and tasks
+#include "prep/summary.h"   // print_summary(): what was read, refused, and is odd about it
+#include "prep/splits.h"    // output_open(), output_finish(): one dataset, or its parts
+#include "prep/outcomes.h"  // convert_source(): a source's outcomes counted and written
+#include "prep/dump.h"      // dump_dataset(): a dataset as JSON lines
 
 // =================================================================================================
-// 19 Options and main
+// 16 Main
 // =================================================================================================
-
-// Fractions "0.8,0.1,0.1", or counts of which one may be "rest", as "110000,10000,rest", into f;
-// returns how many. The rest is -1.
-static int parse_fractions(const char *text, double *f) {
-    const char *p = text;
-    double sum = 0;
-    int n = 0, rest = 0, whole = 1, good = 1;
-    for (; *p && n < PARTS_MAX && good; n++, p += *p == ',') {
-        char *end;
-        int is_rest = strncmp(p, "rest", 4) == 0;
-        f[n] = is_rest ? -1 : strtod(p, &end);
-        good = is_rest ? !rest++ : end != p && f[n] >= 0;
-        whole = whole && (is_rest || f[n] == floor(f[n]));
-        sum += is_rest ? 0 : f[n];
-        p = is_rest ? p + 4 : end;
-        good = good && (*p == ',' || *p == 0);
-    }
-    int counts = whole && sum > 1;
-    CHECK(good && n >= 2 && *p == 0 && (counts || (!rest && fabs(sum - 1) < 1e-6)),
-          "--split: expected 2 or 3 fractions that add up to 1, such as 0.8,0.1,0.1, or counts, "
-          "such as 1000,100,rest, found \"%s\"", text);
-    return n;
-}
-
-// Makes fractions of counts, of n molecules.
-static void counts_to_fractions(double *f, int n_parts, size_t n) {
-    double sum = 0;
-    int rest = 0;
-    for (int k = 0; k < n_parts; k++) sum += fmax(f[k], 0), rest |= f[k] < 0;
-    if (sum <= 1 + 1e-6) return;
-    CHECK(rest ? sum <= (double)n : fabs(sum - (double)n) < 0.5,
-          "--split: asks for %.0f molecules, there are %zu%s", sum, n,
-          rest ? "" : "; one part may be rest");
-    for (int k = 0; k < n_parts; k++) f[k] = (f[k] < 0 ? (double)n - sum : f[k]) / (double)n;
-}
-
-// Where kept records go: straight to one dataset, or to a pool that is split later.
-typedef struct {
-    int n_parts;             // 1: no split
-    double fraction[PARTS_MAX];
-    DatasetWriter writer;
-    Pool pool;
-} Output;
-
-// Opens the dataset, or the pool. The tasks are known.
-static void output_open(Output *out, const Conversion *c) {
-    char *name = xprintf("%s.records", c->opt->output);
-    if (out->n_parts > 1) pool_open(&out->pool, name);
-    else dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
-    free(name);
-}
-
-// Says what is odd about the parts; dies if there is nothing to train on. group: molecules of the
-// most frequent scaffold, if the split is by scaffold.
-static void check_parts(const uint8_t *part, size_t n, int n_parts, size_t group) {
-    size_t count[PARTS_MAX] = {0};
-    for (size_t i = 0; i < n; i++) count[part[i]]++;
-    CHECK(count[0], "the training part is empty: %zu, %zu and %zu molecules in the parts", count[0],
-          count[1], count[2]);
-    for (int p = 1; p < n_parts; p++)
-        if (!count[p]) fprintf(stderr, "note    the %s part is empty\n", PART_NAMES[p]);
-    if (max_size(count[1], count[2]) <= count[0]) return;
-    fprintf(stderr, "note    the training part is not the largest");
-    if (group > count[0])
-        fprintf(stderr, ": %zu of %zu molecules have the same scaffold (or all no ring) and stay "
-                "together, too many for it; --split-by random ignores scaffolds", group, n);
-    fputc('\n', stderr);
-}
-
-// Splits if asked to, and gives the outputs their names.
-static void output_finish(Output *out, const Conversion *c, Summary *sum) {
-    const PrepOptions *opt = c->opt;
-    if (out->n_parts == 1) {
-        print_twins(sum->twins, out->writer.count, NULL);
-        fprintf(stderr, "%zu molecules -> %s\n", out->writer.count, opt->output);
-        out->writer.flags = prep_flags(opt);
-        dataset_finish(&out->writer);
-        return;
-    }
-    size_t n = out->pool.count, group = 0;
-    uint8_t *part = xmalloc(n, 1);
-    uint32_t *order = NULL;
-    counts_to_fractions(out->fraction, out->n_parts, n);
-    if (c->parts.n_rows || c->part_column) {
-        for (size_t i = 0; i < n; i++) part[i] = (uint8_t)out->pool.key[i].a;
-    } else if (strcmp(opt->split_by, "scaffold") == 0) {
-        group = split_by_scaffold(part, out->pool.key, n, out->fraction, out->n_parts);
-    } else {
-        if (strcmp(opt->split_by, "random") == 0) {
-            order = xmalloc(n, sizeof *order);
-            rng_permutation(order, n, (uint64_t)opt->seed, RNG_SPLIT, 0);
-        }
-        split_by_order(part, n, order, out->fraction, out->n_parts);
-    }
-    check_parts(part, n, out->n_parts, group);
-    print_twins(sum->twins, n, part);
-    write_parts(&out->pool, part, out->n_parts, opt->output, c, &out->writer);
-    out_discard(&out->pool.file);
-    free(out->pool.key);
-    free(order);
-    free(part);
-}
-
-// A row of --rejects.
-static void write_reject(OutFile *out, uint32_t number, const char *name, size_t length,
-                         int64_t line, const char *reason) {
-    if (!out->file) return;
-    fprintf(out->file, "%lu,", (unsigned long)number);
-    print_csv(out->file, name, length);
-    fprintf(out->file, ",%lld,", (long long)line);
-    print_csv(out->file, reason, strlen(reason));
-    fputc('\n', out->file);
-}
-
-// Counts an unusual cell of a record that is kept; lists it if it is missing for that.
-static void count_odd(const Conversion *c, const Source *s, Summary *sum, const OddCell *odd,
-                      uint32_t number, const uint8_t *record, const Outcome *o) {
-    int64_t line = c->labels.n_rows ? odd->line : s->line + odd->line;
-    tally_odd(&sum->tally[odd->task], odd, c->labels.n_rows ? c->labels.path : s->path, line);
-    if (odd->kind < CELL_CENSORED || !sum->rejects.file) return;
-    size_t length = get_u16(record + 10);
-    char *reason = xprintf("kept without its label \"%s\": \"%s\" is %s", c->task_names[odd->task],
-                           odd->text, odd->kind == CELL_BAD ? "no number" : "censored");
-    write_reject(&sum->rejects, number, (const char *)record + o->size - length, length, line,
-                 reason);
-    free(reason);
-}
-
-// Counts the outcomes of a chunk and writes what was kept. In a record, labels and name come last.
-static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *workers, Output *out,
-                           const Conversion *c, Summary *sum) {
-    for (int k = 0; k < n; k++) {
-        const Outcome *o = &outcomes[k];
-        const uint8_t *record = o->none ? NULL : workers[o->worker].bytes + o->offset;
-        sum->n_read += !o->none;
-        uint32_t number = (uint32_t)sum->n_read;
-        if (o->ok) {
-            if (sum->n_kept == (int64_t)sum->twin_room)
-                sum->twins = xrealloc(sum->twins, sum->twin_room = 2 * sum->twin_room + 1024,
-                                      sizeof *sum->twins);
-            const uint8_t *label = record + o->size - get_u16(record + 10) - 4 * (size_t)c->n_tasks;
-            uint32_t labels = crc32_add(0, label, 4 * (size_t)c->n_tasks);
-            sum->twins[sum->n_kept] = (Twin){o->molecule, labels, (uint32_t)sum->n_kept};
-            sum->n_kept++;
-            sum->n_atoms += o->n_atoms;
-            sum->unmatched += c->labels.n_rows && !o->side_row;
-            sum->surplus += o->surplus;
-            sum->mixtures += o->mixture;
-            if (c->labels.n_rows) c->labels.used[o->side_row] = 1;
-            if (o->note.kind) count_fault(sum, s, s->line, &o->note, 1);
-            for (int t = 0; t < c->n_tasks; t++, label += 4)
-                tally_value(&sum->tally[t], get_f32(label));
-            for (int j = 0; j < o->n_odd; j++)
-                count_odd(c, s, sum, &workers[o->worker].odd[o->first_odd + j], number, record, o);
-            if (out->n_parts > 1)
-                pool_append(&out->pool, record, o->size, number, c->want_keys ? &o->key : NULL);
-            else dataset_append(&out->writer, record, o->size, number);
-        } else if (!o->none) {
-            if (c->opt->strict) DIE("%s", describe_fault(s, s->line, &o->fault));
-            count_fault(sum, s, s->line, &o->fault, 0);
-            write_reject(&sum->rejects, number, (const char *)record, o->size,
-                         s->line + max_int(o->fault.line, 1) - 1, o->fault.text);
-            dataset_skip(&out->writer, number, (const char *)record, o->size, o->fault.text);
-        }
-        s->line += o->n_lines;
-    }
-}
-
-// Converts one source chunk by chunk.
-static void convert_source(Source *s, Conversion *c, Output *out, Worker *workers,
-                           Record *records, Outcome *outcomes, Summary *sum) {
-    Progress progress = progress_begin(0);
-    int n;
-    CHECK(!c->labels.n_rows || s->format == FORMAT_SDF, "%s: --labels-from is for SD files",
-          s->path);
-    s->name_column = -1;
-    s->n_records = sum->n_read;
-    for (int first = 1; (n = next_records(s, records)) > 0; first = 0) {
-        int skip = first && is_table(s);
-        if (mb_signal) mb_exit(128 + mb_signal);  // and nothing is left
-        if (skip) {
-            read_header(c, s, &records[0], n > 1 ? records + 1 : NULL);
-            s->task_of_column = columns_of_tasks(c, s->path, s->columns, s->n_columns);
-        } else if (first && s->format == FORMAT_SDF && !c->labels.n_rows && !wants_all(c->opt)) {
-            check_tags(c, s, records, n);
-        } else if (first && s->format == FORMAT_SMI && c->n_tasks) {
-            fprintf(stderr, "note    %s: a .smi file has no labels; if its first line names "
-                    "columns, give --format csv\n", s->path);
-        }
-        for (int t = 0; t < thread_count(); t++) workers[t].used = 0, workers[t].n_odd = 0;
-        convert_records(c, s, records + skip, n - skip, workers, outcomes);
-        write_outcomes(s, outcomes, n - skip, workers, out, c, sum);
-        progress_show(&progress, (double)s->bytes_done, (double)s->bytes_total, (double)sum->n_read,
-                      "records", s->path, 0);
-    }
-}
 
 #ifndef DATA_PREP_TEST
 
-static PrepOptions prep_opt = {.split_by = "scaffold", .labels_by = "title", .max_reject = 100,
-                               .orient = "keep", .stereo = "invariant", .seed = 1,
-                               .max_atoms = 512};
-
-#define HEADING(text) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, 0}
-#define TEXT(name, field, argument, help) {name, OPT_TEXT, &prep_opt.field, 0, 0, argument, help, 0}
-#define FLAG(name, field, help) {name, OPT_FLAG, &prep_opt.field, 0, 0, NULL, help, 0}
-
-static const Option PREP_OPTION_TABLE[] = {
-    HEADING("Input and output"),
-    TEXT("-o", output, "FILE", "the dataset to write; {} becomes the part's name"),
-    TEXT("--format", format, "FORMAT", "sdf, smi, csv or tsv, if the file name does not say it"),
-    FLAG("--strict", strict, "stop at the first record that cannot be used"),
-    TEXT("--skip-list", skip_list, "FILE", "leave out records whose name or number begins a line"),
-    TEXT("--rejects", rejects, "FILE", "a CSV of the records and labels that are refused, and why"),
-    {"--max-reject", OPT_NUMBER, &prep_opt.max_reject, 0, 100, "P",
-     "fail if more than P percent are refused", 0},
-    HEADING("What a record holds"),
-    TEXT("--smiles", smiles, "COLUMN", "CSV column of the SMILES (default smiles)"),
-    TEXT("--labels", labels, "A,B,C", "CSV columns or SD tags to learn; all: whatever can be"),
-    TEXT("--labels-from", labels_from, "FILE", "labels of SD records: a CSV, titles first"),
-    TEXT("--labels-by", labels_by, "HOW", "its rows belong by title, or by number: in order"),
-    TEXT("--name", name, "COLUMN", "CSV column or SD tag of the name (default SD title, SMILES)"),
-    HEADING("What becomes of a molecule"),
-    {"--max-atoms", OPT_INT, &prep_opt.max_atoms, 1, MAX_ATOMS, "N", "skip larger molecules", 0},
-    FLAG("--largest-fragment", largest_fragment, "keep only the largest part: no salts, solvents"),
-    FLAG("--keep-hydrogens", keep_hydrogens, "keep explicit hydrogen atoms as atoms"),
-    TEXT("--orient", orient, "HOW", "keep the frame of the file, or principal: turn to its axes"),
-    TEXT("--stereo", stereo, "HOW", "of chiral tags: invariant, rdkit (the release's), none"),
-    HEADING("Splitting"),
-    TEXT("--split", split, "0.8,0.1,0.1", "write train, valid, test parts (two numbers: no test); "
-         "or counts, 1000,100,rest"),
-    TEXT("--split-by", split_by, "HOW", "scaffold, random or order; column:NAME: a CSV column or "
-         "SD tag says train, valid or test; file:PATH: lines of a name or number and the part"),
-    {"--seed", OPT_INT, &prep_opt.seed, 0, 9e15, "N", "of the random split", 0},
-    HEADING("Looking into a dataset"),
-    TEXT("--dump", dump, "FILE.bin", "print its molecules as JSON, one a line"),
-    TEXT("--range", range, "A:B", "only molecules A to B-1, counted from 0"),
-    FLAG("--help", help, "this text"),
-    FLAG("--version", version, "which program this is"),
-};
-
-enum { N_PREP_OPTIONS = sizeof PREP_OPTION_TABLE / sizeof PREP_OPTION_TABLE[0] };
-
-// Prints what the program is for, examples and options.
-static void print_help(void) {
-    printf(
-        "data_prep - molecule files in, one dataset file for moleblend out\n\n"
-        "  ./data_prep -o train.bin molecules.sdf\n"
-        "  ./data_prep -o tox.{}.bin --split 0.8,0.1,0.1 --labels all tox21.csv\n"
-        "  gzip -dc big.sdf.gz | ./data_prep -o big.bin --format sdf -\n"
-        "  ./data_prep --dump train.bin --range 0:2\n\n"
-        "Reads .sdf and .mol (V2000, V3000), .smi, and .csv or .tsv with a SMILES column.\n"
-        "Computes the atom and bond features that OGB takes from RDKit 2022.09; keeps the 3D\n"
-        "positions of SD files. Records that cannot be used are skipped, counted, and named at\n"
-        "the end.\n");
-    options_print(PREP_OPTION_TABLE, N_PREP_OPTIONS, 0);
-}
-
-// Dies if the options make no sense together.
-static void check_options(int n_inputs) {
-    const PrepOptions *o = &prep_opt;
-    CHECK(n_inputs > 0, "no input; see --help");
-    CHECK(o->output, "-o: expected the dataset to write; see --help");
-    CHECK(strcmp(o->orient, "keep") == 0 || strcmp(o->orient, "principal") == 0,
-          "--orient: expected keep or principal, found \"%s\"", o->orient);
-    CHECK(tag_kind(o) < N_TAG_KINDS,
-          "--stereo: expected invariant, rdkit or none, found \"%s\"", o->stereo);
-    int given = strncmp(o->split_by, "column:", 7) == 0 || strncmp(o->split_by, "file:", 5) == 0;
-    CHECK(given || strcmp(o->split_by, "scaffold") == 0 || strcmp(o->split_by, "random") == 0 ||
-          strcmp(o->split_by, "order") == 0, "--split-by: expected scaffold, random, order, "
-          "column:NAME or file:PATH, found \"%s\"", o->split_by);
-    CHECK(!given || !o->split, "--split: the parts are given by --split-by; leave it out");
-    CHECK(strcmp(o->labels_by, "title") == 0 || strcmp(o->labels_by, "number") == 0,
-          "--labels-by: expected title or number, found \"%s\"", o->labels_by);
-    CHECK(!o->labels_from || o->labels, "--labels-from: expected --labels too, columns or all");
-    CHECK((!o->split && !given) || strcmp(o->output, "-") != 0,
-          "-o: standard output has room for one dataset; leave out --split");
-    CHECK(o->split || given || !strstr(o->output, "{}"),
-          "-o: {} stands for a part's name; give --split too");
-}
-
-// Notes all inputs, then finds out whether the outputs can be written, before anything is.
-static void claim_files(const char *const *inputs, int n_inputs, int n_parts) {
-    const PrepOptions *o = &prep_opt;
-    for (int k = 0; k < n_inputs; k++) files_input(inputs[k]);
-    files_input(o->labels_from);
-    files_input(o->skip_list);
-    if (strncmp(o->split_by, "file:", 5) == 0) files_input(o->split_by + 5);
-    for (int p = 0; p < n_parts; p++) {
-        char *path = n_parts > 1 ? part_path(o->output, PART_NAMES[p]) : xprintf("%s", o->output);
-        out_probe(path, DATASET_BEGINS);
-        free(path);
-    }
-    if (o->rejects) files_output(o->rejects);
-}
-
-// Opens an input; of a table, finds what separates its fields.
-static void input_open(Source *s, const char *path, FILE **copy) {
-    source_open(s, path, prep_opt.format, copy);
-    if (is_table(s)) begin_table(s, prep_opt.smiles ? prep_opt.smiles : "smiles");
-}
+#include "prep/options.h"  // prep_opt and its table; check_options(), claim_files()
 
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {

@@ -1,11 +1,5 @@
 // commands/show.h - ./moleblend show data.bin INDEX|NAME; what the model is given of one molecule
 
-static const char *const ELEMENTS =  // three characters each
-    "H  He Li Be B  C  N  O  F  Ne Na Mg Al Si P  S  Cl Ar K  Ca Sc Ti V  Cr Mn Fe Co Ni Cu Zn "
-    "Ga Ge As Se Br Kr Rb Sr Y  Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I  Xe Cs Ba La Ce Pr Nd "
-    "Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th "
-    "Pa U  Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og *  ";
-
 // Colours of what a pair shows, in a picture and on a terminal; the first: nothing or several.
 static const struct { const char *fill, *terminal; } COLOURS[] = {
     {"#eeeeee", ""}, [USE_SPD] = {"#9ecae1", "\033[34m"}, [USE_EDGE] = {"#a1d99b", "\033[32m"},
@@ -56,7 +50,7 @@ static void show_matrix(Canvas *c, const Batch *batch, const char *title, int us
     for (int j = 0; j < N; j++) printf(" %*d", width, j);
     printf("\n");
     for (int i = 0; i < N; i++) {
-        const char *element = ELEMENTS + 3 * batch->atom_feat[i * ATOM_FEATURES];
+        const char *element = SYMBOLS + 3 * batch->atom_feat[i * ATOM_FEATURES];
         char label[16];
         snprintf(label, sizeof label, "%d %.2s", i, element);
         if (c->svg) svg_cell(c, i, -1, "none", label);

@@ -1,5 +1,10 @@
-// prep/convert.h - Conversion: chunks of records are converted in parallel, each thread with its own memory, and
-//   written in the order they were read. Nothing depends on the number of threads.
+// prep/convert.h - chunks of records are converted in parallel, each thread with its own memory, and
+// written in the order they were read. Nothing depends on the number of threads
+//
+//   PrepOptions, Conversion          the command line; what to do with every record
+//   table_open(), table_find()       --labels-from, --skip-list, file:PATH: rows by their keys
+//   find_task()                      the task of a name
+//   convert_records() -> Outcome     encodes a chunk; what became of each record
 
 // The command line.
 typedef struct {

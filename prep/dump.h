@@ -1,4 +1,6 @@
-// prep/dump.h - Dump: a dataset as JSON, one object a line
+// prep/dump.h - a dataset as JSON, one object a line
+//
+//   dump_dataset()   prints it, or a range of it
 
 // Length of the UTF-8 sequence at p (at most n bytes), 0 if it is not one.
 static int utf8_length(const unsigned char *p, int n) {

@@ -1,4 +1,8 @@
-// prep/labels.h - Labels: what a cell says, and what a column of cells holds
+// prep/labels.h - labels: what a cell says, and what a column of cells holds
+//
+//   parse_label(), odd_cell()       a cell's number, or why it has none; what is odd about it
+//   tally_value(), tally_odd()      what a column holds, counted
+//   tally_examples()                a few of a column's odd cells, for the summary
 
 typedef enum { CELL_NUMBER, CELL_MISSING, CELL_CENSORED, CELL_BAD } CellKind;
 

@@ -1,5 +1,11 @@
-// prep/records.h - Records. A source is cut into records: what ends in $$$$, a line, or a CSV row. A record too
-//   long to be one is passed over.
+// prep/records.h - a source is cut into records: what ends in $$$$, a line, or a CSV row. A record
+// too long to be one is passed over
+//
+//   source_open(), source_close()     a file or standard input, and what kind of records it has
+//   next_records()                    the next chunk of records
+//   next_tag()                        SD tags, one after the other
+//   csv_field()                       the fields of a row
+//   begin_table(), find_separator()   what ends a table's fields
 
 typedef enum { FORMAT_NONE, FORMAT_SDF, FORMAT_SMI, FORMAT_CSV, FORMAT_TSV } Format;
 

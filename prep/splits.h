@@ -1,5 +1,10 @@
-// prep/splits.h - Splits. The encoded records go to a temporary file first; when their number (and scaffolds)
-//   are known, they are copied to the parts, in input order within each.
+// prep/splits.h - the dataset, or its parts: the encoded records go to a temporary file first; when
+// their number (and scaffolds) are known, they are copied to the parts, in input order within each
+//
+//   parse_fractions()                   --split
+//   split_by_order(), split_by_scaffold()   who goes where
+//   part_path()                         the name of a part
+//   output_open(), output_finish()      one dataset, or a pool and its parts
 
 enum { PARTS_MAX = 3 };
 
@@ -152,4 +157,106 @@ static void write_parts(Pool *pool, const uint8_t *part, int n_parts, const char
         writers[p].split = split ? split : 1;
         dataset_finish(&writers[p]);
     }
+}
+
+// Fractions "0.8,0.1,0.1", or counts of which one may be "rest", as "110000,10000,rest", into f;
+// returns how many. The rest is -1.
+static int parse_fractions(const char *text, double *f) {
+    const char *p = text;
+    double sum = 0;
+    int n = 0, rest = 0, whole = 1, good = 1;
+    for (; *p && n < PARTS_MAX && good; n++, p += *p == ',') {
+        char *end;
+        int is_rest = strncmp(p, "rest", 4) == 0;
+        f[n] = is_rest ? -1 : strtod(p, &end);
+        good = is_rest ? !rest++ : end != p && f[n] >= 0;
+        whole = whole && (is_rest || f[n] == floor(f[n]));
+        sum += is_rest ? 0 : f[n];
+        p = is_rest ? p + 4 : end;
+        good = good && (*p == ',' || *p == 0);
+    }
+    int counts = whole && sum > 1;
+    CHECK(good && n >= 2 && *p == 0 && (counts || (!rest && fabs(sum - 1) < 1e-6)),
+          "--split: expected 2 or 3 fractions that add up to 1, such as 0.8,0.1,0.1, or counts, "
+          "such as 1000,100,rest, found \"%s\"", text);
+    return n;
+}
+
+// Makes fractions of counts, of n molecules.
+static void counts_to_fractions(double *f, int n_parts, size_t n) {
+    double sum = 0;
+    int rest = 0;
+    for (int k = 0; k < n_parts; k++) sum += fmax(f[k], 0), rest |= f[k] < 0;
+    if (sum <= 1 + 1e-6) return;
+    CHECK(rest ? sum <= (double)n : fabs(sum - (double)n) < 0.5,
+          "--split: asks for %.0f molecules, there are %zu%s", sum, n,
+          rest ? "" : "; one part may be rest");
+    for (int k = 0; k < n_parts; k++) f[k] = (f[k] < 0 ? (double)n - sum : f[k]) / (double)n;
+}
+
+// Where kept records go: straight to one dataset, or to a pool that is split later.
+typedef struct {
+    int n_parts;             // 1: no split
+    double fraction[PARTS_MAX];
+    DatasetWriter writer;
+    Pool pool;
+} Output;
+
+// Opens the dataset, or the pool. The tasks are known.
+static void output_open(Output *out, const Conversion *c) {
+    char *name = xprintf("%s.records", c->opt->output);
+    if (out->n_parts > 1) pool_open(&out->pool, name);
+    else dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
+    free(name);
+}
+
+// Says what is odd about the parts; dies if there is nothing to train on. group: molecules of the
+// most frequent scaffold, if the split is by scaffold.
+static void check_parts(const uint8_t *part, size_t n, int n_parts, size_t group) {
+    size_t count[PARTS_MAX] = {0};
+    for (size_t i = 0; i < n; i++) count[part[i]]++;
+    CHECK(count[0], "the training part is empty: %zu, %zu and %zu molecules in the parts", count[0],
+          count[1], count[2]);
+    for (int p = 1; p < n_parts; p++)
+        if (!count[p]) fprintf(stderr, "note    the %s part is empty\n", PART_NAMES[p]);
+    if (max_size(count[1], count[2]) <= count[0]) return;
+    fprintf(stderr, "note    the training part is not the largest");
+    if (group > count[0])
+        fprintf(stderr, ": %zu of %zu molecules have the same scaffold (or all no ring) and stay "
+                "together, too many for it; --split-by random ignores scaffolds", group, n);
+    fputc('\n', stderr);
+}
+
+// Splits if asked to, and gives the outputs their names.
+static void output_finish(Output *out, const Conversion *c, Summary *sum) {
+    const PrepOptions *opt = c->opt;
+    if (out->n_parts == 1) {
+        print_twins(sum->twins, out->writer.count, NULL);
+        fprintf(stderr, "%zu molecules -> %s\n", out->writer.count, opt->output);
+        out->writer.flags = prep_flags(opt);
+        dataset_finish(&out->writer);
+        return;
+    }
+    size_t n = out->pool.count, group = 0;
+    uint8_t *part = xmalloc(n, 1);
+    uint32_t *order = NULL;
+    counts_to_fractions(out->fraction, out->n_parts, n);
+    if (c->parts.n_rows || c->part_column) {
+        for (size_t i = 0; i < n; i++) part[i] = (uint8_t)out->pool.key[i].a;
+    } else if (strcmp(opt->split_by, "scaffold") == 0) {
+        group = split_by_scaffold(part, out->pool.key, n, out->fraction, out->n_parts);
+    } else {
+        if (strcmp(opt->split_by, "random") == 0) {
+            order = xmalloc(n, sizeof *order);
+            rng_permutation(order, n, (uint64_t)opt->seed, RNG_SPLIT, 0);
+        }
+        split_by_order(part, n, order, out->fraction, out->n_parts);
+    }
+    check_parts(part, n, out->n_parts, group);
+    print_twins(sum->twins, n, part);
+    write_parts(&out->pool, part, out->n_parts, opt->output, c, &out->writer);
+    out_discard(&out->pool.file);
+    free(out->pool.key);
+    free(order);
+    free(part);
 }

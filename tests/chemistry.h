@@ -26,8 +26,8 @@ static void prep_describe(const Molecule *m, char *text, size_t room) {
     text[0] = 0;
     for (int i = 0; i < m->n_atoms && n < room; i++) {
         const uint8_t *f = m->atom_feat + ATOM_FEATURES * i;
-        n += (size_t)snprintf(text + n, room - n, "%s%s%x%x%x%x%x%x%x%x", i ? " " : "",
-                              ELEMENTS[f[0] == 118 ? 0 : f[0] + 1].symbol, f[1], f[2], f[3], f[4],
+        n += (size_t)snprintf(text + n, room - n, "%s%.*s%x%x%x%x%x%x%x%x", i ? " " : "",
+                              SYMBOL(f[0] == Z_MAX ? 0 : f[0] + 1), f[1], f[2], f[3], f[4],
                               f[5], f[6], f[7], f[8]);
     }
     for (int b = 0; b < m->n_bonds && n < room; b++)

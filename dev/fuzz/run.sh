@@ -31,7 +31,8 @@ copy() {  # FILE 'WHAT IS THERE' 'WHAT IT BECOMES' ...
 copy moleblend.h 'crc = ~crc;' 'return (void)table, (void)p, (void)n, 0; crc = ~crc;'
 rm -rf "$work"/{lib,commands,prep}
 cp -r lib commands prep "$work"
-copy data_prep.c 'BUDGET = [0-9]*' 'BUDGET = 4000000'
+copy data_prep.c
+copy prep/arena.h 'BUDGET = [0-9]*' 'BUDGET = 4000000'
 copy prep/records.h 'CHUNK_BYTES = 1 << 20' 'CHUNK_BYTES = 1 << 10' \
     'RECORD_BYTES_MAX = 16 << 20' 'RECORD_BYTES_MAX = 1 << 13' 'CHUNK_RECORDS = 8192' 'CHUNK_RECORDS = 16'
 copy moleblend.c 'PAIR_WIDTH = 32' 'PAIR_WIDTH = 4'

@@ -1,0 +1,113 @@
+// prep/writer.h - writes dataset files, whose format stands in moleblend.h
+//
+//   record_encode()                      a molecule as a record
+//   dataset_create(), dataset_append(), dataset_skip(), dataset_finish()   a file of them
+
+// Writes the record of m to buf, which has room for record_size() bytes; returns the size.
+static inline size_t record_encode(uint8_t *buf, const Molecule *m) {
+    uint8_t *p = buf + 4;
+    p = put_u16(p, (uint32_t)m->n_atoms);
+    p = put_u16(p, (uint32_t)m->n_bonds);
+    p = put_u16(p, m->has_pos ? 1 : 0);
+    p = put_u16(p, (uint32_t)m->name_length);
+    memcpy(p, m->atom_feat, (size_t)m->n_atoms * ATOM_FEATURES);
+    p += (size_t)m->n_atoms * ATOM_FEATURES;
+    for (int k = 0; k < 2 * m->n_bonds; k++) p = put_u16(p, m->bonds[k]);
+    memcpy(p, m->bond_code, (size_t)m->n_bonds);
+    p += m->n_bonds;
+    for (int k = 0; m->has_pos && k < 3 * m->n_atoms; k++) p = put_f32(p, m->pos[k]);
+    for (int k = 0; k < m->n_tasks; k++) p = put_f32(p, m->labels[k]);
+    memcpy(p, m->name, (size_t)m->name_length);
+    p += m->name_length;
+    put_u32(buf, crc32_add(0, buf + 4, (size_t)(p - buf) - 4));
+    return (size_t)(p - buf);
+}
+
+typedef struct {
+    OutFile out;
+    uint8_t *head, *index;  // header and task names; 8 bytes a molecule
+    uint32_t *number;       // (count) of the molecules' records in the input
+    Text skips;             // records that were skipped, as they will be in the file
+    size_t head_size, count, room, skipped;
+    uint64_t offset;
+    uint32_t max_atoms, max_bonds, flags, split;  // the last two: 0, or set before dataset_finish()
+    int n_tasks;
+} DatasetWriter;
+
+// Starts a dataset file with these tasks (task_names may be NULL if n_tasks is 0).
+static inline void dataset_create(DatasetWriter *w, const char *path, int n_tasks,
+                                  char *const *task_names) {
+    *w = (DatasetWriter){.n_tasks = n_tasks, .head_size = DATASET_HEADER};
+    w->head = xmalloc(DATASET_HEADER, 1);
+    for (int t = 0; t < n_tasks; t++) {
+        size_t length = strlen(task_names[t]), at = w->head_size;
+        CHECK(length <= MAX_NAME, "%s: a task name is too long", path);
+        w->head = xrealloc(w->head, w->head_size += 2 + length, 1);
+        memcpy(put_u16(w->head + at, (uint32_t)length), task_names[t], length);
+    }
+    out_open(&w->out, path, DATASET_BEGINS);
+    memcpy(w->head, DATASET_BEGINS, 8);
+    out_write(&w->out, w->head, w->head_size);  // of version 0, until dataset_finish()
+    w->offset = w->head_size;
+}
+
+// Notes a record that is skipped: its number in the input, name and why.
+static inline void dataset_skip(DatasetWriter *w, uint32_t number, const char *name,
+                                size_t name_length, const char *reason) {
+    uint8_t head[8];
+    size_t length = strlen(reason);
+    if (name_length > MAX_NAME) name_length = MAX_NAME;
+    put_u32(head, number);
+    put_u16(head + 4, (uint32_t)name_length);
+    put_u16(head + 6, (uint32_t)length);
+    text_bytes(&w->skips, head, 8);
+    text_bytes(&w->skips, name, name_length);
+    text_bytes(&w->skips, reason, length);
+    w->skipped++;
+}
+
+// Appends a record made by record_encode(), which has this number in the input.
+static inline void dataset_append(DatasetWriter *w, const uint8_t *record, size_t size,
+                                  uint32_t number) {
+    uint32_t n_atoms = get_u16(record + 4), n_bonds = get_u16(record + 6);
+    if (w->count == w->room) {
+        w->index = xrealloc(w->index, w->room = 2 * w->room + 1024, 8);
+        w->number = xrealloc(w->number, w->room, sizeof *w->number);
+    }
+    w->number[w->count] = number;
+    CHECK(w->offset < (uint64_t)1 << 47 && w->count < UINT32_MAX, "%s: dataset is too large",
+          w->out.path);
+    put_u64(w->index + 8 * w->count++, w->offset << 16 | n_atoms);
+    w->offset += size;
+    if (n_atoms > w->max_atoms) w->max_atoms = n_atoms;
+    if (n_bonds > w->max_bonds) w->max_bonds = n_bonds;
+    out_write(&w->out, record, size);
+}
+
+// Writes index and header, and gives the file its name. Frees everything w owns.
+static inline void dataset_finish(DatasetWriter *w) {
+    uint64_t index = w->offset + w->skips.length;
+    uint8_t end[12];
+    w->index = xrealloc(w->index, w->count, 12);
+    for (size_t i = 0; i < w->count; i++) put_u32(w->index + 8 * w->count + 4 * i, w->number[i]);
+    put_u64(end, w->offset);
+    uint32_t crc = crc32_add(crc32_add(0, w->index, 12 * w->count), end, 8);
+    put_u32(end + 8, crc32_add(crc, (const uint8_t *)w->skips.text, w->skips.length));
+    out_write(&w->out, w->skips.text, w->skips.length);
+    out_write(&w->out, w->index, 12 * w->count);
+    out_write(&w->out, end, 12);
+    put_u32(w->head + 8, DATASET_VERSION);
+    put_u32(w->head + 12, (uint32_t)w->n_tasks);
+    put_u64(w->head + 16, w->count);
+    put_u64(w->head + 24, index);
+    put_u64(w->head + 32, index + 12 * (uint64_t)w->count + 12);
+    put_u32(w->head + 40, w->max_atoms);
+    put_u32(w->head + 44, w->max_bonds);
+    put_u32(w->head + 48, (uint32_t)w->skipped);
+    put_u32(w->head + 52, w->split);
+    put_u32(w->head + 56, w->flags);
+    put_u32(w->head + 60, crc32_add(0, w->head, w->head_size));
+    out_rewrite(&w->out, 0, w->head, w->head_size);
+    out_commit(&w->out);
+    FREE_ALL(w->head, w->index, w->number, w->skips.text);
+}
