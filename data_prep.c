@@ -383,7 +383,7 @@ static int is_aromatic_atom(const ChemMol *m, int i) {
 //   Many programs write such blocks and few write them by the book, so what is accepted here is
 //   what RDKit accepts in its strict mode, down to columns that are blank or run into each other.
 //   Refused is what RDKit reads as a query: atom lists, R-groups, "any" atoms and bonds, conditions
-//   on rings or neighbours. They stand for many molecules, a dataset holds single ones. The hydrogen
+//   on rings or neighbours. They stand for many molecules, a dataset holds single ones. Hydrogen
 //   counts of V2000 are queries, too, but common ones: a count takes an atom's implicit hydrogens
 //   away, and a hydrogen that has one stays an atom.
 // =================================================================================================
@@ -3710,8 +3710,8 @@ static uint8_t *find_ring_stereo(ChemMol *m, const int *rank) {
 }
 
 // ---- tags that no order of atoms decides (--stereo invariant): CW and CCW as if neighbours were
-//   listed from the highest to the lowest rank, a hydrogen or lone pair behind them: CW is R, as far
-//   as these ranks are those of CIP. Where two tie (cis and trans on a ring), each in turn is put
+//   listed from the highest to the lowest rank, a hydrogen or lone pair behind them: CW is R, as
+//   far as these ranks are those of CIP. If two tie (cis and trans on a ring), each in turn is put
 //   above the other. That settles other tied centres too, which are then like this one (both CW, or
 //   both CCW) or not. If the two ways differ in what is like, that with more likes counts, from the
 //   highest rank down: mirror images come out mirrored. If not, this centre lies in a mirror plane,

@@ -1133,8 +1133,8 @@ static void test_embedding(void) {
     weights_into(rig.enc->dx, n);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
     embedding_backward(&rig);
-    test_gradient(&rig, run_embedding, rig.pair->structure3d, rig.pair->dstructure3d, rig.batch.A * C, 100 * STEP,
-                  "embedding: 3D structure");
+    test_gradient(&rig, run_embedding, rig.pair->structure3d, rig.pair->dstructure3d,
+                  rig.batch.A * C, 100 * STEP, "embedding: 3D structure");
     test_parameter(&rig, run_embedding, rig.model.p.atom_table, "embedding: atom table");
     test_parameter(&rig, run_embedding, rig.model.p.in_degree, "embedding: in degree");
     test_parameter(&rig, run_embedding, rig.model.p.out_degree, "embedding: out degree");
@@ -1188,7 +1188,8 @@ static void test_noise_output(const Rig *rig) {
                         rig->head->denoise_prob + H * v.square + (c / D * N + i) * N;
                     double y = 0;
                     for (int j = 0; j < N; j++)
-                        y += (double)prob[j] * (double)rig->head->denoise_qkv[((a0 + j) * 3 + 2) * C + c] *
+                        y += (double)prob[j] *
+                             (double)rig->head->denoise_qkv[((a0 + j) * 3 + 2) * C + c] *
                              (double)rig->batch.direction[3 * rig->batch.pair_start[b] +
                                                           (size_t)((axis * N + i) * N + j)];
                     out += y * (double)rig->model.p.denoise_axes_w[axis * C + c];
@@ -1223,7 +1224,8 @@ static void test_heads(void) {
     float *dbias = xmalloc(biases, sizeof *dbias);
     memcpy(dbias, rig.pair->dattn_bias, biases * sizeof *dbias);
     test_gradient(&rig, run_heads, x, rig.enc->dx, n, STEP, "heads: input");
-    test_gradient(&rig, run_heads, rig.pair->attn_bias, dbias, biases, STEP, "denoising head: bias");
+    test_gradient(&rig, run_heads, rig.pair->attn_bias, dbias, biases, STEP,
+                  "denoising head: bias");
     free(dbias);
     const idx C = rig.model.config.dim, R = PAIR_WIDTH;
     float *const tensors[] = {  // of the pair maps: spd r, c, edge r, c, 3d r, c; of q, k, v

@@ -1,5 +1,10 @@
 // lib/checkpoints.h - checkpoints: a model's tensors under the official names, as a tensor file
-//   The state for --resume holds also Adam's moments, under a prefix, and the log.
+//
+//   model_write()            a checkpoint, or a state, which has also Adam's moments and the log
+//   tensor_file_config()     the size of the model in a file
+//   model_load()             every parameter of a model, from a file of that size
+//   transfer_load()          those of a pretrained model for another task
+//   meta_numbers()           a list of numbers in the metadata
 
 // What a state holds under the names of the model's tensors, each behind its prefix: parameters,
 // Adam's moments and, of fine-tuning, the best parameters so far. A checkpoint has the first alone.

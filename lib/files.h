@@ -1,9 +1,17 @@
-// lib/files.h - Files. An output is whole or not there: data go to PATH.tmp, which out_commit() flushes to the
-//   disk and renames. Every write is checked; a full disk shows at the latest in out_commit().
-//   PATH may only be a regular file or nothing: to rename onto a device would remove it. If it is a
-//   symbolic link, what it leads to is replaced. PATH.tmp is locked while it is written, so two
-//   programs with one output never mix. No output is an input or another output, and what it
-//   replaces is one of ours: file_note(), out_check().
+// lib/files.h - files. An output is whole or not there: data go to PATH.tmp, which out_commit()
+// flushes to the disk and renames. Every write is checked; a full disk shows at the latest there
+//
+//   out_open(), out_write(), out_rewrite(), out_commit(), out_discard()   an output
+//   out_check(), out_probe()          dies if it may not, or cannot be written
+//   file_note()                       an input or output: none is another one, see FileUse;
+//                                     files_input(), files_output(): the same of a command line
+//   check_ours(), check_file_ours()   what an output replaces begins as ours do
+//   link_target(), folder_of()        where a path leads
+//   file_bytes(), file_release()      a whole file, mapped or read
+//
+// PATH may only be a regular file or nothing: to rename onto a device would remove it. If it is a
+// symbolic link, what it leads to is replaced. PATH.tmp is locked while it is written, so two
+// programs with one output never mix.
 
 // ---- which file a path means
 

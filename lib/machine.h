@@ -1,6 +1,14 @@
-// lib/machine.h - Being stopped, and sharing the machine. SIGINT, SIGTERM and SIGHUP ask for an orderly end: the
-//   work at hand is finished and saved. Another one, 1.5 seconds later or more (timeout(1) sends
-//   each twice), ends the program at once.
+// lib/machine.h - being stopped, and sharing the machine
+//
+//   signals_catch(), mb_signal       SIGINT, SIGTERM and SIGHUP ask for an orderly end
+//   now_seconds()                    a clock
+//   memory_limit(), memory_check()   what a machine, a container or ulimit leaves us
+//   program_begin()                  the first call of main()
+//   threads_set(), threads_adapt()   no more threads than CPUs are free
+//   thread_count(), thread_id()
+//
+// At a signal the work at hand is finished and saved. Another one, 1.5 seconds later or more
+// (timeout(1) sends each twice), ends the program at once.
 
 // Seconds since some moment, by a clock that nobody sets.
 static inline double now_seconds(void) {
@@ -41,8 +49,8 @@ static inline void signals_catch(void) {
 #endif
 }
 
-// The number behind `key` at the begin of a line of FOLDER/FILE, or with key "" on its first line; 0
-// if there is none.
+// The number behind `key` at the begin of a line of FOLDER/FILE, or with key "" on its first line;
+// 0 if there is none.
 static inline double read_number(const char *folder, const char *file, const char *key) {
     char line[256], *path = xprintf("%s/%s", folder, file);
     FILE *f = fopen(path, "r");
@@ -145,8 +153,9 @@ static inline int thread_count(void) { return mb_threads ? mb_threads : omp_get_
 static inline int thread_id(void) { return omp_get_thread_num(); }
 
 // To be called first in main(). A write beyond `ulimit -f` shall fail, not kill, and no file be
-// opened in the place of a closed stdout or stderr; what is written to the former shall not pass. Waiting is made short: a hundredth of gcc's
-// default is as fast on an idle machine. gcc's runtime has read its environment before main()
+// opened in the place of a closed stdout or stderr; what is written to the former shall not pass.
+// Waiting is made short: a hundredth of gcc's default is as fast on an idle machine. gcc's runtime
+// has read its environment before main()
 // begins, so the program begins again with another one.
 static inline void program_begin(char **argv) {
 #if MB_POSIX

@@ -1,4 +1,9 @@
-// lib/metrics.h - Metrics of one task; labels that are NaN are left out
+// lib/metrics.h - labels, and metrics of one task; labels that are NaN are left out
+//
+//   dataset_labels(), label_summary(), labels_judge()   labels, and whether they can judge
+//   task_metrics(), mean_metrics(), print_metrics()     ROC-AUC, AP, or RMSE, MAE, R2
+//   interval_half(), print_reliability()                how sure predictions are
+//   number_text(), rows_mean()                          numbers for people; means of log rows
 
 typedef enum { TASK_CLASSIFICATION, TASK_REGRESSION } TaskKind;
 
@@ -29,8 +34,8 @@ static inline void ranking_metrics(double *auc, double *ap, const Scored *sorted
     *ap = positives > 0 ? precision_sum / positives : (double)NAN;
 }
 
-// x for people: with that many decimals where they show decimals - 1 significant digits, else with a
-// power of ten; "-" if it is none. Valid until the eighth call after.
+// x for people: with that many decimals where they show decimals - 1 significant digits, else with
+// a power of ten; "-" if it is none. Valid until the eighth call after.
 static inline const char *number_text(double x, int decimals) {
     static char text[8][32];
     static int turn;

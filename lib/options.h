@@ -1,5 +1,11 @@
-// lib/options.h - Options. `--name value`, or `--name` alone for a flag. A table row holds the name, where the
-//   value goes (its content at the start is the default), its bounds and its line of help.
+// lib/options.h - options: `--name value`, or `--name` alone for a flag. A table row holds the
+// name, where the value goes (its content at the start is the default), its bounds, its help
+//
+//   options_parse()                         a command line
+//   options_print()                         the table as help
+//   options_describe(), options_resume()    what a run was given, and whether that is still so
+//   edit_distance()                         for "did you mean"
+//   sibling(), path_with(), print_csv()     names of outputs; a CSV field
 
 typedef enum { OPT_FLAG, OPT_INT, OPT_NUMBER, OPT_TEXT } OptionKind;
 

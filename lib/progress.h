@@ -1,5 +1,7 @@
-// lib/progress.h - Progress. One line on stderr, redrawn in place on a terminal and repeated now and then
-//   elsewhere; stdout carries results only.
+// lib/progress.h - one line on stderr, redrawn in place on a terminal and repeated now and then
+// elsewhere; stdout carries results only
+//
+//   progress_begin(), progress_show()
 
 typedef struct {
     double start, shown;  // seconds; when the work began, when a line was last shown

@@ -1,7 +1,13 @@
-// lib/tensors.h - Tensor files (.safetensors): u64 length of the header, a JSON header {"name": {"dtype",
-//   "shape", "data_offsets"}, ..., "__metadata__": {...}}, raw little-endian data. Ours say in the
-//   metadata, as eight hex digits, the CRC-32 of the whole file with zeros for these digits; it is
-//   checked on opening. A file without one is taken.
+// lib/tensors.h - tensor files (.safetensors): u64 length of the header, a JSON header {"name":
+// {"dtype", "shape", "data_offsets"}, ..., "__metadata__": {...}}, raw little-endian data
+//
+//   tensor_file_open(), tensor_file_close()       a file, its header checked
+//   tensor_find(), tensor_value(), tensor_meta(), tensor_rows()   what it holds
+//   tensor_file_write(), text_add_meta()          writes one
+//   file_info()                                   prints what a dataset or tensor file is
+//
+// Ours say in the metadata, as eight hex digits, the CRC-32 of the whole file with zeros for these
+// digits; it is checked on opening. A file without one is taken.
 
 #define TENSOR_CRC "moleblend.crc32"
 

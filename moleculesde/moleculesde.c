@@ -1899,7 +1899,8 @@ static void node_layer_forward(Sde *s, int l) {
         Place v = place_of(m, b);
         float *out_b = out + v.atom * (size_t)Cn;
         gcn_forward(out_b, (size_t)Cn, a->node_map + ((size_t)l * m->A + v.atom) * (size_t)W,
-                    (size_t)W, s->p.to2d.node_b[l], W, &v, m->adj, 1, take(scratch_begin(), (idx)a->scratch));
+                    (size_t)W, s->p.to2d.node_b[l], W, &v, m->adj, 1,
+                    take(scratch_begin(), (idx)a->scratch));
         for (int i = 0; i < v.N; i++)
             for (int c = 0; c < W; c++) out_b[i * Cn + c] = tanh_fast(out_b[i * Cn + c]);
     }

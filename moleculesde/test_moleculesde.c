@@ -1145,7 +1145,8 @@ static void test_judging(void) {
          "build/sdej.csv && ./data_prep --labels kd --split-by column:set -o 'build/sdek.{}.bin' "
          "build/sdej.csv", "test            0 molecules"},
         {SDE " finetune build/sdej.train.bin --epochs 3 -o build/sdej.safetensors --dim 16",
-         "build/sdej.valid.bin: 2 of 2 tasks have no labels or all the same, first a: the training"},
+         "build/sdej.valid.bin: 2 of 2 tasks have no labels or all the same, first a: the "
+         "training"},
         {"awk -F, 'NR > 1 { bad += $3 != \"\" } END { print NR bad }' build/sdej.log.csv", "40"},
         {SDE " finetune build/sdek.train.bin --valid build/sdek.train.bin --epochs 30 --lr 1e-2 "
          "--dim 16 -o build/sdej.safetensors", "e-10  R2"},
@@ -1459,10 +1460,12 @@ static void test_messages(void) {
 // Outputs that are inputs, another's file, or not where they should be; parts of two splits.
 static void test_outputs(void) {
     static const struct { const char *command; int code; const char *expected; } rows[] = {
-        {"rm -rf build/so; mkdir build/so; printf 'smiles,name\nCCO,\"two\nlines\t.\"\nCC,$$$$\n' > "
+        {"rm -rf build/so; mkdir build/so; printf 'smiles,name\nCCO,\"two\nlines\t.\"\nCC,$$$$\n' "
+         "> "
          "build/so/n.csv; ./data_prep -o build/so/n.bin --name name build/so/n.csv; ./data_prep -o "
          "'build/so/{}.bin' --split 0.9,0.1 --split-by order --labels logP data/sample.sdf; "
-         "cp build/sde1.safetensors build/so/m.safetensors; cksum build/so/* > build/so.sums", 0, ""},
+         "cp build/sde1.safetensors build/so/m.safetensors; cksum build/so/* > "
+         "build/so.sums", 0, ""},
         {SDE " build/so/train.bin -o build/so/./train.bin", 1, "same file as the input"},
         {SDE " build/so/train.bin -o build/so/valid.bin", 1, "same file as the input"},
         {SDE " finetune build/so/train.bin --init build/so/m.safetensors -o build/so/m.safetensors",

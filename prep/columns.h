@@ -172,8 +172,8 @@ static void no_smiles_column(const Source *s, const char *wanted, const Record *
             "%s) | ./data_prep --format csv ... -", s->path, min_int(s->columns[header].n, 60),
             s->columns[header].p, names.text + 1, file);
     }
-    CHECK(!starts_with(s->columns[0], "#"), "%s:1: expected a column \"%s\", found a comment; type: "
-          "grep -v '^#' %s | ./data_prep --format csv ... -", s->path, wanted, file);
+    CHECK(!starts_with(s->columns[0], "#"), "%s:1: expected a column \"%s\", found a comment; type:"
+          " grep -v '^#' %s | ./data_prep --format csv ... -", s->path, wanted, file);
     CHECK(s->n_columns > 1 || !memchr(s->columns->p, ' ', (size_t)s->columns->n),
           "%s:1: expected a column \"%s\"; if its fields end at blanks, type: tr -s ' ' , < %s | "
           "./data_prep --format csv ... -", s->path, wanted, file);
@@ -214,8 +214,8 @@ static int *columns_of_tasks(const Conversion *c, const char *path, const Span *
     for (int k = 0; k < n; k++) {
         task[k] = find_task(c, names[k]);
         int *there = task[k] < 0 ? NULL : &column[task[k]];
-        CHECK(!there || !*there, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", path,
-              *there, k + 1, min_int(names[k].n, 60), names[k].p);
+        CHECK(!there || !*there, "%s:1: columns %d and %d are both named \"%.*s\"; rename one",
+              path, *there, k + 1, min_int(names[k].n, 60), names[k].p);
         if (there) *there = k + 1;
     }
     for (int t = 0; t < c->n_tasks && !wants_all(c->opt); t++)

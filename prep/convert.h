@@ -1,5 +1,5 @@
-// prep/convert.h - chunks of records are converted in parallel, each thread with its own memory, and
-// written in the order they were read. Nothing depends on the number of threads
+// prep/convert.h - chunks of records are converted in parallel, each thread with its own memory,
+// and written in the order they were read. Nothing depends on the number of threads
 //
 //   PrepOptions, Conversion          the command line; what to do with every record
 //   table_open(), table_find()       --labels-from, --skip-list, file:PATH: rows by their keys
@@ -261,8 +261,8 @@ static void read_tags(const Conversion *c, Worker *w, Lines in, float *labels, S
     }
 }
 
-// Splits "SMILES |extension| name" of a .smi line or a CSV cell. The extension goes on to the end of
-// the line: where it ends read_smiles() finds out.
+// Splits "SMILES |extension| name" of a .smi line or a CSV cell. The extension goes on to the end
+// of the line: where it ends read_smiles() finds out.
 static void split_smiles(Span line, Span *smiles, Span *extension, Span *name) {
     Span text = trim(line);
     int k = 0;

@@ -42,7 +42,8 @@ static void test_scales(void) {
     static const float scores[] = {2e-9f, 2e-9f, 1e-9f, 3e-9f};
     double metric[METRICS];
     task_metrics(metric, TASK_REGRESSION, scores, tasks[0].label, 4, 1, 0);
-    test_check(fabs(metric[METRIC_R2] - 0.5) < 1e-5 && fabs(metric[METRIC_RMSE] - 7.0711e-10) < 1e-13,
+    test_check(fabs(metric[METRIC_R2] - 0.5) < 1e-5 &&
+                   fabs(metric[METRIC_RMSE] - 7.0711e-10) < 1e-13,
                "labels of 1e-9: R2 %g, RMSE %g", metric[METRIC_R2], metric[METRIC_RMSE]);
 }
 
@@ -68,7 +69,8 @@ static void test_judging(void) {
         {JUDGED("ones", "a,b", "1,0"), 0, ""},
         {JUDGED("same", "kd", "11e-9"), 0, ""},
         {"printf 'smiles,a,set\nC,0,train\nCC,1,train\nCCC,,valid\nCCO,,valid\n' > build/j.csv; "
-         "./data_prep --labels a --split-by column:set -o 'build/j_bare.{}.bin' build/j.csv", 0, ""},
+         "./data_prep --labels a --split-by column:set -o 'build/j_bare.{}.bin' "
+         "build/j.csv", 0, ""},
         {"./data_prep -o 'build/j_cut.{}.bin' --split 12,0,rest --split-by order --labels a,b "
          "build/j_cls.csv", 0, "test            0 molecules"},
         // nanomolar affinities: better than chance, and the digits to see it
@@ -79,12 +81,12 @@ static void test_judging(void) {
         {TUNE("cls", "one", "--epochs 3"), 0,
          "build/j_one.bin: all labels of task a are 1: no say in the choice of an epoch\n"},
         // none can: the training loss chooses, and stops
-        {TUNE("cls", "ones", "--epochs 9 --lr 1e-3"), 0, "build/j_ones.bin: 2 of 2 tasks have no labels "
-         "or all the same, first a: the training loss chooses the epoch and when to stop\n"},
+        {TUNE("cls", "ones", "--epochs 9 --lr 1e-3"), 0, "build/j_ones.bin: 2 of 2 tasks have no "
+         "labels or all the same, first a: the training loss chooses the epoch and when to stop\n"},
         {"grep -c 'j_ones.bin' build/j.out; ! grep -i nan build/j.out build/j.log.csv", 0, "1\n"},
         {"./moleblend info build/j.safetensors | grep -c 'logit_scale: 1$'", 0, "1\n"},
-        {"awk -F, 'NR > 1 { best = NR == 2 || $3 < loss ? NR - 1 : best; loss = best == NR - 1 ? $3 "
-         ": loss; bad += $4 != \"\" || $5 != best } END { print bad + 0 }' build/j.log.csv", 0,
+        {"awk -F, 'NR > 1 { best = NR == 2 || $3 < loss ? NR - 1 : best; loss = best == NR - 1 ? "
+         "$3 : loss; bad += $4 != \"\" || $5 != best } END { print bad + 0 }' build/j.log.csv", 0,
          "0\n"},
         {TUNE("bare.train", "bare.valid", "--epochs 300 --lr 0 --patience 2 "
               "--attention-dropout 0 --activation-dropout 0 --path-dropout 0"), 0,
@@ -95,7 +97,8 @@ static void test_judging(void) {
         {TUNE("cls", "cls", "--epochs 1 --test build/j_cut.test.bin"), 0,
          "build/j_cut.test.bin: the dataset is empty and is left out"},
         {"grep '; valid  ROC-AUC' build/j.out && ! grep -i nan build/j.out", 0, "seed 1"},
-        {TUNE("cls", "cut.valid", "--epochs 1"), 1, "j_cut.valid.bin: expected molecules, to choose"},
+        {TUNE("cls", "cut.valid", "--epochs 1"), 1, "j_cut.valid.bin: expected molecules, to "
+         "choose"},
         {TUNE("cut.valid", "cls", "--epochs 1"), 1, "build/j_cut.valid.bin: the dataset is empty"},
         {"./moleblend build/j_cut.valid.bin --size tiny", 1, "the dataset is empty"},
         {"./moleblend build/j_cls.bin --valid build/j_cut.valid.bin --size tiny --steps 1 -o "

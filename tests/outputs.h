@@ -8,7 +8,8 @@
 static const char *const OUTPUTS_INPUTS =
     "rm -rf build/o; mkdir build/o; cd build/o && printf 'smiles,y\\nCCO,1\\nCCN,0\\nCCC,1\\nC=O,"
     "0\\n' > in.csv && cd ../.. && ./data_prep -o build/o/c.bin --labels y " O_IN " && "
-    "cp build/o/c.bin build/o/v.bin && ./moleblend build/o/c.bin" TINY "--steps 1 -o build/o/p.safetensors "
+    "cp build/o/c.bin build/o/v.bin && ./moleblend build/o/c.bin" TINY "--steps 1 -o "
+    "build/o/p.safetensors "
     "&& ./moleblend finetune build/o/c.bin --valid build/o/v.bin" TINY "--epochs 1 -o "
     "build/o/m.safetensors && (cd build/o && cksum in.csv *.bin *.safetensors > ../o.sums)";
 

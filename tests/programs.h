@@ -1,4 +1,5 @@
-// tests/programs.h - the programs as a user meets them: messages, exit codes, resuming, damage, machine
+// tests/programs.h - the programs as a user meets them: messages, exit codes, resuming, damage, and
+// the machine
 
 // Runs a command with its output in build/test.out; returns the exit code.
 static int run_command(const char *command) {

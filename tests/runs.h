@@ -77,7 +77,8 @@ static void test_seeds(void) {
 // Another dataset taken for that of the run; the same one refused because its path is another.
 static void test_resumed_data(void) {
     static const RunsRow rows[] = {
-        {"rm -rf build/test_r*.s* build/test_r[mn]; mkdir build/test_rm; head -n 5 build/test_r.csv "
+        {"rm -rf build/test_r*.s* build/test_r[mn]; mkdir build/test_rm; head -n 5 "
+         "build/test_r.csv "
          "| ./data_prep --format csv --labels a,b -o build/test_rv.bin - && cp build/test_r.bin "
          "build/test_rm/train.bin && cp build/test_rv.bin build/test_rm/valid.bin", 0, ""},
         {"./moleblend build/test_rm/train.bin " TINY_R "--steps 2 -o build/test_rp.safetensors && "

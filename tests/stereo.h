@@ -286,7 +286,8 @@ static void test_stereo_commands(void) {
         {"./moleblend info build/st.safetensors", 0, "stereo: invariant"},
         {"./moleblend predict build/st_r.bin --model build/st.safetensors -o build/st_r.csv", 0,
          "note    build/st_r.bin: made with --stereo rdkit, build/st.safetensors with invariant"},
-        {"./moleblend embed build/st_i.bin --model data/pretrained.safetensors -o build/st_e.npy", 0,
+        {"./moleblend embed build/st_i.bin --model data/pretrained.safetensors -o "
+         "build/st_e.npy", 0,
          "note    build/st_i.bin: made with --stereo invariant, data/pretrained.safetensors with "
          "rdkit"},
         {"./moleblend finetune build/st_i.bin --valid build/st_i.bin --init "
