@@ -2111,11 +2111,12 @@ static void step_close(Step *s) {
     *s = (Step){0};
 }
 
+#include "lib/ranks.h"        // my_rank, all_ranks: who takes which part of a batch
+#include "lib/run.h"          // struct Run: what training has in common, whatever is trained
 #include "lib/checkpoints.h"  // model_write(), model_load(), transfer_load()
 
 static const char *const LOSS_NAMES[LOSSES] = {"total", "denoise", "spd", "edge", "3d"};
 #include "lib/finite.h"        // finite_check(): what was first to be no number
-#include "lib/ranks.h"         // my_rank, all_ranks: who takes which part of a batch
 
 // Learning rate of update `step` = 0, 1, ...: linear warm-up to the peak, the peak until a part
 // `hold` of what then remains is done (the paper: 0), cosine to 0.

@@ -730,7 +730,6 @@ static inline void note_stereo(const Dataset *d, const char *path, const char *s
 }
 
 #include "lib/tensors.h"   // tensor_file_open(), tensor_file_write(): safetensors; file_info()
-#include "lib/run.h"       // run_claim(), same_data(): outputs of a run, a resumed run's files
 #include "lib/metrics.h"   // task_metrics(): ROC-AUC, average precision, RMSE, MAE, R2, reliability
 
 #endif

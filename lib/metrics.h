@@ -107,6 +107,50 @@ static inline size_t labels_judge(float *labels, const Dataset *d, const char *s
     return Y - mute;
 }
 
+static const char *const TASK_KINDS[] = {"classification", "regression"};
+
+// The kind of a training set's labels, *task, or if that is NULL by their values. Of task y = 0 to
+// Y - 1, statistics (3, Y): mean and deviation (1 where all are equal; classes: 0 and 1), and the
+// bias that a head begins with, log(p / (1 - p)) of classes with p the share of ones; there must be
+// both classes unless `one_class` will do. Dies where there is nothing to learn.
+static inline TaskKind task_statistics(float *statistics, const Dataset *d, const char **task,
+                                       int one_class) {
+    size_t Y = (size_t)d->n_tasks, n = d->count * Y, other = n;
+    float *labels = dataset_labels(d);
+    for (size_t k = 0; k < n; k++) {
+        CHECK(!(fabsf(labels[k]) > (float)LABEL_MAX), "%s: molecule %zu: task %s: label %g is "
+              "beyond range; expected at most %g", d->path, k / Y, d->task_names[k % Y],
+              (double)labels[k], LABEL_MAX);
+        if (!isnan(labels[k]) && labels[k] != 0 && labels[k] != 1 && other == n) other = k;
+    }
+    if (!*task) {
+        *task = TASK_KINDS[other < n ? TASK_REGRESSION : TASK_CLASSIFICATION];
+        fprintf(stderr, "task    %s: the labels are %s 0 and 1 (--task overrules)\n", *task,
+                other < n ? "more than" : "all");
+    }
+    TaskKind kind = (TaskKind)choice("--task", *task, TASK_KINDS, 2);
+    int classes = kind == TASK_CLASSIFICATION;
+    CHECK(!classes || other == n,
+          "%s: molecule %zu: expected labels 0 and 1 for --task classification, found %g",
+          d->path, other / Y, (double)labels[other]);
+    for (size_t y = 0; y < Y; y++) {
+        LabelSummary s = label_summary(labels, d->count, Y, y);
+        const char *name = d->task_names[y];
+        CHECK(s.count > 0, "%s: task %s has no labels", d->path, name);
+        CHECK(!classes || s.deviation > 0 || one_class, "%s: task %s: all labels are %g; expected "
+              "both classes (data_prep --labels leaves a task out)", d->path, name, s.mean);
+        if (s.deviation <= 0)
+            fprintf(stderr, "note    %s: task %s: all labels are %g, there is nothing to learn\n",
+                    d->path, name, s.mean);
+        double ones = fmin(fmax(s.mean, 0.5 / s.count), 1 - 0.5 / s.count);  // also of one class
+        statistics[y] = classes ? 0 : (float)s.mean;
+        statistics[Y + y] = classes || s.deviation <= 0 ? 1 : (float)s.deviation;
+        statistics[2 * Y + y] = classes ? (float)log(ones / (1 - ones)) : 0;
+    }
+    free(labels);
+    return kind;
+}
+
 enum { METRIC_AUC, METRIC_AP, METRIC_RMSE, METRIC_MAE, METRIC_R2, METRICS };
 static const char *const METRIC_NAMES[METRICS] = {"ROC-AUC", "AP", "RMSE", "MAE", "R2"};
 

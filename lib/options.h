@@ -98,6 +98,14 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
     return n_words;
 }
 
+// Index of `text` among n names, or the end of the program.
+static inline int choice(const char *option, const char *text, const char *const *names, int n) {
+    for (int k = 0; k < n; k++)
+        if (strcmp(text, names[k]) == 0) return k;
+    DIE("%s: expected %s%s%s%s%s, found \"%s\"", option, names[0], n > 2 ? ", " : " or ", names[1],
+        n > 2 ? " or " : "", n > 2 ? names[2] : "", text);
+}
+
 // The value of an option as text, in fresh memory.
 static inline char *option_value(const Option *o) {
     if (o->kind == OPT_FLAG) return xprintf("%d", *(int *)o->value);

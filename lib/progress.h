@@ -36,3 +36,8 @@ static inline void progress_show(Progress *p, double done, double total, double 
     fprintf(stderr, "%s", p->terminal ? (last ? "\033[K\n" : "\033[K") : "\n");
     fflush(stderr);
 }
+
+// Removes it from a terminal: something else is to be shown.
+static inline void progress_clear(const Progress *p) {
+    if (p->terminal) fprintf(stderr, "\r\033[K");
+}

@@ -1,10 +1,47 @@
-// lib/run.h - Runs: what training has in common, whatever is trained.
-//   run_claim()       the outputs of a run are its own from start to end
-//   epoch_ids()       the molecules of an update
-//   text_add_tasks()  metadata of a fine-tuned model
-//   required_meta()   what a state or checkpoint says of itself; meta_whole(): a whole number
-//   data_print()      fingerprints, by which a resumed run knows its files; file_print()
-//   same_print()      dies if a file is another one
+// lib/run.h - Runs: what training has in common, whatever is trained. A program's loop calls these
+// functions, which call nothing back and know no model
+//
+//   run_begin(), run_free()      training set, names of the outputs, the claim on them
+//   state_find(), same_init()   is there a state to go on from, and of the same --init?
+//   run_data()                   validation and test set; a resumed run's are the same as before
+//   run_plan()                   molecules and number of the updates, room for their log
+//   run_start(), run_stopped(), run_end()   signals: the loop ends, and saved, so does the program
+//   update_ids()                 the molecules of an update
+//   rows_add(), line_due(), epoch_ended()  rows of the log, and when they are summed up
+//   history_add(), best_row(), enough()     fine-tuning's choice of an epoch
+//   csv_log(), csv_open(), csv_flush()      the one or the other as CSV
+//   save_due(), run_progress()
+//   state_tables(), tables_load()           log and history in a state
+//   text_add_tasks(), required_meta(), meta_whole(), data_print(), file_print(), same_data()
+
+// Rows of `columns` numbers.
+typedef struct { float *x; int64_t n; int columns; } Rows;
+
+// A row of fine-tuning's history, one an epoch: mean loss, what the validation set says, the best
+// epoch so far, counted from 1; a program may have more columns.
+enum { HISTORY_LOSS, HISTORY_VALID, HISTORY_BEST, HISTORY_SCALE };
+
+struct Run {
+    Dataset train, valid, test;   // opened if they have a path
+    const char *output;           // the checkpoint; beside it the state and the log as CSV
+    char *state_path, *log_path;
+    OutFile lock;                 // held from start to end: two runs may not write the same files
+    TensorFile state;             // to go on from; closed when it has been loaded
+    int resumed;                  // is there one?
+    int64_t begun;                // when, in microseconds
+    uint32_t init_print;          // file_print() of --init then
+    uint64_t seed;                // names the draws
+    int64_t batch, steps, done;   // molecules of an update; updates in all, and so far
+    uint32_t *order, *ids;        // permutation of the training set in `epoch`; of a batch
+    int64_t epoch;                // -1: none yet
+    Rows log, history;           // a row an update; of fine-tuning a row an epoch
+    FILE *csv;                    // one of them; grows while the run does
+    int64_t shown;                // rows that it has
+    Progress progress;
+    int stopped;                  // by a signal
+};
+
+// ---- outputs, state, data
 
 // Claims what a run writes: `path`, its state path.state and its log, which begins as log_begins
 // says, see check_ours(). While `lock` is open no other run can claim one of these names, however
@@ -101,4 +138,241 @@ static inline void same_data(const TensorFile *state, const Dataset *train, cons
     for (int k = 0; k < 3; k++)
         same_print(state->path, meta_whole(state, DATA_KEYS[k]), data_print(data[k]), names[k],
                    data[k]->path);
+}
+
+// Opens the training set and claims the outputs: now, not after hours of work, it is found out
+// whether they can be written.
+static inline void run_begin(struct Run *run, const char *train_path, const char *output,
+                             const char *log_begins) {
+    dataset_open(&run->train, train_path);
+    CHECK(run->train.count > 0, "%s: the dataset is empty", train_path);
+    run->output = output;
+    run->state_path = xprintf("%s.state", output);
+    run->log_path = path_with(output, ".safetensors", ".log.csv");
+    if (my_rank == 0) run_claim(&run->lock, output, log_begins);
+    run->begun = (int64_t)time(NULL) * 1000000 + (int64_t)(1e6 * now_seconds()) % 1000000;
+}
+
+// Opens the state of the run to be resumed; says so and returns 0 if there is none. Its options,
+// metadata "run", are for the caller to take over before run_data().
+static inline int state_find(struct Run *run) {
+    double there = my_rank == 0 && access(run->state_path, F_OK) == 0;
+    ranks_sum(&there, 1, sizeof there);  // one answer for all
+    run->resumed = there > 0;
+    if (!run->resumed) {
+        fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
+                run->state_path);
+        return 0;
+    }
+    tensor_file_open(&run->state, run->state_path);
+    return 1;
+}
+
+// Dies unless this is the checkpoint that the run began with.
+static inline void same_init(const struct Run *run, const char *init) {
+    same_print(run->state_path, run->init_print, file_print(init), "checkpoint (--init)", init);
+}
+
+// Opens validation and test set, NULL: none. asked: --init of the command line, init: also that of
+// the state. A resumed run must have the same data as before.
+static inline void run_data(struct Run *run, const char *valid, const char *test, const char *init,
+                            const char *asked) {
+    if (run->resumed) run->init_print = (uint32_t)meta_whole(&run->state, "init_fingerprint");
+    else run->init_print = file_print(init);
+    if (run->resumed && asked) same_init(run, asked);
+    dataset_open_part(&run->valid, valid, &run->train);
+    dataset_open_part(&run->test, test, &run->train);
+    if (run->resumed) same_data(&run->state, &run->train, &run->valid, &run->test);
+}
+
+// Molecules of an update: *batch, or if that is 0 as many as are usual and there are; they are
+// computed in parts of `part` (0: all). What there is to say of the run before it begins.
+static inline void run_plan(struct Run *run, int64_t *batch, int64_t usual, int64_t part) {
+    int64_t n = (int64_t)run->train.count;
+    CHECK(*batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
+          (long long)*batch, (long long)n, run->train.path);
+    if (!*batch) *batch = n < usual ? n : usual;
+    int64_t parts = part ? (*batch + part - 1) / part : 1;
+    if (parts < all_ranks)
+        fprintf(stderr, "note    a batch of %lld molecules is %lld part%s: %lld of %d ranks have "
+                "nothing to train with (--micro-batch N)\n", (long long)*batch, (long long)parts,
+                parts > 1 ? "s" : "", (long long)(all_ranks - parts), all_ranks);
+    if (!MB_OPTIMIZED)
+        fprintf(stderr, "note    built without optimisation, many times slower: use make, or "
+                "-O3\n");
+    note_stereo(&run->valid, run->train.path, run->train.stereo);
+    note_stereo(&run->test, run->train.path, run->train.stereo);
+    run->batch = *batch;
+    run->epoch = -1;
+    run->order = xmalloc(run->train.count, sizeof *run->order);
+    run->ids = xmalloc((size_t)run->batch, sizeof *run->ids);
+}
+
+// The updates of so many epochs.
+static inline int64_t epochs_steps(const struct Run *run, int64_t epochs) {
+    return (epochs * (int64_t)run->train.count + run->batch - 1) / run->batch;
+}
+
+// An empty table with room for `most` rows.
+static inline Rows rows_make(int64_t most, int columns) {
+    return (Rows){xmalloc(mul_size((size_t)most, (size_t)columns), sizeof(float)), 0, columns};
+}
+
+// A new row.
+static inline float *rows_add(Rows *t) { return t->x + t->n++ * t->columns; }
+
+// Log and history as a state has them.
+static inline void state_tables(TensorOut out[2], const struct Run *run) {
+    out[0] = (TensorOut){"log", (size_t)run->log.n, (size_t)run->log.columns, run->log.x};
+    out[1] = (TensorOut){"history", (size_t)run->history.n, (size_t)run->history.columns,
+                         run->history.x};
+}
+
+// Takes them and `done` from the state that is open; epochs: room in the history, 0 if there is
+// none. Do they fit?
+static inline int tables_load(struct Run *run, int64_t epochs) {
+    const TensorFile *f = &run->state;
+    Rows *log = &run->log, *history = &run->history;
+    log->n = run->done = tensor_rows(log->x, run->steps, (size_t)log->columns, f, "log");
+    if (epochs)
+        history->n = tensor_rows(history->x, epochs, (size_t)history->columns, f, "history");
+    if (epochs && history->n != run->done * run->batch / (int64_t)run->train.count) return 0;
+    if (history->n) {
+        float best = history->x[(history->n - 1) * history->columns + HISTORY_BEST];
+        CHECK(best >= 1 && best <= (float)history->n,
+              "%s: damaged state: the last row of the history", f->path);
+    }
+    return run->done == meta_whole(f, "step");
+}
+
+static inline void run_free(struct Run *run) {
+    if (run->lock.file) out_discard(&run->lock);
+    dataset_close(&run->train);
+    dataset_close(&run->valid);
+    dataset_close(&run->test);
+    tensor_file_close(&run->state);
+    if (run->csv) fclose(run->csv);
+    FREE_ALL(run->order, run->ids, run->log.x, run->history.x, run->state_path, run->log_path);
+}
+
+// ---- the loop
+
+// From here on a signal ends the loop, not the program.
+static inline void run_start(struct Run *run) {
+    signals_catch();
+    run->progress = progress_begin((double)run->done);
+}
+
+// Has a signal asked a rank to stop?
+static inline int run_stopped(struct Run *run) {
+    double signals = mb_signal != 0;
+    ranks_sum(&signals, 1, sizeof signals);
+    return run->stopped = signals > 0;
+}
+
+// The molecules of update `step` = 0, 1, ..., in run->ids.
+static inline void update_ids(struct Run *run, int64_t step) {
+    epoch_ids(&run->epoch, run->order, run->ids, step, run->batch, run->train.count, run->seed);
+}
+
+// Is it time to save? After the last update the caller does it anyway.
+static inline int save_due(const struct Run *run, int64_t every) {
+    return run->done < run->steps && run->done % every == 0;
+}
+
+// Is it time for a line on stdout, a twentieth of the way? mean: of the log since the one before.
+static inline int line_due(double *mean, const struct Run *run) {
+    int64_t every = run->steps / 20 > 0 ? run->steps / 20 : 1, n = run->done;
+    if (n != 1 && n % every && n != run->steps) return 0;
+    rows_mean(mean, run->log.x, run->log.columns,
+              n == 1 ? 0 : n - (n % every ? n % every : every), n);
+    return 1;
+}
+
+// The log's first row, and the mean of the last fiftieth of the way.
+static inline void log_ends(double *start, double *end, const struct Run *run) {
+    int64_t n = run->done, window = run->steps / 50 + 1;
+    rows_mean(start, run->log.x, run->log.columns, 0, 1);
+    rows_mean(end, run->log.x, run->log.columns, n > window ? n - window : 0, n);
+}
+
+// The number, counted from 1, of the epoch that has ended with the last update, and the mean of its
+// log; else 0.
+static inline int64_t epoch_ended(double *mean, const struct Run *run) {
+    int64_t n = (int64_t)run->train.count, epoch = run->done * run->batch / n;
+    if (epoch == (run->done - 1) * run->batch / n) return 0;
+    rows_mean(mean, run->log.x, run->log.columns, (epoch - 1) * n / run->batch, run->done);
+    return epoch;
+}
+
+// The history's row of the best epoch; NULL before the first.
+static inline const float *best_row(const struct Run *run) {
+    const Rows *t = &run->history;
+    if (!t->n) return NULL;
+    return t->x + ((int64_t)t->x[(t->n - 1) * t->columns + HISTORY_BEST] - 1) * t->columns;
+}
+
+// Adds an epoch; larger: is `valid` the better the larger? Anything is better than no number.
+// Returns the row: the epoch is the best so far if HISTORY_BEST names it.
+static inline float *history_add(struct Run *run, float loss, float valid, int larger) {
+    const float *best = best_row(run);
+    float then = best ? best[HISTORY_VALID] : (float)NAN, *row = rows_add(&run->history);
+    int better = isnan(then) || (larger ? valid > then : valid < then);
+    row[HISTORY_LOSS] = loss;
+    row[HISTORY_VALID] = valid;
+    row[HISTORY_BEST] = better ? (float)run->history.n : best[HISTORY_BEST];
+    return row;
+}
+
+// Have so many epochs (0: any number) passed without gain?
+static inline int enough(const struct Run *run, int64_t patience) {
+    const float *best = best_row(run);
+    return best && patience && run->history.n - (int64_t)best[HISTORY_BEST] >= patience;
+}
+
+// The CSV, begun with its heading; NULL: it is another rank's. The caller adds the rows that it has
+// not yet, counting them in run->shown, and calls csv_flush().
+static inline FILE *csv_open(struct Run *run, const char *heading) {
+    if (my_rank > 0) return NULL;
+    if (run->csv) return run->csv;
+    run->csv = fopen(run->log_path, "w");
+    CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
+    fprintf(run->csv, "%s\n", heading);
+    return run->csv;
+}
+
+static inline void csv_flush(struct Run *run) {
+    CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
+          strerror(errno));
+}
+
+// Adds the log's rows to the CSV, behind the number of their update.
+static inline void csv_log(struct Run *run, const char *heading) {
+    if (!csv_open(run, heading)) return;
+    for (; run->shown < run->log.n; run->shown++) {
+        const float *row = run->log.x + run->shown * run->log.columns;
+        fprintf(run->csv, "%lld", (long long)run->shown + 1);
+        for (int k = 0; k < run->log.columns; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
+        fprintf(run->csv, "\n");
+    }
+    csv_flush(run);
+}
+
+// The line on stderr; of: what the steps are of; last: it stays.
+static inline void run_progress(struct Run *run, const char *of, int last) {
+    char text[96];
+    double done = (double)run->done;
+    snprintf(text, sizeof text, "step %lld of %lld%s", (long long)run->done, (long long)run->steps,
+             of);
+    progress_show(&run->progress, done, (double)run->steps,
+                  (done - run->progress.first) * (double)run->batch, "molecules", text, last);
+}
+
+// Behind the loop, when all is saved: ends the program if a signal asked for it.
+static inline void run_end(const struct Run *run) {
+    if (!run->stopped) return;
+    fprintf(stderr, "stopped by a signal and saved after step %lld; to go on, give the same "
+            "command with --resume\n", (long long)run->done);
+    ranks_finish();
+    mb_exit(128 + (mb_signal ? mb_signal : SIGTERM));
 }
