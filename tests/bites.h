@@ -963,6 +963,18 @@ static void test_stopping(void) {
     static const struct { const char *args; int rows; } runs[] = {
         {"", 16}, {"--patience 3", 4}, {"--patience 0 --epochs 22", 22}, {"--patience 1", 2}};
     size_t size;
+    if (MB_POSIX) {  // of two tasks the validation set judges one: its metric is not halved
+        test_command("printf 'smiles,a,b\nC,0,1\nCC,1,0\nCCC,0,1\n' | ./data_prep --format csv --labels "
+                     "a,b -o build/bites_j0.bin - && printf 'smiles,a,b\nC,0,1\nCC,1,1\nCCC,1,1\n' | "
+                     "./data_prep --format csv --labels a,b -o build/bites_j1.bin - && ./moleblend "
+                     "finetune build/bites_j0.bin --valid build/bites_j1.bin --layers 1 --dim 8 --ffn 8 "
+                     "--heads 1 --kernels 2 --epochs 1 -o build/bites_j.safetensors", 0, "best epoch 1");
+        char *text = file_text("build/test.out", &size);
+        const char *end = line_with(text, "seed 1: ");
+        test_check(is_near(number_after(end, "valid ", 0), number_after(end, "ROC-AUC ", 0), 1e-3),
+                   "a task without a metric counts: %.90s", end);
+        free(text);
+    }
     write_bites("build/bites_r0.bin", 0, 40, 0);
     for (int k = 0; k < 4; k++) {  // at a rate of 0 no epoch is better than the first
         char *line = xprintf("./moleblend finetune build/bites_r0.bin --valid build/bites_r0.bin "
