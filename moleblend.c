@@ -1939,6 +1939,7 @@ typedef struct TensorInfo {
     InitRule rule;
     size_t offset, count; // floats, in the arena
     size_t field;         // byte offset in Tensors of the field that begins here; else SIZE_MAX
+    const char *module;   // what a checkpoint has in front of the name
 } TensorInfo;
 
 // Alternatives of the list at p, "{a,b,c}".
@@ -1977,13 +1978,14 @@ static void pattern_name(char name[128], const char *pattern, int k, int layer) 
 // unless that is NULL. Returns the row's count; dies if there are no addresses for it.
 static size_t tensor_row(TensorInfo *info, int *n, const char *pattern, int layer, size_t rows,
                          size_t columns, InitRule rule, size_t offset, size_t field) {
+    const char *module = strstr(pattern, "proj_out.") ? "encoder." : "encoder.molecule_encoder.";
     int names = pattern_names(pattern);
     size_t all = max_size(rows, 1) * columns;
     CHECK((double)max_size(rows, 1) * (double)columns <= SIZE_MAX / 16 - offset,
           "this model needs more memory than has addresses; try a smaller one (--size)");
     for (int k = 0; k < names; k++, ++*n) {
         TensorInfo one = {"", rows / names, rows ? columns : columns / names, rule,
-                          offset + k * (all / names), all / names, k ? SIZE_MAX : field};
+                          offset + k * (all / names), all / names, k ? SIZE_MAX : field, module};
         if (info) info[*n] = one;
         if (info) pattern_name(info[*n].name, pattern, k, layer);
     }
@@ -2190,6 +2192,7 @@ static double training_step(double loss[LOSSES], Step *s, idx n, const Given *gi
 
 #ifndef MOLEBLEND_TEST
 
+#include "lib/commands.h"  // TEXT(), WHOLE() ...: rows of OPTIONS; command_find()
 enum { DEFAULT_BATCH = 64, PRETRAIN_BATCH = 12 };
 
 // What the command line sets; the initial values are the defaults. Those of size, batch, task,
@@ -2231,15 +2234,6 @@ enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, SHOW = 16, INFO = 32,
        SHAPES = 64,     // an option that shapes a run's trajectory: --resume needs the same
        GROWS = 128,     // or a larger number
        FILES = 256 };   // an option that is kept for --resume, but not in a checkpoint
-
-#define HEADING(text, commands) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, commands}
-#define TEXT(name, field, argument, help, commands) \
-    {name, OPT_TEXT, &opt.field, 0, 0, argument, help, commands}
-#define WHOLE(name, field, min, max, help, commands) \
-    {name, OPT_INT, &opt.field, min, max, "N", help, commands}
-#define NUMBER(name, field, min, max, help, commands) \
-    {name, OPT_NUMBER, &opt.field, min, max, "X", help, commands}
-#define FLAG(name, field, help, commands) {name, OPT_FLAG, &opt.field, 0, 0, NULL, help, commands}
 
 static const Option OPTIONS[] = {
     HEADING("Files", TRAIN | READ | SHOW),
@@ -2338,17 +2332,9 @@ static const char *const UNIT_NAMES[] = {"deviations", "labels"};
 // Pretraining gives the graph token, cls, which the release reads, no loss: hence the mean.
 static const char *const DEFAULT_READOUT = "mean", *const DEFAULT_MODALITY = "2d";
 
-// Index of `text` among n names, or the end of the program.
-static int name_index(const char *option, const char *text, const char *const *names, int n) {
-    for (int k = 0; k < n; k++)
-        if (strcmp(text, names[k]) == 0) return k;
-    DIE("%s: expected %s, %s%s%s, found \"%s\"", option, names[0], names[1], n > 2 ? " or " : "",
-        n > 2 ? names[2] : "", text);
-}
-
 // The USE_ bits of a modality's name.
 static int modality_use(const char *name) {
-    return MODALITY_USE[name_index("--modality", name, MODALITY_NAMES, 3)];
+    return MODALITY_USE[choice("--modality", name, MODALITY_NAMES, 3)];
 }
 
 // The sizes of a model to train: a named one (base: the paper's) and what the options replace in
@@ -2357,7 +2343,7 @@ static Config start_config(const char *init) {
     static const char *const names[] = {"tiny", "small", "base"};
     static const Config configs[] = {{2, 64, 64, 4, 16, 0}, {6, 256, 256, 8, 64, 0},
                                      {12, 768, 768, 32, 128, 0}};
-    Config c = configs[opt.size ? name_index("--size", opt.size, names, 3) : 1], file = c;
+    Config c = configs[opt.size ? choice("--size", opt.size, names, 3) : 1], file = c;
     if (init) {
         TensorFile f;
         tensor_file_open(&f, init);
@@ -2853,7 +2839,7 @@ static void run_open_model(Run *run, const char *model) {
     if (opt.readout || !readout) readout = opt.readout ? opt.readout : DEFAULT_READOUT;
     if (opt.modality || !modality) modality = opt.modality ? opt.modality : DEFAULT_MODALITY;
     run->task.use = modality_use(modality);  // as it was fine-tuned, unless told otherwise
-    run->task.readout = (Readout)name_index("--readout", readout, READOUT_NAMES, 3);
+    run->task.readout = (Readout)choice("--readout", readout, READOUT_NAMES, 3);
 }
 
 // Memory for the largest part of a batch in the first epoch, by its pairs, and for the sets that are
@@ -3093,14 +3079,6 @@ static void command_pretrain(const char *train_path) {
 
 // ---- the command line
 
-typedef struct {
-    const char *name;
-    unsigned bit;
-    int words;            // files it takes
-    const char *output;   // default of -o
-    const char *usage, *help;
-} Command;
-
 static const Command COMMANDS[] = {
     {"pretrain", PRETRAIN, 1, "moleblend.safetensors", "train.bin", "the same, spelt out"},
     {"finetune", FINETUNE, 1, "finetuned.safetensors", "train.bin --init FILE",
@@ -3144,18 +3122,6 @@ static void check_options(void) {
     note_parts("--atom-2d and --atom-3d", opt.blend.atom_2d + opt.blend.atom_3d);
 }
 
-// The command that argv[1] names; NULL if it is a file or an option. Dies at one that is misspelt.
-static const Command *command_find(const char *word) {
-    const Command *nearest = NULL;
-    for (const Command *c = COMMANDS; c < COMMANDS + N_COMMANDS; c++) {
-        if (strcmp(word, c->name) == 0) return c;
-        if (edit_distance(word, c->name) <= 2) nearest = c;
-    }
-    CHECK(!nearest || access(word, F_OK) == 0, "unknown command %s; did you mean %s?", word,
-          nearest->name);
-    return NULL;
-}
-
 // Sorts the words of the command line: checkpoints go behind models[0..n), others to the front.
 // Returns how many checkpoints there are then; *n_words: of the others.
 static int words_models(const char **models, const char **words, int *n_words) {
@@ -3174,7 +3140,7 @@ static int words_models(const char **models, const char **words, int *n_words) {
 int main(int argc, char **argv) {
     program_begin(argv);
     if (argc > 1 && strcmp(argv[1], "help") == 0) argv[1] = xprintf("--help");
-    const Command *command = argc > 1 ? command_find(argv[1]) : NULL;
+    const Command *command = argc > 1 ? command_find(COMMANDS, N_COMMANDS, argv[1]) : NULL;
     int named = command != NULL;
     if (!command) command = &COMMANDS[0];
     if (command->bit == FINETUNE) {  // the paper's

@@ -11,20 +11,6 @@ typedef struct {
 
 #define NAMES_BEGIN "row,rows,record,name\n"
 
-// Begins an array in NumPy's format: (rows, columns), or (rows) if columns is 0.
-static void npy_begin(OutFile *out, const char *path, const char *type, size_t rows,
-                      size_t columns) {
-    char shape[96], header[128], second[32] = "";
-    if (columns) snprintf(second, sizeof second, " %zu", columns);
-    snprintf(shape, sizeof shape, "{'descr': '%s', 'fortran_order': False, 'shape': (%zu,%s), }",
-             type, rows, second);
-    int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
-    const uint8_t magic[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (uint8_t)length, 0};
-    out_open(out, path, NPY_BEGINS);
-    out_write(out, magic, 10);
-    out_write(out, header, (size_t)length);
-}
-
 // row (C) = weight * the sum of tokens first..first + count - 1 of x (T, C).
 static void embed_row(float *row, const float *x, idx C, idx first, idx count, float weight) {
     for (idx c = 0; c < C; c++) {
@@ -70,7 +56,7 @@ static void command_embed(const char *path) {
     static const char *const levels[] = {"molecule", "atom"};
     Run run = {0};
     Embedding e = {.progress = progress_begin(0)};
-    int atoms = opt.level && name_index("--level", opt.level, levels, 2);
+    int atoms = opt.level && choice("--level", opt.level, levels, 2);
     int files = strcmp(opt.output, "-") != 0;
     CHECK(files || !atoms, "--level atom: expected -o FILE.npy, beside which FILE.index.npy says whose "
           "an atom is");

@@ -18,7 +18,7 @@ static void label_statistics(Run *run) {
         fprintf(stderr, "task    %s: the labels are %s 0 and 1 (--task overrules)\n", opt.task,
                 other < n ? "more than" : "all");
     }
-    run->task.kind = (TaskKind)name_index("--task", opt.task, KIND_NAMES, 2);
+    run->task.kind = (TaskKind)choice("--task", opt.task, KIND_NAMES, 2);
     int classes = run->task.kind == TASK_CLASSIFICATION;
     CHECK(!classes || other == n,
           "%s: molecule %zu: expected labels 0 and 1 for --task classification, found %g",
@@ -71,9 +71,9 @@ static void finetune_open(Run *run, const char *train_path) {
     if (!opt.modality) opt.modality = DEFAULT_MODALITY;
     run->statistics = xmalloc(3 * Y, sizeof *run->statistics);
     run->task = (Task){
-        .readout = (Readout)name_index("--readout", opt.readout, READOUT_NAMES, 3),
+        .readout = (Readout)choice("--readout", opt.readout, READOUT_NAMES, 3),
         .use = modality_use(opt.modality), .mean = run->statistics, .std = run->statistics + Y,
-        .label_units = name_index("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
+        .label_units = choice("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
     label_statistics(run);
     float *labels = dataset_labels(&run->valid);
     run->judged = labels_judge(labels, &run->valid, "no say in the choice of an epoch",

@@ -55,7 +55,7 @@ static void predict_open(Predictions *all, Run *runs, const char *model) {
     meta_numbers(run->statistics + Y, Y, f, "label_std");
     run->scale = 1;
     if (tensor_meta(f, "logit_scale")) meta_numbers(&run->scale, 1, f, "logit_scale");
-    run->task.kind = (TaskKind)name_index("task", required_meta(f, "task", kind), KIND_NAMES, 2);
+    run->task.kind = (TaskKind)choice("task", required_meta(f, "task", kind), KIND_NAMES, 2);
     run->task.mean = run->statistics;
     run->task.std = run->statistics + Y;
     if (all->models == 0) {

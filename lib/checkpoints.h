@@ -19,8 +19,7 @@ static void model_write(const char *path, const Model *model, float *const arena
     for (int a = 0; a < ARENAS; a++)
         for (int k = 0; k < model->n_tensors && arenas[a]; k++) {
             const TensorInfo *t = &model->info[k];
-            const char *module = strstr(t->name, "proj_out.") ? "" : "molecule_encoder.";
-            out[n++] = (TensorOut){xprintf("%sencoder.%s%s", ARENA_PREFIXES[a], module, t->name),
+            out[n++] = (TensorOut){xprintf("%s%s%s", ARENA_PREFIXES[a], t->module, t->name),
                                    t->rows, t->columns, arenas[a] + t->offset};
         }
     last = n;

@@ -2,6 +2,7 @@
 // flushes to the disk and renames. Every write is checked; a full disk shows at the latest there
 //
 //   out_open(), out_write(), out_rewrite(), out_commit(), out_discard()   an output
+//   npy_begin()                       an output that is an array in NumPy's format
 //   out_check(), out_probe()          dies if it may not, or cannot be written
 //   file_note()                       an input or output: none is another one, see FileUse;
 //                                     files_input(), files_output(): the same of a command line
@@ -267,6 +268,20 @@ static inline void out_commit(OutFile *out) {
     free(folder);
 #endif
     out_close(out);
+}
+
+// Begins an array in NumPy's format: (rows, columns), or (rows) if columns is 0.
+static inline void npy_begin(OutFile *out, const char *path, const char *type, size_t rows,
+                             size_t columns) {
+    char shape[96], header[128], second[32] = "";
+    if (columns) snprintf(second, sizeof second, " %zu", columns);
+    snprintf(shape, sizeof shape, "{'descr': '%s', 'fortran_order': False, 'shape': (%zu,%s), }",
+             type, rows, second);
+    int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
+    const uint8_t magic[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (uint8_t)length, 0};
+    out_open(out, path, "\x93NUMPY????{'descr': '<?4', 'fortran_order': False, 'shape': (");
+    out_write(out, magic, 10);
+    out_write(out, header, (size_t)length);
 }
 
 // ---- files that are read

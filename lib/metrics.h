@@ -1,7 +1,7 @@
 // lib/metrics.h - labels, and metrics of one task; labels that are NaN are left out
 //
 //   dataset_labels(), label_summary(), labels_judge()   labels, and whether they can judge
-//   task_metrics(), mean_metrics(), print_metrics()     ROC-AUC, AP, or RMSE, MAE, R2
+//   task_metrics(), task_means(), mean_metrics(), print_metrics()   ROC-AUC, AP, or RMSE, MAE, R2
 //   interval_half(), print_reliability()                how sure predictions are
 //   number_text(), rows_mean()                          numbers for people; means of log rows
 
@@ -216,10 +216,9 @@ static inline double interval_half(const float *residuals, size_t n, size_t Y, s
     return half;
 }
 
-// Means over the tasks in which a metric is defined; NaN if there is none, and of errors in the
-// labels' units, which several tasks need not share.
-static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores,
-                                const float *labels, size_t n, size_t Y) {
+// Means over the tasks in which a metric is defined; NaN if there is none.
+static inline void task_means(double mean[METRICS], TaskKind kind, const float *scores,
+                              const float *labels, size_t n, size_t Y) {
     double sum[METRICS] = {0}, count[METRICS] = {0}, metric[METRICS];
     for (size_t y = 0; y < Y; y++) {
         task_metrics(metric, kind, scores, labels, n, Y, y);
@@ -229,10 +228,14 @@ static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float
             count[k] += 1;
         }
     }
-    for (int k = 0; k < METRICS; k++) {
-        int units = Y > 1 && (k == METRIC_RMSE || k == METRIC_MAE);
-        mean[k] = count[k] > 0 && !units ? sum[k] / count[k] : (double)NAN;
-    }
+    for (int k = 0; k < METRICS; k++) mean[k] = count[k] > 0 ? sum[k] / count[k] : (double)NAN;
+}
+
+// The same without errors in the labels' units, which several tasks need not share: NaN.
+static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores,
+                                const float *labels, size_t n, size_t Y) {
+    task_means(mean, kind, scores, labels, n, Y);
+    if (Y > 1) mean[METRIC_RMSE] = mean[METRIC_MAE] = (double)NAN;
 }
 
 // mean (columns) of the rows first..last-1 of a table.

@@ -293,9 +293,8 @@ typedef struct {
     const float *data;
 } TensorOut;
 
-// How files of tensor_file_write() begin, and our arrays in NumPy's format, see check_ours().
+// How files of tensor_file_write() begin, see check_ours().
 #define TENSORS_BEGIN "????????{\"__metadata__\":{\"moleblend"
-#define NPY_BEGINS "\x93NUMPY????{'descr': '<?4', 'fortran_order': False, 'shape': ("
 
 // Writes n float32 tensors. meta: a JSON object, not empty, of the metadata.
 static inline void tensor_file_write(const char *path, const TensorOut *tensors, size_t n,

@@ -15,13 +15,14 @@
 // backward pass stands under its forward pass and quotes the line that it undoes. What follows the
 // border behind section 9 may be skipped. All that is not MoleculeSDE's own comes from
 // ../moleblend.c: the matrix product gemm(), column_sums(), exp_fast(), dropout_row(), Adam; and
-// from moleblend.h: molecules, datasets, random numbers, tensor files, options.
+// from moleblend.h and lib/: molecules, datasets, random numbers, files, options, runs.
 //
-//   1 molecules of a batch      5 contrast               9 one training step    in run.c:
-//   2 layers                    6 noise                 10 sampling conformers  11 fine-tuning head
-//   3 2D encoder: GIN           7 2D -> 3D                                      12 machinery
-//   4 3D encoder: SchNet        8 3D -> 2D                                      13 checkpoints
-//                                                                              14 runs, 15 commands
+//   1 molecules of a batch    7 2D -> 3D               in run.c:
+//   2 layers                  8 3D -> 2D               11 fine-tuning head      15 models on data
+//   3 2D encoder: GIN         9 one training step      12 parameters, memory    16 training runs
+//   4 3D encoder: SchNet     10 sampling conformers    13 checkpoints           17 commands
+//   5 contrast                                         14 options
+//   6 noise
 //
 //      graph                                     positions
 //        | 3 GIN                                   | 4 SchNet
@@ -55,6 +56,7 @@
 #endif
 #define MOLEBLEND_TEST  // moleblend.c without its runs and commands
 #include "../moleblend.c"
+#include "../lib/functions.h"  // log_fast(), tanh_fast(), turn_fast(), normal_row()
 
 // =================================================================================================
 // 1 Molecules of a batch, packed: no padding, no mask. Ethanol, atoms C0-C1-O2:
@@ -300,11 +302,56 @@ static void apply_backward(float *dx, int add, Linear *g, const float *dout,
 
 typedef enum { SILU, SSP, ELU, TANH } Kind;
 
-ALWAYS_INLINE float log_fast(float x);              // natural logarithm of a normal number > 0
-ALWAYS_INLINE float tanh_fast(float x);             // section 12
-ALWAYS_INLINE void turn_fast(float *s, float *c, float turns);  // sin, cos of 2 pi turns
-static void act_forward(Kind kind, float *out, const float *pre, size_t n);  // out = act(pre)
-static void act_backward(Kind kind, float *d, const float *pre, size_t n);   // d *= act'(pre)
+// act(x), and its slope there.
+ALWAYS_INLINE float act(Kind kind, float x) {
+    float e = exp_fast(kind == ELU ? x : -fabsf(x));
+    switch (kind) {
+        case SILU: return x * sigmoid_fast(x);
+        case SSP: return (x > 0 ? x : 0.0f) + log_fast(1.0f + e) - 0.693147181f;
+        case ELU: return x > 0 ? x : e - 1.0f;
+        default: return tanh_fast(x);
+    }
+}
+
+ALWAYS_INLINE float act_slope(Kind kind, float x) {
+    float y = kind == TANH ? tanh_fast(x) : sigmoid_fast(x);
+    switch (kind) {
+        case SILU: return y * (1.0f + x * (1.0f - y));
+        case SSP: return y;
+        case ELU: return x > 0 ? 1.0f : exp_fast(x);
+        default: return 1.0f - y * y;
+    }
+}
+
+enum { ACT_CHUNK = 4096 };
+
+#ifdef __TINYC__
+#define _Pragma(text)  // tcc 0.9.27 does not know it
+#endif
+
+// A loop of its own for each kind, which compilers vectorise.
+#define ACT_LOOPS(statement)                                                                       \
+    _Pragma("omp parallel for schedule(static)")                                                   \
+    for (size_t first = 0; first < n; first += ACT_CHUNK) {                                        \
+        size_t end = n - first < ACT_CHUNK ? n : first + ACT_CHUNK, k;                             \
+        switch (kind) {                                                                            \
+            case SILU: _Pragma("omp simd") for (k = first; k < end; k++) statement(SILU); break;   \
+            case SSP: _Pragma("omp simd") for (k = first; k < end; k++) statement(SSP); break;     \
+            case ELU: _Pragma("omp simd") for (k = first; k < end; k++) statement(ELU); break;     \
+            case TANH: _Pragma("omp simd") for (k = first; k < end; k++) statement(TANH); break;   \
+        }                                                                                          \
+    }
+
+// out = act(pre); d *= act'(pre).
+static void act_forward(Kind kind, float *out, const float *pre, size_t n) {
+#define FORWARD(kind) out[k] = act(kind, pre[k])
+    ACT_LOOPS(FORWARD)
+}
+
+static void act_backward(Kind kind, float *d, const float *pre, size_t n) {
+#define BACKWARD(kind) d[k] *= act_slope(kind, pre[k])
+    ACT_LOOPS(BACKWARD)
+}
 
 // ---- MLP: linear maps l[0..layers) with an activation between them. hidden[k] keeps what map k
 //      gives, before and after the activation, (rows, l[k].out)
@@ -1055,8 +1102,6 @@ static double noise_sigma(const Method *m, const Range *ve, double t) {
     if (m->vp) return sqrt(-expm1(2 * vp_exponent(m, t)));
     return ve->low * pow(ve->high / ve->low, t);
 }
-
-static void normal_row(float *out, size_t n, const Draws *draws, uint32_t purpose, uint32_t slot);
 
 // Draws permutations, times and noise. Half of the times are drawn, the rest is 999 minus these.
 static void mols_draw(Sde *s) {
@@ -2149,4 +2194,4 @@ static void sample_step(Sde *s, int i, int M, const float *corrector, const floa
     }
 }
 
-#include "run.c"  // sections 11 to 15: what is promised above, and the program
+#include "run.c"  // sections 11 to 17: what is promised above, and the program

@@ -1,5 +1,5 @@
-// run.c - the rest of moleculesde.c, which includes it: the fine-tuning head, fast arithmetic,
-// memory and tables of parameters, checkpoints, the loop that trains, commands.
+// run.c - the rest of moleculesde.c, which includes it: the fine-tuning head, tables of parameters
+// and memory, checkpoints, and what trains and uses a model: options, loops, commands.
 
 // =================================================================================================
 // 11 The fine-tuning head: logits (B, Y) = map of the mean of X (or Y) over a molecule's atoms. Of
@@ -76,132 +76,8 @@ static void task_backward(Sde *s) {
 }
 
 // =================================================================================================
-// 12 Fast arithmetic, and memory
+// 12 Parameters, and memory
 // =================================================================================================
-
-// x = 2^e m, m from sqrt(1/2) to sqrt(2); log m by a polynomial (coefficients of Cephes' logf).
-ALWAYS_INLINE float log_fast(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t shifted = bits + (0x3F800000u - 0x3F3504F3u);  // carries if m is above sqrt(2)
-    float e = (float)((int32_t)(shifted >> 23) - 127), m;
-    bits = (shifted & 0x007FFFFFu) + 0x3F3504F3u;
-    memcpy(&m, &bits, 4);
-    m -= 1.0f;
-    float p = 7.0376836292e-2f;
-    p = p * m - 1.1514610310e-1f;
-    p = p * m + 1.1676998740e-1f;
-    p = p * m - 1.2420140846e-1f;
-    p = p * m + 1.4249322787e-1f;
-    p = p * m - 1.6668057665e-1f;
-    p = p * m + 2.0000714765e-1f;
-    p = p * m - 2.4999993993e-1f;
-    p = p * m + 3.3333331174e-1f;
-    return m + (p * m * m * m - 0.5f * m * m) + e * 0.693147181f;
-}
-
-// (e^2x - 1) / (e^2x + 1); a polynomial where that would lose digits.
-ALWAYS_INLINE float tanh_fast(float x) {
-    float e = exp_fast(2.0f * x), z = x * x, large = 1.0f - 2.0f / (e + 1.0f);
-    float p = -0.0539682540f;
-    p = p * z + 0.133333333f;
-    p = p * z - 0.333333333f;
-    return z < 0.04f ? x + x * z * p : large;
-}
-
-// sin(2 pi r), |r| <= 1/4: a Taylor polynomial.
-ALWAYS_INLINE float quarter_sin(float r) {
-    float x = 6.28318531f * r, z = x * x, p = -2.50521084e-8f;
-    p = p * z + 2.75573192e-6f;
-    p = p * z - 1.98412698e-4f;
-    p = p * z + 8.33333333e-3f;
-    p = p * z - 1.66666667e-1f;
-    return x + x * z * p;
-}
-
-ALWAYS_INLINE void turn_fast(float *s, float *c, float turns) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    float shifted = turns + magic, r = turns - (shifted - magic), up = fabsf(r);
-    float folded = up > 0.25f ? 0.5f - up : up;  // sin(pi - x) = sin x
-    *s = r < 0 ? -quarter_sin(folded) : quarter_sin(folded);
-    *c = quarter_sin(0.25f - up);                // cos x = sin(pi / 2 - x)
-}
-
-ALWAYS_INLINE float sigmoid_fast(float x) { return 1.0f / (1.0f + exp_fast(-x)); }
-
-ALWAYS_INLINE float act(Kind kind, float x) {
-    float e = exp_fast(kind == ELU ? x : -fabsf(x));
-    switch (kind) {
-        case SILU: return x * sigmoid_fast(x);
-        case SSP: return (x > 0 ? x : 0.0f) + log_fast(1.0f + e) - 0.693147181f;
-        case ELU: return x > 0 ? x : e - 1.0f;
-        default: return tanh_fast(x);
-    }
-}
-
-ALWAYS_INLINE float act_slope(Kind kind, float x) {
-    float y = kind == TANH ? tanh_fast(x) : sigmoid_fast(x);
-    switch (kind) {
-        case SILU: return y * (1.0f + x * (1.0f - y));
-        case SSP: return y;
-        case ELU: return x > 0 ? 1.0f : exp_fast(x);
-        default: return 1.0f - y * y;
-    }
-}
-
-enum { ACT_CHUNK = 4096 };
-
-#ifdef __TINYC__
-#define _Pragma(text)  // tcc 0.9.27 does not know it
-#endif
-
-// A loop of its own for each kind, which compilers vectorise.
-#define ACT_LOOPS(statement)                                                                       \
-    _Pragma("omp parallel for schedule(static)")                                                   \
-    for (size_t first = 0; first < n; first += ACT_CHUNK) {                                        \
-        size_t end = n - first < ACT_CHUNK ? n : first + ACT_CHUNK, k;                             \
-        switch (kind) {                                                                            \
-            case SILU: _Pragma("omp simd") for (k = first; k < end; k++) statement(SILU); break;   \
-            case SSP: _Pragma("omp simd") for (k = first; k < end; k++) statement(SSP); break;     \
-            case ELU: _Pragma("omp simd") for (k = first; k < end; k++) statement(ELU); break;     \
-            case TANH: _Pragma("omp simd") for (k = first; k < end; k++) statement(TANH); break;   \
-        }                                                                                          \
-    }
-
-static void act_forward(Kind kind, float *out, const float *pre, size_t n) {
-#define FORWARD(kind) out[k] = act(kind, pre[k])
-    ACT_LOOPS(FORWARD)
-}
-
-static void act_backward(Kind kind, float *d, const float *pre, size_t n) {
-#define BACKWARD(kind) d[k] *= act_slope(kind, pre[k])
-    ACT_LOOPS(BACKWARD)
-}
-
-// out (n) standard normal, by Box and Muller, four from a Philox block: number k is that of block
-// k mod blocks, named (purpose, slot).
-static void normal_row(float *out, size_t n, const Draws *draws, uint32_t purpose, uint32_t slot) {
-    size_t blocks = (n + 3) / 4;
-    uint32_t words[4][BLOCKS];
-    for (size_t first = 0; first < blocks; first += BLOCKS) {
-        int count = blocks - first < BLOCKS ? (int)(blocks - first) : BLOCKS;
-        float normal[4][BLOCKS];
-        philox_blocks(words, count, (Philox){{(uint32_t)first, slot, draws->step, purpose}},
-                      draws->seed);
-        for (int w = 0; w < 4; w += 2)
-#pragma omp simd
-            for (int k = 0; k < count; k++) {
-                float u = (float)((words[w][k] >> 8) + 1) * 0x1p-24f, s, c;
-                float radius = sqrtf(-2.0f * log_fast(u));
-                turn_fast(&s, &c, (float)(words[w + 1][k] >> 8) * 0x1p-24f);
-                normal[w][k] = radius * c;
-                normal[w + 1][k] = radius * s;
-            }
-        for (size_t w = 0; w < 4; w++)
-            for (size_t k = 0; k < (size_t)count && w * blocks + first + k < n; k++)
-                out[w * blocks + first + k] = normal[w][k];
-    }
-}
 
 // ---- parameters. A walk through the tensors of all networks, with their official names: it makes
 //      the arenas, the initial values and the checkpoints
@@ -218,44 +94,65 @@ typedef struct {
     float *arena;               // NULL: tensors are only counted
     TensorInfo *info;           // NULL: not wanted
     int n;
-    Group group;                // the one that is placed in this walk
-    size_t offset;
+    Group group, own;           // the one that is placed in this walk; that of the next tensors
+    char module[64];            // what their names begin with
+    size_t offset, fan_in;      // of the next; columns of the last matrix
 } Table;
 
-// The next tensor of a group: *at points to it. rows = 0: a vector. fan_in: of START_DEFAULT.
-MB_PRINTF(8, 9) static void place(Table *t, Group group, float **at, size_t rows, size_t columns,
-                                  Start start, int fan_in, const char *name, ...) {
-    if (group != t->group) return;
-    size_t count = max_size(rows, 1) * columns;
+// The module to which the next tensors belong, and their group.
+MB_PRINTF(3, 4) static void module(Table *t, Group group, const char *name, ...) {
+    va_list args;
+    va_start(args, name);
+    vsnprintf(t->module, sizeof t->module, name, args);
+    va_end(args);
+    t->own = group;
+}
+
+// The next tensor: *at points to it. rows = 0: a vector.
+MB_PRINTF(6, 7) static void place(Table *t, float **at, int rows, int columns, Start start,
+                                  const char *name, ...) {
+    size_t count = (size_t)max_int(rows, 1) * (size_t)columns;
+    if (rows) t->fan_in = (size_t)columns;
+    if (t->own != t->group) return;
     *at = t->arena ? t->arena + t->offset : NULL;
     if (t->info) {
+        char own[64];
         TensorInfo *info = &t->info[t->n];
-        *info = (TensorInfo){.rows = rows, .columns = columns, .rule = (InitRule)start,
-                             .offset = t->offset, .count = count, .field = (size_t)fan_in};
+        *info = (TensorInfo){.rows = (size_t)rows, .columns = (size_t)columns, .module = "",
+                             .rule = (InitRule)start, .offset = t->offset, .count = count,
+                             .field = t->fan_in};
         va_list args;
         va_start(args, name);
-        vsnprintf(info->name, sizeof info->name, name, args);
+        vsnprintf(own, sizeof own, name, args);
         va_end(args);
+        snprintf(info->name, sizeof info->name, "%s%s", t->module, own);
     }
     t->offset += count;
     t->n++;
 }
 
-static void place_linear(Table *t, Group group, Linear *l, int in, int out, Start start,
-                         const char *name) {
-    l->in = in;
-    l->out = out;
-    place(t, group, &l->w, (size_t)out, (size_t)in, start, in, "%s.weight", name);
-    place(t, group, &l->b, 0, (size_t)out, start == START_XAVIER ? START_ZERO : start, in,
-          "%s.bias", name);
+// The same of a vector without gradient.
+static void place_fixed(Table *t, float **at, int n, Start start, const char *name,
+                        const char *part) {
+    Group own = t->own;
+    t->own = GROUP_FIXED;
+    place(t, at, 0, n, start, "%s.%s", name, part);
+    t->own = own;
 }
 
-static void place_batch_norm(Table *t, Group group, BatchNorm *bn, int n, const char *name) {
+static void place_linear(Table *t, Linear *l, int in, int out, Start start, const char *name) {
+    l->in = in;
+    l->out = out;
+    place(t, &l->w, out, in, start, "%s.weight", name);
+    place(t, &l->b, 0, out, start == START_XAVIER ? START_ZERO : start, "%s.bias", name);
+}
+
+static void place_batch_norm(Table *t, BatchNorm *bn, int n, const char *name) {
     bn->n = n;
-    place(t, group, &bn->w, 0, (size_t)n, START_ONE, 0, "%s.weight", name);
-    place(t, group, &bn->b, 0, (size_t)n, START_ZERO, 0, "%s.bias", name);
-    place(t, GROUP_FIXED, &bn->mean, 0, (size_t)n, START_ZERO, 0, "%s.running_mean", name);
-    place(t, GROUP_FIXED, &bn->var, 0, (size_t)n, START_ONE, 0, "%s.running_var", name);
+    place(t, &bn->w, 0, n, START_ONE, "%s.weight", name);
+    place(t, &bn->b, 0, n, START_ZERO, "%s.bias", name);
+    place_fixed(t, &bn->mean, n, START_ZERO, name, "running_mean");
+    place_fixed(t, &bn->var, n, START_ONE, name, "running_var");
 }
 
 // A name made of a pattern and two numbers, valid until the fourth call after.
@@ -267,115 +164,97 @@ static const char *numbered(const char *pattern, int k, int l) {
     return out;
 }
 
+// "layers.0", "layers.1", ... of a module
+static void place_mlp(Table *t, Linear *l, const int *sizes, int layers, const char *name) {
+    for (int k = 0; k < layers; k++) {
+        char text[64];
+        snprintf(text, sizeof text, "%slayers.%d", name, k);
+        place_linear(t, &l[k], sizes[k], sizes[k + 1], START_XAVIER, text);
+    }
+}
+
 static void gin_place(Table *t, Gin *n, const Shape *c) {
+    static const int bond_values[BOND_FEATURES] = {BOND_TYPES, BOND_STEREOS, 2};
     int D = c->dim;
     float *rest;  // tensors that follow each other are one matrix, named by the first
+    module(t, GROUP_2D, "model_2D.");
     for (int f = 0; f < ATOM_FEATURES; f++)
-        place(t, GROUP_2D, f ? &rest : &n->atom, ATOM_FEATURE_SIZES[f], (size_t)D, START_XAVIER, 0,
-              "model_2D.atom_encoder.atom_embedding_list.%d.weight", f);
+        place(t, f ? &rest : &n->atom, ATOM_FEATURE_SIZES[f], D, START_XAVIER,
+              "atom_encoder.atom_embedding_list.%d.weight", f);
     for (int l = 0; l < c->layers; l++) {
         GinLayer *y = &n->layer[l];
-        const int rows[BOND_FEATURES] = {BOND_TYPES, BOND_STEREOS, 2};
+        module(t, GROUP_2D, "model_2D.gnns.%d.", l);
         for (int f = 0; f < BOND_FEATURES; f++)
-            place(t, GROUP_2D, f ? &rest : &y->bond, (size_t)rows[f], (size_t)D, START_XAVIER, 0,
-                  "model_2D.gnns.%d.bond_encoder.bond_embedding_list.%d.weight", l, f);
-        place(t, GROUP_2D, &y->eps, 0, 1, START_ZERO, 0, "model_2D.gnns.%d.eps", l);
-        place_linear(t, GROUP_2D, &y->in, D, 2 * D, START_DEFAULT,
-                     numbered("model_2D.gnns.%d.mlp.0", l, 0));
-        place_batch_norm(t, GROUP_2D, &y->norm_in, 2 * D, numbered("model_2D.gnns.%d.mlp.1", l, 0));
-        place_linear(t, GROUP_2D, &y->out, 2 * D, D, START_DEFAULT,
-                     numbered("model_2D.gnns.%d.mlp.3", l, 0));
-        place_batch_norm(t, GROUP_2D, &y->norm_out, D, numbered("model_2D.batch_norms.%d", l, 0));
+            place(t, f ? &rest : &y->bond, bond_values[f], D, START_XAVIER,
+                  "bond_encoder.bond_embedding_list.%d.weight", f);
+        place(t, &y->eps, 0, 1, START_ZERO, "eps");
+        place_linear(t, &y->in, D, 2 * D, START_DEFAULT, "mlp.0");
+        place_batch_norm(t, &y->norm_in, 2 * D, "mlp.1");
+        place_linear(t, &y->out, 2 * D, D, START_DEFAULT, "mlp.3");
+        module(t, GROUP_2D, "model_2D.");
+        place_batch_norm(t, &y->norm_out, D, numbered("batch_norms.%d", l, 0));
     }
 }
 
 static void schnet_place(Table *t, Schnet *n, const Shape *c) {
     int D = c->dim, F = c->filters;
-    place(t, GROUP_3D, &n->atom, V, (size_t)D, START_NORMAL, 0, "model_3D.embedding.weight");
+    module(t, GROUP_3D, "model_3D.");
+    place(t, &n->atom, V, D, START_NORMAL, "embedding.weight");
     for (int k = 0; k < c->blocks; k++) {
         SchnetBlock *b = &n->block[k];
-        place_linear(t, GROUP_3D, &b->filter[0], c->gaussians, F, START_XAVIER,
-                     numbered("model_3D.interactions.%d.mlp.0", k, 0));
+        module(t, GROUP_3D, "model_3D.interactions.%d.", k);
+        place_linear(t, &b->filter[0], c->gaussians, F, START_XAVIER, "mlp.0");
         b->filter[1].in = b->filter[1].out = b->lift.out = F;
         b->lift.in = D;
-        place(t, GROUP_3D, &b->filter[1].w, (size_t)F, (size_t)F, START_XAVIER, 0,
-              "model_3D.interactions.%d.mlp.2.weight", k);
-        place(t, GROUP_3D, &b->filter[1].b, 0, (size_t)F, START_DEFAULT, F,
-              "model_3D.interactions.%d.mlp.2.bias", k);
-        place(t, GROUP_3D, &b->lift.w, (size_t)F, (size_t)D, START_XAVIER, 0,
-              "model_3D.interactions.%d.conv.lin1.weight", k);
-        place_linear(t, GROUP_3D, &b->out[0], F, D, START_XAVIER,
-                     numbered("model_3D.interactions.%d.conv.lin2", k, 0));
-        place_linear(t, GROUP_3D, &b->out[1], D, D, START_XAVIER,
-                     numbered("model_3D.interactions.%d.lin", k, 0));
+        place(t, &b->filter[1].w, F, F, START_XAVIER, "mlp.2.weight");
+        place(t, &b->filter[1].b, 0, F, START_DEFAULT, "mlp.2.bias");
+        place(t, &b->lift.w, F, D, START_XAVIER, "conv.lin1.weight");
+        place_linear(t, &b->out[0], F, D, START_XAVIER, "conv.lin2");
+        place_linear(t, &b->out[1], D, D, START_XAVIER, "lin");
     }
-    place_linear(t, GROUP_3D, &n->out[0], D, D, START_XAVIER, "model_3D.lin1");
-    place_linear(t, GROUP_3D, &n->out[1], D, D, START_XAVIER, "model_3D.lin2");
+    module(t, GROUP_3D, "model_3D.");
+    place_linear(t, &n->out[0], D, D, START_XAVIER, "lin1");
+    place_linear(t, &n->out[1], D, D, START_XAVIER, "lin2");
 }
 
 static void to3d_place(Table *t, To3d *n, const Shape *c) {
-    static const char *const module = "SDE_2Dto3D_model";
     static const char *const kinds[4] = {"query", "key", "value", "skip"};
     int D = c->dim, H = c->hidden;
-    size_t h = (size_t)H;
     float *rest;
-    place_linear(t, GROUP_2D, &n->node, D, H, START_XAVIER, "SDE_2Dto3D_model.node_emb.layers.0");
-    place_linear(t, GROUP_2D, &n->edge_in, 2 * D, D, START_DEFAULT,
-                 "SDE_2Dto3D_model.edge_2D_emb.0");
-    place_batch_norm(t, GROUP_2D, &n->edge_norm, D, "SDE_2Dto3D_model.edge_2D_emb.1");
-    place_linear(t, GROUP_2D, &n->edge_out, D, H, START_DEFAULT, "SDE_2Dto3D_model.edge_2D_emb.3");
+    module(t, GROUP_2D, "SDE_2Dto3D_model.");
+    place_linear(t, &n->node, D, H, START_XAVIER, "node_emb.layers.0");
+    place_linear(t, &n->edge_in, 2 * D, D, START_DEFAULT, "edge_2D_emb.0");
+    place_batch_norm(t, &n->edge_norm, D, "edge_2D_emb.1");
+    place_linear(t, &n->edge_out, D, H, START_DEFAULT, "edge_2D_emb.3");
     if (c->gate) {
-        place(t, GROUP_FIXED, &n->gate_wave, 0, h, START_NORMAL, 0, "%s.dist_gaussian_fourier.W",
-              module);
-        place_linear(t, GROUP_2D, &n->gate, 2 * H, H, START_XAVIER,
-                     "SDE_2Dto3D_model.input_mlp.layers.0");
+        place_fixed(t, &n->gate_wave, H, START_NORMAL, "dist_gaussian_fourier", "W");
+        place_linear(t, &n->gate, 2 * H, H, START_XAVIER, "input_mlp.layers.0");
     }
-    place(t, GROUP_FIXED, &n->frame_wave, 0, h, START_NORMAL, 0, "%s.coff_gaussian_fourier.W",
-          module);
-    place_linear(t, GROUP_2D, &n->frame, 4 * H, H, START_DEFAULT, "SDE_2Dto3D_model.coff_mlp");
-    place_linear(t, GROUP_2D, &n->project[0], 2 * H + 2, H, START_XAVIER,
-                 "SDE_2Dto3D_model.project.layers.0");
-    place_linear(t, GROUP_2D, &n->project[1], H, H, START_XAVIER,
-                 "SDE_2Dto3D_model.project.layers.1");
+    place_fixed(t, &n->frame_wave, H, START_NORMAL, "coff_gaussian_fourier", "W");
+    place_linear(t, &n->frame, 4 * H, H, START_DEFAULT, "coff_mlp");
+    place_mlp(t, n->project, (int[]){2 * H + 2, H, H}, 2, "project.");
     for (int l = 0; l < ATTENTIONS; l++) {
         Attention *y = &n->layer[l];
-        char name[96];
-        snprintf(name, sizeof name, "%s.score_network.gnn_layers.%d.%d", module, l / 2, l % 2);
-        y->maps = (Linear){H, 4 * H, y->maps.w, y->maps.b};
+        module(t, GROUP_2D, "SDE_2Dto3D_model.score_network.gnn_layers.%d.%d.", l / 2, l % 2);
+        y->maps.in = y->edge.in = y->edge.out = H;
+        y->maps.out = 4 * H;
         for (int k = 0; k < 4; k++)
-            place(t, GROUP_2D, k ? &rest : &y->maps.w, h, h, START_DEFAULT, H,
-                  "%s.MHA.lin_%s.weight", name, kinds[k]);
+            place(t, k ? &rest : &y->maps.w, H, H, START_DEFAULT, "MHA.lin_%s.weight", kinds[k]);
         for (int k = 0; k < 4; k++)
-            place(t, GROUP_2D, k ? &rest : &y->maps.b, 0, h, START_DEFAULT, H, "%s.MHA.lin_%s.bias",
-                  name, kinds[k]);
-        y->edge.in = y->edge.out = H;
-        place(t, GROUP_2D, &y->edge.w, h, h, START_DEFAULT, H, "%s.MHA.lin_edge.weight", name);
+            place(t, k ? &rest : &y->maps.b, 0, H, START_DEFAULT, "MHA.lin_%s.bias", kinds[k]);
+        place(t, &y->edge.w, H, H, START_DEFAULT, "MHA.lin_edge.weight");
         for (int k = 0; k < 2; k++) {
-            y->ffn[k].in = y->ffn[k].out = H;
-            place(t, GROUP_2D, &y->ffn[k].w, h, h, START_DEFAULT, H, "%s.FFN.%d.weight", name,
-                  3 * k);
-            place(t, GROUP_2D, &y->ffn[k].b, 0, h, START_DEFAULT, H, "%s.FFN.%d.bias", name, 3 * k);
             LayerNorm *norm = k ? &y->norm2 : &y->norm1;
             norm->n = H;
-            place(t, GROUP_2D, &norm->w, 0, h, START_ONE, 0, "%s.norm%d.weight", name, k + 1);
-            place(t, GROUP_2D, &norm->b, 0, h, START_ZERO, 0, "%s.norm%d.bias", name, k + 1);
+            place_linear(t, &y->ffn[k], H, H, START_DEFAULT, k ? "FFN.3" : "FFN.0");
+            place(t, &norm->w, 0, H, START_ONE, "norm%d.weight", k + 1);
+            place(t, &norm->b, 0, H, START_ZERO, "norm%d.bias", k + 1);
         }
     }
     for (int k = 0; k < MODULES; k++) {
-        const char *pattern = "SDE_2Dto3D_model.score_network.basis_mlp_modules.%d.%d";
-        place_linear(t, GROUP_2D, &n->basis[k][0], 2 * H, COEFFICIENTS, START_DEFAULT,
-                     numbered(pattern, k, 0));
-        place_linear(t, GROUP_2D, &n->basis[k][1], COEFFICIENTS, 3, START_DEFAULT,
-                     numbered(pattern, k, 2));
-    }
-}
-
-static void place_mlp(Table *t, Group group, Linear *l, const int *sizes, int layers,
-                      const char *name) {
-    for (int k = 0; k < layers; k++) {
-        char text[160];
-        snprintf(text, sizeof text, "%s.layers.%d", name, k);
-        place_linear(t, group, &l[k], sizes[k], sizes[k + 1], START_XAVIER, text);
+        module(t, GROUP_2D, "SDE_2Dto3D_model.score_network.basis_mlp_modules.%d.", k);
+        place_linear(t, &n->basis[k][0], 2 * H, COEFFICIENTS, START_DEFAULT, "0");
+        place_linear(t, &n->basis[k][1], COEFFICIENTS, 3, START_DEFAULT, "2");
     }
 }
 
@@ -383,52 +262,42 @@ static void place_mlp(Table *t, Group group, Linear *l, const int *sizes, int la
 static void edge_layer_place(Table *t, EdgeLayer *n, const Shape *c, int l) {
     int C = to2d_channels(c, l), W = c->width, in = edge_layer_in(c, l);
     int R = edge_layer_hidden(c, l);
-    size_t w2 = 2 * (size_t)W;
-    char name[64], text[128];
     float *rest;
-    snprintf(name, sizeof name, "SDE_3Dto2D_model.edge_score_network.layers.%d", l);
-    n->first = (Linear){in, C * 4 * W, n->first.w, n->first.b};
+    module(t, GROUP_3D, "SDE_3Dto2D_model.edge_score_network.layers.%d.", l);
+    n->first.in = in;
+    n->first.out = C * 4 * W;
     for (int k = 0; k < 2 * C; k++)
-        place(t, GROUP_3D, k ? &rest : &n->first.w, w2, (size_t)in, START_XAVIER, 0,
-              "%s.attn.%d.func_%c.layers.0.weight", name, k / 2, "qk"[k % 2]);
+        place(t, k ? &rest : &n->first.w, 2 * W, in, START_XAVIER,
+              "attn.%d.func_%c.layers.0.weight", k / 2, "qk"[k % 2]);
     for (int k = 0; k < 2 * C; k++)
-        place(t, GROUP_3D, k ? &rest : &n->first.b, 0, w2, START_ZERO, 0,
-              "%s.attn.%d.func_%c.layers.0.bias", name, k / 2, "qk"[k % 2]);
-    for (int k = 0; k < 2 * C; k++) {
-        snprintf(text, sizeof text, "%s.attn.%d.func_%c.layers.1", name, k / 2, "qk"[k % 2]);
-        place_linear(t, GROUP_3D, &n->second[k], 2 * W, 2 * W, START_XAVIER, text);
-    }
+        place(t, k ? &rest : &n->first.b, 0, 2 * W, START_ZERO, "attn.%d.func_%c.layers.0.bias",
+              k / 2, "qk"[k % 2]);
+    for (int k = 0; k < 2 * C; k++)
+        place_linear(t, &n->second[k], 2 * W, 2 * W, START_XAVIER,
+                     numbered(k % 2 ? "attn.%d.func_k.layers.%d" : "attn.%d.func_q.layers.%d",
+                              k / 2, 1));
     for (int k = 0; k < C; k++)
-        place(t, GROUP_3D, k ? &rest : &n->value_w, (size_t)in, (size_t)W, START_XAVIER, 0,
-              "%s.attn.%d.func_v.weight", name, k);
+        place(t, k ? &rest : &n->value_w, in, W, START_XAVIER, "attn.%d.func_v.weight", k);
     for (int k = 0; k < C; k++)
-        place(t, GROUP_3D, k ? &rest : &n->value_b, 0, (size_t)W, START_ZERO, 0,
-              "%s.attn.%d.func_v.bias", name, k);
-    snprintf(text, sizeof text, "%s.multi_channel", name);
-    place_mlp(t, GROUP_3D, n->nodes, (int[]){W * C, R, W}, 2, text);
-    snprintf(text, sizeof text, "%s.mlp", name);
-    place_mlp(t, GROUP_3D, n->pairs, (int[]){2 * C, R, R, to2d_channels(c, l + 1)}, 3, text);
+        place(t, k ? &rest : &n->value_b, 0, W, START_ZERO, "attn.%d.func_v.bias", k);
+    place_mlp(t, n->nodes, (int[]){W * C, R, W}, 2, "multi_channel.");
+    place_mlp(t, n->pairs, (int[]){2 * C, R, R, to2d_channels(c, l + 1)}, 3, "mlp.");
 }
 
 static void to2d_place(Table *t, To2d *n, const Shape *c) {
     int D = c->dim, W = c->width, Ct = to2d_all_channels(c), Cn = to2d_all_nodes(c);
-    place_linear(t, GROUP_3D, &n->embed_x, V, D, START_DEFAULT, "SDE_3Dto2D_model.embedding_X");
-    place_linear(t, GROUP_3D, &n->embed_y, D, D, START_DEFAULT, "SDE_3Dto2D_model.embedding_3D");
+    module(t, GROUP_3D, "SDE_3Dto2D_model.");
+    place_linear(t, &n->embed_x, V, D, START_DEFAULT, "embedding_X");
+    place_linear(t, &n->embed_y, D, D, START_DEFAULT, "embedding_3D");
     for (int l = 0; l < EDGE_LAYERS; l++) edge_layer_place(t, &n->edge[l], c, l);
-    place_mlp(t, GROUP_3D, n->pairs, (int[]){Ct, 2 * Ct, 2 * Ct, 1}, 3,
-              "SDE_3Dto2D_model.edge_score_network.final");
+    module(t, GROUP_3D, "SDE_3Dto2D_model.edge_score_network.final.");
+    place_mlp(t, n->pairs, (int[]){Ct, 2 * Ct, 2 * Ct, 1}, 3, "");
+    module(t, GROUP_3D, "SDE_3Dto2D_model.node_score_network.");
     for (int l = 0; l < NODE_LAYERS; l++) {
-        const char *name = numbered("SDE_3Dto2D_model.node_score_network.layers.%d", l, 0);
-        place(t, GROUP_3D, &n->node_w[l], (size_t)(l ? W : D), (size_t)W, START_XAVIER, 0,
-              "%s.weight", name);
-        place(t, GROUP_3D, &n->node_b[l], 0, (size_t)W, START_ZERO, 0, "%s.bias", name);
+        place(t, &n->node_w[l], l ? W : D, W, START_XAVIER, "layers.%d.weight", l);
+        place(t, &n->node_b[l], 0, W, START_ZERO, "layers.%d.bias", l);
     }
-    place_mlp(t, GROUP_3D, n->nodes, (int[]){Cn, 2 * Cn, 2 * Cn, V}, 3,
-              "SDE_3Dto2D_model.node_score_network.final");
-}
-
-static void head_place(Table *t, Linear *l, const Shape *c) {
-    place_linear(t, GROUP_2D, l, c->dim, c->tasks, START_DEFAULT, "graph_pred_linear");
+    place_mlp(t, n->nodes, (int[]){Cn, 2 * Cn, 2 * Cn, V}, 3, "final.");
 }
 
 // Dies unless the sizes make a model.
@@ -455,7 +324,8 @@ static int nets_place(Nets *n, float *arena, TensorInfo *info, const Shape *c,
             to3d_place(&t, &n->to3d, c);
             to2d_place(&t, &n->to2d, c);
         } else {
-            head_place(&t, &n->head, c);
+            module(&t, GROUP_2D, "graph_pred_");
+            place_linear(&t, &n->head, c->dim, c->tasks, START_DEFAULT, "linear");
         }
         group_end[group] = t.offset;
     }
@@ -597,36 +467,6 @@ static void sde_free(Sde *s) {
 //   also holds Adam's moments, the best parameters of fine-tuning, and the log.
 // =================================================================================================
 
-enum { STATES = 4 };
-static const char *const STATE_PREFIXES[STATES] = {"", "exp_avg.", "exp_avg_sq.", "best."};
-
-// Writes the arenas that are not NULL, then the log if it has rows.
-static void sde_write(const char *path, const Sde *s, float *const arenas[STATES],
-                      const TensorOut *tables, size_t n_tables, const char *meta) {
-    const Model *m = &s->model;
-    TensorOut *out = xmalloc(STATES * (size_t)m->n_tensors + n_tables, sizeof *out);
-    size_t n = 0, named;
-    for (int a = 0; a < STATES; a++)
-        for (int k = 0; k < m->n_tensors && arenas[a]; k++) {
-            const TensorInfo *t = &m->info[k];
-            out[n++] = (TensorOut){xprintf("%s%s", STATE_PREFIXES[a], t->name), t->rows,
-                                   t->columns, arenas[a] + t->offset};
-        }
-    named = n;
-    for (size_t k = 0; k < n_tables; k++)
-        if (tables[k].rows) out[n++] = tables[k];
-    tensor_file_write(path, out, n, meta);
-    for (size_t k = 0; k < named; k++) free(out[k].name);
-    free(out);
-}
-
-// Copies all tensors of an arena from a file; dies if one is missing.
-static void sde_load(const Sde *s, float *arena, const TensorFile *f, const char *prefix) {
-    for (int i = 0; i < s->model.n_tensors; i++)
-        CHECK(tensor_load(arena, &s->model.info[i], f, prefix), "%s: tensor %s%s is missing",
-              f->path, prefix, s->model.info[i].name);
-}
-
 // Dimension `axis` of a tensor that a file may have; 0: it has not.
 static int file_size(const TensorFile *f, const char *name, int axis) {
     const TensorEntry *t = tensor_find(f, name);
@@ -693,8 +533,10 @@ static void sde_transfer(const Sde *s, const char *path) {
 
 #ifndef MOLECULESDE_TEST
 
+#include "../lib/commands.h"  // TEXT(), WHOLE() ...: rows of OPTIONS; command_find()
+
 // =================================================================================================
-// 14 Runs: one loop for pretraining and fine-tuning
+// 14 Options
 // =================================================================================================
 
 // What the command line sets; the initial values are the defaults.
@@ -709,7 +551,7 @@ typedef struct {
 } Options;
 
 static Options opt = {
-    .sde = "ve", .edges = "gated",
+    .encoder = "2d", .sde = "ve", .edges = "gated",
     .dim = 300, .layers = 5, .filters = 128, .gaussians = 51, .blocks = 6, .hidden = 32,
     .width = 16, .channels = 8, .last_channels = 4,
     .steps = 600, .epochs = 100, .batch = 0, .seed = 1, .save_every = 100,
@@ -718,247 +560,102 @@ static Options opt = {
     .adam = {5e-4, 0.9, 0.999, 1e-8, 0, 0},
 };
 
+enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, GENERATE = 16,
+       TRAIN = PRETRAIN | FINETUNE, READ = PREDICT | EMBED | GENERATE,
+       SHAPES = 64,     // an option that shapes a run's trajectory: --resume needs the same
+       GROWS = 128,     // or a larger number
+       FILES = 256,     // kept for --resume, but not in a checkpoint
+       METHOD = 512,    // kept for --model
+       PRETRAINING = PRETRAIN | SHAPES, TUNING = FINETUNE | SHAPES, TRAINING = TRAIN | SHAPES };
+
+static const Option OPTIONS[] = {
+    HEADING("Files", TRAIN | READ),
+    TEXT("-o", output, "FILE", "output (moleculesde.safetensors, sde_finetuned.safetensors, "
+         "embeddings.npy or conformers.sdf)", TRAIN | EMBED | GENERATE),
+    TEXT("--valid", valid, "FILE", "validation set (valid.bin beside train.bin)", TRAIN | FILES),
+    TEXT("--test", test, "FILE", "test set (test.bin beside train.bin)", FINETUNE | FILES),
+    TEXT("--init", init, "FILE", "start from this checkpoint", TRAIN | FILES),
+    TEXT("--model", model, "FILE", "checkpoint to use", READ),
+    FLAG("--resume", resume, "continue the run that writes -o, with its options", TRAIN),
+    WHOLE("--save-every", save_every, 1, 1e9, "steps between checkpoints", TRAIN),
+    HEADING("Model", TRAIN),
+    WHOLE("--dim", dim, 1, 4096, "width of both encoders", TRAINING),
+    WHOLE("--layers", layers, 1, MAX_DEPTH, "of the GIN", TRAINING),
+    WHOLE("--blocks", blocks, 1, MAX_DEPTH, "of the SchNet", TRAINING),
+    WHOLE("--filters", filters, 1, 4096, "of the SchNet", TRAINING),
+    WHOLE("--gaussians", gaussians, 2, 4096, "of the SchNet", TRAINING),
+    WHOLE("--hidden", hidden, 8, 4096, "width of the 2D -> 3D network", PRETRAINING),
+    WHOLE("--width", width, 4, 1024, "of the 3D -> 2D network", PRETRAINING),
+    WHOLE("--channels", channels, 1, MAX_CHANNELS, "of its edge layers", PRETRAINING),
+    WHOLE("--last-channels", last_channels, 1, MAX_CHANNELS, "of the last of them", PRETRAINING),
+    TEXT("--edges", edges, "NAME", "of 2D -> 3D: gated by their length (_02) or plain (_01)",
+         PRETRAINING),
+    HEADING("Training", TRAIN | READ),
+    WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAINING | GROWS),
+    WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", TUNING),
+    WHOLE("--batch-size", batch, 0, 1e6, "molecules at a time (pretraining 64, fine-tuning 128)",
+          TRAINING | PREDICT | EMBED),
+    NUMBER("--lr", adam.lr, 0, 10, "learning rate", TRAINING),
+    NUMBER("--scale-3d", scale_3d, 0, 100, "times that: rate of SchNet and 3D -> 2D", PRETRAINING),
+    WHOLE("--seed", seed, 0, 9e15, "names every random draw", TRAINING | GENERATE),
+    WHOLE("--threads", threads, 0, 1024, "0: all we may use; results are the same", TRAIN | READ),
+    HEADING("Method", PRETRAIN),
+    TEXT("--sde", sde, "NAME", "ve or vp: variance exploding or preserving", PRETRAINING | METHOD),
+    NUMBER("--sigma-3d-low", method.ve3d.low, 1e-4, 100, "VE: least noise on positions",
+           PRETRAINING | METHOD),
+    NUMBER("--sigma-3d-high", method.ve3d.high, 1e-4, 100, "most", PRETRAINING | METHOD),
+    NUMBER("--sigma-2d-low", method.ve2d.low, 1e-4, 100, "VE: least noise on the graph",
+           PRETRAINING | METHOD),
+    NUMBER("--sigma-2d-high", method.ve2d.high, 1e-4, 100, "most", PRETRAINING | METHOD),
+    NUMBER("--beta-low", method.beta.low, 1e-4, 100, "VP: rate of noising at t = 0",
+           PRETRAINING | METHOD),
+    NUMBER("--beta-high", method.beta.high, 1e-4, 100, "at t = 1", PRETRAINING | METHOD),
+    NUMBER("--anneal", method.anneal, 0, 10, "losses of generation weigh sigma to this power",
+           PRETRAINING),
+    NUMBER("--weight-contrast", method.contrast, 0, 1e6, "of a loss", PRETRAINING),
+    NUMBER("--weight-3d", method.to3d, 0, 1e6, "of a loss", PRETRAINING),
+    NUMBER("--weight-2d", method.to2d, 0, 1e6, "of a loss", PRETRAINING),
+    NUMBER("--attention-dropout", method.attention_dropout, 0, 0.99, "in the 2D -> 3D network",
+           PRETRAINING),
+    HEADING("Task", FINETUNE | EMBED),
+    TEXT("--task", task, "NAME", "classification or regression (default: by the labels)", TUNING),
+    TEXT("--encoder", encoder, "NAME", "2d or 3d: GIN or SchNet", TUNING | EMBED),
+    NUMBER("--dropout", method.dropout, 0, 0.99, "of the GIN", TUNING),
+    HEADING("Conformers", GENERATE),
+    WHOLE("--copies", copies, 1, 100000, "how many", GENERATE),
+    WHOLE("--sample-steps", sample_steps, 1, 1e6, "from noise to positions", GENERATE),
+    FLAG("--help", help, "this text", 0),
+};
+enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0] };
+
+static char option_given[N_OPTIONS];
 static const char *const SDE_NAMES[] = {"ve", "vp"};
 static const char *const EDGE_NAMES[] = {"plain", "gated"};
 static const char *const ENCODER_NAMES[] = {"2d", "3d"};
-static const char *const KIND_NAMES[] = {"classification", "regression"};
 
-// Index of `text` among two names, or the end of the program.
-static int name_index(const char *option, const char *text, const char *const names[2]) {
-    for (int k = 0; k < 2; k++)
-        if (strcmp(text, names[k]) == 0) return k;
-    DIE("%s: expected %s or %s, found \"%s\"", option, names[0], names[1], text);
+// Takes the options of a state or checkpoint where the command line is silent.
+static void options_from(const char *text, const char *path) {
+    if (text) options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
+}
+
+static int option_encoder(void) { return choice("--encoder", opt.encoder, ENCODER_NAMES, 2); }
+
+static Method option_method(int dropout) {
+    Method m = opt.method;
+    m.vp = choice("--sde", opt.sde, SDE_NAMES, 2);
+    if (!dropout) m.dropout = 0;
+    return m;
 }
 
 static Shape option_shape(void) {
     return (Shape){(int)opt.dim, (int)opt.layers, (int)opt.filters, (int)opt.gaussians,
                    (int)opt.blocks, (int)opt.hidden, (int)opt.width, (int)opt.channels,
-                   (int)opt.last_channels, name_index("--edges", opt.edges, EDGE_NAMES), 0, 0};
+                   (int)opt.last_channels, choice("--edges", opt.edges, EDGE_NAMES, 2), 0, 0};
 }
 
-enum { LOG_LR = TERMS, LOG_NORM, LOG_RATE, LOG_COLUMNS };       // a row a step
-enum { EPOCH_LOSS, EPOCH_VALID, EPOCH_BEST, EPOCH_COLUMNS };    // a row an epoch of fine-tuning
-
-typedef struct {
-    Sde s;
-    Dataset train, valid, test;  // opened if their path is set; of --model: test
-    int tuning, judged;          // judged: the validation set can judge; else the loss does
-    Aim aim;                     // of fine-tuning
-    float *statistics;           // (3, Y) of training labels: mean, deviation, first bias (tuning)
-    uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
-    int64_t epoch, done, steps, epochs, shown;  // done: updates; shown: rows in the CSV
-    float *log, *history, *best;
-    char *state_path, *log_path;
-    FILE *csv;
-    OutFile lock;                // held from start to end: two runs may not write the same files
-    TensorFile file;             // the state of a resumed run, or --model
-    uint32_t init_print;         // file_print() of --init when the run began
-} Run;
-
-// Called for B molecules of a dataset, from `first` on, that stand in run->s.mols.
-typedef void Visit(Run *run, size_t first, size_t B, void *result);
-
-// Goes through a dataset, batch by batch, in order, in evaluation mode.
-static void visit_batches(Run *run, const Dataset *data, size_t most, Visit *visit, void *result) {
-    size_t n = data->count < most ? data->count : most;
-    run->s.training = 0;
-    for (size_t i = 0, B; i < n; i += B) {
-        B = n - i < (size_t)opt.batch ? n - i : (size_t)opt.batch;
-        for (size_t b = 0; b < B; b++) run->ids[b] = (uint32_t)(i + b);
-        threads_adapt();
-        run->s.draws = (Draws){(uint64_t)opt.seed, UINT32_MAX, (uint32_t)i, 0};
-        mols_load(&run->s.mols, data, run->ids, B, run->s.shape.tasks);
-        visit(run, i, B, result);
-    }
-    run->s.training = 1;
-}
-
-typedef struct { double sum[TERMS], count; int chance; } LossSums;
-
-// Losses of a batch; or by chance: if the networks said 0 and no vector told anything.
-static void visit_losses(Run *run, size_t first, size_t B, void *result) {
-    LossSums *all = result;
-    Sde *s = &run->s;
-    double loss[TERMS] = {0};
-    (void)first;
-    mols_draw(s);
-    if (all->chance) {
-        mols_noised(s);
-        buffers_layout(s);
-        memset(s->a.eps_hat, 0, sizeof(float) * 3 * s->mols.A);
-        memset(s->a.m_x, 0, sizeof(float) * V * s->mols.A);
-        memset(s->a.m_adj, 0, sizeof(float) * s->mols.P);
-        to3d_loss(loss, s);
-        to2d_loss(loss, s);
-        loss[TERM_CONTRAST] = 2 * log(2);
-        loss[TERM_ACCURACY] = 0.5;
-        loss_total(loss, &s->method);
-    } else {
-        losses(loss, s);
-    }
-    for (int k = 0; k < TERMS; k++) all->sum[k] += loss[k] * (double)B;
-    all->count += (double)B;
-}
-
-// Predictions in the labels' units, or logits, (n, Y).
-static void visit_predictions(Run *run, size_t first, size_t B, void *result) {
-    size_t Y = (size_t)run->s.shape.tasks;
-    float *out = (float *)result + first * Y;
-    task_forward(&run->s);
-    for (size_t k = 0; k < B * Y; k++) {
-        out[k] = run->s.a.logits[k];
-        if (run->aim.kind == TASK_REGRESSION)
-            out[k] = out[k] * run->aim.std[k % Y] + run->aim.mean[k % Y];
-    }
-}
-
-// What data_metrics() is asked for: metrics of predictions, those of them by which an epoch is
-// chosen (without tasks that cannot judge), or metrics of constant predictions.
-typedef enum { OF_MODEL, OF_CHOICE, OF_CHANCE } Asked;
-
-// Mean metrics over the tasks of a dataset in which they are defined.
-static void data_metrics(double mean[METRICS], Run *run, const Dataset *data, Asked asked) {
-    size_t Y = (size_t)run->s.shape.tasks, n = data->count;
-    float *out = xmalloc(n * Y, sizeof *out), *labels = dataset_labels(data);
-    int units = Y > 1 && run->aim.kind == TASK_REGRESSION;  // errors are in deviations, not in them
-    double one[METRICS], count[METRICS] = {0};
-    if (asked != OF_CHANCE) visit_batches(run, data, SIZE_MAX, visit_predictions, out);
-    if (asked == OF_CHOICE) labels_judge(labels, data, NULL, NULL);
-    for (size_t k = 0; k < n * Y; k++) {
-        if (asked == OF_CHANCE) out[k] = run->aim.mean[k % Y];
-        CHECK(isfinite(out[k]), "%s: molecule %zu: the prediction is no number; try a lower --lr",
-              data->path, k / Y);
-        if (units) out[k] /= run->aim.std[k % Y], labels[k] /= run->aim.std[k % Y];
-    }
-    for (int k = 0; k < METRICS; k++) mean[k] = 0;
-    for (size_t y = 0; y < Y; y++) {
-        task_metrics(one, run->aim.kind, out, labels, n, Y, y);
-        for (int k = 0; k < METRICS; k++)
-            if (!isnan(one[k])) mean[k] += one[k], count[k] += 1;
-    }
-    for (int k = 0; k < METRICS; k++) mean[k] = count[k] > 0 ? mean[k] / count[k] : (double)NAN;
-    free(out);
-    free(labels);
-}
-
-// ---- saving and resuming
-
-static char *options_text(unsigned kind);  // section 15
-static void options_from_state(const char *text, const char *path);
-
-enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, GENERATE = 16, TRAIN = 3,
-       READ = PREDICT | EMBED | GENERATE, SHAPES = 64, GROWS = 128, FILES = 256, METHOD = 512 };
-
-// Metadata of a checkpoint or state: where the run is, its options, the task.
-static char *run_meta(const Run *run, int of_state) {
-    Text t = {0};
-    const char *const keys[] = {"step", "molecules", DATA_KEYS[0], DATA_KEYS[1], DATA_KEYS[2],
-                                "init_fingerprint"};
-    const long long values[] = {run->done, (long long)run->train.count, data_print(&run->train),
-                                data_print(&run->valid), data_print(&run->test), run->init_print};
-    char *options = options_text(SHAPES | FILES), *method = options_text(METHOD);
-    text_add(&t, "{");
-    text_add_meta(&t, "format", "pt");
-    for (int k = 0; k < (of_state ? 6 : 3); k++) text_add_meta(&t, keys[k], "%lld", values[k]);
-    text_add_meta(&t, "run", "%s", options);
-    text_add_meta(&t, "method", "%s", method);
-    text_add_meta(&t, "stereo", "%s", run->train.stereo);
-    free(options);
-    free(method);
-    if (run->tuning) {
-        text_add_meta(&t, "task", "%s", KIND_NAMES[run->aim.kind]);
-        text_add_tasks(&t, run->s.shape.tasks, run->train.task_names, run->aim.mean, run->aim.std);
-    }
-    text_add(&t, "}");
-    return t.text;
-}
-
-// Adds the rows to the CSV that it has not yet.
-static void log_write(Run *run) {
-    int64_t end = run->tuning ? run->epochs : run->done, n = run->tuning ? EPOCH_COLUMNS
-                                                                         : LOG_COLUMNS;
-    if (!run->csv) {
-        run->csv = fopen(run->log_path, "w");
-        CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
-        fprintf(run->csv, "%s", run->tuning ? "epoch,loss,valid,best_epoch" : "step");
-        for (int k = 0; k < TERMS && !run->tuning; k++) fprintf(run->csv, ",%s", TERM_NAMES[k]);
-        fprintf(run->csv, "%s\n", run->tuning ? "" : ",lr,gradient_norm,molecules_per_second");
-    }
-    for (; run->shown < end; run->shown++) {
-        const float *row = (run->tuning ? run->history : run->log) + run->shown * n;
-        fprintf(run->csv, "%lld", (long long)run->shown + 1);
-        for (int64_t k = 0; k < n; k++)
-            if (run->tuning && !run->judged && k == EPOCH_VALID) fprintf(run->csv, ",");
-            else fprintf(run->csv, ",%.6g", (double)row[k]);
-        fprintf(run->csv, "\n");
-    }
-    CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
-          strerror(errno));
-}
-
-// Writes the state, which is complete in itself.
-static void state_write(const Run *run) {
-    const Model *m = &run->s.model;
-    TensorOut tables[2];  // without the empty ones
-    size_t n_tables = 0;
-    if (run->done)
-        tables[n_tables++] = (TensorOut){"log", (size_t)run->done, LOG_COLUMNS, run->log};
-    if (run->epochs)
-        tables[n_tables++] =
-            (TensorOut){"history", (size_t)run->epochs, EPOCH_COLUMNS, run->history};
-    float *const all[STATES] = {m->params, m->m, m->v, run->best};
-    char *meta = run_meta(run, 1);
-    sde_write(run->state_path, &run->s, all, tables, n_tables, meta);
-    free(meta);
-}
-
-// Writes the state, then the checkpoint.
-static void run_save(Run *run) {
-    float *const one[STATES] = {run->epochs ? run->best : run->s.model.params};
-    char *meta = run_meta(run, 0);
-    state_write(run);
-    sde_write(opt.output, &run->s, one, NULL, 0, meta);
-    log_write(run);
-    free(meta);
-}
-
-// Continues the run whose state was opened by run_open().
-static void run_load(Run *run) {
-    Model *m = &run->s.model;
-    float *const all[STATES] = {m->params, m->m, m->v, run->best};
-    run->done = tensor_rows(run->log, run->steps, LOG_COLUMNS, &run->file, "log");
-    if (run->tuning)
-        run->epochs = tensor_rows(run->history, opt.epochs, EPOCH_COLUMNS, &run->file, "history");
-    CHECK(run->done == meta_whole(&run->file, "step"), "%s: damaged state: the log does not fit "
-          "the step", run->file.path);
-    CHECK(!run->tuning || run->epochs == run->done * opt.batch / (int64_t)run->train.count,
-          "%s: damaged state: the history does not fit the log", run->file.path);
-    for (int64_t i = 0; i < run->epochs; i++) {  // finetune_after_step() looks the best epoch up
-        float best = run->history[i * EPOCH_COLUMNS + EPOCH_BEST];
-        CHECK(best >= 1 && best <= (float)(i + 1), "%s: damaged state: row %lld of the history",
-              run->file.path, (long long)i);
-    }
-    for (int a = 0; a < STATES; a++)
-        if (all[a]) sde_load(&run->s, all[a], &run->file, STATE_PREFIXES[a]);
-    tensor_file_close(&run->file);
-    fprintf(stderr, "resumed after step %lld\n", (long long)run->done);
-}
-
-// Opens the state of the run to be resumed, if there is one, and takes its options.
-static void run_open_state(Run *run) {
-    const char *asked = opt.init;
-    if (access(run->state_path, F_OK) != 0) {
-        fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
-                run->state_path);
-        return;
-    }
-    tensor_file_open(&run->file, run->state_path);
-    options_from_state(required_meta(&run->file, "run", "the state of a run"), run->state_path);
-    run->init_print = (uint32_t)meta_whole(&run->file, "init_fingerprint");
-    if (asked)
-        same_print(run->state_path, run->init_print, file_print(asked), "checkpoint (--init)",
-                   asked);
-}
+// =================================================================================================
+// 15 Models on data: losses, predictions, metrics
+// =================================================================================================
 
 // Dies if a dataset lacks the positions that are needed.
 static void check_positions(const Dataset *data) {
@@ -973,348 +670,470 @@ static void check_positions(const Dataset *data) {
         without, data->count, m.name);
 }
 
-// Opens the datasets of a run and claims its output.
-static void run_open(Run *run, const char *train_path, int64_t batch) {
-    dataset_open(&run->train, train_path);
-    int64_t n = (int64_t)run->train.count;
-    CHECK(n > 0, "%s: the dataset is empty", train_path);
-    run->state_path = xprintf("%s.state", opt.output);
-    run->log_path = path_with(opt.output, ".safetensors", ".log.csv");
-    run_claim(&run->lock, opt.output, "step,total,contrast,|epoch,loss,valid,best_epoch\n");
-    if (opt.resume) run_open_state(run);
-    if (!run->file.path) run->init_print = file_print(opt.init);
-    dataset_open_part(&run->valid, opt.valid, &run->train);
-    dataset_open_part(&run->test, opt.test, &run->train);
-    if (run->file.path) same_data(&run->file, &run->train, &run->valid, &run->test);
-    CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
-          (long long)opt.batch, (long long)n, train_path);
-    if (!opt.batch) opt.batch = n < batch ? n : batch;
-    if (!MB_OPTIMIZED)
-        fprintf(stderr, "note    built without optimisation, many times slower: use make, or -O3\n");
-    note_stereo(&run->valid, train_path, run->train.stereo);
-    note_stereo(&run->test, train_path, run->train.stereo);
-    opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
-    run->s.method = opt.method;
-    if (!run->tuning) run->s.method.dropout = 0;
-    run->epoch = -1;
-    run->order = xmalloc(run->train.count, sizeof *run->order);
-    run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
-    run->steps = run->tuning ? (opt.epochs * n + opt.batch - 1) / opt.batch : opt.steps;
-    run->log = xmalloc((size_t)run->steps, LOG_COLUMNS * sizeof *run->log);
-}
-
-// A dataset, model and method for --model FILE.
-static void run_open_model(Run *run, const char *path) {
-    CHECK(opt.model, "--model: expected a checkpoint");
-    dataset_open(&run->test, path);
-    tensor_file_open(&run->file, opt.model);
-    const char *method = tensor_meta(&run->file, "method");
-    if (method) options_from_state(method, opt.model);
-    opt.method.vp = name_index("--sde", opt.sde, SDE_NAMES);
-    Shape c = file_shape(&run->file, option_shape());
-    shape_fits(&c, &run->file);
-    sde_create(&run->s, c, 0);
-    sde_load(&run->s, run->s.model.params, &run->file, "");
-    note_stereo(&run->test, opt.model, tensor_meta(&run->file, "stereo"));
-    run->s.method = opt.method;
-    if (!opt.batch) opt.batch = 64;
-    run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
-}
-
-static void run_close(Run *run) {
-    if (run->lock.file) out_discard(&run->lock);
-    dataset_close(&run->train);
-    dataset_close(&run->valid);
-    dataset_close(&run->test);
-    tensor_file_close(&run->file);
-    sde_free(&run->s);
-    if (run->csv) fclose(run->csv);
-    void *const memory[] = {run->order, run->ids, run->log, run->history, run->best,
-                            run->statistics, run->state_path, run->log_path};
-    for (size_t k = 0; k < sizeof memory / sizeof memory[0]; k++) free(memory[k]);
-}
-
-// ---- the loop
-
-// One update; fills the step's row of the log.
-static void run_step(Run *run) {
-    double start = now_seconds(), loss[TERMS] = {0}, norm;
-    Sde *s = &run->s;
-    Adam adam = opt.adam;
-    Draws draws = {(uint64_t)opt.seed, (uint32_t)run->done, 0, 1};
+// Puts up to --batch-size molecules of a dataset, from `first` to at most `end` - 1, into s->mols,
+// for evaluation. Returns how many, 0: there are no more.
+static size_t load_next(Sde *s, const Dataset *data, size_t first, size_t end) {
+    size_t B = min_size(min_size(end, data->count) - first, (size_t)opt.batch);
+    uint32_t *ids = xmalloc(B, sizeof *ids);
+    for (size_t b = 0; b < B; b++) ids[b] = (uint32_t)(first + b);
     threads_adapt();
-    epoch_ids(&run->epoch, run->order, run->ids, run->done, opt.batch, run->train.count,
-              (uint64_t)opt.seed);
-    if (run->tuning) {
-        double epoch = floor((double)(run->done * opt.batch) / (double)run->train.count);
-        adam.lr *= (1 + cos(3.141592653589793 * epoch / (double)opt.epochs)) / 2;
-        s->draws = draws;
-        s->training = 1;
-        mols_load(&s->mols, &run->train, run->ids, (size_t)opt.batch, s->shape.tasks);
+    s->training = 0;
+    s->draws = (Draws){(uint64_t)opt.seed, UINT32_MAX, (uint32_t)first, 0};
+    if (B) mols_load(&s->mols, data, ids, B, s->shape.tasks);
+    free(ids);
+    return B;
+}
+
+// Losses of the batch in s by chance: if the networks said 0, and no vector told anything.
+static void losses_by_chance(double loss[TERMS], Sde *s) {
+    mols_noised(s);
+    buffers_layout(s);
+    memset(s->a.eps_hat, 0, sizeof(float) * 3 * s->mols.A);
+    memset(s->a.m_x, 0, sizeof(float) * V * s->mols.A);
+    memset(s->a.m_adj, 0, sizeof(float) * s->mols.P);
+    to3d_loss(loss, s);
+    to2d_loss(loss, s);
+    loss[TERM_CONTRAST] = 2 * log(2);
+    loss[TERM_ACCURACY] = 0.5;
+    loss_total(loss, &s->method);
+}
+
+// Mean losses of a dataset's first `most` molecules, of the model or by chance.
+static void mean_losses(double mean[TERMS], Sde *s, const Dataset *data, size_t most, int chance) {
+    double sum[TERMS] = {0};
+    size_t n = 0;
+    for (size_t B; (B = load_next(s, data, n, most)) > 0; n += B) {
+        double loss[TERMS] = {0};
+        mols_draw(s);
+        if (chance) losses_by_chance(loss, s);
+        else losses(loss, s);
+        for (int k = 0; k < TERMS; k++) sum[k] += loss[k] * (double)B;
+    }
+    for (int k = 0; k < TERMS; k++) mean[k] = sum[k] / (double)n;
+}
+
+// Predictions (n, Y) of a dataset in the labels' units, or logits, in fresh memory.
+static float *predict_all(Sde *s, const Aim *aim, const Dataset *data) {
+    size_t Y = (size_t)s->shape.tasks;
+    float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
+    for (size_t i = 0, B; (B = load_next(s, data, i, SIZE_MAX)) > 0; i += B) {
         task_forward(s);
-        loss[TERM_TOTAL] = head_loss(s, &run->aim);
-        task_backward(s);
-        norm = update(s, &adam, 1, run->done + 1);
-    } else {
-        norm = sde_step(loss, s, &run->train, run->ids, (size_t)opt.batch, &adam, opt.scale_3d,
-                        &draws, run->done + 1);
+        for (size_t k = 0; k < B * Y; k++)
+            out[i * Y + k] = aim->kind == TASK_REGRESSION
+                                 ? s->a.logits[k] * aim->std[k % Y] + aim->mean[k % Y]
+                                 : s->a.logits[k];
     }
-    CHECK(isfinite(loss[TERM_TOTAL]) && norm < 1e18, "step %lld: the loss is no longer a number. "
-          "What was saved before is kept. Try a lower --lr", (long long)run->done + 1);
-    float *row = run->log + run->done++ * LOG_COLUMNS;
-    for (int k = 0; k < TERMS; k++) row[k] = (float)loss[k];
-    row[LOG_LR] = (float)adam.lr;
-    row[LOG_NORM] = (float)norm;
-    row[LOG_RATE] = (float)((double)opt.batch / fmax(now_seconds() - start, 1e-6));
+    return out;
 }
 
-// Of pretraining: a line on stdout a twentieth of the way.
-static void pretrain_after_step(const Run *run, int terminal) {
-    int64_t every = run->steps / 20 > 0 ? run->steps / 20 : 1, n = run->done;
-    if (n != 1 && n % every && n != run->steps) return;
-    double mean[LOG_COLUMNS];
-    rows_mean(mean, run->log, LOG_COLUMNS, n == 1 ? 0 : n - (n % every ? n % every : every), n);
-    if (terminal) fprintf(stderr, "\r\033[K");
-    printf("%7lld  %8.4f  %8.4f %8.4f %8.4f %8.4f  %8.3f %8.3f %7.0f\n", (long long)n,
-           mean[TERM_TOTAL], mean[TERM_CONTRAST], mean[TERM_3D], mean[TERM_ELEMENTS],
-           mean[TERM_BONDS], mean[TERM_ACCURACY], mean[LOG_NORM], mean[LOG_RATE]);
-    fflush(stdout);
-}
+// What data_metrics() is asked for: metrics of predictions, those of them by which an epoch is
+// chosen (without tasks that cannot judge), or metrics of constant predictions.
+typedef enum { OF_MODEL, OF_CHOICE, OF_CHANCE } Asked;
 
-// Of fine-tuning, at the end of an epoch: a row of the history; parameters are kept if they are the
-// best on the validation set.
-static void finetune_after_step(Run *run, int terminal) {
-    int64_t n = (int64_t)run->train.count, epoch = run->done * opt.batch / n;
-    if (epoch == (run->done - 1) * opt.batch / n) return;
-    double mean[LOG_COLUMNS], metric[METRICS];
-    int number = run->aim.kind == TASK_CLASSIFICATION ? METRIC_AUC : METRIC_MAE;
-    float *row = run->history + run->epochs * EPOCH_COLUMNS, *last = row - EPOCH_COLUMNS;
-    data_metrics(metric, run, &run->valid, OF_CHOICE);
-    rows_mean(mean, run->log, LOG_COLUMNS, (epoch - 1) * n / opt.batch, run->done);
-    float valid = (float)(run->judged ? metric[number] : mean[TERM_TOTAL]), best = NAN;
-    if (run->epochs) best = run->history[(int)(last[EPOCH_BEST] - 1) * EPOCH_COLUMNS + EPOCH_VALID];
-    int more = run->judged && number == METRIC_AUC;
-    int better = isnan(best) || (more ? valid > best : valid < best);
-    row[EPOCH_LOSS] = (float)mean[TERM_TOTAL];
-    row[EPOCH_VALID] = valid;
-    row[EPOCH_BEST] = better ? (float)epoch : last[EPOCH_BEST];
-    run->epochs++;
-    if (better) memcpy(run->best, run->s.model.params, sizeof(float) * run->s.model.count);
-    if (terminal) fprintf(stderr, "\r\033[K");
-    printf("%6lld %9s %10s%s\n", (long long)epoch, number_text(mean[TERM_TOTAL], 4),
-           run->judged ? number_text((double)valid, 4) : "-", better ? "  best so far" : "");
-    fflush(stdout);
-}
-
-// Updates run->done..run->steps-1, or as far as a signal lets it come; ends the program, saved, if
-// there was one. Before the first the state is written: from here on --resume means this run.
-static void run_train(Run *run) {
-    Progress progress = progress_begin((double)run->done);
-    int64_t first = run->done;
-    char text[96];
-    signals_catch();
-    if (!run->done) state_write(run);
-    while (run->done < run->steps && !mb_signal) {
-        run_step(run);
-        if (run->tuning) finetune_after_step(run, progress.terminal);
-        else pretrain_after_step(run, progress.terminal);
-        log_write(run);
-        if (run->done < run->steps && run->done % opt.save_every == 0) run_save(run);
-        snprintf(text, sizeof text, "step %lld of %lld", (long long)run->done,
-                 (long long)run->steps);
-        progress_show(&progress, (double)run->done, (double)run->steps,
-                      (double)(run->done - first) * (double)opt.batch, "molecules", text,
-                      run->tuning && run->done == run->steps);
+// Mean metrics over the tasks of a dataset in which they are defined; of several tasks errors are
+// in deviations of the training labels.
+static void data_metrics(double mean[METRICS], Sde *s, const Aim *aim, const Dataset *data,
+                         Asked asked) {
+    size_t Y = (size_t)s->shape.tasks, n = data->count;
+    float *labels = dataset_labels(data), *out = NULL;
+    if (asked == OF_CHANCE) out = xmalloc(n * Y, sizeof *out);
+    else out = predict_all(s, aim, data);
+    if (asked == OF_CHOICE) labels_judge(labels, data, NULL, NULL);
+    for (size_t k = 0; k < n * Y; k++) {
+        float unit = Y > 1 && aim->kind == TASK_REGRESSION ? aim->std[k % Y] : 1;
+        if (asked == OF_CHANCE) out[k] = aim->mean[k % Y];
+        CHECK(isfinite(out[k]), "%s: molecule %zu: the prediction is no number; try a lower --lr",
+              data->path, k / Y);
+        out[k] /= unit;
+        labels[k] /= unit;
     }
-    if (progress.terminal) fprintf(stderr, "\r\033[K");
-    run_save(run);
-    if (!mb_signal) return;
-    fprintf(stderr, "stopped by a signal and saved after step %lld; to go on, give the same "
-            "command with --resume\n", (long long)run->done);
-    mb_exit(128 + mb_signal);
+    task_means(mean, aim->kind, out, labels, n, Y);
+    FREE_ALL(out, labels);
 }
 
 // =================================================================================================
-// 15 Commands, options and main
+// 16 Training runs: what is theirs beside lib/run.h
+// =================================================================================================
+
+enum { LOG_LR = TERMS, LOG_NORM, LOG_RATE, LOG_COLUMNS };  // of the log; the losses come first
+enum { HISTORY_COLUMNS = HISTORY_BEST + 1 };
+#define LOG_HEADING                                                                                \
+    "step,total,contrast,2d->3d,elements,bonds,accuracy,lr,gradient_norm,molecules_per_second"
+#define HISTORY_HEADING "epoch,loss,valid,best_epoch"
+#define LOG_BEGINS "step,total,contrast,|" HISTORY_HEADING "\n"
+
+typedef struct {
+    struct Run run;
+    Sde s;
+    Aim aim;                     // of fine-tuning, as what follows
+    int judged;                  // can the validation set judge? Else the training loss does
+    float *statistics, *best;    // see task_statistics(); parameters of the best epoch
+} Training;
+
+// Metadata of a checkpoint or state: where the run is, its options, the task.
+static char *training_meta(const Training *t, int of_state) {
+    Text text = {0};
+    const struct Run *run = &t->run;
+    const char *const keys[] = {"step", "molecules", DATA_KEYS[0], DATA_KEYS[1], DATA_KEYS[2],
+                                "init_fingerprint"};
+    const long long values[] = {run->done, (long long)run->train.count, data_print(&run->train),
+                                data_print(&run->valid), data_print(&run->test), run->init_print};
+    char *options = options_describe(OPTIONS, N_OPTIONS, SHAPES | FILES);
+    char *method = options_describe(OPTIONS, N_OPTIONS, METHOD);
+    text_add(&text, "{");
+    text_add_meta(&text, "format", "pt");
+    for (int k = 0; k < (of_state ? 6 : 3); k++) text_add_meta(&text, keys[k], "%lld", values[k]);
+    text_add_meta(&text, "run", "%s", options);
+    text_add_meta(&text, "method", "%s", method);
+    text_add_meta(&text, "stereo", "%s", run->train.stereo);
+    if (t->s.shape.tasks) {
+        text_add_meta(&text, "task", "%s", TASK_KINDS[t->aim.kind]);
+        text_add_tasks(&text, t->s.shape.tasks, run->train.task_names, t->aim.mean, t->aim.std);
+    }
+    text_add(&text, "}");
+    FREE_ALL(options, method);
+    return text.text;
+}
+
+// Writes the state for --resume, which is complete in itself.
+static void state_write(const Training *t) {
+    const Model *m = &t->s.model;
+    float *const arenas[ARENAS] = {m->params, m->m, m->v, t->best};
+    TensorOut tables[2];
+    char *meta = training_meta(t, 1);
+    state_tables(tables, &t->run);
+    model_write(t->run.state_path, m, arenas, tables, 2, meta);
+    free(meta);
+}
+
+// The log, or of fine-tuning the history, as CSV.
+static void csv_write(struct Run *run, int judged) {
+    if (!run->history.x) {
+        csv_log(run, LOG_HEADING);
+        return;
+    }
+    FILE *csv = csv_open(run, HISTORY_HEADING);
+    for (; run->shown < run->history.n; run->shown++) {
+        const float *row = run->history.x + run->shown * HISTORY_COLUMNS;
+        char valid[32] = "";
+        if (judged) snprintf(valid, sizeof valid, "%.6g", (double)row[HISTORY_VALID]);
+        fprintf(csv, "%lld,%.6g,%s,%.6g\n", (long long)run->shown + 1, (double)row[HISTORY_LOSS],
+                valid, (double)row[HISTORY_BEST]);
+    }
+    csv_flush(run);
+}
+
+// First the state, so that a run killed between two renames resumes from it; then the checkpoint.
+static void training_save(Training *t) {
+    float *const one[ARENAS] = {t->run.history.n ? t->best : t->s.model.params};
+    char *meta = training_meta(t, 0);
+    state_write(t);
+    model_write(opt.output, &t->s.model, one, NULL, 0, meta);
+    csv_write(&t->run, t->judged);
+    free(meta);
+}
+
+// Continues from the state that is open; epochs: room in the history.
+static void state_load(Training *t, int64_t epochs) {
+    Model *m = &t->s.model;
+    float *const arenas[ARENAS] = {m->params, m->m, m->v, t->best};
+    TensorFile *f = &t->run.state;
+    CHECK(tables_load(&t->run, epochs), "%s: damaged state: its history does not fit its log and "
+          "step", f->path);
+    for (int a = 0; a < ARENAS; a++)
+        if (arenas[a]) model_load(m, arenas[a], f, ARENA_PREFIXES[a]);
+    tensor_file_close(f);
+    fprintf(stderr, "resumed after step %lld\n", (long long)t->run.done);
+}
+
+// Opens the datasets of a run and claims its output; batch: molecules of an update as a rule.
+static void training_open(Training *t, const char *train_path, int64_t batch) {
+    struct Run *run = &t->run;
+    const char *asked = opt.init;
+    run_begin(run, train_path, opt.output, LOG_BEGINS);
+    if (opt.resume && state_find(run))
+        options_from(required_meta(&run->state, "run", "the state of a run"), run->state_path);
+    run_data(run, opt.valid, opt.test, opt.init, asked);
+    run_plan(run, &opt.batch, batch, 0);
+    run->seed = (uint64_t)opt.seed;
+}
+
+static void training_close(Training *t) {
+    run_free(&t->run);
+    sde_free(&t->s);
+    FREE_ALL(t->statistics, t->best);
+}
+
+// Begins update run->done: its molecules, and what names its draws.
+static Draws update_begin(struct Run *run) {
+    threads_adapt();
+    update_ids(run, run->done);
+    return (Draws){run->seed, (uint32_t)run->done, 0, 1};
+}
+
+// Ends it with a row of the log; start: when it began. Dies if training has left the numbers.
+static void update_end(struct Run *run, const double loss[TERMS], double lr, double norm,
+                       double start) {
+    CHECK(isfinite(loss[TERM_TOTAL]) && norm < 1e18, "step %lld: the loss is no longer a number. "
+          "What was saved before is kept. Try a lower --lr", (long long)run->done + 1);
+    float *row = rows_add(&run->log);
+    for (int k = 0; k < TERMS; k++) row[k] = (float)loss[k];
+    row[LOG_LR] = (float)lr;
+    row[LOG_NORM] = (float)norm;
+    row[LOG_RATE] = (float)((double)run->batch / fmax(now_seconds() - start, 1e-6));
+    run->done++;
+}
+
+// =================================================================================================
+// 17 Commands and main
 // =================================================================================================
 
 // ---- pretrain: ./moleculesde train.bin
 
-static void command_pretrain(const char *train_path) {
-    Run run = {0};
-    run_open(&run, train_path, 64);
-    check_positions(&run.train);
-    check_positions(&run.valid);
-    Shape c = option_shape();
-    sde_create(&run.s, c, 1);
-    if (run.file.path) {
-        run_load(&run);
-    } else if (opt.init) {
-        tensor_file_open(&run.file, opt.init);
-        sde_load(&run.s, run.s.model.params, &run.file, "");
-        note_stereo(&run.train, opt.init, tensor_meta(&run.file, "stereo"));
-        tensor_file_close(&run.file);
-    } else {
-        sde_init(&run.s, (uint64_t)opt.seed);
+// Opens what pretraining needs, and says what will be done.
+static void pretrain_open(Training *t, const char *train_path) {
+    struct Run *run = &t->run;
+    Shape c;
+    training_open(t, train_path, 64);
+    check_positions(&run->train);
+    check_positions(&run->valid);
+    run->steps = opt.steps;
+    run->log = rows_make(run->steps, LOG_COLUMNS);
+    t->s.method = option_method(0);
+    sde_create(&t->s, c = option_shape(), 1);
+    if (run->resumed) state_load(t, 0);
+    else sde_init(&t->s, run->seed);
+    if (opt.init && !run->resumed) {
+        TensorFile f;
+        tensor_file_open(&f, opt.init);
+        model_load(&t->s.model, t->s.model.params, &f, "");
+        note_stereo(&run->train, opt.init, tensor_meta(&f, "stereo"));
+        tensor_file_close(&f);
     }
     fprintf(stderr, "model   %d wide, GIN of %d layers, SchNet of %d blocks, %s, %s edges: %.2f M "
             "parameters\ndata    %s: %zu molecules; %s: %zu\nrun     %lld steps of %lld molecules "
             "(%.1f epochs) on %d thread%s\n", c.dim, c.layers, c.blocks, opt.sde, opt.edges,
-            (double)run.s.group_end[GROUP_3D] / 1e6, train_path, run.train.count,
-            opt.valid ? opt.valid : "no validation", run.valid.count, (long long)run.steps,
-            (long long)opt.batch, (double)run.steps * (double)opt.batch / (double)run.train.count,
-            thread_count(), thread_count() > 1 ? "s" : "");
+            (double)t->s.group_end[GROUP_3D] / 1e6, train_path, run->train.count,
+            opt.valid ? opt.valid : "no validation", run->valid.count, (long long)run->steps,
+            (long long)run->batch,
+            (double)run->steps * (double)run->batch / (double)run->train.count, thread_count(),
+            thread_count() > 1 ? "s" : "");
+}
+
+// The result: each loss at the start and the end, on the validation set, and by chance.
+static void pretrain_report(Training *t) {
+    const Dataset *valid = t->run.valid.count ? &t->run.valid : NULL;
+    double start[LOG_COLUMNS], end[LOG_COLUMNS], held[TERMS], chance[TERMS];
+    log_ends(start, end, &t->run);
+    if (valid) mean_losses(held, &t->s, valid, SIZE_MAX, 0);
+    mean_losses(chance, &t->s, valid ? valid : &t->run.train, 4096, 1);
+    losses_print(TERM_NAMES, TERMS, start, end, valid ? held : NULL, chance);
+    printf("wrote %s, %s\n", opt.output, t->run.log_path);
+}
+
+static void command_pretrain(const char *train_path) {
+    Training t = {0};
+    struct Run *run = &t.run;
+    pretrain_open(&t, train_path);
     printf("   step     total  contrast   2d->3d elements    bonds  accuracy gradient   mol/s\n");
-    run_train(&run);
-    double start[LOG_COLUMNS], end[LOG_COLUMNS];
-    int64_t window = run.steps / 50 + 1;
-    LossSums valid = {{0}, 0, 0}, chance = {{0}, 0, 1};
-    rows_mean(start, run.log, LOG_COLUMNS, 0, 1);
-    rows_mean(end, run.log, LOG_COLUMNS, run.done > window ? run.done - window : 0, run.done);
-    visit_batches(&run, &run.valid, SIZE_MAX, visit_losses, &valid);
-    visit_batches(&run, run.valid.count ? &run.valid : &run.train, 4096, visit_losses, &chance);
-    printf("\nloss        start     end   valid  by chance\n");
-    for (int k = 1; k <= TERMS; k++) {
-        int term = k % TERMS;  // the total last
-        char shown[16] = "-";
-        if (valid.count > 0) snprintf(shown, sizeof shown, "%.4f", valid.sum[term] / valid.count);
-        printf("%-8s %8.4f%8.4f%8s%11.4f\n", TERM_NAMES[term], start[term], end[term], shown,
-               chance.sum[term] / chance.count);
+    run_start(run);
+    if (!run->done) state_write(&t);  // from here on --resume means this run
+    while (run->done < run->steps && !run_stopped(run)) {
+        double start = now_seconds(), loss[TERMS] = {0}, mean[LOG_COLUMNS];
+        Draws draws = update_begin(run);
+        double norm = sde_step(loss, &t.s, &run->train, run->ids, (size_t)run->batch, &opt.adam,
+                               opt.scale_3d, &draws, run->done + 1);
+        update_end(run, loss, opt.adam.lr, norm, start);
+        if (line_due(mean, run)) {
+            progress_clear(&run->progress);
+            printf("%7lld  %8.4f  %8.4f %8.4f %8.4f %8.4f  %8.3f %8.3f %7.0f\n",
+                   (long long)run->done, mean[TERM_TOTAL], mean[TERM_CONTRAST], mean[TERM_3D],
+                   mean[TERM_ELEMENTS], mean[TERM_BONDS], mean[TERM_ACCURACY], mean[LOG_NORM],
+                   mean[LOG_RATE]);
+            fflush(stdout);
+        }
+        csv_log(run, LOG_HEADING);
+        if (save_due(run, opt.save_every)) training_save(&t);
+        run_progress(run, "", 0);
     }
-    printf("wrote %s, %s\n", opt.output, run.log_path);
-    run_close(&run);
+    progress_clear(&run->progress);
+    training_save(&t);
+    run_end(run);
+    pretrain_report(&t);
+    training_close(&t);
 }
 
 // ---- finetune: ./moleculesde finetune train.bin --init FILE
 
-// The kind of the labels, if --task does not say; their mean and deviation, task by task; and the
-// bias that the head begins with, which is finite for a task of one class too.
-static void label_statistics(Run *run) {
-    const Dataset *data = &run->train;
-    size_t Y = (size_t)data->n_tasks, n = data->count * Y, other = 0;
-    float *labels = dataset_labels(data);
-    for (size_t k = 0; k < n; k++) {
-        CHECK(!(fabsf(labels[k]) > (float)LABEL_MAX), "%s: molecule %zu: task %s: label %g is "
-              "beyond range; expected at most %g", data->path, k / Y, data->task_names[k % Y],
-              (double)labels[k], LABEL_MAX);
-        other += !isnan(labels[k]) && labels[k] != 0 && labels[k] != 1;
-    }
-    if (!opt.task) opt.task = KIND_NAMES[other > 0];
-    run->aim.kind = (TaskKind)name_index("--task", opt.task, KIND_NAMES);
-    int classes = run->aim.kind == TASK_CLASSIFICATION;
-    CHECK(!classes || other == 0, "%s: expected labels 0 and 1 for --task classification",
-          data->path);
-    for (size_t y = 0; y < Y; y++) {
-        LabelSummary s = label_summary(labels, data->count, Y, y);
-        CHECK(s.count > 0, "%s: task %s has no labels", data->path, data->task_names[y]);
-        if (s.deviation <= 0)
-            fprintf(stderr, "note    %s: task %s: all labels are %g, there is nothing to learn\n",
-                    data->path, data->task_names[y], s.mean);
-        run->statistics[y] = classes ? 0 : (float)s.mean;
-        run->statistics[Y + y] = classes || s.deviation <= 0 ? 1 : (float)s.deviation;
-        double ones = fmin(fmax(s.mean, 0.5 / s.count), 1 - 0.5 / s.count);
-        run->statistics[2 * Y + y] = classes ? (float)log(ones / (1 - ones)) : 0;
-    }
-    free(labels);
-}
-
-static void command_finetune(const char *train_path) {
-    Run run = {.tuning = 1};
-    run_open(&run, train_path, 128);
-    size_t Y = (size_t)run.train.n_tasks;
-    CHECK(opt.valid && run.valid.count, "--valid: expected a validation set, to choose the best "
-          "epoch by");
-    CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
-    dataset_same_tasks(&run.train, &run.valid);
-    if (run.test.data) dataset_same_tasks(&run.train, &run.test);
-    run.statistics = xmalloc(3 * Y, sizeof *run.statistics);
-    run.aim.mean = run.statistics;
-    run.aim.std = run.statistics + Y;
-    label_statistics(&run);
-    float *labels = dataset_labels(&run.valid);
-    run.judged = labels_judge(labels, &run.valid, "no say in the choice of an epoch",
-                              "the training loss chooses the epoch") > 0;
-    free(labels);
+// The sizes of the model: those of --init, or of the state to go on from, if there is one.
+static Shape finetune_shape(struct Run *run) {
+    TensorFile init = {0}, *f = run->resumed ? &run->state : &init;
     Shape c = option_shape();
-    int use_3d = name_index("--encoder", opt.encoder, ENCODER_NAMES);
-    if (run.file.path || opt.init) {  // a resumed run has its sizes in its state
-        TensorFile init = {0}, *f = run.file.path ? &run.file : &init;
+    if (run->resumed || opt.init) {
         if (f == &init) tensor_file_open(f, opt.init);
         c = file_shape(f, c);
         c.tasks = 1;  // the new head may be larger
-        c.use_3d = use_3d;
+        c.use_3d = option_encoder();
         shape_fits(&c, f);
-        if (f == &init) note_stereo(&run.train, opt.init, tensor_meta(f, "stereo"));
+        if (f == &init) note_stereo(&run->train, opt.init, tensor_meta(f, "stereo"));
         tensor_file_close(&init);
     }
-    c.tasks = (int)Y;
-    c.use_3d = use_3d;
-    for (int k = 0; k < 3 && c.use_3d; k++) {
-        const Dataset *all[] = {&run.train, &run.valid, &run.test};
-        check_positions(all[k]);
-    }
-    sde_create(&run.s, c, 1);
-    run.best = xmalloc(run.s.model.count, sizeof *run.best);
-    run.history = xmalloc((size_t)opt.epochs + 1, EPOCH_COLUMNS * sizeof *run.history);
-    if (run.file.path) {
-        run_load(&run);
+    c.tasks = run->train.n_tasks;
+    c.use_3d = option_encoder();
+    return c;
+}
+
+// Opens what fine-tuning needs, and says what will be done.
+static void finetune_open(Training *t, const char *train_path) {
+    struct Run *run = &t->run;
+    const Dataset *const sets[] = {&run->train, &run->valid, &run->test};
+    training_open(t, train_path, 128);
+    size_t Y = (size_t)run->train.n_tasks;
+    CHECK(opt.valid && run->valid.count, "--valid: expected a validation set, to choose the best "
+          "epoch by");
+    CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
+    dataset_same_tasks(&run->train, &run->valid);
+    if (run->test.data) dataset_same_tasks(&run->train, &run->test);
+    t->statistics = xmalloc(3 * Y, sizeof *t->statistics);
+    t->aim = (Aim){task_statistics(t->statistics, &run->train, &opt.task, 1), t->statistics,
+                   t->statistics + Y};
+    float *labels = dataset_labels(&run->valid);
+    t->judged = labels_judge(labels, &run->valid, "no say in the choice of an epoch",
+                             "the training loss chooses the epoch") > 0;
+    free(labels);
+    Shape c = finetune_shape(run);
+    for (int k = 0; k < 3 && c.use_3d; k++) check_positions(sets[k]);
+    t->s.method = option_method(1);
+    sde_create(&t->s, c, 1);
+    run->steps = epochs_steps(run, opt.epochs);
+    run->log = rows_make(run->steps, LOG_COLUMNS);
+    run->history = rows_make(opt.epochs, HISTORY_COLUMNS);
+    t->best = xmalloc(t->s.model.count, sizeof *t->best);
+    if (run->resumed) {
+        state_load(t, opt.epochs);
     } else {
-        sde_init(&run.s, (uint64_t)opt.seed);
-        if (opt.init) sde_transfer(&run.s, opt.init);
-        memcpy(run.s.p.head.b, run.statistics + 2 * Y, sizeof(float) * Y);
+        sde_init(&t->s, run->seed);
+        if (opt.init) sde_transfer(&t->s, opt.init);
+        memcpy(t->s.p.head.b, t->statistics + 2 * Y, sizeof(float) * Y);
     }
     fprintf(stderr, "model   %s, %d wide: %.2f M parameters; %s, %zu task%s\ndata    %zu training, "
             "%zu validation, %zu test molecules\n", c.use_3d ? "SchNet" : "GIN", c.dim,
-            (double)run.s.group_end[GROUP_3D] / 1e6, opt.task, Y, Y > 1 ? "s" : "",
-            run.train.count, run.valid.count, run.test.count);
-    int auc = run.aim.kind == TASK_CLASSIFICATION;
-    printf(" epoch      loss      valid (%s)\n", auc ? "ROC-AUC"
-           : Y > 1 ? "MAE in deviations" : "MAE");
-    run_train(&run);
-    memcpy(run.s.model.params, run.best, sizeof(float) * run.s.model.count);
-    const Dataset *last = run.test.count ? &run.test : &run.valid;
-    double metric[METRICS];
-    data_metrics(metric, &run, last, OF_MODEL);
-    printf("%s:", run.test.count ? "test" : "valid");
-    print_metrics(stdout, metric);
-    data_metrics(metric, &run, last, OF_CHANCE);
-    printf("by chance (the training mean for all):");
-    print_metrics(stdout, metric);
-    printf("wrote %s, %s\n", opt.output, run.log_path);
-    run_close(&run);
+            (double)t->s.group_end[GROUP_3D] / 1e6, opt.task, Y, Y > 1 ? "s" : "",
+            run->train.count, run->valid.count, run->test.count);
 }
 
-// ---- predict: CSV on stdout; embed: (molecules, D) float32 in NumPy format
+// Update run->done on labels; fills loss[TERM_TOTAL], returns the norm of the gradients.
+static double finetune_step(double loss[TERMS], Training *t, const Adam *adam) {
+    struct Run *run = &t->run;
+    Sde *s = &t->s;
+    s->draws = update_begin(run);
+    s->training = 1;
+    mols_load(&s->mols, &run->train, run->ids, (size_t)run->batch, s->shape.tasks);
+    task_forward(s);
+    loss[TERM_TOTAL] = head_loss(s, &t->aim);
+    task_backward(s);
+    return update(s, adam, 1, run->done + 1);
+}
 
-static void visit_rows(Run *run, size_t first, size_t B, void *result) {
-    size_t Y = (size_t)run->s.shape.tasks;
-    Molecule m = {0};
-    visit_predictions(run, 0, B, result);
-    for (size_t b = 0; b < B; b++) {
-        dataset_read(&run->test, first + b, &m);
-        print_csv(stdout, m.name, (size_t)m.name_length);
-        for (size_t y = 0; y < Y; y++) {
-            double x = (double)((float *)result)[b * Y + y];
-            printf(",%.6g", run->aim.kind == TASK_CLASSIFICATION ? sigmoid_of(x) : x);
-        }
-        printf("\n");
+// The end of an epoch of mean loss `loss`: a row of the history, a line on stdout; parameters are
+// kept if they are the best on the validation set.
+static void finetune_epoch(Training *t, double loss) {
+    struct Run *run = &t->run;
+    double metric[METRICS];
+    int auc = t->aim.kind == TASK_CLASSIFICATION;
+    data_metrics(metric, &t->s, &t->aim, &run->valid, OF_CHOICE);
+    double valid = t->judged ? metric[auc ? METRIC_AUC : METRIC_MAE] : loss;
+    const float *row = history_add(run, (float)loss, (float)valid, auc && t->judged);
+    int better = (int64_t)row[HISTORY_BEST] == run->history.n;
+    if (better) memcpy(t->best, t->s.model.params, sizeof(float) * t->s.model.count);
+    progress_clear(&run->progress);
+    printf("%6lld %9s %10s%s\n", (long long)run->history.n, number_text(loss, 4),
+           t->judged ? number_text((double)row[HISTORY_VALID], 4) : "-",
+           better ? "  best so far" : "");
+    fflush(stdout);
+}
+
+// What the best parameters are worth on the test set, or without one on the validation set.
+static void finetune_report(Training *t) {
+    const Dataset *last = t->run.test.count ? &t->run.test : &t->run.valid;
+    double metric[METRICS];
+    memcpy(t->s.model.params, t->best, sizeof(float) * t->s.model.count);
+    data_metrics(metric, &t->s, &t->aim, last, OF_MODEL);
+    printf("%s:", t->run.test.count ? "test" : "valid");
+    print_metrics(stdout, metric);
+    data_metrics(metric, &t->s, &t->aim, last, OF_CHANCE);
+    printf("by chance (the training mean for all):");
+    print_metrics(stdout, metric);
+    printf("wrote %s, %s\n", opt.output, t->run.log_path);
+}
+
+static void command_finetune(const char *train_path) {
+    Training t = {0};
+    struct Run *run = &t.run;
+    finetune_open(&t, train_path);
+    printf(" epoch      loss      valid (%s)\n",
+           t.aim.kind == TASK_CLASSIFICATION ? "ROC-AUC"
+           : run->train.n_tasks > 1 ? "MAE in deviations" : "MAE");
+    run_start(run);
+    if (!run->done) state_write(&t);  // from here on --resume means this run
+    while (run->done < run->steps && !run_stopped(run)) {
+        double start = now_seconds(), loss[TERMS] = {0}, mean[LOG_COLUMNS];
+        double epoch = floor((double)(run->done * run->batch) / (double)run->train.count);
+        Adam adam = opt.adam;
+        adam.lr *= (1 + cos(3.141592653589793 * epoch / (double)opt.epochs)) / 2;
+        double norm = finetune_step(loss, &t, &adam);
+        update_end(run, loss, adam.lr, norm, start);
+        if (epoch_ended(mean, run)) finetune_epoch(&t, mean[TERM_TOTAL]);
+        csv_write(run, t.judged);
+        if (save_due(run, opt.save_every)) training_save(&t);
+        run_progress(run, "", run->done == run->steps);
     }
-    molecule_free(&m);
+    progress_clear(&run->progress);
+    training_save(&t);
+    run_end(run);
+    finetune_report(&t);
+    training_close(&t);
+}
+
+// ---- what uses a model: predict, CSV on stdout; embed, (molecules, D) float32 in NumPy format
+
+// Opens a dataset and the model and method of --model.
+static void model_open(Sde *s, Dataset *data, TensorFile *f, const char *path) {
+    CHECK(opt.model, "--model: expected a checkpoint");
+    dataset_open(data, path);
+    tensor_file_open(f, opt.model);
+    options_from(tensor_meta(f, "method"), opt.model);
+    Shape c = file_shape(f, option_shape());
+    shape_fits(&c, f);
+    s->method = option_method(1);
+    sde_create(s, c, 0);
+    model_load(&s->model, s->model.params, f, "");
+    note_stereo(data, opt.model, tensor_meta(f, "stereo"));
+    if (!opt.batch) opt.batch = 64;
+}
+
+static void model_close(Sde *s, Dataset *data, TensorFile *f) {
+    sde_free(s);
+    dataset_close(data);
+    tensor_file_close(f);
 }
 
 static void command_predict(const char *path) {
-    Run run = {0};
-    run_open_model(&run, path);
+    Sde s = {0};
+    Dataset data;
+    TensorFile f;
+    Molecule m = {0};
+    model_open(&s, &data, &f, path);
     const char *kind = "a fine-tuned model, see ./moleculesde finetune";
-    const char *names = required_meta(&run.file, "task_names", kind);
-    size_t Y = (size_t)run.s.shape.tasks;
-    if (run.s.shape.use_3d) check_positions(&run.test);
-    float *out = xmalloc((size_t)opt.batch * Y, sizeof *out);
-    run.statistics = xmalloc(2 * Y, sizeof *run.statistics);
-    meta_numbers(run.statistics, Y, &run.file, "label_mean");
-    meta_numbers(run.statistics + Y, Y, &run.file, "label_std");
-    run.aim = (Aim){(TaskKind)name_index("task", required_meta(&run.file, "task", kind),
-                                         KIND_NAMES), run.statistics, run.statistics + Y};
+    const char *names = required_meta(&f, "task_names", kind);
+    size_t Y = (size_t)s.shape.tasks;
+    if (s.shape.use_3d) check_positions(&data);
+    float *statistics = xmalloc(2 * Y, sizeof *statistics);
+    meta_numbers(statistics, Y, &f, "label_mean");
+    meta_numbers(statistics + Y, Y, &f, "label_std");
+    Aim aim = {(TaskKind)choice("task", required_meta(&f, "task", kind), TASK_KINDS, 2),
+               statistics, statistics + Y};
+    float *out = predict_all(&s, &aim, &data);
     printf("name");
     for (size_t y = 0; y < Y; y++) {
         size_t length = strcspn(names, "\n");
@@ -1322,51 +1141,43 @@ static void command_predict(const char *path) {
         print_csv(stdout, names, length);
         names += length + (names[length] == '\n');
     }
+    for (size_t k = 0; k < data.count * Y; k++) {
+        double x = (double)out[k];
+        if (k % Y == 0) {
+            dataset_read(&data, k / Y, &m);
+            printf("\n");
+            print_csv(stdout, m.name, (size_t)m.name_length);
+        }
+        printf(",%.6g", aim.kind == TASK_CLASSIFICATION ? sigmoid_of(x) : x);
+    }
     printf("\n");
-    visit_batches(&run, &run.test, SIZE_MAX, visit_rows, out);
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write to standard output: %s",
-          strerror(errno));
-    free(out);
-    run_close(&run);
-}
-
-static void visit_embed(Run *run, size_t first, size_t B, void *result) {
-    (void)first;
-    if (mb_signal) mb_exit(128 + mb_signal);
-    task_forward(&run->s);
-    out_floats(result, run->s.a.pooled, B * (size_t)run->s.shape.dim, 0);
+    FREE_ALL(statistics, out);
+    molecule_free(&m);
+    model_close(&s, &data, &f);
 }
 
 static void command_embed(const char *path) {
-    Run run = {0};
+    Sde s = {0};
+    Dataset data;
+    TensorFile f;
     OutFile out;
-    char shape[96], header[128];
-    run_open_model(&run, path);
-    if (!run.s.shape.tasks)
-        run.s.shape.use_3d = name_index("--encoder", opt.encoder, ENCODER_NAMES);
-    if (run.s.shape.use_3d) check_positions(&run.test);
-    run.s.no_pairs = !run.s.shape.use_3d;
-    run.s.no_edges = 1;
-    snprintf(shape, sizeof shape, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %d), }",
-             run.test.count, run.s.shape.dim);
-    int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
-    const uint8_t magic[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (uint8_t)length, 0};
-    out_open(&out, opt.output, NPY_BEGINS);
-    out_write(&out, magic, 10);
-    out_write(&out, header, (size_t)length);
+    model_open(&s, &data, &f, path);
+    if (!s.shape.tasks) s.shape.use_3d = option_encoder();
+    if (s.shape.use_3d) check_positions(&data);
+    s.no_pairs = !s.shape.use_3d;
+    s.no_edges = 1;
+    npy_begin(&out, opt.output, "<f4", data.count, (size_t)s.shape.dim);
     signals_catch();
-    visit_batches(&run, &run.test, SIZE_MAX, visit_embed, &out);
+    for (size_t i = 0, B; (B = load_next(&s, &data, i, SIZE_MAX)) > 0; i += B) {
+        if (mb_signal) mb_exit(128 + mb_signal);
+        task_forward(&s);
+        out_floats(&out, s.a.pooled, B * (size_t)s.shape.dim, 0);
+    }
     out_commit(&out);
-    run_close(&run);
+    model_close(&s, &data, &f);
 }
 
 // ---- generate: conformers of one molecule, of which only the graph is looked at; an SD file
-
-static const char *const ELEMENT_NAMES =  // three characters each
-    "H  He Li Be B  C  N  O  F  Ne Na Mg Al Si P  S  Cl Ar K  Ca Sc Ti V  Cr Mn Fe Co Ni Cu Zn "
-    "Ga Ge As Se Br Kr Rb Sr Y  Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I  Xe Cs Ba La Ce Pr Nd "
-    "Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th "
-    "Pa U  Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og *  ";
 
 // One record of a V2000 SD file: molecule m at positions pos (N, 3), centred. Its first line is the
 // name: signs that end a line or a record in it become spaces.
@@ -1384,7 +1195,7 @@ static void write_conformer(OutFile *out, const Molecule *m, const float *pos, i
         text_add(&t, "%10.4f%10.4f%10.4f %.3s 0  0  0  0  0  0  0  0  0  0  0  0\n",
                  (double)pos[3 * i] - mean[0], (double)pos[3 * i + 1] - mean[1],
                  (double)pos[3 * i + 2] - mean[2],
-                 ELEMENT_NAMES + 3 * m->atom_feat[i * ATOM_FEATURES]);
+                 SYMBOLS + 3 * m->atom_feat[i * ATOM_FEATURES]);
     for (int k = 0; k < m->n_bonds; k++)
         text_add(&t, "%3d%3d%3d  0\n", m->bonds[2 * k] + 1, m->bonds[2 * k + 1] + 1,
                  min_int(m->bond_code[k] / (2 * BOND_STEREOS) + 1, 4));
@@ -1398,16 +1209,17 @@ static void write_conformer(OutFile *out, const Molecule *m, const float *pos, i
 }
 
 static void command_generate(const char *path, const char *index_text) {
-    Run run = {0};
+    Sde own = {0}, *s = &own;
+    Dataset data;
+    TensorFile f;
     OutFile out;
-    run_open_model(&run, path);
-    Sde *s = &run.s;
-    size_t index = dataset_find(&run.test, index_text);
+    model_open(s, &data, &f, path);
+    size_t index = dataset_find(&data, index_text);
     CHECK(!s->shape.tasks, "%s: has no network that generates: expected a pretrained model",
           opt.model);
     uint32_t *ids = xmalloc((size_t)opt.copies, sizeof *ids);
     for (int64_t k = 0; k < opt.copies; k++) ids[k] = (uint32_t)index;
-    mols_load(&s->mols, &run.test, ids, (size_t)opt.copies, 0);
+    mols_load(&s->mols, &data, ids, (size_t)opt.copies, 0);
     free(ids);
     const Molecule *m = s->mols.molecule;
     CHECK(m->n_atoms <= 999 && m->n_bonds <= 999, "molecule %zu: too large for an SD file", index);
@@ -1440,98 +1252,12 @@ static void command_generate(const char *path, const char *index_text) {
         write_conformer(&out, m, mean + b * row, (int)b + 1);
     out_commit(&out);
     free(z);
-    run_close(&run);
+    model_close(s, &data, &f);
 }
 
 // ---- the command line
 
-#define HEADING(text, commands) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, commands}
-#define TEXT(name, field, argument, help, commands) \
-    {name, OPT_TEXT, &opt.field, 0, 0, argument, help, commands}
-#define WHOLE(name, field, min, max, help, commands) \
-    {name, OPT_INT, &opt.field, min, max, "N", help, commands}
-#define NUMBER(name, field, min, max, help, commands) \
-    {name, OPT_NUMBER, &opt.field, min, max, "X", help, commands}
-#define FLAG(name, field, help, commands) {name, OPT_FLAG, &opt.field, 0, 0, NULL, help, commands}
-
-static const Option OPTIONS[] = {
-    HEADING("Files", TRAIN | READ),
-    TEXT("-o", output, "FILE", "output (moleculesde.safetensors, sde_finetuned.safetensors, "
-         "embeddings.npy or conformers.sdf)", TRAIN | EMBED | GENERATE),
-    TEXT("--valid", valid, "FILE", "validation set (valid.bin beside train.bin)", TRAIN | FILES),
-    TEXT("--test", test, "FILE", "test set (test.bin beside train.bin)", FINETUNE | FILES),
-    TEXT("--init", init, "FILE", "start from this checkpoint", TRAIN | FILES),
-    TEXT("--model", model, "FILE", "checkpoint to use", READ),
-    FLAG("--resume", resume, "continue the run that writes -o, with its options", TRAIN),
-    WHOLE("--save-every", save_every, 1, 1e9, "steps between checkpoints", TRAIN),
-    HEADING("Model", TRAIN),
-    WHOLE("--dim", dim, 1, 4096, "width of both encoders", TRAIN | SHAPES),
-    WHOLE("--layers", layers, 1, MAX_DEPTH, "of the GIN", TRAIN | SHAPES),
-    WHOLE("--blocks", blocks, 1, MAX_DEPTH, "of the SchNet", TRAIN | SHAPES),
-    WHOLE("--filters", filters, 1, 4096, "of the SchNet", TRAIN | SHAPES),
-    WHOLE("--gaussians", gaussians, 2, 4096, "of the SchNet", TRAIN | SHAPES),
-    WHOLE("--hidden", hidden, 8, 4096, "width of the 2D -> 3D network", PRETRAIN | SHAPES),
-    WHOLE("--width", width, 4, 1024, "of the 3D -> 2D network", PRETRAIN | SHAPES),
-    WHOLE("--channels", channels, 1, MAX_CHANNELS, "of its edge layers", PRETRAIN | SHAPES),
-    WHOLE("--last-channels", last_channels, 1, MAX_CHANNELS, "of the last of them",
-          PRETRAIN | SHAPES),
-    TEXT("--edges", edges, "NAME", "of 2D -> 3D: gated by their length (_02) or plain (_01)",
-         PRETRAIN | SHAPES),
-    HEADING("Training", TRAIN | READ),
-    WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAIN | SHAPES | GROWS),
-    WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", FINETUNE | SHAPES),
-    WHOLE("--batch-size", batch, 0, 1e6, "molecules at a time (pretraining 64, fine-tuning 128)",
-          TRAIN | PREDICT | EMBED | SHAPES),
-    NUMBER("--lr", adam.lr, 0, 10, "learning rate", TRAIN | SHAPES),
-    NUMBER("--scale-3d", scale_3d, 0, 100, "times that: rate of SchNet and 3D -> 2D",
-           PRETRAIN | SHAPES),
-    WHOLE("--seed", seed, 0, 9e15, "names every random draw", TRAIN | GENERATE | SHAPES),
-    WHOLE("--threads", threads, 0, 1024, "0: all we may use; results are the same", TRAIN | READ),
-    HEADING("Method", PRETRAIN),
-    TEXT("--sde", sde, "NAME", "ve or vp: variance exploding or preserving",
-         PRETRAIN | SHAPES | METHOD),
-    NUMBER("--sigma-3d-low", method.ve3d.low, 1e-4, 100, "VE: least noise on positions",
-           PRETRAIN | SHAPES | METHOD),
-    NUMBER("--sigma-3d-high", method.ve3d.high, 1e-4, 100, "most", PRETRAIN | SHAPES | METHOD),
-    NUMBER("--sigma-2d-low", method.ve2d.low, 1e-4, 100, "VE: least noise on the graph",
-           PRETRAIN | SHAPES | METHOD),
-    NUMBER("--sigma-2d-high", method.ve2d.high, 1e-4, 100, "most", PRETRAIN | SHAPES | METHOD),
-    NUMBER("--beta-low", method.beta.low, 1e-4, 100, "VP: rate of noising at t = 0",
-           PRETRAIN | SHAPES | METHOD),
-    NUMBER("--beta-high", method.beta.high, 1e-4, 100, "at t = 1", PRETRAIN | SHAPES | METHOD),
-    NUMBER("--anneal", method.anneal, 0, 10, "losses of generation weigh sigma to this power",
-           PRETRAIN | SHAPES),
-    NUMBER("--weight-contrast", method.contrast, 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    NUMBER("--weight-3d", method.to3d, 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    NUMBER("--weight-2d", method.to2d, 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    NUMBER("--attention-dropout", method.attention_dropout, 0, 0.99, "in the 2D -> 3D network",
-           PRETRAIN | SHAPES),
-    HEADING("Task", FINETUNE | EMBED),
-    TEXT("--task", task, "NAME", "classification or regression (default: by the labels)",
-         FINETUNE | SHAPES),
-    TEXT("--encoder", encoder, "NAME", "2d or 3d: GIN or SchNet", FINETUNE | EMBED | SHAPES),
-    NUMBER("--dropout", method.dropout, 0, 0.99, "of the GIN", FINETUNE | SHAPES),
-    HEADING("Conformers", GENERATE),
-    WHOLE("--copies", copies, 1, 100000, "how many", GENERATE),
-    WHOLE("--sample-steps", sample_steps, 1, 1e6, "from noise to positions", GENERATE),
-    FLAG("--help", help, "this text", 0),
-};
-enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0] };
-
-static char option_given[N_OPTIONS];
-
-static char *options_text(unsigned kind) { return options_describe(OPTIONS, N_OPTIONS, kind); }
-
-static void options_from_state(const char *text, const char *path) {
-    options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
-}
-
-static const struct {
-    const char *name;
-    unsigned bit;
-    int words;  // that it takes
-    const char *output, *usage, *help;
-} COMMANDS[] = {
+static const Command COMMANDS[] = {
     {"pretrain", PRETRAIN, 1, "moleculesde.safetensors", "train.bin",
      "pretrain (the default command)"},
     {"finetune", FINETUNE, 1, "sde_finetuned.safetensors", "train.bin --init FILE",
@@ -1555,12 +1281,12 @@ static void print_help(unsigned command) {
 
 int main(int argc, char **argv) {
     program_begin(argv);
-    int command = 0, named = 0;
-    for (int k = 0; k < N_COMMANDS && argc > 1; k++)
-        if (strcmp(argv[1], COMMANDS[k].name) == 0) command = k, named = 1;
-    unsigned bit = COMMANDS[command].bit;
+    if (argc > 1 && strcmp(argv[1], "help") == 0) argv[1] = xprintf("--help");
+    const Command *command = argc > 1 ? command_find(COMMANDS, N_COMMANDS, argv[1]) : NULL;
+    int named = command != NULL;
+    if (!command) command = &COMMANDS[0];
+    unsigned bit = command->bit;
     if (bit == FINETUNE) opt.adam.lr = 1e-4;
-    opt.encoder = ENCODER_NAMES[0];
     const char *words[2] = {NULL, NULL};
     int n_words = options_parse(OPTIONS, N_OPTIONS, bit, argc - named, argv + named, words, 2,
                                 option_given);
@@ -1568,12 +1294,12 @@ int main(int argc, char **argv) {
         print_help(named ? bit : 0);
         mb_exit(EXIT_SUCCESS);
     }
-    CHECK(n_words == COMMANDS[command].words, "expected ./moleculesde/moleculesde %s%s; see --help",
-          named ? xprintf("%s ", COMMANDS[command].name) : "", COMMANDS[command].usage);
+    CHECK(n_words == command->words, "expected ./moleculesde/moleculesde %s%s; see --help",
+          named ? xprintf("%s ", command->name) : "", command->usage);
     CHECK(opt.steps < UINT32_MAX, "--steps: too many");
     if (!opt.valid && bit & TRAIN) opt.valid = sibling(words[0], "valid");
     if (!opt.test && bit & FINETUNE) opt.test = sibling(words[0], "test");
-    if (!opt.output) opt.output = COMMANDS[command].output;
+    if (!opt.output) opt.output = command->output;
     CHECK(!(bit & TRAIN) || strcmp(opt.output, "-") != 0, "-o: expected a file");
     const char *const files[] = {words[0], opt.valid, opt.test, opt.init, opt.model};
     for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
