@@ -706,8 +706,8 @@ static inline size_t dataset_find(const Dataset *d, const char *text) {
     CHECK(found < d->count, "%s: expected the index of one of its %zu molecules, from 0 on, or a "
           "name, found \"%s\"", d->path, d->count, text);
     if (others)
-        fprintf(stderr, "note    %s: \"%s\" is taken as molecule %zu; %zu more of that name, the first "
-                "%zu\n", d->path, text, found, others, other);
+        fprintf(stderr, "note    %s: \"%s\" is taken as molecule %zu; %zu more of that name, the "
+                "first %zu\n", d->path, text, found, others, other);
     molecule_free(&m);
     return found;
 }

@@ -13,9 +13,9 @@ static int all_finite(const float *x, idx n) {
     return k == n;
 }
 
-// Notes an array of this shape, which ends in -1, that holds a number which is not finite, unless an
-// earlier layer has one. Arrays of layers have a shape that begins with L; x, the layers' inputs and
-// the output, with L + 1. Not asked: gradients, and arrays that all layers use.
+// Notes an array of this shape, which ends in -1, that holds a number which is not finite, unless
+// an earlier layer has one. Arrays of layers have a shape that begins with L; x, the layers' inputs
+// and the output, with L + 1. Not asked: gradients, and arrays that all layers use.
 static void bad_note(Bad *bad, const char *name, const char *shape_text, const float *x,
                      const idx *shape) {
     int forward = name[0] != 'd' || strncmp(name, "dir_", 4) == 0 || strncmp(name, "den", 3) == 0;
@@ -52,8 +52,8 @@ static Bad bad_array(const Step *s) {
     return bad;
 }
 
-// Ends the program if a loss of the batch in s (NULL: not asked) or the norm of the gradients is not
-// finite. Parameters come in the table in the order of use; gradients are made from its end.
+// Ends the program if a loss of the batch in s (NULL: not asked) or the norm of the gradients is
+// not finite. Parameters come in the table in the order of use; gradients are made from its end.
 static void finite_check(const Step *s, const double loss[LOSSES], double norm) {
     const Model *model = &s->model;
     const float *arena = loss ? model->params : model->grads;

@@ -1176,8 +1176,10 @@ static void test_drawn(void) {
     mols_draw(&s);
     Mols *m = &s.mols;
     for (uint32_t k = 0; k < 2; k++)
-        for (uint32_t b = 0; b < m->B; b++) {  // the first four of six, then 999 minus the first two
-            float u = rng_uniform(s.draws.seed, k ? RNG_TIME_2D : RNG_TIME_3D, s.draws.step, 9, b % 4);
+        // the first four of six, then 999 minus the first two
+        for (uint32_t b = 0; b < m->B; b++) {
+            float u = rng_uniform(s.draws.seed, k ? RNG_TIME_2D : RNG_TIME_3D, s.draws.step, 9,
+                                  b % 4);
             int drawn = (int)(u * 1000);
             times += m->time[k * m->B + b] == (b < 4 ? drawn : 999 - drawn);
         }
@@ -1200,10 +1202,12 @@ static void test_drawn(void) {
                 double t = m->time[k * m->B + b] / 1000.0 * (1 - 1e-6) + 1e-6;
                 double l = -t * t * (3 - 0.4) / 4 - t * 0.4 / 2;
                 mu[k] = vp ? exp(l) : 1;
-                sigma[k] = vp ? sqrt(1 - exp(2 * l)) : k ? 0.05 * pow(30, t) : 0.3 * pow(2 / 0.3, t);
+                sigma[k] = vp ? sqrt(1 - exp(2 * l)) : k ? 0.05 * pow(30, t)
+                              : 0.3 * pow(2 / 0.3, t);
             }
             for (size_t x = 3 * v.atom; x < 3 * (v.atom + (size_t)v.N); x++)
-                worst = fmax(worst, fabs(mu[0] * (double)m->pos[x] + sigma[0] * (double)m->noise[x] -
+                worst = fmax(worst, fabs(mu[0] * (double)m->pos[x] + 
+                                         sigma[0] * (double)m->noise[x] -
                                          (double)m->q[x]));
             FOR_PAIRS(v, i, j) {
                 size_t p = pair_row(&v, i, j);
@@ -1214,7 +1218,8 @@ static void test_drawn(void) {
             }
             for (size_t x = V * v.atom; x < V * (v.atom + (size_t)v.N); x++) {
                 int one = m->atom_feat[x / V * ATOM_FEATURES] == x % V;
-                double element = m->bonded[x / V] ? one * mu[1] + sigma[1] * (double)m->noise_x[x] : 0;
+                double element = m->bonded[x / V] ? one * mu[1] + sigma[1] * (double)m->noise_x[x]
+                                                      : 0;
                 worst = fmax(worst, fabs(element - (double)m->elements[x]));
             }
         }
@@ -1239,7 +1244,11 @@ static double csv_number(const char *text, int line, int column) {
     return text && *text ? strtod(text, NULL) : (double)NAN;
 }
 
-typedef struct { Method method; Adam adam; double scale_3d, seed, batch, epochs, vp, use_3d; } Settings;
+typedef struct {
+    Method method;
+    Adam adam;
+    double scale_3d, seed, batch, epochs, vp, use_3d;
+} Settings;
 static const Settings DEFAULTS = {
     {0, {0.2, 1}, {0.1, 1}, {0.2, 1}, 0, 0.1, 0.5, 1, 1, 1}, {5e-4, 0.9, 0.999, 1e-8, 0, 0},
     1, 1, 16, 3, 0, 0};
@@ -1270,10 +1279,13 @@ static void test_options(void) {
         {"--attention-dropout 0.7", offsetof(Settings, method.attention_dropout), 0.7},
         {"--lr 0.02", offsetof(Settings, adam.lr), 0.02},
         {"--scale-3d 9", offsetof(Settings, scale_3d), 9},
-        {"--seed 7", offsetof(Settings, seed), 7}, {"--batch-size 11", offsetof(Settings, batch), 11}};
+        {"--seed 7", offsetof(Settings, seed), 7}, {"--batch-size 11", offsetof(Settings, batch),
+         11}};
     static const struct { const char *args; size_t field; double value; } tuned[] = {
-        {"", offsetof(Settings, seed), 1}, {"--dropout 0.05", offsetof(Settings, method.dropout), 0.05},
-        {"--lr 0.05", offsetof(Settings, adam.lr), 0.05}, {"--epochs 4", offsetof(Settings, epochs), 4},
+        {"", offsetof(Settings, seed), 1}, {"--dropout 0.05", offsetof(Settings, method.dropout),
+         0.05},
+        {"--lr 0.05", offsetof(Settings, adam.lr), 0.05},
+        {"--epochs 4", offsetof(Settings, epochs), 4},
         {"--encoder 3d", offsetof(Settings, use_3d), 1}};
     const Shape shape = {16, 2, 8, 9, 2, 8, 4, 2, 2, 1, 0, 0};
     Dataset data;
@@ -1292,13 +1304,14 @@ static void test_options(void) {
         sde_create(&s, shape, 1);
         sde_init(&s, (uint64_t)o.seed);
         s.method = o.method;
-        run_command(SDE " valid.bin --valid valid.bin" SMALL "--steps 2 %s -o build/sdeo.safetensors "
-                    "> build/sde.out 2> build/sde.err", rows[r].args);
+        run_command(SDE " valid.bin --valid valid.bin" SMALL "--steps 2 %s -o "
+                    "build/sdeo.safetensors > build/sde.out 2> build/sde.err", rows[r].args);
         char *csv = text_of("build/sdeo.log.csv");
         for (int step = 0; step < 2; step++) {
             Draws draws = {(uint64_t)o.seed, (uint32_t)step, 0, 1};
             plain_ids(ids, step, &o, data.count);
-            double norm = sde_step(loss, &s, &data, ids, (size_t)o.batch, &o.adam, o.scale_3d, &draws,
+            double norm = sde_step(loss, &s, &data, ids, (size_t)o.batch, &o.adam, o.scale_3d,
+                                   &draws,
                                    step + 1);
             for (int k = 0; k < TERMS; k++)
                 wrong += !(fabs(csv_number(csv, 1 + step, 1 + k) / loss[k] - 1) < 1e-4);
@@ -1309,7 +1322,8 @@ static void test_options(void) {
         }
         if (r == 0) memcpy(base, all, sizeof base);
         for (int k = 0; k < 2 * TERMS + 2; k++) differs = fmax(differs, fabs(all[k] / base[k] - 1));
-        test_check(wrong == 0, "%s: %d numbers of the log are wrong:\n%s", rows[r].args, wrong, csv);
+        test_check(wrong == 0, "%s: %d numbers of the log are wrong:\n%s", rows[r].args, wrong,
+                   csv);
         for (int use_3d = 0; use_3d < 2 && r == 0; use_3d++) {  // vectors: means over the atoms
             int unlike = 0;
             run_command(SDE " embed valid.bin --model build/sdeo.safetensors --encoder %s -o "
@@ -1367,7 +1381,8 @@ static void test_options(void) {
         s.p.head.b[0] = s.p.head.b[1] = 0;
         s.method = o.method;
         run_command(SDE " finetune valid.bin --valid valid.bin --dim 16 --layers 2 --blocks 2 "
-                    "--filters 8 --gaussians 9 --batch-size 50 --epochs 3 %s -o build/sdeo.safetensors > build/sde.out 2> build/sde.err", tuned[r].args);
+                    "--filters 8 --gaussians 9 --batch-size 50 --epochs 3 %s -o "
+                    "build/sdeo.safetensors > build/sde.out 2> build/sde.err", tuned[r].args);
         char *csv = text_of("build/sdeo.log.csv"), *out = text_of("build/sde.out");
         for (int step = 0; step < 4 * (int)o.epochs; step++) {
             Adam adam = o.adam;

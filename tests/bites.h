@@ -398,7 +398,8 @@ static void test_optimiser(void) {
                 m[k] = o->beta1 * m[k] + (1 - o->beta1) * g;
                 v[k] = o->beta2 * v[k] + (1 - o->beta2) * g * g;
                 double m_hat = m[k] / (1 - pow(o->beta1, t)), v_hat = v[k] / (1 - pow(o->beta2, t));
-                p[k] = p[k] - o->lr * o->weight_decay * p[k] - o->lr * m_hat / (sqrt(v_hat) + o->eps);
+                p[k] = p[k] - o->lr * o->weight_decay * p[k] -
+                       o->lr * m_hat / (sqrt(v_hat) + o->eps);
                 worst = fmax(worst, fabs(p[k] - (double)model.params[k]));
             }
         }
@@ -545,11 +546,13 @@ static void test_options(void) {
         OPTION("--weight-denoise 1", denoise, 1), OPTION("--weight-spd 3", spd, 3),
         OPTION("--weight-edge 3", edge, 3), OPTION("--weight-3d 3", d3, 3),
         OPTION("--attention-dropout 0.5", attention, 0.5),
-        OPTION("--activation-dropout 0.5", activation, 0.5), OPTION("--path-dropout 0.6", path, 0.6),
+        OPTION("--activation-dropout 0.5", activation, 0.5),
+        OPTION("--path-dropout 0.6", path, 0.6),
         OPTION("--embedding-dropout 0.3", embedding, 0.3), OPTION("--lr 0.01", lr, 0.01),
         OPTION("--beta1 0.5", beta1, 0.5), OPTION("--beta2 0.5", beta2, 0.5),
         OPTION("--eps 0.1", eps, 0.1), OPTION("--weight-decay 5", decay, 5),
-        OPTION("--clip 0.1", clip, 0.1), OPTION("--warmup 3", warmup, 3), OPTION("--hold 0", hold, 0),
+        OPTION("--clip 0.1", clip, 0.1), OPTION("--warmup 3", warmup, 3),
+        OPTION("--hold 0", hold, 0),
         OPTION("--batch-size 9", batch, 9), OPTION("--micro-batch 7", lr, 3e-4),
         OPTION("--seed 5", seed, 5)};
     enum { ROWS = sizeof rows / sizeof *rows, OUT = LOSSES + 2 };
@@ -573,7 +576,8 @@ static void test_options(void) {
         memcpy(s.model.params, start, sizeof *start * s.model.count);
         if (r == 0) {
             float *const arenas[ARENAS] = {start};
-            model_write("build/bites_start.safetensors", &s.model, arenas, NULL, 0, "{\"a\":\"b\"}");
+            model_write("build/bites_start.safetensors", &s.model, arenas, NULL, 0,
+                        "{\"a\":\"b\"}");
         }
         for (int step = 0; step < 3; step++)
             plain_update(log + step * OUT, &s, &data, &o, step, 3);
@@ -601,9 +605,11 @@ static void test_options(void) {
             differs = fmax(differs, fabs(log[k] / base[k] - 1));
         }
         double params = moved_apart(&s, start, "build/bites.safetensors");
-        test_check(worst <= 0 && params < 2e-3, "%s: the log differs by %.1e, the parameters by %.1e",
+        test_check(worst <= 0 && params < 2e-3, "%s: the log differs by %.1e, the parameters by "
+                   "%.1e",
                    line, worst, params);
-        test_check(differs > 1e-2 || r == 0 || r == ROWS - 2, "%s: this test would not notice (%.1e)",
+        test_check(differs > 1e-2 || r == 0 || r == ROWS - 2,
+                   "%s: this test would not notice (%.1e)",
                    line, differs);
         FREE_ALL(line, csv);
         step_close(&s);
@@ -640,8 +646,10 @@ static void test_options(void) {
 
 static double log_odds(double p) { return log(p) - log(1 - p); }
 
-// Predictions (n, 2) of the model in s for a dataset, as logits or in the labels' units; labels too.
-static void plain_predict(float *out, float *labels, Step *s, const Dataset *data, const Task *task) {
+// Predictions (n, 2) of the model in s for a dataset, as logits or in the labels' units; labels
+// too.
+static void plain_predict(float *out, float *labels, Step *s, const Dataset *data,
+                          const Task *task) {
     uint32_t *ids = xmalloc(data->count, sizeof *ids);
     Draws still = {1, UINT32_MAX, 0, 0};
     Molecule m = {0};
@@ -801,7 +809,8 @@ static void test_tuning_options(void) {
         {"--readout sum", 1, offsetof(Settings, readout), READ_SUM},
         {"--modality both", 0, offsetof(Settings, use), USE_SPD | USE_EDGE | USE_3D},
         {"--loss-units labels", 0, offsetof(Settings, units), 1},
-        {"--lr 0.05", 0, offsetof(Settings, lr), 0.05}, {"--lr 0.05", 1, offsetof(Settings, lr), 0.05},
+        {"--lr 0.05", 0, offsetof(Settings, lr), 0.05},
+        {"--lr 0.05", 1, offsetof(Settings, lr), 0.05},
         {"--beta1 0.5", 0, offsetof(Settings, beta1), 0.5},
         {"--beta2 0.5", 1, offsetof(Settings, beta2), 0.5},
         {"--weight-decay 9", 0, offsetof(Settings, decay), 9},
@@ -837,14 +846,16 @@ static void test_tuning_options(void) {
         if (rows[r].args[0]) memcpy((char *)&o + rows[r].field, &rows[r].value, sizeof(double));
         Tuned t;
         plain_tuning(&t, &o, classes, data[classes]);
-        char *line = xprintf(BITES_TUNE BITES_SHAPE "--batch-size 16 --epochs 3 --eps 1e-3 --patience 0 "
+        char *line = xprintf(BITES_TUNE BITES_SHAPE "--batch-size 16 --epochs 3 --eps 1e-3 "
+                             "--patience 0 "
                              "%s -o build/bites_t.safetensors", kind, kind, kind, rows[r].args);
         remove("build/bites_t.safetensors");
         test_command(line, 0, "by chance");
         char *text = file_text("build/test.out", &size);
         char *csv = file_text("build/bites_t.log.csv", &size);
         for (int e = 1; e <= t.epochs; e++)
-            wrong += csv_number(csv, e, 1) != e || !is_near(csv_number(csv, e, 2), t.loss[e], 2e-5) ||
+            wrong += csv_number(csv, e, 1) != e ||
+                     !is_near(csv_number(csv, e, 2), t.loss[e], 2e-5) ||
                      !is_near(csv_number(csv, e, 3), t.valid[e], 2e-5);
         double apart = moved_apart(&t.s, t.start, "build/bites_t.safetensors");
         test_check(wrong == 0 && isnan(csv_number(csv, t.epochs + 1, 1)),
@@ -863,7 +874,8 @@ static void test_tuning_options(void) {
                        "%s: R2 is not %.6f, by chance %.6f in %s", line, t.r2, t.chance_r2,
                        best ? best : text);
         earlier += t.best < t.epochs;
-        if (r < 5 && MB_POSIX) {  // what `predict` makes of the file: calibrated, in the labels' units
+        // what `predict` makes of the file: calibrated, in the labels' units
+        if (r < 5 && MB_POSIX) {
             char *predict = xprintf("./moleblend predict build/bites_%s2.bin --interval 0 --model "
                                     "build/bites_t.safetensors | cut -d, -f 3,5", kind);
             test_command(predict, 0, "big,small");
@@ -893,13 +905,15 @@ static void test_seeds_alone(void) {
     for (int k = 0; k < 3; k++) dataset_close(&data[k]);
     const char *tune = "./moleblend finetune build/bites_r0.bin --valid build/bites_r1.bin --test "
                        "build/bites_r2.bin " BITES_SHAPE "--batch-size 16 --epochs 2 --lr 0.003 ";
-    const char *predict = "./moleblend predict build/bites_r2.bin --model build/bites_%s.safetensors "
+    const char *predict =
+        "./moleblend predict build/bites_r2.bin --model build/bites_%s.safetensors "
                           "-o build/bites_%s.csv";
     char *line = xprintf("rm -f build/bites_s*; %s --seed 3 --seeds 3 -o build/bites_s.safetensors",
                          tune);
     test_command(line, 0, "over 3 seeds");
     free(line);
-    char *text = file_text("build/test.out", &size), *csv = file_text("build/bites_s.log.csv", &size);
+    char *text = file_text("build/test.out", &size);
+    char *csv = file_text("build/bites_s.log.csv", &size);
     double r2[3], best[3] = {1e9, 1e9, 1e9}, mean = 0, square = 0;
     for (int k = 0; k < 3; k++) {
         char *begin = xprintf("seed %d: ", 3 + k);
@@ -1130,7 +1144,8 @@ static void test_ensembles(void) {
                                  ? "" : "build/bites_p1.safetensors build/bites_p2.safetensors");
             test_command(line, 0, classes ? "ROC-AUC" : "RMSE");
             char *csv = file_text("build/bites_p.csv", &size);
-            const char *header = models == 1 ? "record,name,big,big label,small,small label,skipped\n"
+            const char *header = models == 1
+                               ? "record,name,big,big label,small,small label,skipped\n"
                                  : "record,name,big,big deviation,big label,small,small deviation,"
                                    "small label,skipped\n";
             int wrong = strncmp(csv, header, strlen(header)) != 0;
@@ -1160,7 +1175,8 @@ static void test_pretraining_report(void) {
     Molecule m = {0};
     Step s = {0};
     size_t size;
-    double sum[LOSSES], plain[LOSSES], classes[2][6][24] = {{{0}}}, chance[LOSSES] = {0, 1, 0, 0, 1};
+    double sum[LOSSES], plain[LOSSES], classes[2][6][24] = {{{0}}};
+    double chance[LOSSES] = {0, 1, 0, 0, 1};
     write_bites("build/bites.bin", 0, 40, 0);
     write_bites("build/bites_v.bin", 50, 23, 0);
     dataset_open(&data[0], "build/bites.bin");
@@ -1328,7 +1344,8 @@ static void test_machinery(void) {
     static const char *const limits[2][2] = {{"400000 100000", "200000 100000"},
                                              {"200000 100000", "400000 100000"}};
     for (int k = 0; k < 2; k++) {
-        char *line = xprintf("rm -rf build/v3; mkdir -p build/v3/proc/self build/v3/sys/fs/cgroup/a/b; "
+        char *line = xprintf("rm -rf build/v3; mkdir -p build/v3/proc/self "
+                             "build/v3/sys/fs/cgroup/a/b; "
                              "echo 0::/a/b > build/v3/proc/self/cgroup; echo %s > "
                              "build/v3/sys/fs/cgroup/a/b/cpu.max; echo %s > "
                              "build/v3/sys/fs/cgroup/a/cpu.max", limits[k][0], limits[k][1]);
@@ -1363,9 +1380,10 @@ static void test_machinery(void) {
     molecule_free(&molecule);
     dataset_close(&counted);
     test_apart(reliability_apart, NULL, "Brier score 0.2223; where the probability is\n"
-               "  0.0 to 0.2, of 2: said 0.09, found 0.50\n  0.2 to 0.4, of 1: said 0.20, found 0.00\n"
-               "  0.4 to 0.6, of 1: said 0.50, found 1.00\n  0.6 to 0.8, of 2: said 0.70, found 0.50\n"
-               "  0.8 to 1.0, of 2: said 0.90, found 1.00\n");
+               "  0.0 to 0.2, of 2: said 0.09, found 0.50\n  0.2 to 0.4, of 1: said 0.20, found "
+               "0.00\n"
+               "  0.4 to 0.6, of 1: said 0.50, found 1.00\n  0.6 to 0.8, of 2: said 0.70, found "
+               "0.50\n  0.8 to 1.0, of 2: said 0.90, found 1.00\n");
     test_apart(csv_apart, NULL, "plain;\"a,b\";\"say \"\"no\"\"\";\"two\nlines\";;");
     test_apart(progress_apart, NULL, "step   75.0 %  2 molecules/s  1:40 left\ndone  100.0 %  2 "
                "molecules/s\n");
@@ -1397,24 +1415,25 @@ static void test_machinery(void) {
         {"--lr", "--lr", 0}, {"--stps", "--steps", 1}, {"kitten", "sitting", 3}, {"", "abc", 3},
         {"abc", "", 3}, {"--labels-from", "--labels-by", 4}};
     for (int k = 0; k < 6; k++)
-        test_check(edit_distance(words[k].a, words[k].b) == words[k].distance, "distance of %s, %s: "
+        test_check(edit_distance(words[k].a, words[k].b) == words[k].distance,
+                   "distance of %s, %s: "
                    "%d", words[k].a, words[k].b, edit_distance(words[k].a, words[k].b));
     test_command("./moleblend build/test_train.bin --layerszzzz 2", 1, "did you mean --layers?");
     test_command("./moleblend build/test_train.bin --layerszzzzz 2", 1,
                  "unknown option --layerszzzzz; see --help");
     // valid.bin beside train.bin: of the last "train" of the path
     if (MB_POSIX) {
-        test_command("mkdir -p build/train_v && cp build/test_train.bin build/train_v/a.train.bin && "
-                     "cp build/test_train.bin build/train_v/a.valid.bin && ./moleblend "
+        test_command("mkdir -p build/train_v && cp build/test_train.bin build/train_v/a.train.bin "
+                     "&& cp build/test_train.bin build/train_v/a.valid.bin && ./moleblend "
                      "build/train_v/a.train.bin --layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 "
                      "--steps 1 -o build/bites.safetensors", 0, "build/train_v/a.valid.bin: 40");
         test_command("printf 'C(\\nC\\nCC\\n' > build/bites.smi; ./data_prep --format smi -o "
-                     "build/bites_n.bin build/bites.smi && sed 's/ /  /' build/bites.smi > /dev/null; "
-                     "./data_prep --dump build/bites_n.bin", 0, "{\"name\":\"CC\",");
+                     "build/bites_n.bin build/bites.smi && sed 's/ /  /' build/bites.smi > "
+                     "/dev/null; ./data_prep --dump build/bites_n.bin", 0, "{\"name\":\"CC\",");
         test_command("printf '\\n x\\n\\n  1  0  0  0  0  0  0  0  0  0999 V2000\\n    0.0000    "
                      "0.0000    0.0000 C   0  0\\nM  END\\n$$$$\\n' > build/bites.sdf; cat "
-                     "build/bites.sdf build/bites.sdf build/bites.sdf | ./data_prep --format sdf -o "
-                     "- - | ./data_prep --range 2: --dump -", 0, "{\"name\":\"3\",");
+                     "build/bites.sdf build/bites.sdf build/bites.sdf | ./data_prep --format sdf "
+                     "-o - - | ./data_prep --range 2: --dump -", 0, "{\"name\":\"3\",");
     }
     struct { const char *path, *ending, *other, *expected; } paths[] = {
         {"a/b.safetensors", ".safetensors", ".log.csv", "a/b.log.csv"},
@@ -1489,9 +1508,11 @@ static void test_small_chemistry(void) {
     // M  RAD takes back the charges of atom lines as M  CHG does; of equal labels the first counts
     static const char *const blocks[] = {
         HEAD COUNTS2 "    0.0000    0.0000    0.0000 N   0  3\n" ATOM "  1  2  1\nM  END\n",
-        HEAD COUNTS2 "    0.0000    0.0000    0.0000 N   0  3\n" ATOM "  1  2  1\nM  RAD  1   2   2\n"
+        HEAD COUNTS2 "    0.0000    0.0000    0.0000 N   0  3\n" ATOM
+        "  1  2  1\nM  RAD  1   2   2\n"
             "M  END\n",
-        V3HEAD "M  V30 COUNTS 3 1 0 0 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0\nM  V30 2 N 1 0 0 0\n"
+        V3HEAD "M  V30 COUNTS 3 1 0 0 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0\n"
+        "M  V30 2 N 1 0 0 0\n"
             "M  V30 2 O 2 0 0 0\nM  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 1 1 2\n"
             "M  V30 END BOND\nM  V30 END CTAB\nM  END\n"};
     int charge[3] = {0};
@@ -1514,12 +1535,14 @@ static void test_small_chemistry(void) {
         for (int i = 0; i < w.molecule.n_atoms; i++)
             atoms += w.molecule.atom_feat[ATOM_FEATURES * i + 7];
         for (int b = 0; b < w.molecule.n_bonds; b++) bonds += w.molecule.bond_code[b] / 12 == 3;
-        test_check(kept && tag == known[k].tag && atoms == known[k].atoms && bonds == known[k].bonds,
+        test_check(kept && tag == known[k].tag && atoms == known[k].atoms &&
+                   bonds == known[k].bonds,
                    "%s: tag %d, %d aromatic atoms, %d bonds", known[k].smiles, tag, atoms, bonds);
     }
     // nitrogen is a centre at bridgeheads: two rings through it share two bonds or more
     static const struct { const char *smiles; int centre; } nitrogen[] = {
-        {"C1CC[N@]2CCC[C@H]2C1", 0}, {"C1CC[N@@]2CCC[C@H]2C1", 0}, {"C[C@H]1C[N@]2CC[C@@H]1CC2", 1}};
+        {"C1CC[N@]2CCC[C@H]2C1", 0}, {"C1CC[N@@]2CCC[C@H]2C1", 0},
+        {"C[C@H]1C[N@]2CC[C@@H]1CC2", 1}};
     for (size_t k = 0; k < sizeof nitrogen / sizeof *nitrogen; k++) {
         prep_convert(&w, FORMAT_SMI, nitrogen[k].smiles, strlen(nitrogen[k].smiles), &o);
         test_check((w.molecule.atom_feat[3 * ATOM_FEATURES + 1] > 0) == nitrogen[k].centre, "%s",
@@ -1535,8 +1558,8 @@ static void test_small_chemistry(void) {
     // a wavy bond hides the chirality of the atom at which it begins only
     static const char *const bond[3] = {"  1  2  1", "  2  1  1  4", "  1  2  1  4"};
     for (int k = 0; k < 3; k++) {
-        char *block = xprintf("x\n  t                 3D\n\n  5  4  0     0  0            999 V2000\n"
-                              "    0.0000    0.0000    0.0000 C   0  0\n"
+        char *block = xprintf("x\n  t                 3D\n\n  5  4  0     0  0            999 "
+                              "V2000\n    0.0000    0.0000    0.0000 C   0  0\n"
                               "    0.6000    0.6000    0.6000 F   0  0\n"
                               "   -0.8000   -0.8000    0.8000 Cl  0  0\n"
                               "   -0.9000    0.9000   -0.9000 Br  0  0\n"
@@ -1581,17 +1604,18 @@ static void test_small_chemistry(void) {
          "--dump -", 0, ",[7,0,"},
         {"echo '[2H]C([2H])([2H])[2H].OO' | ./data_prep --format smi --largest-fragment -o - - | "
          "./data_prep --dump -", 0, "\"atom_feat\":[[7,0,2,5,1,0,2,0,0],[7,0,2,5,1,0,2,0,0]]"},
-        {"echo 'O.CC.[Na+].CCC.C' | ./data_prep --format smi --largest-fragment -o - - | ./data_prep "
-         "--dump -", 0, "\"bonds\":[[0,1,0,0,0],[1,2,0,0,0]]"},
+        {"echo 'O.CC.[Na+].CCC.C' | ./data_prep --format smi --largest-fragment -o - - | "
+         "./data_prep --dump -", 0, "\"bonds\":[[0,1,0,0,0],[1,2,0,0,0]]"},
         // limits that are just kept
         {"printf 'C\\nC(\\n' | ./data_prep --format smi --max-reject 50 -o build/bites_x.bin -", 0,
          "1 molecules"},
-        {"printf 'C\\nC(\\n' | ./data_prep --format smi --max-reject 49.9 -o build/bites_x.bin -", 1,
+        {"printf 'C\\nC(\\n' | ./data_prep --format smi --max-reject 49.9 -o build/bites_x.bin -",
+         1,
          "nothing is written"},
         {"echo CCC | ./data_prep --format smi --max-atoms 3 -o build/bites_x.bin -", 0,
          "1 molecules"},
-        {"echo '[H]C([H])C' | ./data_prep --format smi --keep-hydrogens -o - - | ./data_prep --dump "
-         "- | tr -cd '[' | wc -c", 0, "12"},
+        {"echo '[H]C([H])C' | ./data_prep --format smi --keep-hydrogens -o - - | ./data_prep "
+         "--dump - | tr -cd '[' | wc -c", 0, "12"},
         {"echo 'C[C@H]1CC[C@@H](C)CC1' | ./data_prep --format smi -o - - | ./data_prep --dump - | "
          "cut -c 1-60", 0, "\"atom_feat\":[[5,0,"}};
     for (size_t k = 0; k < sizeof table / sizeof *table; k++)
@@ -1600,7 +1624,8 @@ static void test_small_chemistry(void) {
     uint32_t order[10];
     size_t size;
     for (int seed = 1; seed <= 6; seed += 5) {
-        char *line = xprintf("printf 'C 0\\nC 1\\nC 2\\nC 3\\nC 4\\nC 5\\nC 6\\nC 7\\nC 8\\nC 9\\n' "
+        char *line = xprintf("printf 'C 0\\nC 1\\nC 2\\nC 3\\nC 4\\nC 5\\nC 6\\nC 7\\nC 8\\nC "
+                             "9\\n' "
                              "| ./data_prep --format smi --split 0.7,0.3 --split-by random %s -o "
                              "'build/bites_{}.bin' - 2> /dev/null; ./data_prep --dump "
                              "build/bites_valid.bin | cut -c 1-11", seed > 1 ? "--seed 6" : "");

@@ -110,7 +110,8 @@ static void test_judging(void) {
                "first a: some\n");
 }
 
-// Where a parameter is spoiled, or the weight of a loss, and what is the first to be no number then.
+// Where a parameter is spoiled, or the weight of a loss, and what is the first to be no number
+// then.
 typedef struct { const char *golden, *tensor; float value; const char *expected; } Poison;
 
 static void poisoned_step(void *argument) {
@@ -138,26 +139,42 @@ static void test_poison(void) {
 #define PLAIN_MINI "data/mini.safetensors"
 #define TUNED_MINI "data/mini_finetune_reg.safetensors"
     static Poison table[] = {
-        {PLAIN_MINI, "layers.1.fc1.weight", NAN, "none: ffn_pre of layer 1, by layers.1.fc1.weight."},
-        {PLAIN_MINI, "layers.0.self_attn.q_proj.weight", NAN, "none: qkv of layer 0, by layers.0.self"},
-        {PLAIN_MINI, "layers.1.self_attn.v_proj.bias", INFINITY, "none: qkv of layer 1, by layers.1.se"},
+        {PLAIN_MINI, "layers.1.fc1.weight", NAN, "none: ffn_pre of layer 1, by "
+         "layers.1.fc1.weight."},
+        {PLAIN_MINI, "layers.0.self_attn.q_proj.weight", NAN,
+         "none: qkv of layer 0, by layers.0.self"},
+        {PLAIN_MINI, "layers.1.self_attn.v_proj.bias", INFINITY,
+         "none: qkv of layer 1, by layers.1.se"},
         {PLAIN_MINI, "layers.0.self_attn.out_proj.weight", NAN, "none: norm1_hat of layer 0, by "},
-        {PLAIN_MINI, "layers.0.self_attn_layer_norm.bias", NAN, "none: mid of layer 0, by layers.0."},
-        {PLAIN_MINI, "layers.0.fc2.weight", NAN, "none: norm2_hat of layer 0, by layers.0.fc2.weight"},
-        {PLAIN_MINI, "layers.0.final_layer_norm.weight", NAN, "none: x of layer 1, by layers.0.final"},
-        {PLAIN_MINI, "layers.1.final_layer_norm.weight", NAN, "none: x of layer 2, by layers.1.final"},
+        {PLAIN_MINI, "layers.0.self_attn_layer_norm.bias", NAN,
+         "none: mid of layer 0, by layers.0."},
+        {PLAIN_MINI, "layers.0.fc2.weight", NAN, "none: norm2_hat of layer 0, by "
+         "layers.0.fc2.weight"},
+        {PLAIN_MINI, "layers.0.final_layer_norm.weight", NAN,
+         "none: x of layer 1, by layers.0.final"},
+        {PLAIN_MINI, "layers.1.final_layer_norm.weight", NAN,
+         "none: x of layer 2, by layers.1.final"},
         {PLAIN_MINI, "emb_layer_norm.weight", NAN, "none: x of layer 0, by emb_layer_norm.weight"},
-        {PLAIN_MINI, "atom_feature.graph_token.weight", NAN, "none: tokens, by atom_feature.graph_"},
-        {PLAIN_MINI, "molecule_3d_bias.gbf.means.weight", NAN, "none: gauss_const, by molecule_3d_bias"},
-        {PLAIN_MINI, "molecule_3d_bias.gbf_proj.layer1.bias", NAN, "none: bias3d_pre, by molecule_3d"},
-        {PLAIN_MINI, "molecule_3d_bias.gbf_proj.layer2.weight", NAN, "none: bias3d_out, by molecule_3d"},
-        {PLAIN_MINI, "blend_spd_pred_head.linear.bias", NAN, "none: the loss spd, by blend_spd_pred"},
-        {PLAIN_MINI, "blend_3d_pred_head.transform_n2_head.row_head.weight", NAN, "none: pair_pre, by "},
-        {PLAIN_MINI, "atom_proc.q_proj.weight", NAN, "none: denoise_qkv, by atom_proc.q_proj.weight"},
+        {PLAIN_MINI, "atom_feature.graph_token.weight", NAN,
+         "none: tokens, by atom_feature.graph_"},
+        {PLAIN_MINI, "molecule_3d_bias.gbf.means.weight", NAN,
+         "none: gauss_const, by molecule_3d_bias"},
+        {PLAIN_MINI, "molecule_3d_bias.gbf_proj.layer1.bias", NAN,
+         "none: bias3d_pre, by molecule_3d"},
+        {PLAIN_MINI, "molecule_3d_bias.gbf_proj.layer2.weight", NAN,
+         "none: bias3d_out, by molecule_3d"},
+        {PLAIN_MINI, "blend_spd_pred_head.linear.bias", NAN,
+         "none: the loss spd, by blend_spd_pred"},
+        {PLAIN_MINI, "blend_3d_pred_head.transform_n2_head.row_head.weight", NAN,
+         "none: pair_pre, by "},
+        {PLAIN_MINI, "atom_proc.q_proj.weight", NAN,
+         "none: denoise_qkv, by atom_proc.q_proj.weight"},
         {PLAIN_MINI, "layers.1.fc1.weight", 3e38f, "none: ffn_"},  // too large a number, no other
-        {TUNED_MINI, "layers.1.fc1.weight", NAN, "none: ffn_pre of layer 1, by layers.1.fc1.weight."},
+        {TUNED_MINI, "layers.1.fc1.weight", NAN, "none: ffn_pre of layer 1, by "
+         "layers.1.fc1.weight."},
         {TUNED_MINI, "proj_out.dense.weight", NAN, "none: head_pre, by proj_out.dense.weight"},
-        {TUNED_MINI, "proj_out.out_proj.weight", NAN, "none: head_out, by proj_out.out_proj.weight"},
+        {TUNED_MINI, "proj_out.out_proj.weight", NAN,
+         "none: head_out, by proj_out.out_proj.weight"},
         // the loss is a number, what goes back is not
         {PLAIN_MINI, NULL, 1e25f, "step 42: the gradients are no longer numbers. In the order of "
          "computation the first to be none: the gradient of blend_spd_pred_head.linear.bias"}};
@@ -171,22 +188,22 @@ static void test_notes(void) {
         // losses that nothing reaches
         {"printf 'C 2\nCC a\nCCC a\nCCCC 0\nc1ccc2cc3ccccc3cc2c1 tar\n' > build/n.smi; ./data_prep "
          "-o build/n.bin build/n.smi", 0, "5 molecules"},
-        {"./moleblend build/n.bin --size tiny --steps 1 -o build/n.safetensors > build/n.txt 2>&1; cat "
-         "build/n.txt", 0,
+        {"./moleblend build/n.bin --size tiny --steps 1 -o build/n.safetensors > build/n.txt "
+         "2>&1; cat build/n.txt", 0,
          "note    build/n.bin: 5 of 5 molecules have no positions: 2D losses only\n"},
         {"tr -s ' ' < build/n.txt > build/n.out; grep -c -e '^denoise - - - -$' -e '^3d - - - -$' "
          "-e '^ 1 [0-9.]* - [0-9.]* [0-9.]* - ' build/n.out", 0, "3\n"},
         {"! grep ' 0.0000' build/n.out", 0, ""},
         {"./moleblend build/test_train.bin --size tiny --steps 1 -o build/n.safetensors", 0,
          "6 of 40 molecules have no positions: 2D losses only"},
-        {"./moleblend build/test_train.bin --size tiny --steps 1 --atom-3d 0 -o build/n.safetensors "
-         "| tr -s ' '", 0, "\ndenoise - - - -\n"},
+        {"./moleblend build/test_train.bin --size tiny --steps 1 --atom-3d 0 -o "
+         "build/n.safetensors | tr -s ' '", 0, "\ndenoise - - - -\n"},
         // models of other seeds beside those of this run
         {JUDGED("cls", "a,b", "$((i%2)),$((i/2%2))") "; rm -f build/j.seed*", 0, ""},
         {TUNE("cls", "cls", "--epochs 1 --seeds 3"), 0, "over 3 seeds"},
         {"! grep 'of another run' build/j.out", 0, ""},
-        {TUNE("cls", "cls", "--epochs 1 --seeds 2"), 0, "note    build/j.seed3.safetensors is there, "
-         "of another run"},
+        {TUNE("cls", "cls", "--epochs 1 --seeds 2"), 0,
+         "note    build/j.seed3.safetensors is there, of another run"},
         {TUNE("cls", "cls", "--epochs 1 --seed 9"), 0, "note    and 2 more of other seeds"},
         {"rm build/j.seed*; rm -f build/n.npy; cd build && ../moleblend embed n.bin --level atom "
          "--model n.safetensors -o -", 1, "--level atom: expected -o FILE.npy"},
@@ -194,14 +211,15 @@ static void test_notes(void) {
         // a molecule by its name
         {"./moleblend show build/n.bin tar", 0, "molecule 4 of build/n.bin: tar, 14 atoms"},
         {"./moleblend show build/n.bin 1", 0, "molecule 1 of build/n.bin: a"},
-        {"./moleblend show build/n.bin a", 0, "\"a\" is taken as molecule 1; 1 more of that name, the "
-         "first 2\n"},
-        {"./moleblend show build/n.bin 2", 0, "\"2\" is taken as molecule 2; 1 more of that name, the "
-         "first 0\n"},
+        {"./moleblend show build/n.bin a", 0, "\"a\" is taken as molecule 1; 1 more of that name, "
+         "the first 2\n"},
+        {"./moleblend show build/n.bin 2", 0, "\"2\" is taken as molecule 2; 1 more of that name, "
+         "the first 0\n"},
         {"./moleblend show build/n.bin b", 1, "from 0 on, or a name, found \"b\""},
         {"./moleblend show build/n.bin -1", 1, "unknown option -1"},
         // everything of every pair, and the bonds of a long path
-        {"./data_prep -o build/n3.bin data/ethanol.sdf && ./moleblend show build/n3.bin 0 --no-blend",
+        {"./data_prep -o build/n3.bin data/ethanol.sdf && ./moleblend show build/n3.bin 0 "
+         "--no-blend",
          0, "  2 O         2/--/2.4         1/-/1.4         0/./0.0\n"},
         {"./moleblend show build/n3.bin ethanol --no-blend", 0, "structure: 2D+3D 2D+3D 2D+3D"},
         {"./moleblend show build/n3.bin ethanol --no-blend", 0,
@@ -216,7 +234,8 @@ static void test_notes(void) {
         {"./moleblend show build/n3.bin 0 --model data/pretrained.safetensors", 0,
          "( 0.83  0.40  0.40)\n"},
         // records that are skipped belong to no part, and are listed in the first
-        {"printf 'smiles,a\nC,1\nC(,2\nCC,3\nCCC,1\n' > build/n.csv; ./data_prep -o 'build/n.{}.bin' "
+        {"printf 'smiles,a\nC,1\nC(,2\nCC,3\nCCC,1\n' > build/n.csv; ./data_prep -o "
+         "'build/n.{}.bin' "
          "--split 2,rest --split-by order --labels a build/n.csv && ./moleblend info "
          "build/n.train.bin", 0, "skipped    1 records of the input"},
         {"./moleblend info build/n.valid.bin", 0, "skipped    0 records of the input"},
