@@ -65,7 +65,7 @@ moleculesde/moleculesde: $(SDE)
 
 moleculesde: moleculesde/moleculesde
 
-build/test_moleculesde: moleculesde/test_moleculesde.c $(SDE)
+build/test_moleculesde: moleculesde/test_moleculesde.c tests/harness.h $(SDE)
 	$(CC) $(ALL) moleculesde/test_moleculesde.c -o $@ $(LIBS)
 
 build/bench_openblas: dev/bench.c moleblend.c $(LIB)

@@ -58,27 +58,11 @@ static clock_t faked_clock(void) {
 #include "moleblend.c"
 #include "data_prep.c"
 
-// =================================================================================================
-// Counting and comparing
-// =================================================================================================
+#include "tests/harness.h"  // test_check(), Report: counting; tensor_number(), csv_number()
 
-static int tests_passed, tests_failed, stop_at_failure;
-
-// Counts a test; says which one failed.
-MB_PRINTF(2, 3) static void test_check(int ok, const char *fmt, ...) {
-    va_list args;
-    if (ok) {
-        tests_passed++;
-        return;
-    }
-    tests_failed++;
-    printf("FAILED: ");
-    va_start(args, fmt);
-    vprintf(fmt, args);
-    va_end(args);
-    printf("\n");
-    if (stop_at_failure) mb_exit(EXIT_FAILURE);
-}
+// =================================================================================================
+// Comparing
+// =================================================================================================
 
 // |a - b| / |b| in the Euclidean norm; infinite if b is 0 and a is not; NaN stays NaN.
 static double relative_error(const float *a, const float *b, size_t n) {
@@ -103,38 +87,6 @@ static void test_close(const float *a, const float *b, size_t n, double toleranc
 // Golden files: layout and formulas are described in data/README.md
 // =================================================================================================
 
-// Largest errors of a family of tensors, e.g. all of "out/*/attn_bias".
-typedef struct { char name[64]; double error, tolerance; int count; } Family;
-typedef struct { Family family[64]; int count; } Report;
-
-static void report_add(Report *r, const char *name, double error, double tolerance) {
-    int k = 0;
-    while (k < r->count && strcmp(r->family[k].name, name)) k++;
-    CHECK(k < 64, "too many families");
-    Family *f = &r->family[k];
-    if (k == r->count) {
-        r->count++;
-        snprintf(f->name, sizeof f->name, "%s", name);
-        f->tolerance = tolerance;
-    }
-    f->count++;
-    if (!(error <= f->error)) f->error = error;  // NaN counts as larger
-}
-
-// One test a family: is the largest error within its tolerance?
-static void report_finish(const Report *r, const char *path, int print) {
-    for (int k = 0; k < r->count; k++) {
-        const Family *f = &r->family[k];
-        int ok = f->error <= f->tolerance;
-        if (print)
-            printf("  %-24s %4d tensors   error %.1e   %3.0f %% of tolerance %.0e%s\n", f->name,
-                   f->count, f->error, 100 * f->error / f->tolerance, f->tolerance,
-                   ok ? "" : "   FAILED");
-        test_check(ok, "%s: %s: relative error %.2e, tolerance %.0e", path, f->name, f->error,
-                   f->tolerance);
-    }
-}
-
 static double meta_number(const TensorFile *f, const char *key) {
     const char *text = tensor_meta(f, key);
     CHECK(text, "%s: metadata %s is missing", f->path, key);
@@ -157,17 +109,6 @@ static double meta_weight(const TensorFile *f, const char *name) {
     const char *text = tensor_meta(f, "weights"), *at = text ? strstr(text, name) : NULL;
     CHECK(at, "%s: metadata weights is missing", f->path);
     return strtod(at + strlen(name), NULL);
-}
-
-// Element k of a tensor of any of the types that golden files are made of.
-static double tensor_number(const TensorEntry *t, size_t k) {
-    const uint8_t *at = t->data + k * dtype_size(t->dtype);
-    if (strcmp(t->dtype, "F32") == 0) return (double)get_f32(at);
-    if (strcmp(t->dtype, "I64") == 0) return (double)(int64_t)get_u64(at);
-    if (strcmp(t->dtype, "I32") == 0) return (double)(int32_t)get_u32(at);
-    CHECK(strcmp(t->dtype, "U8") == 0 || strcmp(t->dtype, "BOOL") == 0,
-          "tensor %s: expected F32, I64, I32, U8 or BOOL, found %s", t->name, t->dtype);
-    return at[0];
 }
 
 // The floats of a tensor, in fresh memory.

@@ -10,22 +10,7 @@
 #define MB_PROGRAM "test_moleculesde"
 #define MOLECULESDE_TEST
 #include "moleculesde.c"
-
-static int tests_passed, tests_failed, stop_at_failure;
-
-// Counts a test; says which one failed.
-MB_PRINTF(2, 3) static void test_check(int ok, const char *fmt, ...) {
-    va_list args;
-    tests_passed += ok;
-    tests_failed += !ok;
-    if (ok) return;
-    printf("FAILED: ");
-    va_start(args, fmt);
-    vprintf(fmt, args);
-    va_end(args);
-    printf("\n");
-    if (stop_at_failure) mb_exit(EXIT_FAILURE);
-}
+#include "../tests/harness.h"  // test_check(), Report: counting; tensor_number(), csv_number()
 
 // Largest |a - b| / largest |b|; infinite if b is 0 and a is not.
 static double largest_error(const float *a, const float *b, size_t n) {
@@ -51,48 +36,10 @@ static double euclidean_error(const double *a, const double *b, size_t n) {
 // Golden files: numbers of the official modules, see data/README.md
 // =================================================================================================
 
-// Largest errors of a family of tensors.
-typedef struct { char name[64]; double error, tolerance; int count; } Family;
-typedef struct { Family family[128]; int count; } Report;
-
-static void report_add(Report *r, const char *name, double error, double tolerance) {
-    int k = 0;
-    while (k < r->count && strcmp(r->family[k].name, name)) k++;
-    CHECK(k < 128, "too many families");
-    Family *f = &r->family[k];
-    if (k == r->count) {
-        r->count++;
-        snprintf(f->name, sizeof f->name, "%s", name);
-        f->tolerance = tolerance;
-    }
-    f->count++;
-    if (!(error <= f->error)) f->error = error;
-}
-
-static void report_finish(const Report *r, const char *path, int print) {
-    if (print) printf("%s\n", path);
-    for (int k = 0; k < r->count; k++) {
-        const Family *f = &r->family[k];
-        int ok = f->error <= f->tolerance;
-        if (print)
-            printf("  %-28s %4d tensors   error %.1e   %3.0f %% of tolerance %.1e%s\n", f->name,
-                   f->count, f->error, 100 * f->error / f->tolerance, f->tolerance,
-                   ok ? "" : "   FAILED");
-        test_check(ok, "%s: %s: error %.2e, tolerance %.1e", path, f->name, f->error, f->tolerance);
-    }
-}
-
 static double meta_number(const TensorFile *f, const char *key, int k) {  // k: of a list "a,b,c"
     const char *text = required_meta(f, key, "a golden file");
     for (; k > 0; k--) text = strchr(text, ',') + 1;
     return strtod(text, NULL);
-}
-
-// Element k of a tensor of any of the types that golden files are made of.
-static double tensor_number(const TensorEntry *t, size_t k) {
-    if (t->dtype[0] == 'U') return t->data[k];
-    if (t->dtype[0] == 'I') return (double)(int32_t)get_u32(t->data + 4 * k);
-    return (double)tensor_value(t, k);
 }
 
 static const TensorEntry *golden(const TensorFile *f, const char *fmt, const char *one, int k) {
@@ -590,6 +537,7 @@ static void test_golden(const char *path, int print) {
     golden_variant(&report, &f, "vp01", print);
     golden_tuning(&report, &f, "cls", print);
     golden_tuning(&report, &f, "reg", print);
+    if (print) printf("%s\n", path);
     report_finish(&report, path, print);
     tensor_file_close(&f);
 }
@@ -1237,13 +1185,6 @@ static char *text_of(const char *path) {
     return text;
 }
 
-// The number in a column of a line of a CSV, both counted from 0; NaN if there is none.
-static double csv_number(const char *text, int line, int column) {
-    for (; line > 0 && text; line--) text = strchr(text, '\n') ? strchr(text, '\n') + 1 : NULL;
-    for (; column > 0 && text; column--) text = strchr(text, ',') ? strchr(text, ',') + 1 : NULL;
-    return text && *text ? strtod(text, NULL) : (double)NAN;
-}
-
 typedef struct {
     Method method;
     Adam adam;
@@ -1252,17 +1193,6 @@ typedef struct {
 static const Settings DEFAULTS = {
     {0, {0.2, 1}, {0.1, 1}, {0.2, 1}, 0, 0.1, 0.5, 1, 1, 1}, {5e-4, 0.9, 0.999, 1e-8, 0, 0},
     1, 1, 16, 3, 0, 0};
-
-// Molecules of step `step`, of n, by the permutations of their epochs.
-static void plain_ids(uint32_t *ids, int64_t step, const Settings *o, size_t n) {
-    uint32_t *order = xmalloc(n, sizeof *order);
-    for (int64_t k = 0; k < (int64_t)o->batch; k++) {
-        int64_t sample = step * (int64_t)o->batch + k;
-        rng_permutation(order, n, (uint64_t)o->seed, RNG_SHUFFLE, (uint32_t)(sample / (int64_t)n));
-        ids[k] = order[sample % (int64_t)n];
-    }
-    free(order);
-}
 
 // A step of pretraining or epochs of fine-tuning by other settings than were asked for.
 static void test_options(void) {
@@ -1309,7 +1239,7 @@ static void test_options(void) {
         char *csv = text_of("build/sdeo.log.csv");
         for (int step = 0; step < 2; step++) {
             Draws draws = {(uint64_t)o.seed, (uint32_t)step, 0, 1};
-            plain_ids(ids, step, &o, data.count);
+            plain_ids(ids, step, (int64_t)o.batch, (uint64_t)o.seed, data.count);
             double norm = sde_step(loss, &s, &data, ids, (size_t)o.batch, &o.adam, o.scale_3d,
                                    &draws,
                                    step + 1);
@@ -1388,7 +1318,7 @@ static void test_options(void) {
             Adam adam = o.adam;
             int epoch = step / 4;
             adam.lr *= (1 + cos(acos(-1.0) * epoch / o.epochs)) / 2;
-            plain_ids(ids, step, &o, data.count);
+            plain_ids(ids, step, (int64_t)o.batch, (uint64_t)o.seed, data.count);
             s.draws = (Draws){(uint64_t)o.seed, (uint32_t)step, 0, 1};
             s.training = 1;
             mols_load(&s.mols, &data, ids, 50, 2);

@@ -433,13 +433,6 @@ static const Settings TUNING = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                                 0.1, 0.1, 0.1, 0, 2e-4, 0.9, 0.999, 1e-3, 0, 5, -1, 0,
                                 1, 16, 3, READ_MEAN, USE_SPD | USE_EDGE, 0, 0};
 
-// The number in a column of a line of a CSV, both counted from 0; NaN if nothing stands there.
-static double csv_number(const char *text, int line, int column) {
-    for (; line > 0 && text; line--) text = strchr(text, '\n') ? strchr(text, '\n') + 1 : NULL;
-    for (; column > 0 && text; column--) text = strchr(text, ',') ? strchr(text, ',') + 1 : NULL;
-    return text && !strchr(",\n", *text) ? strtod(text, NULL) : (double)NAN;
-}
-
 // The number that follows the k-th `word` of a text; NaN if there is none.
 static double number_after(const char *text, const char *word, int k) {
     for (; text && k >= 0; k--) {
@@ -483,17 +476,6 @@ static void write_bites(const char *path, int first, int n, int classes) {
     molecule_free(&m);
 }
 
-// Molecules of step `step`, of n, as the permutations of their epochs say.
-static void plain_ids(uint32_t *ids, int64_t step, const Settings *o, size_t n) {
-    uint32_t *order = xmalloc(n, sizeof *order);
-    for (int64_t k = 0; k < (int64_t)o->batch; k++) {
-        int64_t sample = step * (int64_t)o->batch + k;
-        rng_permutation(order, n, (uint64_t)o->seed, RNG_SHUFFLE, (uint32_t)(sample / (int64_t)n));
-        ids[k] = order[sample % (int64_t)n];
-    }
-    free(order);
-}
-
 // One update with these settings, number `step` of `steps`.
 static void plain_update(double log[LOSSES + 2], Step *s, const Dataset *data, const Settings *o,
                          int64_t step, int64_t steps) {
@@ -504,7 +486,7 @@ static void plain_update(double log[LOSSES + 2], Step *s, const Dataset *data, c
     int64_t warmup = o->warmup < 0 ? steps / (s->task ? 10 : 12) + 1 : (int64_t)o->warmup;
     Given given = {.data = data, .ids = ids, .blend = s->task ? NULL : &blend, .use = (int)o->use,
                    .draws = {(uint64_t)o->seed, (uint32_t)step, 0, 1}};
-    plain_ids(ids, step, o, data->count);
+    plain_ids(ids, step, (int64_t)o->batch, (uint64_t)o->seed, data->count);
     adam.lr = log[LOSSES] = learning_rate(o->lr, step, warmup, steps, o->hold);
     s->drop = (Dropout){o->attention, o->activation, o->path, o->embedding};
     s->weights = (LossWeights){{0, o->denoise, o->spd, o->edge, o->d3}};
