@@ -78,7 +78,8 @@ static inline FileUse file_use(const char *path, int output) {
 // get new inodes when they are written: they are held against each other by their places.
 static inline void file_note(const char *path, int output) {
     FileUse f = file_use(path, output);
-    for (const FileUse *g = mb_files; g < mb_files + mb_n_files; g++) {
+    for (int k = 0; k < mb_n_files; k++) {
+        const FileUse *g = &mb_files[k];
         int same = strcmp(f.place, g->place) == 0 ||
                    (f.output != g->output && f.file && g->file && strcmp(f.file, g->file) == 0);
         CHECK(!same || !(f.output || g->output), "%s: is the same file as the %s %s; give the "
