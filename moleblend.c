@@ -1912,9 +1912,11 @@ static void gradients(double loss[LOSSES], Step *s) {
 //   - means and widths of the Gaussians start spread over 0 to 3 (release: an initialisation meant
 //     for other tensors makes all of them alike).
 //
-// PORTING. Replace lib/fast.h, nothing else. What must agree: the golden files (./test --golden
-// FILE), datasets and checkpoints byte for byte. What may differ: rounding, so losses drift apart
-// after some ten steps; not the random draws, which are integer arithmetic.
+// PORTING. Replace lib/fast.h, nothing else, or leave it out: it says what it must define, section
+// 4 has plain definitions (-DPLAIN_C); without GCC's vector types it works on vectors of one float.
+// What must agree: the golden files (./test --golden FILE), datasets and checkpoints byte for byte.
+// What may differ: rounding, so losses drift apart after some ten steps; not the random draws,
+// which are integer arithmetic.
 
 #include "commands/head.h"  // task_gradients(): gradients() with the head of fine-tuning
 

@@ -1,21 +1,24 @@
 // lib/fast.h - the functions in which a training step spends its time, for vector units. The one
-// file that a porter replaces. Their plain definitions stand in section 4 of moleblend.c, and each
-// is tested against its definition (test.c); results may differ by rounding, never by the number of
-// threads.
+// file that a porter replaces. It must define these (plain definitions: section 4 of moleblend.c;
+// test.c holds each against its definition):
 //
-//   exp_fast(x)         e^x, to 2e-7
-//   normal_cdf(x, &d)   Phi(x) and its density, to 1.5e-7
-//   philox_blocks()     64 Philox blocks at a time
-//   gemm()              the matrix product, packed, by all threads
-//   small_product()     products of small matrices, by one thread
-//   VEC                 floats of a vector: rows of small_product() are padded to it
+//   VEC              floats of a vector: rows of small_product() are padded to a multiple of it
+//   exp_fast(x)      e^x to 2e-7, also of -1e30 (0 or tiny)
+//   normal_cdf(x, &d)   the normal distribution function to 1.5e-7, and its density d; both are
+//                    called in loops that the compiler vectorises: no table, no branch, no call
+//   philox_blocks(words, count, first, key)   words (4, 64): philox() of `count` counters
+//   gemm(trans_a, trans_b, M, N, K, A, lda, B, ldb, bias, add, C, ldc)   by all threads:
+//                    C (M, N) = A (M, K) @ B (K, N), + C if add, else + bias (N) unless it is NULL;
+//                    trans_a: A is stored as (K, M), trans_b: B as (N, K); lda ...: row strides
+//   small_product(out, ldo, a, a_row, a_col, b, ldb, m, n, K)   by one thread, in parallel loops:
+//                    out (m, n) = a (m, K) @ b (K, n); element (r, k) of a: r * a_row + k * a_col
 //
-// exp_fast() and normal_cdf() are called from loops that the compiler vectorises: no table, no
-// branch, no call.
+// Results may differ by rounding, never by the number of threads. Of moleblend.h it uses min_idx(),
+// floats_alloc(), thread_count(), thread_id(), Philox's constants; the rest of this file is how.
 
 // Not where a float times a float is a double (s390x and x87 with -std=c11): gcc then refuses a
 // float times a vector. Method 16 is 0 with _Float16.
-#if defined(__GNUC__) && !defined(PLAIN_C) && (FLT_EVAL_METHOD == 0 || FLT_EVAL_METHOD == 16)
+#if defined(__GNUC__) && (FLT_EVAL_METHOD == 0 || FLT_EVAL_METHOD == 16)
 #if defined(__AVX512F__)
 enum { VEC = 16, MR = 8, NV = 3 };  // floats in a vector; register tile of gemm, see gemm()
 #elif defined(__AVX__)
@@ -33,7 +36,7 @@ typedef float quad __attribute__((vector_size(4 * sizeof(float)), aligned(4), ma
 typedef int quad_mask __attribute__((vector_size(4 * sizeof(int))));
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (quad_mask){i, j, k, l})
 #endif
-#else  // any C11 compiler (or -DPLAIN_C): the same code on vectors of one float
+#else  // any C11 compiler: the same code on vectors of one float
 enum { VEC = 1, MR = 4, NV = 4 };
 typedef float vec;
 #endif
