@@ -24,7 +24,7 @@
 //      | 1                    shortest paths, bond paths; noise on positions -> distances
 //      v
 //   spd (N, N)   path (N, N, 5)   distance (N, N)               the three relations of a pair
-//      | 2 one drawn for each pair          | 2 all three: targets
+//      | 2 one drawn for each pair          | 2 all: targets (of 3D, the clean direction)
 //      v                                    |
 //   bias (H, S, S) 5    tokens (T, C) 6     |
 //      |                   |                |
@@ -47,7 +47,7 @@
 //   M, N, K  in products only: rows, columns, inner dimension
 //
 // Matrices are row-major, shapes are given as (rows, columns), i and j are the two atoms of a pair.
-// The gradient of a tensor is named d + its name. s is the Step, p its parameters, g their
+// The gradient of an array is named d + its name. s is the Step, p its parameters, g their
 // gradients. Everything is deterministic: threads share out results, never sums, and every random
 // number has a name instead of a turn.
 
@@ -58,17 +58,16 @@
 // 1 A molecule and its relations (paper 3.1). Ethanol, atoms C0-C1-O2, is the example throughout:
 //   `./data_prep -o e.bin data/ethanol.sdf && ./moleblend show e.bin 0` prints these numbers.
 //
-//     spd  0 1 2     path (0, 2): bonds 0-1, 1-2, both single, code 0     distance  0.0 1.5 2.4
-//          1 0 1     path (0, 1): bond 0-1                                          1.5 0.0 1.4
-//          2 1 0     path (0, 0): none                                              2.4 1.4 0.0
+//     spd = 0 1 2     path (0, 2): bonds 0-1, 1-2, both single, code 0    distance = 0.0 1.5 2.4
+//           1 0 1     path (0, 1): bond 0-1                                          1.5 0.0 1.4
+//           2 1 0     path (0, 0): none                                              2.4 1.4 0.0
 // =================================================================================================
 
 enum {
     PATH_BONDS = 5,              // E, multi_hop_max_dist
     PATH_NONE = BOND_CODES,      // code of an empty slot of a path; bonds have 0..59
-    PATH_CODES = BOND_CODES + 1,
     SPD_UNREACHABLE = 510,       // and every path of 510 bonds or more
-    SPD_ROWS = 512,              // rows of spatial_pos_encoder and of the degree tables
+    SPD_ROWS = 512,              // of spatial_pos_encoder and degree tables: value v is row v + 1
 };
 
 // Shortest paths of a molecule: spd (N, N) bonds, and path (N, N, E), the codes of the first E
@@ -140,7 +139,7 @@ enum { USE_SPD = 1, USE_EDGE = 2, USE_3D = 4 };  // of a pair; an atom uses USE_
 enum { SPD_CLASSES = 11, EDGE_CLASSES = 24 };
 enum { LOSS_TOTAL, LOSS_NOISE, LOSS_SPD, LOSS_EDGE, LOSS_3D, LOSSES };
 
-#define DIRECTION_EPS 1e-5f  // direction = (pos_j - pos_i) / (distance + eps)
+#define DIRECTION_EPS 1e-5f  // direction = (noised_j - noised_i) / (distance + eps)
 
 // "+ 1" makes room for the end of the last molecule.
 #define BATCH_ARRAYS(X)                                                                            \
@@ -161,7 +160,7 @@ enum { LOSS_TOTAL, LOSS_NOISE, LOSS_SPD, LOSS_EDGE, LOSS_3D, LOSSES };
     X(uint8_t, pair_use, P)         /* USE_ bits */                                                \
     X(idx, pair_row, P)             /* its row in (Q, *) matrices, -1: uses no 3D */               \
     X(float, distance, P)           /* of the noised positions */                                  \
-    X(float, direction, 3, P)       /* per molecule (3, N, N): from i to j, of length < 1 */       \
+    X(float, direction, 3, P)       /* the same, for the denoising head: (3, N, N) of a molecule */\
     X(int8_t, spd_target, P)        /* classes, -1: not counted */                                 \
     X(int8_t, edge_target, P, PATH_BONDS)                                                          \
     X(double, row_loss, A)          /* of the pairs of an atom, by the head at work */             \
@@ -305,9 +304,10 @@ static int8_t edge_class(int code) {
     return 6 * type + 2 * stereo + conjugated;
 }
 
-// What follows for every pair of molecule b: distance and direction, from the noised positions; and
-// what the heads must say of it, whichever relation it shows. Ethanol, pair (0, 2): SPD class 1
-// (two bonds), edge classes 0 and 0 (single bonds), three empty slots, direction pos_2 - pos_0.
+// What follows for every pair of molecule b: distance and direction, of the noised positions; and
+// classes that the heads must say, whichever relation it shows. Ethanol, pair (0, 2): SPD class 1
+// (two bonds), edge classes 0 and 0 (single bonds), three empty slots. (The 3D head's target, the
+// clean direction pos_2 - pos_0, is not stored: direction_losses().)
 static void batch_pairs(Batch *batch, idx b) {
     View v = batch_view(batch, b);
     idx plane = v.N * v.N;
@@ -389,7 +389,7 @@ static void batch_load(Batch *batch, const Dataset *data, const uint32_t *ids, i
 //   name stands for theirs (of two such lists the last one runs fastest).
 //
 //   The tables, of which a batch uses few rows, come first, up to gauss_bias: their gradients are
-//   zeroed in every step, as rows are added to; those of all other tensors are stored whole.
+//   zeroed in every step, as most are added to row by row; those of other tensors are stored whole.
 // =================================================================================================
 
 enum {
@@ -791,22 +791,22 @@ static void norm_backward(float *dx, float *dweight, float *dbias, const float *
 
 // =================================================================================================
 // 5 From relation to attention bias (paper 3.1, 3.2). All three relations of a pair become H
-//   numbers, one a head: b_spd a row of a table, b_edge a product along the path, b_3d a small
-//   network on Gaussians of the distance. bias[h][1 + i][1 + j] is that of the relation the pair
-//   drew (the sum of all that it uses), and is added to the attention scores of every layer and of
-//   the denoising head.
+//   numbers, one a head: b_spd a row of a table, b_edge a mean over the bonds of the path, b_3d a
+//   small network on Gaussians of the distance. bias[h][1 + i][1 + j] is that of the relation the
+//   pair drew (the sum of all that it uses), and is added to the attention scores of every layer
+//   and of the denoising head.
 //
-//   Ethanol, pair (0, 2), head h. It drew the path: (path_bias[0][0] + path_bias[1][0]) / 2; had it
-//   drawn its length: spd_table[2 + 1]; its distance: bias3d_out[its row] (of each, number h).
-//   Back: dattn_bias[h][1][3], halved, is added to these two of dpath_bias; or it would be added to
-//   the row of dspd_table; or become that of dbias3d_out. The others were not added to this bias
+//   Ethanol, pair (0, 2), head h. It drew the path: (path_bias[0][0] + path_bias[1][0]) / 2, of
+//   [slot][bond code]; had it drawn its length: spd_table[2 + 1]; its distance: bias3d_out[its row]
+//   (of each, number h). Back: dattn_bias[h][1][3], halved, is added to these two of dpath_bias; or
+//   to row 3 of g->spd_table; or becomes that of dbias3d_out. The others were not in this bias
 //   and get no gradient from it. (Two other ways are open to all pairs: an atom that shows its 3D
 //   structure sums Gaussians over all of its pairs, the denoising head weighs all directions.)
 // =================================================================================================
 
 #define PAIR_ARRAYS(X)                                                                             \
-    X(path_bias, E, PATH_CODES, H)   /* b_edge share of a slot's bond */                           \
-    X(bond_vector, PATH_CODES, H)    /* of every bond code */                                      \
+    X(path_bias, E, BOND_CODES, H)   /* b_edge share of a slot's bond */                           \
+    X(bond_vector, BOND_CODES, H)    /* of every bond code */                                      \
     X(gauss_const, 3, G)             /* mean, 1 / s, 1 / (sqrt(2 pi) s) */                         \
     X(gauss_sum, A, G)               /* sum over j of g(i, j) */                                   \
     X(gauss, Q, G)                   /* g of the pairs that use 3D */                              \
@@ -815,9 +815,9 @@ static void norm_backward(float *dx, float *dweight, float *dbias, const float *
     X(bias3d_out, Q, H)                                                                            \
     X(structure3d, A, C)                                                                           \
     X(attn_bias, SS, H)              /* (H, S, S) of a molecule after the other */                 \
-    X(dattn_bias, SS, H)                                                                           \
-    X(dpath_bias, E, PATH_CODES, H)                                                                \
-    X(dbond_vector, PATH_CODES, H)                                                                 \
+    X(dattn_bias, SS, H)             /* of all layers and the denoising head, which zeroes it */   \
+    X(dpath_bias, E, BOND_CODES, H)                                                                \
+    X(dbond_vector, BOND_CODES, H)                                                                 \
     X(dgauss_const, A, 2, G)         /* an atom's share of d mean, d s */                          \
     X(dgauss_x, P)                   /* of a pair's Gaussian argument */                           \
     X(dgauss_sum, A, G)                                                                            \
@@ -843,7 +843,7 @@ static void bond_rows(idx row[BOND_FEATURES], int code) {
 static void path_bias_forward(Step *s) {
     LETTERS(s);
     struct pair *a = s->pair;
-    memset(a->bond_vector, 0, PATH_CODES * H * sizeof(float));  // that of PATH_NONE stays 0
+    memset(a->bond_vector, 0, BOND_CODES * H * sizeof(float));
     for (int code = 0; code < PATH_NONE; code++) {
         idx row[BOND_FEATURES];
         bond_rows(row, code);
@@ -851,17 +851,17 @@ static void path_bias_forward(Step *s) {
             for (idx h = 0; h < H; h++)
                 a->bond_vector[code * H + h] += p->bond_table[row[f] * H + h] / BOND_FEATURES;
     }
-    for (idx e = 0; e < E; e++)  // (61, H) = (61, H) @ map_e (H, H)
-        gemm(0, 0, PATH_CODES, H, H, a->bond_vector, H, p->path_maps + e * H * H, H, NULL, 0,
-             a->path_bias + e * PATH_CODES * H, H);
+    for (idx e = 0; e < E; e++)  // (60, H) = (60, H) @ map_e (H, H)
+        gemm(0, 0, BOND_CODES, H, H, a->bond_vector, H, p->path_maps + e * H * H, H, NULL, 0,
+             a->path_bias + e * BOND_CODES * H, H);
 }
 
-// From dpath_bias (E, 61, H) to the gradients of bond_table and path_maps.
+// From dpath_bias (E, 60, H) to the gradients of bond_table and path_maps.
 static void path_bias_backward(Step *s) {
     LETTERS(s);
     struct pair *a = s->pair;
     for (idx e = 0; e < E; e++) {  // forward: path_bias[e] = bond_vector @ map_e
-        const float *dout = a->dpath_bias + e * PATH_CODES * H;
+        const float *dout = a->dpath_bias + e * BOND_CODES * H;
         gemm(1, 0, H, H, PATH_NONE, a->bond_vector, H, dout, H, NULL, 0,
              g->path_maps + e * H * H, H);
         gemm(0, 1, PATH_NONE, H, H, dout, H, p->path_maps + e * H * H, H, NULL, e > 0,
@@ -1051,21 +1051,21 @@ static void bias_forward(Step *s) {
             for (idx h = 0; use & USE_SPD && h < H; h++) out[h] += p->spd_table[(spd + 1) * H + h];
             for (idx e = 0; use & USE_EDGE && e < E && path[e] != PATH_NONE; e++)
                 for (idx h = 0; h < H; h++)
-                    out[h] += path_weight(spd) * a->path_bias[(e * PATH_CODES + path[e]) * H + h];
+                    out[h] += path_weight(spd) * a->path_bias[(e * BOND_CODES + path[e]) * H + h];
             float *at = bias + (1 + ij / v.N) * v.S + 1 + ij % v.N;
             for (idx h = 0; h < H; h++) at[h * plane] = out[h];
         }
     }
 }
 
-// From dattn_bias, sorted by what the pairs used, to dbias3d_out (Q, H), dpath_bias, gradients of
-// spd_table and graph_bias: a head's columns at a time, whose sums are made beside the tables, in
-// which heads, and so threads, share cache lines.
+// From dattn_bias to dbias3d_out (Q, H), dpath_bias and gradients of spd_table and graph_bias. A
+// thread takes a head and sums into arrays of its own, since neighbouring heads share cache lines
+// of the tables. Each line undoes the one of bias_forward() that adds the same relation.
 static void bias_backward(Step *s) {
     LETTERS(s);
 #pragma omp parallel for schedule(dynamic)
     for (idx h = 0; h < H; h++) {
-        float dspd[SPD_ROWS] = {0}, dpath[PATH_BONDS * PATH_CODES] = {0}, dgraph = 0;
+        float dspd[SPD_ROWS] = {0}, dpath[PATH_BONDS * BOND_CODES] = {0}, dgraph = 0;
         for (idx b = 0; b < B; b++) {
             View v = batch_view(batch, b);
             idx pair = v.pair;
@@ -1079,12 +1079,12 @@ static void bias_backward(Step *s) {
                 if (use & USE_3D) s->pair->dbias3d_out[batch->pair_row[pair] * H + h] = d;
                 if (use & USE_SPD) dspd[spd + 1] += d;
                 for (idx e = 0; use & USE_EDGE && e < E && path[e] != PATH_NONE; e++)
-                    dpath[e * PATH_CODES + path[e]] += path_weight(spd) * d;
+                    dpath[e * BOND_CODES + path[e]] += path_weight(spd) * d;
             }
         }
         g->graph_bias[h] = dgraph;
         for (idx k = 0; k < SPD_ROWS; k++) g->spd_table[k * H + h] = dspd[k];
-        for (idx k = 0; k < E * PATH_CODES; k++) s->pair->dpath_bias[k * H + h] = dpath[k];
+        for (idx k = 0; k < E * BOND_CODES; k++) s->pair->dpath_bias[k * H + h] = dpath[k];
     }
 }
 
