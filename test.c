@@ -558,6 +558,9 @@ static void gemm_reference(int trans_a, int trans_b, int M, int N, int K, const 
 // gemm() and small_product() against the reference, over sizes around the edges of its blocks.
 // Bound: the rounding of K products and sums, of |a| |b| <= 1.
 static void test_gemm(void) {
+#ifdef PLAIN_C
+    enum { MR = 4, NR = 4, KC = 256 };  // has no blocks
+#endif
     static const int sizes[] = {1,      2,  MR - 1, MR, MR + 1, VEC, 2 * VEC,
                                 NR - 1, NR, NR + 1, 61, KC + 1};
     enum { MOST = KC + 1, COUNT = sizeof sizes / sizeof sizes[0] };

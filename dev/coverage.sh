@@ -31,7 +31,7 @@ llvm llvm-cov export -instr-profile=all.profdata build/test -object moleblend -o
 python3 - << 'END'
 # A function that stands in several programs has counters in each (none where it is not used): they
 # are added.
-import json
+import json, os
 functions = {}
 for f in json.load(open("coverage.json"))["data"][0]["functions"]:
     called_at = {r[6]: r for r in f["regions"] if r[7] == 1}  # of macros, by the number of their text
@@ -41,7 +41,7 @@ for f in json.load(open("coverage.json"))["data"][0]["functions"]:
         while text in called_at:
             at, text = called_at[text][:2], called_at[text][5]
         rows.append([tuple(at), b[4], b[5]])
-    key = f["filenames"][0].rsplit("/", 1)[-1], *f["regions"][0][:2]
+    key = os.path.relpath(f["filenames"][0]), *f["regions"][0][:2]
     before = functions.setdefault(key, (f["name"].split(":")[-1], []))[1]
     before += [[at, 0, 0] for at, _, _ in rows[len(before):]]
     for old, new in zip(before, rows):
@@ -58,7 +58,7 @@ for (path, _, _), (name, rows) in sorted(functions.items()):
         for side, n in ("true", yes), ("false", no):
             if n == 0:
                 missed.write(f"{path}:{line}:{column} {name} never {side}: {source[line - 1].strip()}\n")
-print(f"{'file':14} {'taken':>7} {'of':>7} {'percent':>8}")
+print(f"{'file':20} {'taken':>7} {'of':>7} {'percent':>8}")
 for path, (taken, total) in files.items():
-    print(f"{path:14} {taken:7} {total:7} {100 * taken / total:8.1f}")
+    print(f"{path:20} {taken:7} {total:7} {100 * taken / total:8.1f}")
 END

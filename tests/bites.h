@@ -1221,6 +1221,7 @@ static void test_pretraining_report(void) {
 
 // ---- machinery
 
+#if MB_POSIX  // where the clocks can be faked
 static double fake_rate;  // CPUs that a faked process gets
 
 // 25 steps that fake the clock, a second each; returns the threads after the last of them.
@@ -1261,6 +1262,7 @@ static void adapt_apart(void *argument) {
     CHECK(omp_get_max_threads() == 1, "threads change though they may not");
     DIE("all is well");
 }
+#endif
 
 static void test_adapting(void) {
 #if MB_POSIX && defined(_OPENMP)
@@ -1298,6 +1300,7 @@ static void progress_apart(void *argument) {
     DIE("the end");
 }
 
+#if MB_POSIX
 // A second signal soon after the first is of the same sender; a later one ends the program.
 static void signals_apart(void *argument) {
     (void)argument;
@@ -1312,6 +1315,7 @@ static void signals_apart(void *argument) {
     mb_on_signal(SIGTERM);
     fputs("too long\n", stderr);
 }
+#endif
 
 // Names, rows, files and numbers around the method.
 static void test_machinery(void) {

@@ -46,7 +46,7 @@ static Block *all_blocks;
 static size_t memory_used;
 static FILE *files[FILES_MAX];
 static FILE *said;  // what programs say goes to /dev/null
-static jmp_buf run_end;
+static jmp_buf program_ended;
 static const char *target;
 static void (*at_exit)(void);  // what the program wants done then
 
@@ -116,7 +116,7 @@ _Noreturn static void fuzz_exit(int code) {
     if (at_exit) at_exit();
     size_t texts = strstr(target, "state") || strstr(target, "sde") ? 1000 : 0;
     if (code == 0 && memory_used > texts) FINDING("%zu bytes not freed", memory_used);
-    longjmp(run_end, code + 1);
+    longjmp(program_ended, code + 1);
 }
 
 #define malloc(size) fuzz_malloc(size)
@@ -182,7 +182,7 @@ static int run_program(const char *command) {
     mb_signal = 0;
     snprintf(text, sizeof text, "%s", command);
     for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
-    int code = setjmp(run_end);
+    int code = setjmp(program_ended);
     if (code == 0) {
         code = 1 + program_main(argc, argv);
         if (at_exit) at_exit();
