@@ -14,8 +14,9 @@
 //
 // HOW TO READ IT. Sections 1 to 8 are the method, from a molecule to one training step, with every
 // line of every forward and backward pass; each backward pass stands under its forward pass and
-// quotes the line that it undoes. Behind the border: memory for parameters, the run, the loop. What
-// is included knows nothing of the method: moleblend.h has molecules, datasets, random numbers.
+// quotes the line that it undoes. Behind the border: memory for parameters, and pretraining, whose
+// loop is main()'s, at the very end. What is included knows nothing of the method: moleblend.h has
+// molecules, datasets, random numbers.
 //   1 a molecule and its relations   4 layers                            7 heads and losses
 //   2 the blend and the batch        5 from relation to attention bias   8 gradients and update
 //   3 parameters, a step             6 tokens and the encoder            9 ... behind the border
@@ -504,8 +505,7 @@ typedef struct {
     struct pair *pair;     // section 5: biases of pairs
     struct enc *enc;             // section 6
     struct head *head;           // section 7
-    struct task_arrays *task_arrays;  // of fine-tuning (commands/head.h), and
-    const struct Task *task;     // what it learns; NULL: pretraining
+    struct task_arrays *task_arrays;  // of fine-tuning (commands/head.h)
     float *logits[LOSSES];       // a relation head's outputs go there too, if not NULL
 } Step;
 
@@ -1918,7 +1918,10 @@ static void gradients(double loss[LOSSES], Step *s) {
 // What may differ: rounding, so losses drift apart after some ten steps; not the random draws,
 // which are integer arithmetic.
 
-#include "commands/head.h"  // task_gradients(): gradients() with the head of fine-tuning
+#include "commands/head.h"    // task_gradients(): gradients() with the head of fine-tuning
+#include "lib/names.h"        // pattern_name(): official names of tensors
+#include "lib/ranks.h"        // my_rank, all_ranks: who takes which part of a batch
+#include "lib/run.h"          // struct Run: what training has in common, whatever is trained
 
 // =================================================================================================
 // 9 Models: the arenas of their parameters, initial values; and memory for a step
@@ -1943,38 +1946,6 @@ typedef struct TensorInfo {
     size_t field;         // byte offset in Tensors of the field that begins here; else SIZE_MAX
     const char *module;   // what a checkpoint has in front of the name
 } TensorInfo;
-
-// Alternatives of the list at p, "{a,b,c}".
-static int list_length(const char *p) {
-    int n = 1;
-    for (; *p != '}'; p++) n += *p == ',';
-    return n;
-}
-
-// How many tensors of the release a row of the table stands for.
-static int pattern_names(const char *pattern) {
-    int n = 1;
-    for (const char *p = pattern; (p = strchr(p, '{')); p++) n *= list_length(p);
-    return n;
-}
-
-// Name k of them, where the last list runs fastest; the %d of the pattern, if any, is the layer.
-static void pattern_name(char name[128], const char *pattern, int k, int layer) {
-    char text[128];
-    int n = 0, left = pattern_names(pattern);
-    for (const char *p = pattern; *p; p++) {
-        if (*p != '{') {
-            text[n++] = *p;
-            continue;
-        }
-        int length = list_length(p), skip = k / (left /= length) % length;
-        while (skip) skip -= *++p == ',';
-        while (*++p != ',' && *p != '}') text[n++] = *p;
-        p = strchr(p, '}');
-    }
-    text[n] = 0;
-    snprintf(name, 128, text, layer);
-}
 
 // Adds a row of the table to the list of tensors, n so far, behind `offset` numbers: to info,
 // unless that is NULL. Returns the row's count; dies if there are no addresses for it.
@@ -2115,12 +2086,46 @@ static void step_close(Step *s) {
     *s = (Step){0};
 }
 
-#include "lib/ranks.h"        // my_rank, all_ranks: who takes which part of a batch
-#include "lib/run.h"          // struct Run: what training has in common, whatever is trained
-#include "lib/checkpoints.h"  // model_write(), model_load(), transfer_load()
+// Makes room for the largest part of a batch to come, by its pairs, of the run's first epoch and of
+// the sets that are measured after it: before the first step, lest a trained model is refused that.
+// The parts have `part` molecules. Returns bytes.
+static idx rooms_reserve(Step *s, struct Run *run, idx part) {
+    const Dataset *const measured[] = {run->valid.count ? &run->valid : &run->train, &run->test};
+    int64_t epoch_steps = (int64_t)run->train.count / run->batch + 1, largest = 0;
+    idx from = 0, bytes = 0;
+    double most = -1;
+    for (int64_t t = run->done; t < run->steps && t < run->done + epoch_steps; t++) {
+        update_ids(run, t);
+        for (idx first = 0; first < run->batch; first += part) {
+            double pairs = 0;
+            for (idx k = first; k < min_idx(first + part, (idx)run->batch); k++)
+                pairs += pow(dataset_atoms(&run->train, run->ids[k]), 2);
+            if (pairs > most) largest = t, from = first, most = pairs;
+        }
+    }
+    update_ids(run, largest);
+    s->batch.Y = s->model.config.tasks;
+    bytes = step_reserve(s, &run->train, run->ids + from, min_idx(part, (idx)run->batch - from));
+    for (int k = 0; k < 2; k++)
+        for (idx i = 0, n = (idx)measured[k]->count; i < n; i += part) {
+            double pairs = 0;
+            idx B = min_idx(part, n - i);
+            for (idx b = 0; b < B; b++) {
+                run->ids[b] = (uint32_t)(i + b);
+                pairs += pow(dataset_atoms(measured[k], run->ids[b]), 2);
+            }
+            if (pairs <= most) continue;
+            most = pairs;
+            bytes = step_reserve(s, measured[k], run->ids, B);
+        }
+    run->epoch = -1;  // a state may be of another seed
+    return bytes;
+}
+
+#include "lib/checkpoints.h"  // model_write(), model_load(), model_state_write(), transfer_load()
 
 static const char *const LOSS_NAMES[LOSSES] = {"total", "denoise", "spd", "edge", "3d"};
-#include "lib/finite.h"        // finite_check(): what was first to be no number
+#include "lib/finite.h"       // finite_check(): what was first to be no number
 
 // Learning rate of update `step` = 0, 1, ...: linear warm-up to the peak, the peak until a part
 // `hold` of what then remains is done (the paper: 0), cosine to 0.
@@ -2131,371 +2136,300 @@ static double learning_rate(double peak, int64_t step, int64_t warmup, int64_t s
     return 0.5 * peak * (1 + cos(3.141592653589793 * x));
 }
 
-// ---- a batch in parts of given->part molecules, which need less memory; each by another rank, if
-//      there are several (lib/ranks.h). Gradients are summed part after part, ((g0 + g1) + g2) +
-//      ..., so that any number of ranks gets the same bits
+// =================================================================================================
+// 10 A pass over molecules: for (Pass pass = ...; pass_next(&pass, s);) has batch after batch in
+//   s->batch. An update is a pass over its molecules in parts, which need less memory; each by
+//   another rank, if there are several (lib/ranks.h). Gradients are summed part after part,
+//   ((g0 + g1) + g2) + ..., so that any number of ranks gets the same bits
+// =================================================================================================
 
-// The molecules of a training step: ids[...] of a dataset, blended, or if `blend` is NULL with the
-// fixed relations `use`.
 typedef struct {
     const Dataset *data;
-    const uint32_t *ids;
-    const Blend *blend;
+    const uint32_t *ids;  // (n) which of its molecules; NULL: the first n
+    idx n, part;          // how many; at a time, 0: all
+    const Blend *blend;   // NULL: each shows the fixed relations `use`
     int use;
-    Draws draws;
-    idx part;                    // molecules at a time; 0: all
-    float **part_sum;            // of the gradients of parts: made when it is needed
-} Given;
+    Draws draws;          // of the first of them
+    idx first, count;     // the batch at hand: from which on, how many
+    idx turn, loaded;     // how many this rank has had; which of them, from 1 on, s->batch holds
+} Pass;
 
-// Puts n of them, from `first` on, into s->batch.
-static void given_load(Step *s, const Given *given, idx first, idx n) {
-    s->draws = given->draws;
-    s->draws.first_slot += (uint32_t)first;
-    batch_load(&s->batch, given->data, given->ids + first, n, given->blend, given->use, &s->draws);
+// Loads the next batch that is this rank's; 0: there is none. To add what the ranks find is for the
+// caller.
+static int pass_next(Pass *pass, Step *s) {
+    idx part = pass->part ? pass->part : pass->n;
+    pass->first = (my_rank + pass->turn++ * all_ranks) * part;
+    pass->count = min_idx(part, pass->n - pass->first);
+    if (pass->count <= 0) return 0;
+    if (pass->loaded == pass->turn) return 1;  // a rank's only part, by parts_begin()
+    uint32_t *ids = xmalloc(pass->count, sizeof *ids);
+    for (idx b = 0; b < pass->count; b++)
+        ids[b] = pass->ids ? pass->ids[pass->first + b] : (uint32_t)(pass->first + b);
+    threads_adapt();
+    s->batch.Y = s->model.config.tasks ? pass->data->n_tasks : 0;
+    s->draws = pass->draws;
+    s->draws.first_slot += (uint32_t)pass->first;
+    batch_load(&s->batch, pass->data, ids, pass->count, pass->blend, pass->use, &s->draws);
+    pass->loaded = pass->turn;
+    free(ids);
+    return 1;
 }
 
-// The training step: n molecules, their losses, gradients, and update t = 1, 2, ...; adam has the
-// learning_rate() of this update. Returns the gradient norm.
-static double training_step(double loss[LOSSES], Step *s, idx n, const Given *given,
-                            const Adam *adam, int64_t t) {
-    idx M = given->part && given->part < n ? given->part : n, parts = (n + M - 1) / M;
-    idx loaded = parts;
-    double count[LOSSES] = {0}, *part_loss = xmalloc(parts, LOSSES * sizeof *part_loss);
-    if (parts > 1 && !*given->part_sum)
-        *given->part_sum = floats_alloc(s->model.count, "a smaller model");
-    for (idx k = my_rank; k < parts; k += all_ranks) {  // of how many the losses are means
-        given_load(s, given, k * M, min_idx(n - k * M, M));
-        for (int l = 0; l < LOSSES; l++) count[l] += s->batch.count[l];
-        loaded = k;
-    }
-    ranks_sum(count, LOSSES, sizeof *count);
-    for (idx k = my_rank; k < parts; k += all_ranks) {
-        if (k != loaded) given_load(s, given, k * M, min_idx(n - k * M, M));
-        loaded = k;
-        memcpy(s->batch.count, count, sizeof count);
-        if (s->task) task_gradients(part_loss + k * LOSSES, s);
-        else gradients(part_loss + k * LOSSES, s);
-        finite_check(s, part_loss + k * LOSSES, 0);
-        if (parts > 1) ranks_add(*given->part_sum, s->model.grads, s->model.count, k, parts);
-    }
+typedef struct {
+    Pass pass;              // over the update's molecules
+    idx n;                  // parts
+    double count[LOSSES];   // what the losses of all of them are means over
+    double *losses, *loss;  // (n, LOSSES), and there those of the part at hand
+    float *sum;             // of gradients, if n > 1; it stays for the next update
+} Parts;
+
+// Begins an update: counts what its losses will be means over.
+static void parts_begin(Parts *parts, Step *s) {
+    Pass *pass = &parts->pass;
+    pass->turn = pass->loaded = 0;
+    parts->n = pass->part ? (pass->n + pass->part - 1) / pass->part : 1;
+    parts->losses = xmalloc(parts->n, LOSSES * sizeof *parts->losses);
+    if (parts->n > 1 && !parts->sum) parts->sum = floats_alloc(s->model.count, "a smaller model");
+    memset(parts->count, 0, sizeof parts->count);
+    while (pass_next(pass, s))
+        for (int l = 0; l < LOSSES; l++) parts->count[l] += s->batch.count[l];
+    ranks_sum(parts->count, LOSSES, sizeof *parts->count);
+    pass->turn = 0;
+}
+
+// Number of the part at hand.
+static idx part_number(const Parts *parts) {
+    return parts->n > 1 ? parts->pass.first / parts->pass.part : 0;
+}
+
+// Loads this rank's next part; 0: there is none.
+static int parts_next(Parts *parts, Step *s) {
+    if (!pass_next(&parts->pass, s)) return 0;
+    memcpy(s->batch.count, parts->count, sizeof parts->count);
+    parts->loss = parts->losses + part_number(parts) * LOSSES;
+    return 1;
+}
+
+// Adds the gradients of this part, whose losses are in parts->loss now.
+static void parts_add(Parts *parts, Step *s) {
+    finite_check(s, parts->loss, 0);
+    if (parts->n > 1)
+        ranks_add(parts->sum, s->model.grads, s->model.count, part_number(parts), parts->n);
+}
+
+// The losses of the whole batch; its gradients are the model's now.
+static void parts_end(double loss[LOSSES], Parts *parts, Step *s) {
     pieces_wait();
-    ranks_share(s->model.grads, s->model.count, parts - 1);
-    ranks_sum(part_loss, parts * LOSSES, sizeof *part_loss);
+    ranks_share(s->model.grads, s->model.count, parts->n - 1);
+    ranks_sum(parts->losses, parts->n * LOSSES, sizeof *parts->losses);
     for (int l = 0; l < LOSSES; l++) loss[l] = 0;
-    for (idx k = 0; k < parts * LOSSES; k++) loss[k % LOSSES] += part_loss[k];
-    free(part_loss);
-    return adamw_step(&s->model, adam, t);
+    for (idx k = 0; k < parts->n * LOSSES; k++) loss[k % LOSSES] += parts->losses[k];
+    free(parts->losses);
 }
-
-// =================================================================================================
-// 13 Options, and runs: one loop trains, for pretraining and fine-tuning; one loop goes through a
-//   dataset, for evaluation, predictions and embeddings
-// =================================================================================================
 
 #ifndef MOLEBLEND_TEST
 
-#include "lib/commands.h"  // TEXT(), WHOLE() ...: rows of OPTIONS; command_find()
+typedef struct Run Run;
+
+#include "lib/commands.h"      // TEXT(), WHOLE() ...: rows of OPTIONS; command_find()
+#include "commands/options.h"  // opt, what the command line sets: one table for all commands
+
 enum { DEFAULT_BATCH = 64, PRETRAIN_BATCH = 12 };
 
-// What the command line sets; the initial values are the defaults. Those of size, batch, task,
-// readout and modality depend on files.
-typedef struct {
-    const char *size, *output, *valid, *test, *init, *model, *task, *readout, *modality;
-    const char *loss_units, *level, *svg, *near;
-    int64_t part;                              // --micro-batch; 0: the whole batch
-    int64_t layers, dim, ffn, heads, kernels;  // 0: from `size`
-    int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds, layer;
-    int resume, help, version;
-    Blend blend;
-    LossWeights weights;
-    Dropout drop;
-    Adam adam;
-    double hold, interval;
-} Options;
-
-static Options opt = {
-    .steps = 2400,
-    .warmup = -1,
-    .seed = 1,
-    .save_every = 500,
-    .epochs = 40,
-    .seeds = 1,
-    .patience = 15,
-    .layer = -1,
-    .loss_units = "deviations",
-    .blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0},
-    .weights = {{0, 6, 0.1, 0.1, 0.5}},
-    .drop = {0.1, 0.1, 0.1, 0},
-    .adam = {3e-4, 0.9, 0.98, 1e-8, 0, 5},
-    .hold = 0.9,
-    .interval = 80,
-};
-
-enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, SHOW = 16, INFO = 32,
-       TRAIN = PRETRAIN | FINETUNE, READ = PREDICT | EMBED,
-       SHAPES = 64,     // an option that shapes a run's trajectory: --resume needs the same
-       GROWS = 128,     // or a larger number
-       FILES = 256 };   // an option that is kept for --resume, but not in a checkpoint
-
-static const Option OPTIONS[] = {
-    HEADING("Files", TRAIN | READ | SHOW),
-    TEXT("-o", output, "FILE", "output; predict, embed: - is stdout", TRAIN | READ),
-    TEXT("--valid", valid, "FILE", "validation set (valid.bin beside train.bin)", TRAIN | FILES),
-    TEXT("--test", test, "FILE", "test set (test.bin beside train.bin)", FINETUNE | FILES),
-    TEXT("--init", init, "FILE", "start from this checkpoint", TRAIN | FILES),
-    TEXT("--model", model, "FILE",
-         "checkpoint to use; predict: or several, an ensemble; show: what it says of the pairs",
-         READ | SHOW),
-    TEXT("--near", near, "FILE", "training set: the nearest of its molecules, and how far it is",
-         PREDICT),
-    TEXT("--svg", svg, "FILE", "the matrices as a picture", SHOW),
-    FLAG("--resume", resume, "continue the run that writes -o, with its options; more --steps, "
-         "--epochs or --seeds may be given", TRAIN),
-    WHOLE("--save-every", save_every, 1, 1e9, "steps between checkpoints", TRAIN),
-    HEADING("Model", TRAIN),
-    TEXT("--size", size, "NAME",
-         "tiny, small, or base, the paper's (default small, or that of --init)", TRAIN),
-    WHOLE("--layers", layers, 1, MAX_LAYERS, "instead of --size's; so the next four",
-          TRAIN | SHAPES),
-    WHOLE("--dim", dim, 1, MAX_DIM, "width of a token", TRAIN | SHAPES),
-    WHOLE("--ffn", ffn, 1, MAX_DIM, "width of the feed-forward layer", TRAIN | SHAPES),
-    WHOLE("--heads", heads, 1, MAX_HEADS, "attention heads, a divisor of --dim", TRAIN | SHAPES),
-    WHOLE("--kernels", kernels, 1, MAX_KERNELS, "Gaussian kernels", TRAIN | SHAPES),
-    HEADING("Training", TRAIN | READ | SHOW),
-    WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAIN | SHAPES | GROWS),
-    WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", FINETUNE | SHAPES | GROWS),
-    WHOLE("--patience", patience, 0, 1e6, "stop after N epochs without gain; 0: never",
-          FINETUNE | SHAPES),
-    WHOLE("--seeds", seeds, 1, 1000,
-          "repeat with N seeds: mean, deviation; each keeps FILE.seedN.safetensors, an ensemble",
-          FINETUNE | SHAPES | GROWS),
-    WHOLE("--batch-size", batch, 1, 1e6,
-          "molecules at a time (default: pretraining 12, else 64; at most all)",
-          TRAIN | READ | SHAPES),
-    WHOLE("--micro-batch", part, 0, 1e6,
-          "molecules at once: less memory; with MPI each rank takes some; 0: the whole batch",
-          TRAIN | SHAPES),
-    NUMBER("--lr", adam.lr, 0, 10, "peak learning rate", TRAIN | SHAPES),
-    WHOLE("--warmup", warmup, -1, 1e9, "steps; -1: 1/12 (finetune: 1/10) of all", TRAIN | SHAPES),
-    NUMBER("--hold", hold, 0, 1, "part of the steps at the peak, before the cosine to 0",
-           TRAIN | SHAPES),
-    WHOLE("--seed", seed, 0, 9e15, "names every random draw", TRAIN | SHOW | SHAPES),
-    WHOLE("--threads", threads, 0, 1024, "0: all we may use; results are the same", TRAIN | READ),
-    NUMBER("--beta1", adam.beta1, 0, 0.999999, "AdamW", TRAIN | SHAPES),
-    NUMBER("--beta2", adam.beta2, 0, 0.999999, "AdamW", TRAIN | SHAPES),
-    NUMBER("--eps", adam.eps, 1e-30, 1, "AdamW", TRAIN | SHAPES),
-    NUMBER("--weight-decay", adam.weight_decay, 0, 10, "AdamW, decoupled", TRAIN | SHAPES),
-    NUMBER("--clip", adam.clip, 0, 1e9, "largest gradient norm; 0: any", TRAIN | SHAPES),
-    NUMBER("--attention-dropout", drop.attention, 0, 0.99, "of probabilities", TRAIN | SHAPES),
-    NUMBER("--activation-dropout", drop.activation, 0, 0.99, "after gelu", TRAIN | SHAPES),
-    NUMBER("--path-dropout", drop.path, 0, 0.99, "of the last layer's branches", TRAIN | SHAPES),
-    NUMBER("--embedding-dropout", drop.embedding, 0, 0.99, "of the tokens", TRAIN | SHAPES),
-    HEADING("Task", FINETUNE | READ),
-    TEXT("--task", task, "NAME", "classification or regression (default: by the labels)",
-         FINETUNE | SHAPES),
-    TEXT("--loss-units", loss_units, "NAME",
-         "of regression: deviations (every task counts alike) or labels (as the release)",
-         FINETUNE | SHAPES),
-    TEXT("--readout", readout, "NAME", "mean, sum or cls (default mean; embed: as fine-tuned)",
-         FINETUNE | EMBED | SHAPES),
-    TEXT("--level", level, "NAME", "a vector a molecule, or an atom (whose: FILE.index.npy)", EMBED),
-    WHOLE("--layer", layer, -1, MAX_LAYERS, "output of this layer; 0: its input, -1: the last",
-          EMBED),
-    TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",
-         FINETUNE | EMBED | SHAPES),
-    NUMBER("--interval", interval, 0, 100, "% of labels between the columns low and high, of "
-           "regression; below 1: a fraction; 0: none", PREDICT),
-    HEADING("Method", PRETRAIN | SHOW),
-    NUMBER("--pair-spd", blend.pair_spd, 0, 1, "how often a pair shows its path length",
-           PRETRAIN | SHOW | SHAPES),
-    NUMBER("--pair-edge", blend.pair_edge, 0, 1, "the bonds of its path", PRETRAIN | SHOW | SHAPES),
-    NUMBER("--pair-3d", blend.pair_3d, 0, 1, "its distance", PRETRAIN | SHOW | SHAPES),
-    NUMBER("--atom-2d", blend.atom_2d, 0, 1, "how often an atom shows its degree",
-           PRETRAIN | SHOW | SHAPES),
-    NUMBER("--atom-3d", blend.atom_3d, 0, 1, "its distances", PRETRAIN | SHOW | SHAPES),
-    FLAG("--no-blend", blend.all, "show everything of every pair", PRETRAIN | SHOW | SHAPES),
-    NUMBER("--noise", blend.noise, 0, 10, "on each coordinate, Angstrom", PRETRAIN | SHAPES),
-    NUMBER("--weight-denoise", weights.weight[LOSS_NOISE], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    NUMBER("--weight-spd", weights.weight[LOSS_SPD], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    NUMBER("--weight-edge", weights.weight[LOSS_EDGE], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    NUMBER("--weight-3d", weights.weight[LOSS_3D], 0, 1e6, "of a loss", PRETRAIN | SHAPES),
-    FLAG("--help", help, "this text; after a command, its own, with its defaults", 0),
-    FLAG("--version", version, "which program this is", 0),
-};
-enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0] };
-
-static char option_given[N_OPTIONS];
-
-static const char *const READOUT_NAMES[] = {"cls", "mean", "sum"};
-static const char *const KIND_NAMES[] = {"classification", "regression"};
-static const char *const MODALITY_NAMES[] = {"2d", "3d", "both"};
-static const int MODALITY_USE[] = {USE_SPD | USE_EDGE, USE_3D, USE_SPD | USE_EDGE | USE_3D};
-static const char *const UNIT_NAMES[] = {"deviations", "labels"};
-// Pretraining gives the graph token, cls, which the release reads, no loss: hence the mean.
-static const char *const DEFAULT_READOUT = "mean", *const DEFAULT_MODALITY = "2d";
-
-// The USE_ bits of a modality's name.
-static int modality_use(const char *name) {
-    return MODALITY_USE[choice("--modality", name, MODALITY_NAMES, 3)];
-}
-
-// The sizes of a model to train: a named one (base: the paper's) and what the options replace in
-// it; with --init those of the checkpoint `init`, which the options may only repeat.
-static Config start_config(const char *init) {
-    static const char *const names[] = {"tiny", "small", "base"};
-    static const Config configs[] = {{2, 64, 64, 4, 16, 0}, {6, 256, 256, 8, 64, 0},
-                                     {12, 768, 768, 32, 128, 0}};
-    Config c = configs[opt.size ? choice("--size", opt.size, names, 3) : 1], file = c;
-    if (init) {
-        TensorFile f;
-        tensor_file_open(&f, init);
-        file = tensor_file_config(&f);
-        tensor_file_close(&f);
-        if (!opt.size) c = file;
-    }
-    int *const number[5] = {&c.layers, &c.dim, &c.ffn, &c.heads, &c.kernels};
-    int64_t *const asked[5] = {&opt.layers, &opt.dim, &opt.ffn, &opt.heads, &opt.kernels};
-    for (int n = 0; n < 5; n++) {
-        if (*asked[n]) *number[n] = (int)*asked[n];
-        *asked[n] = *number[n];  // for options_describe()
-    }
-    c.tasks = file.tasks = 0;
-    CHECK(!init || memcmp(&c, &file, sizeof c) == 0,
-          "%s: has --layers %d --dim %d --ffn %d --heads %d --kernels %d; leave out the size "
-          "options that say otherwise", init, file.layers, file.dim, file.ffn, file.heads,
-          file.kernels);
-    return c;
-}
-
-// Does the value of an option stand from `first` to `last`?
-static int is_between(const Option *o, const void *first, const void *last) {
-    const char *value = o->value;
-    return value >= (const char *)first && value <= (const char *)last;
-}
-
-// Takes a saved run's options where the command line is silent; --size speaks for five of them.
-static void options_from_state(const char *text, const char *path) {
-    if (opt.size) start_config(NULL);
-    for (int k = 0; k < N_OPTIONS && opt.size; k++)
-        option_given[k] |= is_between(&OPTIONS[k], &opt.layers, &opt.kernels);
-    opt.size = NULL;
-    options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
-}
-
-// Columns of the log, a row a step.
+// Columns of the log, a row an update.
 enum { LOG_LR = LOSSES, LOG_NORM, LOG_RATE, LOG_COLUMNS };
-// Fine-tuning's history has a row an epoch: its mean loss, selection_metric(), the best epoch so
-// far, counted from 1, and what calibration() says of the validation set.
-typedef struct { float loss, valid, best, scale; } Epoch;
-enum { EPOCH_COLUMNS = sizeof(Epoch) / sizeof(float) };
+#define LOG_HEADING "step,total,denoise,spd,edge,3d,lr,gradient_norm,molecules_per_second"
+#define LOG_BEGINS "step,total,denoise,|seed,epoch,loss,valid "
 
-typedef struct {
-    Step s;
-    Dataset train, valid, test;  // opened if their path is set
-    Task task;                   // of fine-tuning
-    float *part_sum;             // see training_step()
-    float *statistics;           // (3, Y) of training labels: mean, deviation, first bias (tuning)
-    float scale;                 // of logits, by calibration(); 1 while training
-    int judged;                  // can the validation set judge? Else the training loss does
-    uint32_t *order, *ids;       // permutation of the training set in `epoch`; molecules of a batch
-    int64_t epoch, done, steps, warmup;  // updates done, and in all
-    int64_t nth;                 // the seed at hand, from 0 on; each is a run with its own state
-    float *log;                  // (done, LOG_COLUMNS)
-    Epoch *history;              // (epochs) of fine-tuning
-    float *best, *seed_best;     // parameters of the best epoch; (seeds) what each has reached
-    float *residuals;            // of regression, at a seed's end: see residuals_keep()
-    size_t n_residuals;
-    int64_t epochs, shown;       // rows of history; rows that are in the CSV
-    char *state_path, *log_path;
-    FILE *csv;                   // grows while the run does
-    OutFile lock, *seed_locks;   // held from start to end: two runs may not write the same files
-    TensorFile file;             // the state of a resumed run; of --model; its dataset is `test`
-    int resumed;                 // is there a state to go on from?
-    int64_t begun;               // when, in microseconds: it tells the states of a run's seeds
-    uint32_t init_print;         // file_print() of --init when the run began
-} Run;
+// ---- a run, of pretraining or fine-tuning
 
-// Names the draws of a run.
-static uint64_t run_seed(const Run *run) { return (uint64_t)(opt.seed + run->nth); }
-
-// Molecules that are computed with at once, of B.
-static size_t part_size(size_t B) {
-    return opt.part && (size_t)opt.part < B ? (size_t)opt.part : B;
+// Molecules that are computed with at once.
+static idx part_size(void) {
+    return (idx)(opt.part && opt.part < opt.batch ? opt.part : opt.batch);
 }
 
-// The molecules of update `step`.
-static void run_ids(Run *run, int64_t step) {
-    epoch_ids(&run->epoch, run->order, run->ids, step, opt.batch, run->train.count, run_seed(run));
+// At most `most` molecules of a dataset, in order and without dropout. Blend and noise of molecule
+// i depend only on the seed and i, so that results can be compared.
+static Pass pass_over(const Dataset *data, size_t most, const Blend *blend, int use) {
+    return (Pass){.data = data, .n = (idx)min_size(data->count, most), .part = part_size(),
+                  .blend = blend, .use = use, .draws = {(uint64_t)opt.seed, UINT32_MAX, 0, 0}};
 }
 
-// Called for B molecules of a dataset, from `first` on, that stand in run->s.batch.
-typedef void Visit(Run *run, size_t first, size_t B, void *result);
-
-// Goes through at most `most` molecules of a dataset, batch by batch, in order and without dropout.
-// Blend and noise of molecule i depend only on the seed and i, so that results can be compared. The
-// ranks share the batches; what they find is for the caller to add.
-static void visit_batches(Run *run, const Dataset *data, size_t most, const Blend *blend, int use,
-                          int encode, Visit *visit, void *result) {
-    size_t n = data->count < most ? data->count : most, room = part_size((size_t)opt.batch);
-    for (size_t i = 0, B; i < n; i += B) {
-        B = n - i < room ? n - i : room;
-        if (i / room % (size_t)all_ranks != (size_t)my_rank) continue;
-        for (size_t b = 0; b < B; b++) run->ids[b] = (uint32_t)(i + b);
-        threads_adapt();
-        run->s.batch.Y = run->s.model.config.tasks > 0 ? data->n_tasks : 0;
-        run->s.draws = (Draws){(uint64_t)opt.seed, UINT32_MAX, (uint32_t)i, 0};
-        batch_load(&run->s.batch, data, run->ids, B, blend, use, &run->s.draws);
-        if (encode) encoder_forward(&run->s);
-        visit(run, i, B, result);
+// Opens what a run needs, its model apart; the molecules of a batch are `usual` if nobody says. If
+// it is resumed, its options are those of its state.
+static void train_open(Run *run, Step *s, const char *train_path, int64_t usual) {
+    const char *asked = opt.init;
+    run_begin(run, train_path, opt.output, LOG_BEGINS);
+    if (opt.resume && state_find(run)) {
+        options_from_state(required_meta(&run->state, "run", "the state of a run"),
+                           run->state_path);
+        run->begun = meta_whole(&run->state, "begun");
     }
+    run_data(run, opt.valid, opt.test, opt.init, asked);
+    run_plan(run, &opt.batch, usual, opt.part);
+    run->seed = (uint64_t)opt.seed;
+    s->drop = opt.drop;
+    s->weights = opt.weights;
 }
 
-// result: (batches, 2, LOSSES) sums and counts.
-static void visit_losses(Run *run, size_t first, size_t B, void *result) {
-    double *sum = (double *)result + first / part_size((size_t)opt.batch) * 2 * LOSSES;
-    (void)B;
-    pretrain_heads(sum, &run->s, 0);
-    sum[LOSS_TOTAL] = 0;  // is not set
-    memcpy(sum + LOSSES, run->s.batch.count, LOSSES * sizeof *sum);
+// Metadata of a checkpoint or state, without the closing brace: sizes, where the run is, its
+// options. seeds: those that are done.
+static void run_meta(Text *t, const Run *run, Config c, int64_t seeds, int of_state) {
+    const char *const keys[] = {"layers", "dim", "ffn", "heads", "kernels", "step", "molecules",
+                                "fingerprint", "valid_fingerprint", "seeds_done"};
+    const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
+                                (long long)run->train.count, data_print(&run->train),
+                                of_state || c.tasks ? data_print(&run->valid) : 0, seeds};
+    char *options = options_describe(OPTIONS, N_OPTIONS, of_state ? SHAPES | FILES : SHAPES);
+    text_add(t, "{");
+    text_add_meta(t, "format", "pt");
+    for (int k = 0; k < 10; k++) text_add_meta(t, keys[k], "%lld", values[k]);
+    text_add_meta(t, "run", "%s", options);
+    text_add_meta(t, "stereo", "%s", run->train.stereo);
+    text_add_meta(t, "largest_fragment", "%u",
+                  (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
+    if (of_state) {
+        text_add_meta(t, "test_fingerprint", "%lld", (long long)data_print(&run->test));
+        text_add_meta(t, "init_fingerprint", "%lld", (long long)run->init_print);
+        text_add_meta(t, "begun", "%lld", (long long)run->begun);
+    }
+    free(options);
+}
+
+// The row of an update in the log; a gradient that is no number ends the program. start: when it
+// began.
+static void log_update(Run *run, const Step *s, const double loss[LOSSES], const Adam *adam,
+                       double norm, double start) {
+    finite_check(s, NULL, norm);
+    CHECK(adam->clip > 0 || norm < 1e18, "step %lld: the squares of a gradient of norm %g "
+          "overflow; give --clip", (long long)run->done + 1, norm);
+    float *row = rows_add(&run->log);
+    for (int k = 0; k < LOSSES; k++) row[k] = (float)loss[k];
+    row[LOG_LR] = (float)adam->lr;
+    row[LOG_NORM] = (float)norm;
+    row[LOG_RATE] = (float)((double)run->batch / fmax(now_seconds() - start, 1e-6));
+    run->done++;
+}
+
+// =================================================================================================
+// 11 Pretraining: ./moleblend train.bin. The loop is in main(), at the end
+// =================================================================================================
+
+// Opens what pretraining needs, and says what will be done.
+static void pretrain_open(Run *run, Step *s, const char *train_path) {
+    train_open(run, s, train_path, PRETRAIN_BATCH);
+    run->steps = opt.steps;
+    run->log = rows_make(run->steps, LOG_COLUMNS);
+    model_create(&s->model, start_config(run->resumed ? NULL : opt.init), 1);
+    if (run->resumed) model_state_load(run, &s->model, NULL, 0, 0);
+    else model_init(&s->model, run->seed);
+    if (opt.init && !run->resumed) {
+        TensorFile f;
+        tensor_file_open(&f, opt.init);
+        model_load(&s->model, s->model.params, &f, "");
+        note_stereo(&run->train, opt.init, tensor_meta(&f, "stereo"));
+        tensor_file_close(&f);
+    }
+    idx bytes = rooms_reserve(s, run, part_size());
+    size_t without = 0;
+    for (size_t i = 0; i < run->train.count; i++) without += !dataset_has_pos(&run->train, i);
+    if (without)
+        fprintf(stderr, "note    %s: %zu of %zu molecules have no positions: 2D losses only\n",
+                train_path, without, run->train.count);
+    Config c = s->model.config;
+    fprintf(
+        stderr,
+        "model   %d layers, %d wide, ffn %d, %d heads, %d kernels: %.2f M parameters, seed %lld\n"
+        "data    %s: %zu molecules; %s: %zu\n"
+        "memory  %.0f MiB parameters, gradients and moments, %.0f MiB activations\n"
+        "run     %lld steps of %lld molecules (%.1f epochs) on %d thread%s%s\n",
+        c.layers, c.dim, c.ffn, c.heads, c.kernels, (double)s->model.count / 1e6,
+        (long long)opt.seed, train_path, run->train.count,
+        opt.valid ? opt.valid : "no validation", run->valid.count,
+        16.0 * (double)s->model.count / (1 << 20),
+        (double)bytes / (1 << 20), (long long)run->steps, (long long)opt.batch,
+        (double)run->steps * (double)opt.batch / (double)run->train.count, thread_count(),
+        thread_count() > 1 ? "s" : "", MB_OPENMP ? "" : " (built without OpenMP)");
+    if (run->resumed) fprintf(stderr, "resumed after step %lld\n", (long long)run->done);
+}
+
+// Saves the state, which is complete in itself.
+static void pretrain_state(const Run *run, const Step *s) {
+    Text meta = {0};
+    run_meta(&meta, run, s->model.config, 0, 1);
+    text_add(&meta, "}");
+    model_state_write(run, &s->model, NULL, meta.text);
+    free(meta.text);
+}
+
+// First the state, so that a run killed between two renames resumes from it; then the checkpoint.
+static void pretrain_save(Run *run, const Step *s) {
+    float *const params[ARENAS] = {s->model.params};
+    Text meta = {0};
+    pretrain_state(run, s);
+    run_meta(&meta, run, s->model.config, 0, 0);
+    text_add(&meta, "}");
+    if (my_rank == 0) model_write(run->output, &s->model, params, NULL, 0, meta.text);
+    csv_log(run, LOG_HEADING);
+    free(meta.text);
+}
+
+// A mean loss for people: "-" if nothing reached it.
+static const char *loss_text(double x) { return number_text(x == 0 ? (double)NAN : x, 4); }
+
+// A line on stdout: the mean of the log's rows since the one before.
+static void pretrain_line(const Run *run, const double mean[LOG_COLUMNS]) {
+    progress_clear(&run->progress);
+    printf("%7lld  %7s  %7s %7s %7s %7s  %8.2e %8.3f %7.0f\n", (long long)run->done,
+           loss_text(mean[LOSS_TOTAL]), loss_text(mean[LOSS_NOISE]), loss_text(mean[LOSS_SPD]),
+           loss_text(mean[LOSS_EDGE]), loss_text(mean[LOSS_3D]), mean[LOG_LR], mean[LOG_NORM],
+           mean[LOG_RATE]);
+    fflush(stdout);
 }
 
 // Mean losses on a dataset.
-static void mean_losses(double loss[LOSSES], Run *run, const Dataset *data) {
-    size_t batches = data->count / part_size((size_t)opt.batch) + 1;
-    double *sums = xmalloc(batches, 2 * LOSSES * sizeof *sums), all[2 * LOSSES] = {0};
-    visit_batches(run, data, SIZE_MAX, &opt.blend, 0, 1, visit_losses, sums);
-    ranks_sum(sums, batches * 2 * LOSSES, sizeof *sums);
-    for (size_t k = 0; k < batches * 2 * LOSSES; k++) all[k % (2 * LOSSES)] += sums[k];
+static void mean_losses(double loss[LOSSES], Step *s, const Dataset *data) {
+    idx part = part_size(), n = ((idx)data->count / part + 1) * 2 * LOSSES;
+    double *sums = xmalloc(n, sizeof *sums), all[2 * LOSSES] = {0};  // of a batch: sums and counts
+    for (Pass pass = pass_over(data, SIZE_MAX, &opt.blend, 0); pass_next(&pass, s);) {
+        double *sum = sums + pass.first / part * 2 * LOSSES;
+        encoder_forward(s);
+        pretrain_heads(sum, s, 0);
+        sum[LOSS_TOTAL] = 0;  // is not set
+        memcpy(sum + LOSSES, s->batch.count, LOSSES * sizeof *sum);
+    }
+    ranks_sum(sums, n, sizeof *sums);
+    for (idx k = 0; k < n; k++) all[k % (2 * LOSSES)] += sums[k];
     loss_means(loss, all, all + LOSSES, &opt.weights);
     free(sums);
 }
 
-// How often each class occurs: those of path lengths, then those of the path slots, slot by slot;
-// then what counts in each loss.
+// How often each class occurs in at most 4096 molecules: those of path lengths, then those of the
+// path slots, slot by slot; then what counts in each loss.
 enum { CLASSES = SPD_CLASSES + EDGE_OUTPUTS };
-static void visit_classes(Run *run, size_t first, size_t B, void *result) {
-    double *counts = result;
-    const Batch *batch = &run->s.batch;
-    (void)first;
-    (void)B;
-    for (idx k = 0; k < batch->P * PATH_BONDS; k++) {
-        int class = batch->edge_target[k], slot = (int)(k % PATH_BONDS);
-        if (class >= 0) counts[SPD_CLASSES + slot * EDGE_CLASSES + class] += 1;
-        class = batch->spd_target[k / PATH_BONDS];
-        if (class >= 0 && slot == 0) counts[class] += 1;
+static void count_classes(double counts[CLASSES + LOSSES], Step *s, const Dataset *data,
+                          const Blend *blend) {
+    const Batch *batch = &s->batch;
+    for (Pass pass = pass_over(data, 4096, blend, USE_SPD); pass_next(&pass, s);) {
+        for (idx k = 0; k < batch->P * PATH_BONDS; k++) {
+            int class = batch->edge_target[k], slot = (int)(k % PATH_BONDS);
+            if (class >= 0) counts[SPD_CLASSES + slot * EDGE_CLASSES + class] += 1;
+            class = batch->spd_target[k / PATH_BONDS];
+            if (class >= 0 && slot == 0) counts[class] += 1;
+        }
+        for (int k = 0; k < LOSSES; k++) counts[CLASSES + k] += batch->count[k];
     }
-    for (int k = 0; k < LOSSES; k++) counts[CLASSES + k] += batch->count[k];
+    ranks_sum(counts, CLASSES + LOSSES, sizeof *counts);
 }
 
 // What a predictor without knowledge scores on `data`: for SPD and edges one that knows the class
-// frequencies of (4096 molecules of) the training set, 1 for the cosine losses; 0: nothing counts.
-static void chance_losses(double chance[LOSSES], Run *run, const Dataset *data) {
+// frequencies of the training set, 1 for the cosine losses; 0: nothing counts.
+static void chance_losses(double chance[LOSSES], Step *s, const Dataset *train,
+                          const Dataset *data) {
     double known[CLASSES + LOSSES] = {0}, seen[CLASSES + LOSSES] = {0};
     double sum[LOSSES] = {0}, *count = seen + CLASSES;
-    visit_batches(run, &run->train, 4096, NULL, USE_SPD, 0, visit_classes, known);
-    visit_batches(run, data, 4096, &opt.blend, 0, 0, visit_classes, seen);
-    ranks_sum(known, CLASSES + LOSSES, sizeof *known);
-    ranks_sum(seen, CLASSES + LOSSES, sizeof *seen);
+    count_classes(known, s, train, NULL);
+    count_classes(seen, s, data, &opt.blend);
     sum[LOSS_NOISE] = count[LOSS_NOISE];
     sum[LOSS_3D] = count[LOSS_3D];
     for (int group = 0; group <= PATH_BONDS; group++) {  // 0: SPD, then a slot each
@@ -2509,549 +2443,12 @@ static void chance_losses(double chance[LOSSES], Run *run, const Dataset *data) 
     loss_means(chance, sum, count, &opt.weights);
 }
 
-// Calibrated logits, or predictions in the labels' units, (n, Y).
-static void visit_predictions(Run *run, size_t first, size_t B, void *result) {
-    size_t Y = (size_t)run->s.model.config.tasks;
-    float *out = (float *)result + first * Y;
-    task_head_forward(&run->s, run->task.readout);
-    memcpy(out, run->s.task_arrays->logits, B * Y * sizeof *out);
-    for (size_t k = 0; k < B * Y; k++)
-        out[k] = run->task.kind == TASK_REGRESSION
-                     ? out[k] * run->task.std[k % Y] + run->task.mean[k % Y] : run->scale * out[k];
-}
-
-// Predictions (n, Y) of a whole dataset and its labels (n, its tasks), in fresh memory.
-static float *predict_all(float **labels, Run *run, const Dataset *data) {
-    size_t Y = (size_t)run->s.model.config.tasks;
-    float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
-    visit_batches(run, data, SIZE_MAX, NULL, run->task.use, 1, visit_predictions, out);
-    ranks_sum(out, data->count * Y, sizeof *out);
-    *labels = dataset_labels(data);
-    return out;
-}
-
-// Says so if the predictions (n, Y) of a task hardly differ: a hundredth of what labels do.
-static void note_constant(const Run *run, const float *out, size_t n, char *const *names) {
-    size_t Y = (size_t)run->s.model.config.tasks;
-    for (size_t y = 0; y < Y && n > 9; y++) {
-        double sum = 0, square = 0, unit = (double)run->task.std[y];
-        for (size_t i = 0; i < n; i++) {
-            double x = (double)(out[i * Y + y] - out[y]) / unit;
-            sum += x;
-            square += x * x;
-        }
-        if (square / (double)n - sum / (double)n * (sum / (double)n) < 1e-4)
-            fprintf(stderr, "note    task %s: the predictions are all but the same; try more "
-                    "--epochs or another --lr\n", names[y]);
-    }
-}
-
-// ---- fine-tuning's choice of an epoch
-
-// The number by which epochs are chosen, better when larger: the mean ROC-AUC, or minus the mean
-// RMSE in deviations of the training labels, so that no task's unit outweighs another's, over the
-// tasks that the dataset can judge; minus the training loss if there is none. Of classes also the
-// calibration().
-static float selection_metric(float *scale, Run *run, const Dataset *data, double loss) {
-    const Task *task = &run->task;
-    size_t Y = (size_t)data->n_tasks, defined = 0;
-    float *labels, *out = predict_all(&labels, run, data);
-    double sum = 0, metric[METRICS];
-    labels_judge(labels, data, NULL, NULL);
-    for (size_t k = 0; k < data->count * Y; k++)
-        CHECK(isfinite(out[k]), "%s: molecule %zu: the prediction is no longer a number. What was "
-              "saved before is kept. Try a lower --lr", data->path, k / Y);
-    *scale = task->kind == TASK_REGRESSION ? 1 : calibration(out, labels, data->count * Y);
-    for (size_t y = 0; y < Y; y++) {
-        task_metrics(metric, task->kind, out, labels, data->count, Y, y);
-        double now = metric[METRIC_AUC];
-        if (task->kind == TASK_REGRESSION) now = -metric[METRIC_RMSE] / (double)task->std[y];
-        defined += !isnan(now);
-        sum += isnan(now) ? 0 : now;
-    }
-    FREE_ALL(out, labels);
-    return (float)(run->judged ? sum / (double)defined : -loss);
-}
-
-// A selection_metric() for people: of a single task in its units; NaN if no label judged.
-static double shown_metric(const Run *run, float metric) {
-    if (!run->judged) return (double)NAN;
-    return fabs((double)metric) * (run->train.n_tasks == 1 ? (double)run->task.std[0] : 1);
-}
-
-static const char *selection_name(const Run *run) {
-    if (run->task.kind == TASK_CLASSIFICATION) return "ROC-AUC";
-    return run->train.n_tasks == 1 ? "RMSE" : "RMSE in deviations of the labels";
-}
-
-// Is a better than b, by selection_metric()? Anything is better than none.
-static int is_better(float a, float b) { return a > b || isnan(b); }
-
-// The row of the best epoch; NULL before the first.
-static const Epoch *best_epoch(const Run *run) {
-    if (!run->epochs) return NULL;
-    return run->history + (int64_t)run->history[run->epochs - 1].best - 1;
-}
-
-// ---- saving and resuming
-
-// Metadata of a checkpoint: a model's sizes, and where its run is; or a fine-tuned model's task.
-static char *run_meta(const Run *run, int of_state) {
-    Text t = {0};
-    Config c = run->s.model.config;
-    const char *const keys[] = {"layers", "dim", "ffn", "heads", "kernels", "step", "molecules",
-                                "fingerprint", "valid_fingerprint", "seeds_done"};
-    const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
-                                (long long)run->train.count, data_print(&run->train),
-                                of_state || run->s.task ? data_print(&run->valid) : 0, run->nth};
-    char *options = options_describe(OPTIONS, N_OPTIONS, of_state ? SHAPES | FILES : SHAPES);
-    text_add(&t, "{");
-    text_add_meta(&t, "format", "pt");
-    for (int k = 0; k < 10; k++) text_add_meta(&t, keys[k], "%lld", values[k]);
-    text_add_meta(&t, "run", "%s", options);
-    text_add_meta(&t, "stereo", "%s", run->train.stereo);
-    text_add_meta(&t, "largest_fragment", "%u",
-                  (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
-    if (of_state) {
-        text_add_meta(&t, "test_fingerprint", "%lld", (long long)data_print(&run->test));
-        text_add_meta(&t, "init_fingerprint", "%lld", (long long)run->init_print);
-        text_add_meta(&t, "begun", "%lld", (long long)run->begun);
-    }
-    if (run->s.task) {
-        text_add_meta(&t, "task", "%s", KIND_NAMES[run->task.kind]);
-        text_add_meta(&t, "readout", "%s", READOUT_NAMES[run->task.readout]);
-        text_add_meta(&t, "modality", "%s", opt.modality);
-        text_add_tasks(&t, c.tasks, run->train.task_names, run->task.mean, run->task.std);
-        if (best_epoch(run))
-            text_add_meta(&t, "logit_scale", "%.9g", (double)best_epoch(run)->scale);
-    }
-    text_add(&t, "}");
-    free(options);
-    return t.text;
-}
-
-#define LOG_BEGINS "step,total,denoise,|seed,epoch,loss,valid "
-
-// Adds the rows to the CSV that it has not yet: of fine-tuning an epoch each, else a step each.
-static void log_write(Run *run) {
-    int64_t end = run->s.task ? run->epochs : run->done;
-    if (my_rank > 0) return;
-    if (!run->csv) {
-        run->csv = fopen(run->log_path, "w");
-        CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
-        if (run->s.task)
-            fprintf(run->csv, "seed,epoch,loss,valid %s,best_epoch\n", selection_name(run));
-        else
-            fprintf(run->csv,
-                    "step,total,denoise,spd,edge,3d,lr,gradient_norm,molecules_per_second\n");
-    }
-    for (; run->shown < end; run->shown++) {
-        if (run->s.task) {
-            const Epoch *row = run->history + run->shown;
-            char valid[32] = "";
-            if (run->judged) snprintf(valid, sizeof valid, "%.6g", shown_metric(run, row->valid));
-            fprintf(run->csv, "%lld,%lld,%.6g,%s,%.0f\n", (long long)run_seed(run),
-                    (long long)run->shown + 1, (double)row->loss, valid, (double)row->best);
-            continue;
-        }
-        fprintf(run->csv, "%lld", (long long)run->shown + 1);
-        for (int k = 0; k < LOG_COLUMNS; k++)
-            fprintf(run->csv, ",%.6g", (double)run->log[run->shown * LOG_COLUMNS + k]);
-        fprintf(run->csv, "\n");
-    }
-    CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
-          strerror(errno));
-}
-
-// Where the best parameters of the seed at hand go if there are several: with the others they make
-// an ensemble for `predict`.
-static char *seed_path(const Run *run) {
-    char ending[64];
-    snprintf(ending, sizeof ending, ".seed%llu.safetensors", (unsigned long long)run_seed(run));
-    return path_with(opt.output, ".safetensors", ending);
-}
-
-// Opens the state of the seed at hand if the run has one. The first seed's is that of the output.
-static int state_open(Run *run) {
-    if (run->file.path) return 1;
-    char *own = seed_path(run);
-    free(run->state_path);
-    run->state_path = xprintf("%s.state", run->nth ? own : opt.output);
-    free(own);
-    if (!run->resumed || access(run->state_path, F_OK) != 0) return 0;
-    tensor_file_open(&run->file, run->state_path);
-    if (meta_whole(&run->file, "begun") == run->begun) return 1;
-    tensor_file_close(&run->file);  // it is of an older run
-    return 0;
-}
-
-// Writes the checkpoint: of fine-tuning this seed's best parameters, if no seed has better ones. Of
-// several seeds each has its own file too.
-static void checkpoint_write(const Run *run) {
-    float *const output[ARENAS] = {run->best ? run->best : run->s.model.params};
-    char *meta = run_meta(run, 0), *own = seed_path(run);
-    TensorOut other = {"valid_residuals", run->n_residuals, (size_t)run->train.n_tasks,
-                       run->residuals};
-    const Epoch *best = best_epoch(run);
-    int64_t leader = 0;
-    if (best) run->seed_best[run->nth] = best->valid;
-    for (int64_t k = 0; k < opt.seeds && best; k++)
-        if (run->seed_best[k] > run->seed_best[leader]) leader = k;
-    if (my_rank == 0 && (best ? leader == run->nth : !run->s.task))
-        model_write(opt.output, &run->s.model, output, &other, 1, meta);
-    if (my_rank == 0 && best && opt.seeds > 1)
-        model_write(own, &run->s.model, output, &other, 1, meta);
-    FREE_ALL(meta, own);
-}
-
-// Writes the state for --resume, which is complete in itself.
-static void state_write(const Run *run) {
-    const Model *m = &run->s.model;
-    const float *history = (const float *)run->history;
-    const TensorOut tables[] = {{"log", (size_t)run->done, LOG_COLUMNS, run->log},
-                                {"history", (size_t)run->epochs, EPOCH_COLUMNS, history}};
-    float *const arenas[ARENAS] = {m->params, m->m, m->v, run->best};
-    char *meta = run_meta(run, 1);
-    if (my_rank == 0) model_write(run->state_path, m, arenas, tables, 2, meta);
-    free(meta);
-}
-
-// First the state, so that a run killed between two renames resumes from it; then the checkpoint.
-static void run_save(Run *run) {
-    state_write(run);
-    checkpoint_write(run);
-    log_write(run);
-}
-
-// Continues from the state that is open.
-static void run_load(Run *run) {
-    Model *m = &run->s.model;
-    TensorFile *f = &run->file;
-    float *const arenas[ARENAS] = {m->params, m->m, m->v, run->best};
-    run->done = tensor_rows(run->log, run->steps, LOG_COLUMNS, f, "log");
-    if (run->s.task)
-        run->epochs = tensor_rows((float *)run->history, opt.epochs, EPOCH_COLUMNS, f, "history");
-    int64_t epochs = run->s.task ? run->done * opt.batch / (int64_t)run->train.count : 0;
-    CHECK(run->done == meta_whole(f, "step") && run->nth == meta_whole(f, "seeds_done") &&
-          run->epochs == epochs, "%s: damaged state: its log, step and seed do not fit", f->path);
-    float best = epochs ? run->history[epochs - 1].best : 1;
-    CHECK(best >= 1 && (!epochs || best <= (float)epochs), "%s: damaged state: the last row of the "
-          "history", f->path);
-    for (int a = 0; a < ARENAS; a++)
-        if (arenas[a]) model_load(m, arenas[a], f, ARENA_PREFIXES[a]);
-    tensor_file_close(f);
-}
-
-// ---- opening and closing
-
-// 3D asked of molecules that have no positions: refused, or if 2D is asked too, said.
-static void check_positions(const Dataset *data, int use) {
-    size_t without = 0;
-    for (size_t i = 0; i < data->count && use & USE_3D; i++) without += !dataset_has_pos(data, i);
-    CHECK(without == 0 || use & USE_SPD,
-          "%s: --modality 3d: %zu of %zu molecules have no positions", data->path, without,
-          data->count);
-    if (without)
-        fprintf(stderr, "note    %s: %zu of %zu molecules have no positions and take part with 2D "
-                "only\n", data->path, without, data->count);
-}
-
-// Says so if the dataset was prepared otherwise than what the model has learnt from.
-static void check_preparation(const Dataset *data, const TensorFile *model) {
-    const char *then = tensor_meta(model, "largest_fragment");
-    int now = (data->flags & PREP_LARGEST_FRAGMENT) != 0;
-    if (then && data->count && now != (*then == '1'))
-        fprintf(stderr, "note    %s: made with%s --largest-fragment, what the model learnt from %s "
-                "it\n", data->path, now ? "" : "out", now ? "without" : "with");
-    note_stereo(data, model->path, tensor_meta(model, "stereo"));
-}
-
-// Dies unless --init is what the run began with; only seeds that are to begin need it.
-static void init_check(const Run *run) {
-    same_print(run->state_path, run->init_print, file_print(opt.init), "checkpoint (--init)",
-               opt.init);
-}
-
-// Opens the state of the run to be resumed, if there is one, and takes its options.
-static void run_open_state(Run *run) {
-    double there = my_rank == 0 && access(run->state_path, F_OK) == 0;
-    const char *asked = opt.init;
-    ranks_sum(&there, 1, sizeof there);  // one answer for all
-    if (there <= 0) {
-        fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
-                run->state_path);
-        return;
-    }
-    run->resumed = 1;
-    tensor_file_open(&run->file, run->state_path);
-    options_from_state(required_meta(&run->file, "run", "the state of a run"), run->state_path);
-    run->begun = meta_whole(&run->file, "begun");
-    run->init_print = (uint32_t)meta_whole(&run->file, "init_fingerprint");
-    if (asked) init_check(run);
-}
-
-// Opens the training set and those beside it, and claims the output: now, not after hours of work,
-// it is found out whether it can be written.
-static void run_open(Run *run, const char *train_path) {
-    dataset_open(&run->train, train_path);
-    int64_t n = (int64_t)run->train.count, batch = run->s.task ? DEFAULT_BATCH : PRETRAIN_BATCH;
-    CHECK(n > 0, "%s: the dataset is empty", train_path);
-    run->state_path = xprintf("%s.state", opt.output);
-    run->log_path = path_with(opt.output, ".safetensors", ".log.csv");
-    if (my_rank == 0) run_claim(&run->lock, opt.output, LOG_BEGINS);
-    run->begun = (int64_t)time(NULL) * 1000000 + (int64_t)(1e6 * now_seconds()) % 1000000;
-    if (opt.resume) run_open_state(run);
-    if (!run->resumed) run->init_print = file_print(opt.init);
-    dataset_open_part(&run->valid, opt.valid, &run->train);
-    dataset_open_part(&run->test, opt.test, &run->train);
-    if (run->resumed) same_data(&run->file, &run->train, &run->valid, &run->test);
-    CHECK(opt.batch <= n, "--batch-size: %lld is more than the %lld molecules of %s",
-          (long long)opt.batch, (long long)n, train_path);
-    if (!opt.batch) opt.batch = n < batch ? n : batch;
-    size_t B = (size_t)opt.batch, parts = (B + part_size(B) - 1) / part_size(B);
-    if (parts < (size_t)all_ranks)
-        fprintf(stderr, "note    a batch of %zu molecules is %zu part%s: %zu of %d ranks have nothing "
-                "to train with (--micro-batch N)\n", B, parts, parts > 1 ? "s" : "",
-                (size_t)all_ranks - parts, all_ranks);
-    if (!MB_OPTIMIZED)
-        fprintf(stderr, "note    built without optimisation, many times slower: use make, or -O3\n");
-    note_stereo(&run->valid, train_path, run->train.stereo);
-    note_stereo(&run->test, train_path, run->train.stereo);
-    run->epoch = -1;
-    run->scale = 1;
-    run->order = xmalloc(run->train.count, sizeof *run->order);
-    run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
-    run->s.drop = opt.drop;
-    run->s.weights = opt.weights;
-    run->steps = run->s.task ? (opt.epochs * n + opt.batch - 1) / opt.batch : opt.steps;
-    run->warmup = opt.warmup >= 0 ? opt.warmup : run->steps / (run->s.task ? 10 : 12) + 1;
-    run->log = xmalloc((size_t)run->steps, LOG_COLUMNS * sizeof *run->log);
-}
-
-// Model, buffers and settings of a checkpoint, whose file may be open already.
-static void run_open_model(Run *run, const char *model) {
-    TensorFile *f = &run->file;
-    CHECK(model, "--model: expected a checkpoint");
-    if (!f->path) tensor_file_open(f, model);
-    model_create(&run->s.model, tensor_file_config(f), 0);
-    model_load(&run->s.model, run->s.model.params, f, "");
-    if (!opt.batch) opt.batch = DEFAULT_BATCH;
-    run->ids = xmalloc((size_t)opt.batch, sizeof *run->ids);
-    const char *readout = tensor_meta(f, "readout"), *modality = tensor_meta(f, "modality");
-    if (opt.readout || !readout) readout = opt.readout ? opt.readout : DEFAULT_READOUT;
-    if (opt.modality || !modality) modality = opt.modality ? opt.modality : DEFAULT_MODALITY;
-    run->task.use = modality_use(modality);  // as it was fine-tuned, unless told otherwise
-    run->task.readout = (Readout)choice("--readout", readout, READOUT_NAMES, 3);
-}
-
-// Memory for the largest part of a batch in the first epoch, by its pairs, and for the sets that are
-// measured after it, lest a trained model is refused that. Returns bytes.
-static idx run_prepare(Run *run) {
-    const Dataset *const measured[] = {run->valid.count ? &run->valid : &run->train, &run->test};
-    int64_t epoch_steps = (int64_t)run->train.count / opt.batch + 1, largest = 0;
-    idx part = (idx)part_size((size_t)opt.batch), from = 0;
-    double most = -1;
-    for (int64_t i = run->done; i < run->steps && i < run->done + epoch_steps; i++) {
-        run_ids(run, i);
-        for (idx first = 0; first < opt.batch; first += part) {
-            double pairs = 0;
-            for (idx k = first; k < min_idx(first + part, (idx)opt.batch); k++)
-                pairs += pow(dataset_atoms(&run->train, run->ids[k]), 2);
-            if (pairs > most) largest = i, from = first, most = pairs;
-        }
-    }
-    run_ids(run, largest);
-    run->s.batch.Y = run->s.task ? run->train.n_tasks : 0;
-    idx bytes = step_reserve(&run->s, &run->train, run->ids + from,
-                             min_idx(part, (idx)opt.batch - from));
-    for (int k = 0; k < 2; k++)
-        for (idx i = 0, n = (idx)measured[k]->count; i < n; i += part) {
-            double pairs = 0;
-            idx B = min_idx(part, n - i);
-            for (idx b = 0; b < B; b++) {
-                run->ids[b] = (uint32_t)(i + b);
-                pairs += pow(dataset_atoms(measured[k], run->ids[b]), 2);
-            }
-            if (pairs <= most) continue;
-            most = pairs;
-            bytes = step_reserve(&run->s, measured[k], run->ids, B);
-        }
-    run->epoch = -1;  // a state may be of another seed
-    return bytes;
-}
-
-// Frees whatever of a run has been opened.
-static void run_close(Run *run) {
-    if (run->lock.file) out_discard(&run->lock);
-    for (int64_t k = 0; run->seed_locks && k < opt.seeds; k++)
-        if (run->seed_locks[k].file) out_discard(&run->seed_locks[k]);
-    dataset_close(&run->train);
-    dataset_close(&run->valid);
-    dataset_close(&run->test);
-    tensor_file_close(&run->file);
-    step_close(&run->s);
-    if (run->csv) fclose(run->csv);
-    FREE_ALL(run->order, run->ids, run->log, run->history, run->best, run->seed_best,
-             run->seed_locks, run->statistics, run->part_sum, run->residuals, run->state_path,
-             run->log_path);
-}
-
-// ---- the loop
-
-// A mean loss for people: "-" if nothing reached it.
-static const char *loss_text(double x) { return number_text(x == 0 ? (double)NAN : x, 4); }
-
-// One update; fills the step's row of the log.
-static void run_step(Run *run) {
-    double start = now_seconds(), loss[LOSSES] = {0};
-    Step *s = &run->s;
-    Adam adam = opt.adam;
-    threads_adapt();
-    adam.lr = learning_rate(opt.adam.lr, run->done, run->warmup, run->steps, opt.hold);
-    run_ids(run, run->done);
-    s->batch.Y = s->task ? run->train.n_tasks : 0;
-    Given given = {&run->train, run->ids, run->s.task ? NULL : &opt.blend,
-                   run->s.task ? run->task.use : 0, {run_seed(run), (uint32_t)run->done, 0, 1},
-                   (idx)opt.part, &run->part_sum};
-    double norm = training_step(loss, s, (idx)opt.batch, &given, &adam, run->done + 1);
-    finite_check(s, NULL, norm);
-    CHECK(adam.clip > 0 || norm < 1e18, "step %lld: the squares of a gradient of norm %g overflow; "
-          "give --clip", (long long)run->done + 1, norm);
-    float *row = run->log + run->done * LOG_COLUMNS;
-    for (int k = 0; k < LOSSES; k++) row[k] = (float)loss[k];
-    row[LOG_LR] = (float)adam.lr;
-    row[LOG_NORM] = (float)norm;
-    row[LOG_RATE] = (float)((double)opt.batch / fmax(now_seconds() - start, 1e-6));
-    run->done++;
-}
-
-// Of pretraining: a line on stdout a twentieth of the way.
-static void pretrain_after_step(const Run *run, int terminal) {
-    int64_t every = run->steps / 20 > 0 ? run->steps / 20 : 1, n = run->done;
-    if (n != 1 && n % every && n != run->steps) return;
-    double mean[LOG_COLUMNS];
-    rows_mean(mean, run->log, LOG_COLUMNS, n == 1 ? 0 : n - (n % every ? n % every : every), n);
-    if (terminal) fprintf(stderr, "\r\033[K");
-    printf("%7lld  %7s  %7s %7s %7s %7s  %8.2e %8.3f %7.0f\n", (long long)n,
-           loss_text(mean[LOSS_TOTAL]), loss_text(mean[LOSS_NOISE]), loss_text(mean[LOSS_SPD]),
-           loss_text(mean[LOSS_EDGE]), loss_text(mean[LOSS_3D]), mean[LOG_LR], mean[LOG_NORM],
-           mean[LOG_RATE]);
-    fflush(stdout);
-}
-
-// Of fine-tuning, at the end of an epoch: a row of the history and a line on stdout; parameters are
-// kept if they are the best on the validation set.
-static void finetune_after_step(Run *run, int terminal) {
-    int64_t n = (int64_t)run->train.count, epoch = run->done * opt.batch / n;
-    if (epoch == (run->done - 1) * opt.batch / n) return;
-    double mean[LOG_COLUMNS];
-    const Epoch *best = best_epoch(run);
-    rows_mean(mean, run->log, LOG_COLUMNS, (epoch - 1) * n / opt.batch, run->done);
-    float scale, valid = selection_metric(&scale, run, &run->valid, mean[LOSS_TOTAL]);
-    int better = !best || is_better(valid, best->valid);
-    run->history[run->epochs++] =
-        (Epoch){(float)mean[LOSS_TOTAL], valid, better ? (float)epoch : best->best, scale};
-    if (better) memcpy(run->best, run->s.model.params, sizeof(float) * run->s.model.count);
-    if (terminal) fprintf(stderr, "\r\033[K");
-    printf("%6llu %6lld %9s %10s%s\n", (unsigned long long)run_seed(run), (long long)epoch,
-           number_text(mean[LOSS_TOTAL], 4), number_text(shown_metric(run, valid), 4),
-           better ? "  best so far" : "");
-    fflush(stdout);
-}
-
-// Have enough epochs passed without gain?
-static int is_enough(const Run *run) {
-    const Epoch *best = best_epoch(run);
-    return best && opt.patience && run->history + run->epochs - 1 - best >= opt.patience;
-}
-
-// Has a signal asked a rank to stop?
-static int is_stopped(void) {
-    double signals = mb_signal != 0;
-    ranks_sum(&signals, 1, sizeof signals);
-    return signals > 0;
-}
-
-// Updates run->done..run->steps-1, or as far as a signal lets it come; ends the program, saved, if
-// there was one. Before the first the state is written: from here on --resume means this run.
-static void run_train(Run *run) {
-    Progress progress = progress_begin((double)run->done);
-    int64_t first = run->done;
-    int stopped = 0;
-    char text[96];
-    signals_catch();
-    if (!run->done) state_write(run);
-    while (run->done < run->steps && !is_enough(run) && !(stopped = is_stopped())) {
-        run_step(run);
-        if (run->s.task) finetune_after_step(run, progress.terminal);
-        else pretrain_after_step(run, progress.terminal);
-        log_write(run);
-        if (run->done < run->steps && run->done % opt.save_every == 0) run_save(run);
-        snprintf(text, sizeof text, "step %lld of %lld%s", (long long)run->done,
-                 (long long)run->steps, run->s.task ? " of this seed" : "");
-        progress_show(&progress, (double)run->done, (double)run->steps,
-                      (double)(run->done - first) * (double)opt.batch, "molecules", text,
-                      run->s.task && run->done == run->steps);
-    }
-    if (progress.terminal) fprintf(stderr, "\r\033[K");
-    run_save(run);  // also when all steps were done: the run may have been killed while saving
-    if (!stopped) return;
-    fprintf(stderr, "stopped by a signal and saved after step %lld; to go on, give the same "
-            "command with --resume\n", (long long)run->done);
-    ranks_finish();
-    mb_exit(128 + (mb_signal ? mb_signal : SIGTERM));
-}
-
-// =================================================================================================
-// 14 Commands and main
-// =================================================================================================
-
-// ---- pretrain: ./moleblend train.bin
-
-// Opens what a pretraining run needs, and says what will be done.
-static void pretrain_open(Run *run, const char *train_path) {
-    run_open(run, train_path);
-    model_create(&run->s.model, start_config(run->resumed ? NULL : opt.init), 1);
-    if (run->resumed) run_load(run);
-    else model_init(&run->s.model, run_seed(run));
-    if (opt.init && !run->resumed) {
-        TensorFile f;
-        tensor_file_open(&f, opt.init);
-        model_load(&run->s.model, run->s.model.params, &f, "");
-        note_stereo(&run->train, opt.init, tensor_meta(&f, "stereo"));
-        tensor_file_close(&f);
-    }
-    idx bytes = run_prepare(run);
-    size_t without = 0;
-    for (size_t i = 0; i < run->train.count; i++) without += !dataset_has_pos(&run->train, i);
-    if (without)
-        fprintf(stderr, "note    %s: %zu of %zu molecules have no positions: 2D losses only\n",
-                train_path, without, run->train.count);
-    Config c = run->s.model.config;
-    fprintf(
-        stderr,
-        "model   %d layers, %d wide, ffn %d, %d heads, %d kernels: %.2f M parameters, seed %lld\n"
-        "data    %s: %zu molecules; %s: %zu\n"
-        "memory  %.0f MiB parameters, gradients and moments, %.0f MiB activations\n"
-        "run     %lld steps of %lld molecules (%.1f epochs) on %d thread%s%s\n",
-        c.layers, c.dim, c.ffn, c.heads, c.kernels, (double)run->s.model.count / 1e6,
-        (long long)opt.seed, train_path, run->train.count,
-        opt.valid ? opt.valid : "no validation", run->valid.count,
-        16.0 * (double)run->s.model.count / (1 << 20),
-        (double)bytes / (1 << 20), (long long)run->steps, (long long)opt.batch,
-        (double)run->steps * (double)opt.batch / (double)run->train.count, thread_count(),
-        thread_count() > 1 ? "s" : "", MB_OPENMP ? "" : " (built without OpenMP)");
-    if (run->resumed) fprintf(stderr, "resumed after step %lld\n", (long long)run->done);
-}
-
 // The result: each loss at the start and the end, on the validation set, and by chance.
-static void pretrain_report(Run *run) {
+static void pretrain_report(const Run *run, Step *s) {
     double start[LOG_COLUMNS], end[LOG_COLUMNS], valid[LOSSES], chance[LOSSES];
-    int64_t window = run->steps / 50 + 1;
-    rows_mean(start, run->log, LOG_COLUMNS, 0, 1);
-    rows_mean(end, run->log, LOG_COLUMNS, run->done > window ? run->done - window : 0, run->done);
-    mean_losses(valid, run, &run->valid);
-    chance_losses(chance, run, run->valid.count ? &run->valid : &run->train);
+    log_ends(start, end, run);
+    mean_losses(valid, s, &run->valid);
+    chance_losses(chance, s, &run->train, run->valid.count ? &run->valid : &run->train);
     printf("\nloss        start     end   valid  by chance\n");
     for (int k = 1; k <= LOSSES; k++) {
         int loss = k % LOSSES;  // the total last
@@ -3063,123 +2460,71 @@ static void pretrain_report(Run *run) {
     printf("wrote %s, %s\n", opt.output, run->log_path);
 }
 
-static void command_pretrain(const char *train_path) {
-    Run run = {0};
-    pretrain_open(&run, train_path);
-    printf("   step    total  denoise     spd    edge      3d        lr gradient    mol/s\n");
-    run_train(&run);
-    pretrain_report(&run);
-    run_close(&run);
-}
-
 // ---- the other commands, a file each
 
+#include "commands/model.h"     // model_open(), predict_all(): a model that has been trained
 #include "commands/finetune.h"  // command_finetune()
 #include "commands/embed.h"     // command_embed()
 #include "commands/predict.h"   // command_predict()
 #include "commands/show.h"      // command_show()
 
-// ---- the command line
-
-static const Command COMMANDS[] = {
-    {"pretrain", PRETRAIN, 1, "moleblend.safetensors", "train.bin", "the same, spelt out"},
-    {"finetune", FINETUNE, 1, "finetuned.safetensors", "train.bin --init FILE",
-     "train on labels, from a checkpoint or from scratch"},
-    {"predict", PREDICT, 1, "-", "data.bin --model FILE", "predictions as CSV on stdout"},
-    {"embed", EMBED, 1, "embeddings.npy", "data.bin --model FILE",
-     "a vector per molecule, NumPy format"},
-    {"show", SHOW, 2, NULL, "data.bin INDEX|NAME", "a molecule's relations, and one blend of them"},
-    {"info", INFO, 1, NULL, "FILE", "what is in a dataset or checkpoint"},
-};
-enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
-
-static void print_help(const Command *command) {
-    printf(
-        "MoleBLEND: pretrain a Transformer on molecules by blending 2D and 3D (ICLR 2024)\n\n"
-        "  ./moleblend train.bin                        pretrain; writes moleblend.safetensors\n");
-    for (const Command *c = COMMANDS; c < COMMANDS + N_COMMANDS; c++)
-        printf("  ./moleblend %-8s %-23s %s\n", c->name, c->usage, c->help);
-    printf("\nDatasets (.bin) are made by ./data_prep from SDF, SMILES or CSV files.\n");
-    options_print(OPTIONS, N_OPTIONS, command ? command->bit : 0);
-}
-
-// Says so if parts that should sum to 1 do not; they count as parts of their sum.
-static void note_parts(const char *names, double sum) {
-    if (fabs(sum - 1) > 1e-6)
-        fprintf(stderr, "note    %s sum to %g and are taken as parts of that\n", names, sum);
-}
-
-// What the ranges of single options cannot say.
-static void check_options(void) {
-    CHECK(opt.blend.pair_spd + opt.blend.pair_edge > 0 && opt.blend.pair_3d >= 0,
-          "--pair-spd, --pair-edge: expected one of them above 0 (molecules without 3D need it)");
-    CHECK(opt.blend.atom_2d + opt.blend.atom_3d > 0, "--atom-2d, --atom-3d: expected one above 0");
-    CHECK(opt.steps <= UINT32_MAX - 1, "--steps: too many");
-    for (int k = 0; k < N_OPTIONS && opt.blend.all; k++)
-        CHECK(!option_given[k] || !is_between(&OPTIONS[k], &opt.blend.pair_spd, &opt.blend.atom_3d),
-              "--no-blend shows everything of every pair; expected no --pair-* or --atom-* beside "
-              "it");
-    note_parts("--pair-spd, --pair-edge and --pair-3d",
-               opt.blend.pair_spd + opt.blend.pair_edge + opt.blend.pair_3d);
-    note_parts("--atom-2d and --atom-3d", opt.blend.atom_2d + opt.blend.atom_3d);
-}
-
-// Sorts the words of the command line: checkpoints go behind models[0..n), others to the front.
-// Returns how many checkpoints there are then; *n_words: of the others.
-static int words_models(const char **models, const char **words, int *n_words) {
-    int n = 0, others = 0;
-    if (opt.model) models[n++] = opt.model;
-    for (int k = 0; k < *n_words; k++) {
-        size_t length = strlen(words[k]);
-        if (length > 12 && strcmp(words[k] + length - 12, ".safetensors") == 0)
-            models[n++] = words[k];
-        else words[others++] = words[k];
+static void command_other(const CommandLine *line) {
+    const char *path = line->words[0];
+    switch (line->command->bit) {
+        case FINETUNE: command_finetune(path); break;
+        case PREDICT: command_predict(path, line->models, line->n_models); break;
+        case EMBED: command_embed(path); break;
+        case SHOW: command_show(path, line->words[1]); break;
+        default: file_info(path); break;
     }
-    *n_words = others;
-    return n;
 }
 
 int main(int argc, char **argv) {
     program_begin(argv);
-    if (argc > 1 && strcmp(argv[1], "help") == 0) argv[1] = xprintf("--help");
-    const Command *command = argc > 1 ? command_find(COMMANDS, N_COMMANDS, argv[1]) : NULL;
-    int named = command != NULL;
-    if (!command) command = &COMMANDS[0];
-    if (command->bit == FINETUNE) {  // the paper's
-        opt.adam.lr = 2e-4;
-        opt.adam.beta2 = 0.999;
-        opt.hold = 0;
-    }
-    opt.output = command->output;
-    const char **words = xmalloc(2 * (size_t)argc + 2, sizeof *words), **models = words + argc + 1;
-    int n_words = options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words,
-                                argc, option_given), n_models = opt.model != NULL;
-    if (opt.version) printf("moleblend %s, vectors of %d floats\n", MB_VERSION, VEC);
-    if (opt.help) print_help(named ? command : NULL);
-    if (opt.version || opt.help) mb_exit(EXIT_SUCCESS);
-    if (command->bit == PREDICT) n_models = words_models(models, words, &n_words);
-    CHECK(n_words == command->words, "expected ./moleblend %s%s; see --help",
-          named ? xprintf("%s ", command->name) : "", command->usage);
-    check_options();
-    if (!opt.valid && command->bit & TRAIN) opt.valid = sibling(words[0], "valid");
-    if (!opt.test && command->bit & FINETUNE) opt.test = sibling(words[0], "test");
-    CHECK(!(command->bit & TRAIN) || strcmp(opt.output, "-") != 0, "-o: expected a file");
-    const char *const files[] = {words[0], opt.valid, opt.test, opt.init, opt.model, opt.near};
-    for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
-    for (int k = 0; k < n_models; k++) files_input(command->bit == PREDICT ? models[k] : NULL);
-    if (command->bit & TRAIN) ranks_begin();
+    CommandLine line = command_line(argc, argv);
+    if (line.command->bit & TRAIN) ranks_begin();
     threads_set(opt.threads);
-    switch (command->bit) {
-        case PRETRAIN: command_pretrain(words[0]); break;
-        case FINETUNE: command_finetune(words[0]); break;
-        case PREDICT: command_predict(words[0], models, n_models); break;
-        case EMBED: command_embed(words[0]); break;
-        case SHOW: command_show(words[0], words[1]); break;
-        default: file_info(words[0]); break;
+    if (line.command->bit != PRETRAIN) {
+        command_other(&line);
+        program_end(&line);
     }
-    free(words);
-    ranks_finish();
-    mb_exit(EXIT_SUCCESS);
+
+    Run run = {0};  // lib/run.h: datasets, log, state
+    Step s = {0};   // section 3: model and batch
+    pretrain_open(&run, &s, line.words[0]);
+    Adam adam = opt.adam;
+    Parts parts = {.pass = {.data = &run.train, .ids = run.ids, .n = (idx)run.batch,
+                            .part = (idx)opt.part, .blend = &opt.blend}};
+    int64_t warmup = opt.warmup >= 0 ? opt.warmup : run.steps / 12 + 1;
+    double loss[LOSSES], mean[LOG_COLUMNS];
+
+    printf("   step    total  denoise     spd    edge      3d        lr gradient    mol/s\n");
+    run_start(&run);
+    if (run.done == 0) pretrain_state(&run, &s);  // from here on --resume means this run
+    for (int64_t t = run.done; t < run.steps && !run_stopped(&run); t++) {
+        double start = now_seconds();
+        update_ids(&run, t);  // the molecules of the batch
+        parts.pass.draws = (Draws){run.seed, (uint32_t)t, 0, 1};
+        for (parts_begin(&parts, &s); parts_next(&parts, &s); parts_add(&parts, &s))  // mostly one
+            gradients(parts.loss, &s);        // encoder, heads, and back
+        parts_end(loss, &parts, &s);
+        adam.lr = learning_rate(opt.adam.lr, t, warmup, run.steps, opt.hold);
+        double norm = adamw_step(&s.model, &adam, t + 1);  // behind a clip of the gradients
+        log_update(&run, &s, loss, &adam, norm, start);
+        if (line_due(mean, &run)) pretrain_line(&run, mean);
+        csv_log(&run, LOG_HEADING);
+        if (save_due(&run, opt.save_every)) pretrain_save(&run, &s);
+        run_progress(&run, "", 0);
+    }
+    progress_clear(&run.progress);
+    pretrain_save(&run, &s);  // also when all steps were done: it may have been killed while saving
+    run_end(&run);            // if a signal stopped it, so does the program
+
+    pretrain_report(&run, &s);
+    free(parts.sum);
+    run_free(&run);
+    step_close(&s);
+    program_end(&line);
 }
 
 #endif  // MOLEBLEND_TEST

@@ -366,7 +366,7 @@ static void golden_steps(Report *r, Golden *g, double first[LOSSES]) {
     }
     for (size_t s = 0; s < steps / columns; s++) {
         double now[LOSSES];
-        if (g->finetune) task_gradients(now, &g->s);
+        if (g->finetune) task_gradients(now, &g->s, &g->task);
         else gradients(now, &g->s);
         for (size_t k = 0; k < columns; k++) {
             float ours = (float)now[order[k]];
@@ -395,7 +395,7 @@ static void golden_parts(double loss[LOSSES], Golden *g, size_t B) {
     for (size_t k = 0; k < parts; k++) {
         golden_load(g, k * M, min_size(M, B - k * M));
         memcpy(g->s.batch.count, count, sizeof count);
-        if (g->finetune) task_gradients(now, &g->s);
+        if (g->finetune) task_gradients(now, &g->s, &g->task);
         else gradients(now, &g->s);
         loss[LOSS_TOTAL] += now[LOSS_TOTAL];
         ranks_add(g->part_sum, g->s.model.grads, g->s.model.count, (idx)k, (idx)parts);
@@ -411,10 +411,9 @@ static void test_golden(const char *path, int print) {
     size_t B = (size_t)g.s.batch.B;
     double loss[LOSSES] = {0};
     if (g.finetune) {
-        g.s.task = &g.task;
         size_t count = 0;
         float *expected = tensor_floats(&g.file, "out/logits", &count);
-        task_gradients(loss, &g.s);
+        task_gradients(loss, &g.s, &g.task);
         report_add(&report, "logits", relative_error(g.s.task_arrays->logits, expected, count),
                    1e-5);
         free(expected);

@@ -1,191 +1,186 @@
 // commands/finetune.h - ./moleblend finetune train.bin --valid v.bin --test t.bin --init FILE
+//
+// Each of --seeds is a run of its own, with its own state; what several of them share is opened
+// once. The loop is in tune(), at the end.
 
-// The kind of the labels, recognised by their values if --task does not say; task by task, their
-// mean and standard deviation (1 where all are equal), and the bias that the head begins with. Dies
-// where there is nothing to learn.
-static void label_statistics(Run *run) {
-    const Dataset *data = &run->train;
-    size_t Y = (size_t)data->n_tasks, n = data->count * Y, other = n;
-    float *labels = dataset_labels(data);
-    for (size_t k = 0; k < n; k++) {
-        CHECK(!(fabsf(labels[k]) > (float)LABEL_MAX), "%s: molecule %zu: task %s: label %g is "
-              "beyond range; expected at most %g", data->path, k / Y, data->task_names[k % Y],
-              (double)labels[k], LABEL_MAX);
-        if (!isnan(labels[k]) && labels[k] != 0 && labels[k] != 1 && other == n) other = k;
-    }
-    if (!opt.task) {
-        opt.task = KIND_NAMES[other < n ? TASK_REGRESSION : TASK_CLASSIFICATION];
-        fprintf(stderr, "task    %s: the labels are %s 0 and 1 (--task overrules)\n", opt.task,
-                other < n ? "more than" : "all");
-    }
-    run->task.kind = (TaskKind)choice("--task", opt.task, KIND_NAMES, 2);
-    int classes = run->task.kind == TASK_CLASSIFICATION;
-    CHECK(!classes || other == n,
-          "%s: molecule %zu: expected labels 0 and 1 for --task classification, found %g",
-          data->path, other / Y, (double)labels[other]);
+typedef struct {
+    Run run;                  // of the seed at hand
+    Step s;
+    Task task;
+    float *statistics;        // (3, Y) see task_statistics()
+    int judged;               // can the validation set judge? Else the training loss does
+    int64_t nth;              // the seed at hand, from 0 on
+    float *best, *seed_best;  // parameters of the best epoch; (seeds) what each has reached
+    OutFile *locks;           // (seeds) of several: see run_claim()
+    float *residuals;         // (n_residuals, Y) of regression, at a seed's end
+    size_t n_residuals;
+} Tuning;
+
+// ---- the choice of an epoch. The history's fourth column has calibration() of the validation set
+
+enum { HISTORY_COLUMNS = HISTORY_SCALE + 1 };
+
+// The number by which epochs are chosen, better when larger: the mean ROC-AUC, or minus the mean
+// RMSE in deviations of the training labels, so that no task's unit outweighs another's, over the
+// tasks that the dataset can judge; minus the training loss if there is none. Of classes also the
+// calibration().
+static float selection_metric(float *scale, Tuning *t, const Dataset *data, double loss) {
+    const Task *task = &t->task;
+    size_t Y = (size_t)data->n_tasks, defined = 0;
+    float *labels, *out = predict_all(&labels, &t->s, task, data);
+    double sum = 0, metric[METRICS];
+    labels_judge(labels, data, NULL, NULL);
+    for (size_t k = 0; k < data->count * Y; k++)
+        CHECK(isfinite(out[k]), "%s: molecule %zu: the prediction is no longer a number. What was "
+              "saved before is kept. Try a lower --lr", data->path, k / Y);
+    *scale = task->kind == TASK_REGRESSION ? 1 : calibration(out, labels, data->count * Y);
     for (size_t y = 0; y < Y; y++) {
-        LabelSummary s = label_summary(labels, data->count, Y, y);
-        const char *name = data->task_names[y];
-        CHECK(s.count > 0, "%s: task %s has no labels", data->path, name);
-        CHECK(!classes || s.deviation > 0, "%s: task %s: all labels are %g; expected both classes "
-              "(data_prep --labels leaves a task out)", data->path, name, s.mean);
-        if (s.deviation <= 0)
-            fprintf(stderr, "note    %s: task %s: all labels are %g, there is nothing to learn\n",
-                    data->path, name, s.mean);
-        run->statistics[y] = classes ? 0 : (float)s.mean;
-        run->statistics[Y + y] = classes || s.deviation <= 0 ? 1 : (float)s.deviation;
-        run->statistics[2 * Y + y] = classes ? (float)log(s.mean / (1 - s.mean)) : 0;
+        task_metrics(metric, task->kind, out, labels, data->count, Y, y);
+        double now = metric[METRIC_AUC];
+        if (task->kind == TASK_REGRESSION) now = -metric[METRIC_RMSE] / (double)task->std[y];
+        defined += !isnan(now);
+        sum += isnan(now) ? 0 : now;
     }
-    free(labels);
+    FREE_ALL(out, labels);
+    return (float)(t->judged ? sum / (double)defined : -loss);
+}
+
+// A selection_metric() for people: of a single task in its units; NaN if no label judged.
+static double shown_metric(const Tuning *t, float metric) {
+    if (!t->judged) return (double)NAN;
+    return fabs((double)metric) * (t->run.train.n_tasks == 1 ? (double)t->task.std[0] : 1);
+}
+
+static const char *selection_name(const Tuning *t) {
+    if (t->task.kind == TASK_CLASSIFICATION) return "ROC-AUC";
+    return t->run.train.n_tasks == 1 ? "RMSE" : "RMSE in deviations of the labels";
+}
+
+// The end of an epoch, mean: of its log: a row of the history and a line on stdout; the parameters
+// are kept if they are the best on the validation set.
+static void epoch_end(Tuning *t, int64_t epoch, const double mean[LOG_COLUMNS]) {
+    const Model *model = &t->s.model;
+    float scale, valid = selection_metric(&scale, t, &t->run.valid, mean[LOSS_TOTAL]);
+    float *row = history_add(&t->run, (float)mean[LOSS_TOTAL], valid, 1);
+    int better = row[HISTORY_BEST] == (float)epoch;
+    row[HISTORY_SCALE] = scale;
+    if (better) memcpy(t->best, model->params, sizeof(float) * model->count);
+    progress_clear(&t->run.progress);
+    printf("%6llu %6lld %9s %10s%s\n", (unsigned long long)t->run.seed, (long long)epoch,
+           number_text(mean[LOSS_TOTAL], 4), number_text(shown_metric(t, valid), 4),
+           better ? "  best so far" : "");
+    fflush(stdout);
+}
+
+// Adds the epochs to the CSV that it has not yet.
+static void csv_history(Tuning *t) {
+    Run *run = &t->run;
+    char *heading = xprintf("seed,epoch,loss,valid %s,best_epoch", selection_name(t));
+    FILE *csv = csv_open(run, heading);
+    for (; csv && run->shown < run->history.n; run->shown++) {
+        const float *row = run->history.x + run->shown * HISTORY_COLUMNS;
+        char valid[32] = "";
+        if (t->judged) snprintf(valid, sizeof valid, "%.6g", shown_metric(t, row[HISTORY_VALID]));
+        fprintf(csv, "%lld,%lld,%.6g,%s,%.0f\n", (long long)run->seed, (long long)run->shown + 1,
+                (double)row[HISTORY_LOSS], valid, (double)row[HISTORY_BEST]);
+    }
+    if (csv) csv_flush(run);
+    free(heading);
+}
+
+// ---- saving
+
+// Metadata of a checkpoint or state: where the run is, and the task.
+static char *tuning_meta(const Tuning *t, int of_state) {
+    Text text = {0};
+    const float *best = best_row(&t->run);
+    run_meta(&text, &t->run, t->s.model.config, t->nth, of_state);
+    text_add_meta(&text, "task", "%s", TASK_KINDS[t->task.kind]);
+    text_add_meta(&text, "readout", "%s", READOUT_NAMES[t->task.readout]);
+    text_add_meta(&text, "modality", "%s", opt.modality);
+    text_add_tasks(&text, t->run.train.n_tasks, t->run.train.task_names, t->task.mean,
+                   t->task.std);
+    if (best) text_add_meta(&text, "logit_scale", "%.9g", (double)best[HISTORY_SCALE]);
+    text_add(&text, "}");
+    return text.text;
+}
+
+// Where the best parameters of the seed at hand go if there are several: with the others they make
+// an ensemble for `predict`.
+static char *seed_path(const Tuning *t) {
+    char ending[64];
+    snprintf(ending, sizeof ending, ".seed%llu.safetensors", (unsigned long long)t->run.seed);
+    return path_with(opt.output, ".safetensors", ending);
+}
+
+// Writes the checkpoint: this seed's best parameters, if no seed has better ones. Of several seeds
+// each has its own file too.
+static void tuning_checkpoint(const Tuning *t) {
+    const float *best = best_row(&t->run);
+    float *const output[ARENAS] = {t->best};
+    TensorOut other = {"valid_residuals", t->n_residuals, (size_t)t->run.train.n_tasks,
+                       t->residuals};
+    int64_t leader = 0;
+    if (!best) return;
+    char *meta = tuning_meta(t, 0), *own = seed_path(t);
+    t->seed_best[t->nth] = best[HISTORY_VALID];
+    for (int64_t k = 0; k < opt.seeds; k++)
+        if (t->seed_best[k] > t->seed_best[leader]) leader = k;
+    if (my_rank == 0 && leader == t->nth)
+        model_write(opt.output, &t->s.model, output, &other, 1, meta);
+    if (my_rank == 0 && opt.seeds > 1) model_write(own, &t->s.model, output, &other, 1, meta);
+    FREE_ALL(meta, own);
+}
+
+static void tuning_state(const Tuning *t) {
+    char *meta = tuning_meta(t, 1);
+    model_state_write(&t->run, &t->s.model, t->best, meta);
+    free(meta);
+}
+
+// First the state, so that a run killed between two renames resumes from it; then the checkpoint.
+static void tuning_save(Tuning *t) {
+    tuning_state(t);
+    tuning_checkpoint(t);
+    csv_history(t);
+}
+
+// ---- opening
+
+// Begins with a seed, the nth from 0 on: nothing is done. Opens its state and returns 1 if the run
+// is resumed and has one. The first seed's is that of the output.
+static int seed_open(Tuning *t, int64_t nth) {
+    Run *run = &t->run;
+    t->nth = nth;
+    run->seed = (uint64_t)(opt.seed + nth);
+    run->done = run->log.n = run->history.n = run->shown = 0;
+    run->epoch = -1;
+    char *own = seed_path(t);
+    free(run->state_path);
+    run->state_path = xprintf("%s.state", nth ? own : opt.output);
+    free(own);
+    if (!run->resumed || access(run->state_path, F_OK) != 0) return 0;
+    tensor_file_open(&run->state, run->state_path);
+    if (meta_whole(&run->state, "begun") == run->begun) return 1;
+    tensor_file_close(&run->state);  // it is of an older run
+    return 0;
 }
 
 // Looks at the seeds before hours of work: claims their files if they are several, and takes from
 // their states what each has reached; for those that have none, --init must be as it was.
-static void seeds_open(Run *run) {
-    tensor_file_close(&run->file);  // the first seed's, opened for the options
-    run->seed_best = xmalloc((size_t)opt.seeds, sizeof *run->seed_best);
-    run->seed_locks = xmalloc((size_t)opt.seeds, sizeof *run->seed_locks);
-    for (run->nth = opt.seeds - 1; run->nth >= 0; run->nth--) {
-        char *own = seed_path(run);
-        if (my_rank == 0 && opt.seeds > 1)
-            run_claim(&run->seed_locks[run->nth], own, LOG_BEGINS);
-        run->epochs = 0;
-        if (state_open(run)) run_load(run);
-        else if (run->resumed) init_check(run);
-        run->seed_best[run->nth] = best_epoch(run) ? best_epoch(run)->valid : -INFINITY;
+static void seeds_open(Tuning *t) {
+    tensor_file_close(&t->run.state);  // the first seed's, opened for the options
+    t->seed_best = xmalloc((size_t)opt.seeds, sizeof *t->seed_best);
+    t->locks = xmalloc((size_t)opt.seeds, sizeof *t->locks);
+    for (int64_t nth = opt.seeds - 1; nth >= 0; nth--) {
+        t->run.seed = (uint64_t)(opt.seed + nth);
+        char *own = seed_path(t);
+        if (my_rank == 0 && opt.seeds > 1) run_claim(&t->locks[nth], own, LOG_BEGINS);
+        if (seed_open(t, nth)) model_state_load(&t->run, &t->s.model, t->best, nth, opt.epochs);
+        else if (t->run.resumed) same_init(&t->run, opt.init);
+        t->seed_best[nth] = best_row(&t->run) ? best_row(&t->run)[HISTORY_VALID] : -INFINITY;
         free(own);
     }
-}
-
-// Opens what fine-tuning needs, and says what will be done.
-static void finetune_open(Run *run, const char *train_path) {
-    run->s.task = &run->task;
-    run_open(run, train_path);
-    CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
-    size_t Y = (size_t)run->train.n_tasks;
-    CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
-    CHECK(run->valid.count > 0, "%s: expected molecules, to choose the best epoch by", opt.valid);
-    dataset_same_tasks(&run->train, &run->valid);
-    if (run->test.data) dataset_same_tasks(&run->train, &run->test);
-    if (!opt.readout) opt.readout = DEFAULT_READOUT;
-    if (!opt.modality) opt.modality = DEFAULT_MODALITY;
-    run->statistics = xmalloc(3 * Y, sizeof *run->statistics);
-    run->task = (Task){
-        .readout = (Readout)choice("--readout", opt.readout, READOUT_NAMES, 3),
-        .use = modality_use(opt.modality), .mean = run->statistics, .std = run->statistics + Y,
-        .label_units = choice("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
-    label_statistics(run);
-    float *labels = dataset_labels(&run->valid);
-    run->judged = labels_judge(labels, &run->valid, "no say in the choice of an epoch",
-                               "the training loss chooses the epoch and when to stop") > 0;
-    free(labels);
-    check_positions(&run->train, run->task.use);
-    check_positions(&run->valid, run->task.use);
-    check_positions(&run->test, run->task.use);
-    Config c = start_config(run->resumed ? NULL : opt.init);
-    c.tasks = run->train.n_tasks;
-    model_create(&run->s.model, c, 1);
-    run->history = xmalloc((size_t)opt.epochs, sizeof *run->history);
-    run->best = xmalloc(run->s.model.count, sizeof *run->best);
-    run_prepare(run);
-    fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n",
-            c.layers, c.dim, (double)run->s.model.count / 1e6, opt.task, opt.readout, opt.modality);
-    fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n",
-            run->train.count, run->valid.count, run->test.count, c.tasks, c.tasks > 1 ? "s" : "");
-    seeds_open(run);
-}
-
-// Metrics of the test set (validation set without one): of several tasks, one by one on stdout;
-// `mean` over the tasks; `chance`: the mean if every prediction were the training mean.
-static void finetune_report(double mean[METRICS], double chance[METRICS], Run *run) {
-    const Dataset *data = run->test.data ? &run->test : &run->valid;
-    TaskKind kind = run->task.kind;
-    float *labels, *out = predict_all(&labels, run, data);
-    size_t Y = (size_t)data->n_tasks, n = data->count;
-    float *constant = xmalloc(mul_size(n, Y), sizeof *constant);
-    for (size_t k = 0; k < n * Y; k++) constant[k] = run->task.mean[k % Y];
-    mean_metrics(mean, kind, out, labels, n, Y);
-    mean_metrics(chance, kind, constant, labels, n, Y);
-    for (size_t y = 0; y < Y && Y > 1; y++) {
-        double metric[METRICS];
-        task_metrics(metric, kind, out, labels, n, Y, y);
-        printf("%-24s", data->task_names[y]);
-        print_metrics(stdout, metric);
-        if (kind == TASK_CLASSIFICATION) continue;
-        task_metrics(metric, kind, constant, labels, n, Y, y);
-        printf("%24s", "by chance");
-        print_metrics(stdout, metric);
-    }
-    note_constant(run, out, n, data->task_names);
-    for (size_t k = 0; k < n * Y && kind == TASK_CLASSIFICATION; k++) out[k] = sigmoid(out[k]);
-    if (kind == TASK_CLASSIFICATION) print_reliability(stdout, out, labels, n * Y);
-    FREE_ALL(constant, out, labels);
-}
-
-// Keeps what `predict` makes intervals of, in the model's file: prediction - label in the labels'
-// units, (molecules, Y), of at most RESIDUALS molecules of the validation set, evenly spaced; NaN
-// where there is no label. Models of one validation set have the same molecules, in order.
-enum { RESIDUALS = 1000 };
-static void residuals_keep(Run *run) {
-    float *labels, *out = predict_all(&labels, run, &run->valid);
-    size_t Y = (size_t)run->valid.n_tasks, n = run->valid.count;
-    size_t step = max_size((n + RESIDUALS - 1) / RESIDUALS, 1);
-    run->n_residuals = (n + step - 1) / step;
-    free(run->residuals);
-    run->residuals = xmalloc(run->n_residuals * Y, sizeof *run->residuals);
-    for (size_t k = 0; k < run->n_residuals * Y; k++) {
-        size_t from = k / Y * step * Y + k % Y;
-        run->residuals[k] = out[from] - labels[from];
-    }
-    FREE_ALL(out, labels);
-}
-
-// Begins the seed at hand, or goes on from its state.
-static void seed_begin(Run *run) {
-    Model *model = &run->s.model;
-    size_t Y = (size_t)run->train.n_tasks;
-    run->done = run->epochs = run->shown = 0;
-    run->epoch = -1;
-    run->n_residuals = 0;
-    if (state_open(run)) {
-        run_load(run);
-        fprintf(stderr, "resumed after step %lld of seed %llu\n", (long long)run->done,
-                (unsigned long long)run_seed(run));
-        return;
-    }
-    model_init(model, run_seed(run));
-    init_check(run);
-    if (opt.init) transfer_load(model, opt.init, &run->train, run->nth > 0);
-    if (run->task.readout != READ_SUM)  // of a sum the bias counts once an atom
-        memcpy(model->p.head2_b, run->statistics + 2 * Y, sizeof(float) * Y);
-    memset(model->m, 0, sizeof(float) * model->count);
-    memset(model->v, 0, sizeof(float) * model->count);
-}
-
-// The end of a seed: what its best parameters are worth. Adds its metrics and their squares to the
-// sums; chance: see finetune_report().
-static void seed_end(Run *run, double chance[METRICS], double sum[METRICS],
-                     double square[METRICS]) {
-    const Epoch *best = best_epoch(run);
-    double metric[METRICS];
-    memcpy(run->s.model.params, run->best, sizeof(float) * run->s.model.count);
-    run->scale = best->scale;
-    finetune_report(metric, chance, run);
-    if (run->task.kind == TASK_REGRESSION) {
-        residuals_keep(run);
-        checkpoint_write(run);
-    }
-    run->scale = 1;
-    for (int k = 0; k < METRICS; k++) {
-        sum[k] += metric[k];
-        square[k] += metric[k] * metric[k];
-    }
-    printf("seed %llu: best epoch %.0f, valid %s%s; %s", (unsigned long long)run_seed(run),
-           (double)best->best, number_text(shown_metric(run, best->valid), 4),
-           run->task.kind == TASK_REGRESSION && run->train.n_tasks > 1 ? " deviations" : "",
-           run->test.data ? "test" : "valid");
-    print_metrics(stdout, metric);
-    fflush(stdout);
 }
 
 // Says so if models of other seeds lie where those of this run will: the pattern that names an
@@ -205,20 +200,193 @@ static void note_other_seeds(void) {
     if (n > 1) fprintf(stderr, "note    and %d more of other seeds\n", n - 1);
 }
 
-// A seed is a run of its own; the summary is of all.
-static void command_finetune(const char *train_path) {
-    Run run = {0};
-    double chance[METRICS], sum[METRICS] = {0}, square[METRICS] = {0};
-    finetune_open(&run, train_path);
+// Opens what fine-tuning needs, and says what will be done.
+static void tuning_open(Tuning *t, const char *train_path) {
+    Run *run = &t->run;
+    train_open(run, &t->s, train_path, DEFAULT_BATCH);
+    run->steps = epochs_steps(run, opt.epochs);
+    run->log = rows_make(run->steps, LOG_COLUMNS);
+    run->history = rows_make(opt.epochs, HISTORY_COLUMNS);
+    CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
+    size_t Y = (size_t)run->train.n_tasks;
+    CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
+    CHECK(run->valid.count > 0, "%s: expected molecules, to choose the best epoch by", opt.valid);
+    dataset_same_tasks(&run->train, &run->valid);
+    if (run->test.data) dataset_same_tasks(&run->train, &run->test);
+    if (!opt.readout) opt.readout = DEFAULT_READOUT;
+    if (!opt.modality) opt.modality = DEFAULT_MODALITY;
+    t->statistics = xmalloc(3 * Y, sizeof *t->statistics);
+    t->task = (Task){.readout = (Readout)choice("--readout", opt.readout, READOUT_NAMES, 3),
+                     .use = modality_use(opt.modality),
+                     .mean = t->statistics, .std = t->statistics + Y, .scale = 1,
+                     .label_units = choice("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
+    t->task.kind = task_statistics(t->statistics, &run->train, &opt.task, 0);
+    float *labels = dataset_labels(&run->valid);
+    t->judged = labels_judge(labels, &run->valid, "no say in the choice of an epoch",
+                             "the training loss chooses the epoch and when to stop") > 0;
+    free(labels);
+    check_positions(&run->train, t->task.use);
+    check_positions(&run->valid, t->task.use);
+    check_positions(&run->test, t->task.use);
+    Config c = start_config(run->resumed ? NULL : opt.init);
+    c.tasks = run->train.n_tasks;
+    model_create(&t->s.model, c, 1);
+    t->best = xmalloc(t->s.model.count, sizeof *t->best);
+    rooms_reserve(&t->s, run, part_size());
+    fprintf(stderr, "model   %d layers, %d wide: %.2f M parameters; %s, %s read-out, modality %s\n",
+            c.layers, c.dim, (double)t->s.model.count / 1e6, opt.task, opt.readout, opt.modality);
+    fprintf(stderr, "data    %zu training, %zu validation, %zu test molecules, %d task%s\n",
+            run->train.count, run->valid.count, run->test.count, c.tasks, c.tasks > 1 ? "s" : "");
+    seeds_open(t);
     note_other_seeds();
-    const char *part = run.test.data ? "test" : "valid";
-    printf("  seed  epoch      loss      valid (%s)\n", selection_name(&run));
-    for (run.nth = 0; run.nth < opt.seeds; run.nth++) {
-        seed_begin(&run);
-        run_train(&run);
-        seed_end(&run, chance, sum, square);
+}
+
+static void tuning_close(Tuning *t) {
+    for (int64_t k = 0; k < opt.seeds; k++)
+        if (t->locks[k].file) out_discard(&t->locks[k]);
+    FREE_ALL(t->statistics, t->best, t->seed_best, t->locks, t->residuals);
+    step_close(&t->s);
+    run_free(&t->run);
+}
+
+// ---- a seed
+
+// Metrics of the test set (validation set without one): of several tasks, one by one on stdout;
+// `mean` over the tasks; `chance`: the mean if every prediction were the training mean.
+static void finetune_report(double mean[METRICS], double chance[METRICS], Tuning *t) {
+    const Dataset *data = t->run.test.data ? &t->run.test : &t->run.valid;
+    TaskKind kind = t->task.kind;
+    float *labels, *out = predict_all(&labels, &t->s, &t->task, data);
+    size_t Y = (size_t)data->n_tasks, n = data->count;
+    float *constant = xmalloc(mul_size(n, Y), sizeof *constant);
+    for (size_t k = 0; k < n * Y; k++) constant[k] = t->task.mean[k % Y];
+    mean_metrics(mean, kind, out, labels, n, Y);
+    mean_metrics(chance, kind, constant, labels, n, Y);
+    for (size_t y = 0; y < Y && Y > 1; y++) {
+        double metric[METRICS];
+        task_metrics(metric, kind, out, labels, n, Y, y);
+        printf("%-24s", data->task_names[y]);
+        print_metrics(stdout, metric);
+        if (kind == TASK_CLASSIFICATION) continue;
+        task_metrics(metric, kind, constant, labels, n, Y, y);
+        printf("%24s", "by chance");
+        print_metrics(stdout, metric);
     }
-    for (int k = 0; k < METRICS && opt.seeds > 1; k++) {
+    note_constant(&t->task, out, n, Y, data->task_names);
+    for (size_t k = 0; k < n * Y && kind == TASK_CLASSIFICATION; k++) out[k] = sigmoid(out[k]);
+    if (kind == TASK_CLASSIFICATION) print_reliability(stdout, out, labels, n * Y);
+    FREE_ALL(constant, out, labels);
+}
+
+// Keeps what `predict` makes intervals of, in the model's file: prediction - label in the labels'
+// units, (molecules, Y), of at most RESIDUALS molecules of the validation set, evenly spaced; NaN
+// where there is no label. Models of one validation set have the same molecules, in order.
+enum { RESIDUALS = 1000 };
+static void residuals_keep(Tuning *t) {
+    float *labels, *out = predict_all(&labels, &t->s, &t->task, &t->run.valid);
+    size_t Y = (size_t)t->run.valid.n_tasks, n = t->run.valid.count;
+    size_t step = max_size((n + RESIDUALS - 1) / RESIDUALS, 1);
+    t->n_residuals = (n + step - 1) / step;
+    free(t->residuals);
+    t->residuals = xmalloc(t->n_residuals * Y, sizeof *t->residuals);
+    for (size_t k = 0; k < t->n_residuals * Y; k++) {
+        size_t from = k / Y * step * Y + k % Y;
+        t->residuals[k] = out[from] - labels[from];
+    }
+    FREE_ALL(out, labels);
+}
+
+// Initial values of the seed at hand: those of --init, a new head that begins at its bias.
+static void tuning_init(Tuning *t) {
+    Model *model = &t->s.model;
+    size_t Y = (size_t)t->run.train.n_tasks;
+    model_init(model, t->run.seed);
+    same_init(&t->run, opt.init);
+    if (opt.init) transfer_load(model, opt.init, &t->run.train, t->nth > 0);
+    if (t->task.readout != READ_SUM)  // of a sum the bias counts once an atom
+        memcpy(model->p.head2_b, t->statistics + 2 * Y, sizeof(float) * Y);
+    memset(model->m, 0, sizeof(float) * model->count);
+    memset(model->v, 0, sizeof(float) * model->count);
+}
+
+// Trains the seed at hand until its steps are done, nothing is gained any more, or a signal comes,
+// which ends the program.
+static void tune(Tuning *t, Parts *parts) {
+    Run *run = &t->run;
+    Step *s = &t->s;
+    Adam adam = opt.adam;
+    int64_t warmup = opt.warmup >= 0 ? opt.warmup : run->steps / 10 + 1, epoch;
+    double loss[LOSSES], mean[LOG_COLUMNS];
+    run_start(run);
+    if (run->done == 0) tuning_state(t);  // from here on --resume means this run
+    for (int64_t k = run->done;
+         k < run->steps && !enough(run, opt.patience) && !run_stopped(run); k++) {
+        double start = now_seconds();
+        update_ids(run, k);
+        parts->pass.draws = (Draws){run->seed, (uint32_t)k, 0, 1};
+        for (parts_begin(parts, s); parts_next(parts, s); parts_add(parts, s))
+            task_gradients(parts->loss, s, &t->task);
+        parts_end(loss, parts, s);
+        adam.lr = learning_rate(opt.adam.lr, k, warmup, run->steps, opt.hold);
+        double norm = adamw_step(&s->model, &adam, k + 1);
+        log_update(run, s, loss, &adam, norm, start);
+        if ((epoch = epoch_ended(mean, run))) epoch_end(t, epoch, mean);
+        csv_history(t);
+        if (save_due(run, opt.save_every)) tuning_save(t);
+        run_progress(run, " of this seed", run->done == run->steps);
+    }
+    progress_clear(&run->progress);
+    tuning_save(t);
+    run_end(run);
+}
+
+// The end of a seed: what its best parameters are worth. Adds its metrics and their squares to the
+// sums; chance: see finetune_report().
+static void seed_end(Tuning *t, double chance[METRICS], double sum[METRICS],
+                     double square[METRICS]) {
+    const float *best = best_row(&t->run);
+    double metric[METRICS];
+    memcpy(t->s.model.params, t->best, sizeof(float) * t->s.model.count);
+    t->task.scale = best[HISTORY_SCALE];
+    finetune_report(metric, chance, t);
+    if (t->task.kind == TASK_REGRESSION) {
+        residuals_keep(t);
+        tuning_checkpoint(t);
+    }
+    t->task.scale = 1;
+    t->n_residuals = 0;
+    for (int k = 0; k < METRICS; k++) {
+        sum[k] += metric[k];
+        square[k] += metric[k] * metric[k];
+    }
+    printf("seed %llu: best epoch %.0f, valid %s%s; %s", (unsigned long long)t->run.seed,
+           (double)best[HISTORY_BEST], number_text(shown_metric(t, best[HISTORY_VALID]), 4),
+           t->task.kind == TASK_REGRESSION && t->run.train.n_tasks > 1 ? " deviations" : "",
+           t->run.test.data ? "test" : "valid");
+    print_metrics(stdout, metric);
+    fflush(stdout);
+}
+
+static void command_finetune(const char *train_path) {
+    Tuning t = {0};
+    double chance[METRICS], sum[METRICS] = {0}, square[METRICS] = {0};
+    tuning_open(&t, train_path);
+    Parts parts = {.pass = {.data = &t.run.train, .ids = t.run.ids, .n = (idx)opt.batch,
+                            .part = (idx)opt.part, .use = t.task.use}};
+    const char *part = t.run.test.data ? "test" : "valid";
+    printf("  seed  epoch      loss      valid (%s)\n", selection_name(&t));
+    for (int64_t nth = 0; nth < opt.seeds; nth++) {
+        if (seed_open(&t, nth)) {
+            model_state_load(&t.run, &t.s.model, t.best, nth, opt.epochs);
+            fprintf(stderr, "resumed after step %lld of seed %llu\n", (long long)t.run.done,
+                    (unsigned long long)t.run.seed);
+        } else {
+            tuning_init(&t);
+        }
+        tune(&t, &parts);
+        seed_end(&t, chance, sum, square);
+    }
+    for (int k = 0; k < METRICS && opt.seeds > 1; k++) {  // a summary of all
         double n = (double)opt.seeds, m = sum[k] / n, variance = (square[k] - n * m * m) / (n - 1);
         if (!isnan(m)) printf("%s %s: %s +- %s over %lld seeds\n", part, METRIC_NAMES[k],
                               number_text(m, 4), number_text(sqrt(fmax(variance, 0)), 4),
@@ -226,6 +394,7 @@ static void command_finetune(const char *train_path) {
     }
     printf("by chance (the training mean for all): %s", part);
     print_metrics(stdout, chance);
-    printf("wrote %s, %s\n", opt.output, run.log_path);
-    run_close(&run);
+    printf("wrote %s, %s\n", opt.output, t.run.log_path);
+    free(parts.sum);
+    tuning_close(&t);
 }

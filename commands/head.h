@@ -1,7 +1,7 @@
-// commands/head.h - the fine-tuning head (paper 4): out = W2 gelu(W1 x + b1) + b2 on a token, read out as that of
-//   the graph token, or as the mean or sum over the atoms. For classes, but for a sum, it begins at
-//   their base rates, b2 = log(p / (1 - p)) with p the share of ones: or else the first steps do
-//   nothing but shift all molecules alike, which a pretrained encoder may not recover from
+// commands/head.h - the fine-tuning head (paper 4): out = W2 gelu(W1 x + b1) + b2 on a token, read
+// out as that of the graph token, or as the mean or sum over the atoms. For classes, but for a sum,
+// it begins at their base rates, b2 = log(p / (1 - p)) with p the share of ones: or else the first
+// steps do nothing but shift all molecules alike, which a pretrained encoder may not recover from
 
 typedef enum { READ_CLS, READ_MEAN, READ_SUM } Readout;
 
@@ -12,6 +12,7 @@ typedef struct Task {
     int use;              // USE_ bits of the relations it is given
     const float *mean, *std;  // (Y) of the training labels; regression: prediction = out std + mean
     int label_units;      // regression: the loss is in the labels' units, not in deviations
+    float scale;          // of logits, by calibration(); 1 while training
 } Task;
 
 #define TASK_ARRAYS(X)                                                                             \
@@ -70,8 +71,8 @@ static void task_head_backward(Step *s, Readout readout) {
     linear_backward(a->dhead_hidden, 0, g->head2_w, g->head2_b, a->dhead_out, a->head_hidden,
                     p->head2_w, T, C, Y);
     gelu_backward(a->dhead_hidden, a->head_pre, T * C);
-    linear_backward(s->enc->dx, 0, g->head1_w, g->head1_b, a->dhead_hidden, encoder_output(s), p->head1_w,
-                    T, C, C);
+    linear_backward(s->enc->dx, 0, g->head1_w, g->head1_b, a->dhead_hidden, encoder_output(s),
+                    p->head1_w, T, C, C);
     memset(s->pair->dattn_bias, 0, SS * H * sizeof(float));
 }
 
@@ -101,13 +102,13 @@ static double task_loss(float *dlogits, const float *logits, const Batch *batch,
 }
 
 // Forward and backward pass of fine-tuning: gradients() with one head in the place of the four.
-static void task_gradients(double loss[LOSSES], Step *s) {
+static void task_gradients(double loss[LOSSES], Step *s, const Task *task) {
     memset(s->model.grads, 0, s->model.table_count * sizeof(float));
     encoder_forward(s);
-    task_head_forward(s, s->task->readout);
+    task_head_forward(s, task->readout);
     struct task_arrays *a = s->task_arrays;
-    loss[LOSS_TOTAL] = task_loss(a->dlogits, a->logits, &s->batch, s->task);
-    task_head_backward(s, s->task->readout);
+    loss[LOSS_TOTAL] = task_loss(a->dlogits, a->logits, &s->batch, task);
+    task_head_backward(s, task->readout);
     encoder_backward(s);
 }
 

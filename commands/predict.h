@@ -41,26 +41,26 @@ static void intervals_make(Predictions *all) {
 
 // Opens a model of an ensemble and reads what its metadata say; its parameters are not loaded yet.
 // Dies if the model has other tasks or training data than the first, or is among them already.
-static void predict_open(Predictions *all, Run *runs, const char *model) {
+static void predict_open(Predictions *all, Trained *models, const char *path) {
     const char *kind = "a fine-tuned model, see ./moleblend finetune";
-    Run *run = runs + all->models;
-    TensorFile *f = &run->file;
-    tensor_file_open(f, model);
+    Trained *m = models + all->models;
+    TensorFile *f = &m->file;
+    tensor_file_open(f, path);
     check_preparation(&all->data, f);
     if (all->near.data && all->models == 0) check_preparation(&all->near, f);
     size_t Y = (size_t)tensor_file_config(f).tasks, n = mul_size(all->data.count, Y);
     const char *names = required_meta(f, "task_names", kind);
-    run->statistics = xmalloc(2 * Y, sizeof *run->statistics);
-    meta_numbers(run->statistics, Y, f, "label_mean");
-    meta_numbers(run->statistics + Y, Y, f, "label_std");
-    run->scale = 1;
-    if (tensor_meta(f, "logit_scale")) meta_numbers(&run->scale, 1, f, "logit_scale");
-    run->task.kind = (TaskKind)choice("task", required_meta(f, "task", kind), KIND_NAMES, 2);
-    run->task.mean = run->statistics;
-    run->task.std = run->statistics + Y;
+    m->statistics = xmalloc(2 * Y, sizeof *m->statistics);
+    meta_numbers(m->statistics, Y, f, "label_mean");
+    meta_numbers(m->statistics + Y, Y, f, "label_std");
+    m->task.scale = 1;
+    if (tensor_meta(f, "logit_scale")) meta_numbers(&m->task.scale, 1, f, "logit_scale");
+    m->task.kind = (TaskKind)choice("task", required_meta(f, "task", kind), TASK_KINDS, 2);
+    m->task.mean = m->statistics;
+    m->task.std = m->statistics + Y;
     if (all->models == 0) {
         all->tasks = (int)Y;
-        all->kind = run->task.kind;
+        all->kind = m->task.kind;
         all->names = xmalloc(Y, sizeof *all->names);
         all->column = xmalloc(Y, sizeof *all->column);
         all->sum = xmalloc(mul_size(2, n), sizeof *all->sum);
@@ -69,13 +69,13 @@ static void predict_open(Predictions *all, Run *runs, const char *model) {
         all->labels = all->out + n;
         all->residuals = xmalloc(mul_size(RESIDUALS, Y), sizeof *all->residuals);
     }
-    CHECK((int)Y == all->tasks && run->task.kind == all->kind,
-          "%s: expected the tasks of the first model", model);
+    CHECK((int)Y == all->tasks && m->task.kind == all->kind,
+          "%s: expected the tasks of the first model", path);
     for (size_t y = 0; y < Y; y++) {
         char *name = xprintf("%.*s", (int)strcspn(names, "\n"), names);
         names += strlen(name) + (names[strlen(name)] == '\n');
         CHECK(all->models == 0 || strcmp(name, all->names[y]) == 0,
-              "%s: expected the tasks of the first model; it has %s where that has %s", model, name,
+              "%s: expected the tasks of the first model; it has %s where that has %s", path, name,
               all->names[y]);
         free(all->names[y]);
         all->names[y] = name;
@@ -83,52 +83,54 @@ static void predict_open(Predictions *all, Run *runs, const char *model) {
         for (int k = 0; k < all->data.n_tasks; k++)
             if (strcmp(all->data.task_names[k], name) == 0) all->column[y] = k;
     }
-    for (const Run *other = runs; other < run; other++) {
+    for (const Trained *other = models; other < m; other++) {
         const TensorFile *g = &other->file;
         size_t size = f->size - 8 - (size_t)get_u64(f->bytes);  // of its tensors
         CHECK(size > g->size || memcmp(f->bytes + f->size - size, g->bytes + g->size - size, size),
-              "%s: the same model as %s; an ensemble has each once", model, g->path);
+              "%s: the same model as %s; an ensemble has each once", path, g->path);
         for (int k = 0; k < 2; k++) {
             const char *key = k ? "valid_fingerprint" : "fingerprint", *mine = tensor_meta(f, key);
             const char *theirs = tensor_meta(g, key);
             int same = mine && theirs && strcmp(mine, theirs) == 0;
             CHECK(k || same || !mine || !theirs, "%s: was trained on other data than %s "
-                  "(fingerprints %s, %s); no ensemble", model, g->path, mine, theirs);
-            if (!same) all->other = model;
+                  "(fingerprints %s, %s); no ensemble", path, g->path, mine, theirs);
+            if (!same) all->other = path;
         }
     }
     float *residuals = xmalloc(mul_size(RESIDUALS, Y), sizeof *residuals);
     int64_t rows = tensor_rows(residuals, RESIDUALS, Y, f, "valid_residuals");
     if (all->models++ == 0) all->n_residuals = rows;
-    if (rows == 0 || rows != all->n_residuals) all->other = model;
+    if (rows == 0 || rows != all->n_residuals) all->other = path;
     for (size_t k = 0; k < (size_t)rows * Y; k++) all->residuals[k] += residuals[k];
     free(residuals);
 }
 
-// Vectors (molecules, C), as `embed` gives them.
-static void visit_vectors(Run *run, size_t first, size_t B, void *result) {
-    idx C = run->s.model.config.dim, token, count;
-    float *row = (float *)result + (idx)first * C;
-    if (mb_signal) mb_exit(128 + mb_signal);
-    for (size_t b = 0; b < B; b++, row += C) {
-        View v = batch_view(&run->s.batch, b);
-        float weight = readout_tokens(&token, &count, &v, run->task.readout);
-        embed_row(row, encoder_output(&run->s), C, token, count, weight);
+// Vectors (molecules, C) of the batch, as `embed` gives them.
+static void near_vectors(float *row, const Trained *m) {
+    idx C = m->s.model.config.dim, token, count;
+    for (idx b = 0; b < m->s.batch.B; b++, row += C) {
+        View v = batch_view(&m->s.batch, b);
+        float weight = readout_tokens(&token, &count, &v, m->task.readout);
+        readout_row(row, encoder_output(&m->s), C, token, count, weight);
     }
 }
 
 // The vectors of the training set, and their spread.
-static void near_open(Predictions *all, Run *run) {
-    size_t C = (size_t)run->s.model.config.dim, N = all->near.count, n = all->data.count;
+static void near_open(Predictions *all, Trained *m) {
+    size_t C = (size_t)m->s.model.config.dim, N = all->near.count, n = all->data.count;
     double variance = 0;
     CHECK(N > 0, "%s: the dataset is empty", all->near.path);
-    check_positions(&all->near, run->task.use);
+    check_positions(&all->near, m->task.use);
     memory_check((uint64_t)N * C * sizeof(float), "--near", "a part of the training set");
     all->vectors = xmalloc(mul_size(N, C), sizeof *all->vectors);
     all->query = xmalloc(mul_size((size_t)opt.batch, C), sizeof *all->query);
     all->nearest = xmalloc(n, sizeof *all->nearest);
     all->square_distance = xmalloc(n, sizeof *all->square_distance);
-    visit_batches(run, &all->near, SIZE_MAX, NULL, run->task.use, 1, visit_vectors, all->vectors);
+    for (Pass pass = pass_over(&all->near, SIZE_MAX, NULL, m->task.use); pass_next(&pass, &m->s);) {
+        encoder_forward(&m->s);
+        if (mb_signal) mb_exit(128 + mb_signal);
+        near_vectors(all->vectors + (size_t)pass.first * C, m);
+    }
     for (size_t c = 0; c < C; c++) {
         double sum = 0, square = 0;
         for (size_t k = c; k < N * C; k += C) {
@@ -161,32 +163,30 @@ static void near_find(Predictions *all, size_t first, size_t B, size_t C) {
     }
 }
 
-// Predictions of a batch, and by the first model the nearest training molecules.
-static void visit_predict(Run *run, size_t first, size_t B, void *result) {
-    Predictions *all = result;
-    visit_predictions(run, first, B, all->out);
-    if (mb_signal) mb_exit(128 + mb_signal);
-    if (!all->near.data || run->nth > 0) return;
-    visit_vectors(run, 0, B, all->query);
-    near_find(all, first, B, (size_t)run->s.model.config.dim);
-}
-
-// Adds the predictions of the nth model, and closes it.
-static void predict_add(Predictions *all, Run *run, int nth) {
-    size_t cells = all->data.count * (size_t)all->tasks;
-    run->nth = nth;
-    run_open_model(run, run->file.path);
-    check_positions(&all->data, run->task.use);
-    if (all->near.data && nth == 0) near_open(all, run);
-    visit_batches(run, &all->data, SIZE_MAX, NULL, run->task.use, 1, visit_predict, all);
-    note_constant(run, all->out, all->data.count, all->names);
-    for (size_t k = 0; k < cells; k++) {
+// Adds the predictions of the nth model, by the first also the nearest training molecules; closes
+// it.
+static void predict_add(Predictions *all, Trained *m, int nth) {
+    size_t Y = (size_t)all->tasks, n = all->data.count;
+    Step *s = &m->s;
+    model_open(m, m->file.path);
+    check_positions(&all->data, m->task.use);
+    if (all->near.data && nth == 0) near_open(all, m);
+    for (Pass pass = pass_over(&all->data, SIZE_MAX, NULL, m->task.use); pass_next(&pass, s);) {
+        encoder_forward(s);
+        predict_batch(all->out + (size_t)pass.first * Y, s, &m->task);
+        if (mb_signal) mb_exit(128 + mb_signal);
+        if (!all->near.data || nth > 0) continue;
+        near_vectors(all->query, m);
+        near_find(all, (size_t)pass.first, (size_t)pass.count, (size_t)s->model.config.dim);
+    }
+    note_constant(&m->task, all->out, n, Y, all->names);
+    for (size_t k = 0; k < n * Y; k++) {
         if (all->kind == TASK_CLASSIFICATION) all->out[k] = sigmoid(all->out[k]);
         all->sum[k] += (double)all->out[k];
         all->square[k] += (double)all->out[k] * (double)all->out[k];
         all->out[k] = (float)(all->sum[k] / (nth + 1));
     }
-    run_close(run);
+    model_close(m);
 }
 
 // The row of a record: number, name; of each task the prediction, its interval, its deviation over
@@ -250,20 +250,20 @@ static void predict_metrics(const Predictions *all, size_t n) {
     if (all->kind == TASK_CLASSIFICATION) print_reliability(stderr, all->out, all->labels, n * Y);
 }
 
-static void command_predict(const char *path, const char *const *models, int n_models) {
+static void command_predict(const char *path, const char *const *paths, int n_models) {
     Predictions all = {0};
     OutFile file;
     Molecule m = {0};
     Skipped skipped = {0};
     CHECK(n_models > 0, "--model: expected a checkpoint, or several");
-    Run *runs = xmalloc((size_t)n_models, sizeof *runs);
+    Trained *models = xmalloc((size_t)n_models, sizeof *models);
     dataset_open(&all.data, path);  // once: another file may get its name meanwhile
     if (opt.near) dataset_open(&all.near, opt.near);
     out_open(&file, opt.output, "record,name,");  // now, not after all models
     signals_catch();
-    for (int k = 0; k < n_models; k++) predict_open(&all, runs, models[k]);
+    for (int k = 0; k < n_models; k++) predict_open(&all, models, paths[k]);
     intervals_make(&all);
-    for (int k = 0; k < n_models; k++) predict_add(&all, &runs[k], k);
+    for (int k = 0; k < n_models; k++) predict_add(&all, &models[k], k);
     predict_row(file.file, &all, NULL, NULL);
     const uint8_t *next = dataset_skipped(&skipped, &all.data, all.data.skips);
     for (size_t i = 0; i < all.data.count || next;) {  // in the order of the input
@@ -284,7 +284,7 @@ static void command_predict(const char *path, const char *const *models, int n_m
     predict_metrics(&all, all.data.count);
     for (int y = 0; y < all.tasks; y++) free(all.names[y]);
     FREE_ALL(all.names, all.column, all.sum, all.out, all.residuals, all.half, all.vectors,
-             all.query, all.nearest, all.square_distance, runs);
+             all.query, all.nearest, all.square_distance, models);
     molecule_free(&m);
     dataset_close(&all.data);
     dataset_close(&all.near);

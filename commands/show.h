@@ -7,7 +7,7 @@ static const struct { const char *fill, *terminal; } COLOURS[] = {
 
 enum { CELL = 32 };  // bytes of a cell's text
 
-// What a pair shows: its SPD, path or distance, "." if it has none; of several, one beside the other.
+// What a pair shows: its SPD, path or distance, "." if it has none; of several, one by the other.
 static void show_cell(char cell[CELL], const Batch *batch, size_t p, int use) {
     static const char bond_signs[] = "-=#~?";  // single, double, triple, aromatic, other
     const uint8_t *path = batch->path + p * PATH_BONDS;
@@ -84,7 +84,8 @@ static void show_pairs(const Batch *batch) {
         int use = batch->pair_use[j], bonds = max_int(1, min_int(batch->spd[j], PATH_BONDS));
         if (use & USE_SPD) text_add(&how, "spd_table[%d]", batch->spd[j] + 1);
         for (int t = 0; use & USE_EDGE && t < PATH_BONDS && path[t] != PATH_NONE; t++)
-            text_add(&how, "%spath_bias[%d][%d]", t ? " + " : how.length ? " + (" : "(", t, path[t]);
+            text_add(&how, "%spath_bias[%d][%d]", t ? " + " : how.length ? " + (" : "(", t,
+                     path[t]);
         if (use & USE_EDGE && path[0] != PATH_NONE) text_add(&how, ") / %d", bonds);
         if (use & USE_3D)
             text_add(&how, "%sbias3d_out[%td]", how.length ? " + " : "", batch->pair_row[j]);
@@ -111,14 +112,14 @@ static void print_direction(const float d[3], const char *around) {
            around[0] ? around + 1 : "");
 }
 
-// What the model of --model says of the pairs (0, j) of the molecule in run->s.batch, beside the
+// What the model of --model says of the pairs (0, j) of the molecule in its batch, beside the
 // truth: the class of the path's length that it holds most likely and its probability, the bonds'
 // classes, the direction, a vector of length 1.
-static void show_model(Run *run) {
-    Step *s = &run->s;
+static void show_model(Trained *model) {
+    Step *s = &model->s;
     const Batch *batch = &s->batch;
     double sum[LOSSES];
-    run_open_model(run, opt.model);
+    model_open(model, opt.model);
     CHECK(s->model.config.tasks == 0, "%s: a fine-tuned model has no heads that recover the "
           "relations; expected a pretrained one", opt.model);
     float *spd = xmalloc(batch->P, (SPD_CLASSES + EDGE_OUTPUTS + 3) * sizeof *spd);
@@ -128,8 +129,8 @@ static void show_model(Run *run) {
     s->logits[LOSS_3D] = d3;
     encoder_forward(s);
     pretrain_heads(sum, s, 0);
-    printf("\npair    path length (truth)  probability   edge classes (truth)%21sdirection, of length 1 "
-           "(truth)\n", "");
+    printf("\npair    path length (truth)  probability   edge classes (truth)%21sdirection, "
+           "of length 1 (truth)\n", "");
     for (int j = 0; j < batch->n_atoms[0]; j++) {
         float *p = spd + j * SPD_CLASSES;
         softmax_row(p, SPD_CLASSES);
@@ -152,17 +153,18 @@ static void show_model(Run *run) {
 }
 
 static void command_show(const char *path, const char *index_text) {
-    Run run = {0};
-    Batch *batch = &run.s.batch;
+    Trained model = {0};
+    Dataset data;
+    Batch *batch = &model.s.batch;
     Molecule m = {0};
     OutFile svg = {0};
-    dataset_open(&run.test, path);
-    uint32_t id = (uint32_t)dataset_find(&run.test, index_text);
-    run.s.draws = (Draws){(uint64_t)opt.seed, 0, id, 1};
+    dataset_open(&data, path);
+    uint32_t id = (uint32_t)dataset_find(&data, index_text);
+    model.s.draws = (Draws){(uint64_t)opt.seed, 0, id, 1};
     Blend still = opt.blend;
     still.noise = 0;
-    batch_load(batch, &run.test, &id, 1, &still, 0, &run.s.draws);
-    dataset_read(&run.test, id, &m);
+    batch_load(batch, &data, &id, 1, &still, 0, &model.s.draws);
+    dataset_read(&data, id, &m);
     Canvas canvas = {.colour = isatty(1) && !getenv("NO_COLOR")};
     if (opt.svg) {
         files_output("-");  // the text
@@ -193,7 +195,8 @@ static void command_show(const char *path, const char *index_text) {
                batch->atom_use[i] & USE_3D ? batch->atom_use[i] & USE_SPD ? "+3D" : "3D" : "");
     printf("\n");
     show_pairs(batch);
-    if (opt.model) show_model(&run);
+    if (opt.model) show_model(&model);
     molecule_free(&m);
-    run_close(&run);
+    dataset_close(&data);
+    model_close(&model);
 }

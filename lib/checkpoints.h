@@ -1,7 +1,8 @@
 // lib/checkpoints.h - checkpoints: a model's tensors under the official names, as a tensor file
 //
-//   model_write()            a checkpoint, or a state, which has also Adam's moments and the log
+//   model_write()            a checkpoint
 //   tensor_file_config()     the size of the model in a file
+//   model_state_write(), model_state_load()   a run's state, with Adam's moments and the log
 //   model_load()             every parameter of a model, from a file of that size
 //   transfer_load()          those of a pretrained model for another task
 //   meta_numbers()           a list of numbers in the metadata
@@ -99,6 +100,28 @@ static void model_load(const Model *model, float *arena, const TensorFile *f, co
     for (int i = 0; i < model->n_tensors; i++)
         CHECK(tensor_load(arena, &model->info[i], f, prefix), "%s: tensor %s%s is missing", f->path,
               prefix, model->info[i].name);
+}
+
+// Writes a run's state for --resume, which is complete in itself: besides the model Adam's moments,
+// the log, of fine-tuning the best parameters so far (else NULL) and the history.
+static inline void model_state_write(const struct Run *run, const Model *model, float *best,
+                                     const char *meta) {
+    float *const arenas[ARENAS] = {model->params, model->m, model->v, best};
+    TensorOut tables[2];
+    state_tables(tables, run);
+    if (my_rank == 0) model_write(run->state_path, model, arenas, tables, 2, meta);
+}
+
+// Continues from the state that is open, of a run with `seeds` seeds done and a history with room
+// for so many epochs (0: it has none).
+static inline void model_state_load(struct Run *run, Model *model, float *best, int64_t seeds,
+                                    int64_t epochs) {
+    float *const arenas[ARENAS] = {model->params, model->m, model->v, best};
+    CHECK(tables_load(run, epochs) && seeds == meta_whole(&run->state, "seeds_done"),
+          "%s: damaged state: its log, step and seed do not fit", run->state.path);
+    for (int a = 0; a < ARENAS; a++)
+        if (arenas[a]) model_load(model, arenas[a], &run->state, ARENA_PREFIXES[a]);
+    tensor_file_close(&run->state);
 }
 
 // Y numbers of the metadata of a fine-tuned model.

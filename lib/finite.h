@@ -41,7 +41,7 @@ static Bad bad_array(const Step *s) {
         const struct enc *all = s->enc;
         ENCODER_ARRAYS(NOTE)
     }
-    if (!bad.name && s->task) {
+    if (!bad.name && Y > 0) {
         const struct task_arrays *all = s->task_arrays;
         TASK_ARRAYS(NOTE)
     } else if (!bad.name) {

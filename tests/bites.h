@@ -476,21 +476,26 @@ static void write_bites(const char *path, int first, int n, int classes) {
     molecule_free(&m);
 }
 
-// One update with these settings, number `step` of `steps`.
-static void plain_update(double log[LOSSES + 2], Step *s, const Dataset *data, const Settings *o,
-                         int64_t step, int64_t steps) {
+// One update with these settings, number `step` of `steps`; task: of fine-tuning, else NULL.
+static void plain_update(double log[LOSSES + 2], Step *s, const Task *task, const Dataset *data,
+                         const Settings *o, int64_t step, int64_t steps) {
     uint32_t *ids = xmalloc((size_t)o->batch, sizeof *ids);
     Blend blend = {o->pair_spd, o->pair_edge, o->pair_3d, o->atom_2d, o->atom_3d, o->noise,
                    o->all > 0};
     Adam adam = {0, o->beta1, o->beta2, o->eps, o->decay, o->clip};
-    int64_t warmup = o->warmup < 0 ? steps / (s->task ? 10 : 12) + 1 : (int64_t)o->warmup;
-    Given given = {.data = data, .ids = ids, .blend = s->task ? NULL : &blend, .use = (int)o->use,
-                   .draws = {(uint64_t)o->seed, (uint32_t)step, 0, 1}};
+    int64_t warmup = o->warmup < 0 ? steps / (task ? 10 : 12) + 1 : (int64_t)o->warmup;
+    Parts parts = {.pass = {.data = data, .ids = ids, .n = (idx)o->batch,
+                            .blend = task ? NULL : &blend, .use = (int)o->use,
+                            .draws = {(uint64_t)o->seed, (uint32_t)step, 0, 1}}};
     plain_ids(ids, step, (int64_t)o->batch, (uint64_t)o->seed, data->count);
     adam.lr = log[LOSSES] = learning_rate(o->lr, step, warmup, steps, o->hold);
     s->drop = (Dropout){o->attention, o->activation, o->path, o->embedding};
     s->weights = (LossWeights){{0, o->denoise, o->spd, o->edge, o->d3}};
-    log[LOSSES + 1] = training_step(log, s, (idx)o->batch, &given, &adam, step + 1);
+    for (parts_begin(&parts, s); parts_next(&parts, s); parts_add(&parts, s))
+        if (task) task_gradients(parts.loss, s, task);
+        else gradients(parts.loss, s);
+    parts_end(log, &parts, s);
+    log[LOSSES + 1] = adamw_step(&s->model, &adam, step + 1);
     free(ids);
 }
 
@@ -562,7 +567,7 @@ static void test_options(void) {
                         "{\"a\":\"b\"}");
         }
         for (int step = 0; step < 3; step++)
-            plain_update(log + step * OUT, &s, &data, &o, step, 3);
+            plain_update(log + step * OUT, &s, NULL, &data, &o, step, 3);
         if (r == 0) {
             memcpy(base, log, sizeof base);
             base_params = xmalloc(s.model.count, sizeof *base_params);
@@ -730,8 +735,7 @@ static void plain_tuning(Tuned *t, const Settings *o, int classes, Dataset data[
     t->start = xmalloc(bytes, 1);
     memcpy(t->start, t->s.model.params, bytes);
     for (int64_t step = 0; step < steps; step++) {
-        t->s.task = &task;
-        plain_update(log[step], &t->s, &data[0], o, step, steps);
+        plain_update(log[step], &t->s, &task, &data[0], o, step, steps);
         int64_t seen = (step + 1) * (int64_t)o->batch, epoch = seen / (int64_t)n, first;
         if (epoch == step * (int64_t)o->batch / (int64_t)n) continue;
         first = (epoch - 1) * (int64_t)n / (int64_t)o->batch;

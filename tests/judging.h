@@ -121,13 +121,12 @@ static void poisoned_step(void *argument) {
     threads_set(1);  // those of the parent are not here
     golden_open(&g, p->golden);
     Step *s = &g.s;
-    s->task = g.finetune ? &g.task : NULL;
     s->draws = (Draws){7, 41, 0, 1};
     for (int i = 0; i < s->model.n_tensors; i++)
         if (p->tensor && strcmp(s->model.info[i].name, p->tensor) == 0)
             s->model.params[s->model.info[i].offset + 3] = p->value;
     if (!p->tensor) s->weights.weight[LOSS_SPD] = (double)p->value * (double)p->value;
-    if (s->task) task_gradients(loss, s);
+    if (g.finetune) task_gradients(loss, s, &g.task);
     else gradients(loss, s);
     finite_check(s, loss, 0);
     finite_check(s, NULL, gradient_norm(&s->model));
