@@ -1912,11 +1912,10 @@ static void gradients(double loss[LOSSES], Step *s) {
 //   - means and widths of the Gaussians start spread over 0 to 3 (release: an initialisation meant
 //     for other tensors makes all of them alike).
 //
-// PORTING. Replace lib/fast.h, nothing else, or leave it out: it says what it must define, section
-// 4 has plain definitions (-DPLAIN_C); without GCC's vector types it works on vectors of one float.
-// What must agree: the golden files (./test --golden FILE), datasets and checkpoints byte for byte.
-// What may differ: rounding, so losses drift apart after some ten steps; not the random draws,
-// which are integer arithmetic.
+// PORTING. Replace lib/fast.h, nothing else; it says what it must define. Plain definitions stand in
+// section 4 (-DPLAIN_C). Must agree byte for byte: random draws, datasets, a checkpoint read and
+// written again. To the tolerances of test.c: the golden files (./test --golden FILE). Trained
+// weights differ by rounding, and losses drift apart after some ten steps.
 
 #include "commands/head.h"    // task_gradients(): gradients() with the head of fine-tuning
 #include "lib/names.h"        // pattern_name(): official names of tensors

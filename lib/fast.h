@@ -2,19 +2,23 @@
 // file that a porter replaces. It must define these (plain definitions: section 4 of moleblend.c;
 // test.c holds each against its definition):
 //
-//   VEC              floats of a vector: rows of small_product() are padded to a multiple of it
-//   exp_fast(x)      e^x to 2e-7, also of -1e30 (0 or tiny)
-//   normal_cdf(x, &d)   the normal distribution function to 1.5e-7, and its density d; both are
-//                    called in loops that the compiler vectorises: no table, no branch, no call
-//   philox_blocks(words, count, first, key)   words (4, 64): philox() of `count` counters
-//   gemm(trans_a, trans_b, M, N, K, A, lda, B, ldb, bias, add, C, ldc)   by all threads:
-//                    C (M, N) = A (M, K) @ B (K, N), + C if add, else + bias (N) unless it is NULL;
+//   VEC              floats of a vector
+//   exp_fast(x)      e^x to 2e-7 relative; of -1e30 0 or tiny, beyond 88 huge or infinite
+//   normal_cdf(x, &d)   the normal distribution function to 3e-7, and its density d; both stand in
+//                    loops that the compiler vectorises: without table or call for speed
+//   philox_blocks(words, count, first, key)   words[w][k] = word w of philox() of first + k (in word
+//                    0, without carry), count <= BLOCKS: exact
+//   gemm(trans_a, trans_b, M, N, K, A, lda, B, ldb, bias, add, C, ldc)   called by one thread, takes
+//                    all: C (M, N) = A (M, K) @ B (K, N), + C if add, else + bias (N) unless NULL;
 //                    trans_a: A is stored as (K, M), trans_b: B as (N, K); lda ...: row strides
-//   small_product(out, ldo, a, a_row, a_col, b, ldb, m, n, K)   by one thread, in parallel loops:
-//                    out (m, n) = a (m, K) @ b (K, n); element (r, k) of a: r * a_row + k * a_col
+//   small_product(out, ldo, a, a_row, a_col, b, ldb, m, n, K)   by one thread, many at once:
+//                    out (m, n) = a (m, K) @ b (K, n); element (r, k) of a: r * a_row + k * a_col.
+//                    n is a multiple of VEC: callers pad rows of b and out; no alignment is promised
 //
-// Results may differ by rounding, never by the number of threads. Of moleblend.h it uses min_idx(),
-// floats_alloc(), thread_count(), thread_id(), Philox's constants; the rest of this file is how.
+// Without vector types there is nothing to write: this file then works on vectors of one float, and
+// -DPLAIN_C builds without it. Results may differ by rounding where no "exact" stands, never by the
+// number of threads. Not with -ffast-math, which breaks exp_fast(). Of moleblend.h it uses idx,
+// min_idx(), ALWAYS_INLINE, floats_alloc(), thread_count(), thread_id(), Philox. The rest is how.
 
 // Not where a float times a float is a double (s390x and x87 with -std=c11): gcc then refuses a
 // float times a vector. Method 16 is 0 with _Float16.
@@ -66,7 +70,7 @@ ALWAYS_INLINE float exp_fast(float x) {
 
 // Distribution function of the standard normal, and its density:
 //   Phi(-|x|) = e^(-x^2/2) * poly(t), t = 1 / (1 + 0.3 |x|); the form of Abramowitz & Stegun
-//   7.1.26 with coefficients fitted to 1.5e-7 relative on |x| <= 14.
+//   7.1.26 with a polynomial fitted to 1.5e-7 relative on |x| <= 14.
 ALWAYS_INLINE float normal_cdf(float x, float *density) {
     float a = fabsf(x), e = exp_fast(-0.5f * a * a), t = 1.0f / (1.0f + 0.3f * a);
     float p = 0.0356748180f;
