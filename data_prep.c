@@ -4076,7 +4076,7 @@ static int fill_molecule(ChemMol *m, Molecule *out, int n_tasks, Span name, int 
 
 #ifndef DATA_PREP_TEST
 
-#include "prep/options.h"  // prep_opt and its table; check_options(), claim_files()
+#include "prep/options.h"  // prep_opt and its table; check_options(), conversion_begin()
 
 // Converts the inputs one after another into one output, or dumps a dataset.
 int main(int argc, char **argv) {
@@ -4094,16 +4094,9 @@ int main(int argc, char **argv) {
         mb_exit(EXIT_SUCCESS);
     }
     check_options(n_inputs);
-    Output out = {.n_parts = prep_opt.split ? 0 : 1};
-    if (prep_opt.split) out.n_parts = parse_fractions(prep_opt.split, out.fraction);
     Conversion c = {.opt = &prep_opt};
-    if (strncmp(prep_opt.split_by, "column:", 7) == 0) c.part_column = prep_opt.split_by + 7;
-    if (strncmp(prep_opt.split_by, "file:", 5) == 0) table_open(&c.parts, prep_opt.split_by + 5, 1);
-    if (c.part_column || c.parts.n_rows) out.n_parts = PARTS_MAX;
-    if (prep_opt.labels_from) table_open(&c.labels, prep_opt.labels_from, 0);
-    if (prep_opt.skip_list) table_open(&c.skips, prep_opt.skip_list, 1);
-    c.want_keys = out.n_parts > 1 && (c.part_column || c.parts.n_rows ||
-                                      strcmp(prep_opt.split_by, "scaffold") == 0);
+    Output out = {0};
+    conversion_begin(&c, &out);
     claim_files(inputs, n_inputs, out.n_parts);
     Worker *workers = xmalloc((size_t)thread_count(), sizeof *workers);
     static Record records[CHUNK_RECORDS];
@@ -4142,24 +4135,9 @@ int main(int argc, char **argv) {
     print_summary(&sum, n_inputs);
     if (sum.n_kept) print_labels(&c, &sum);
     if (c.labels.n_rows) note_unused_rows(&c.labels);
-    if (c.skips.n_rows && !has_reason(&sum, SKIP_LISTED))
-        fprintf(stderr, "note    %s: names no record\n", c.skips.path);
-    int seeded = out.n_parts > 1 && strcmp(prep_opt.split_by, "random") == 0;
-    for (int k = 0; k < N_PREP_OPTIONS && !seeded; k++)
-        if (given[k] && PREP_OPTION_TABLE[k].value == &prep_opt.seed)
-            fprintf(stderr, "note    --seed has no effect without --split-by random\n");
+    note_unused(&c, &sum, out.n_parts, given);
     if (sum.rejects.file) out_commit(&sum.rejects);
-    double refused = 100.0 * (double)(sum.n_read - sum.n_kept) / fmax((double)sum.n_read, 1);
-    CHECK(refused <= prep_opt.max_reject, "--max-reject: %.2f %% of the records are refused, more "
-          "than %g %%; nothing is written", refused, prep_opt.max_reject);
-    int rows_only = sum.n_read > 0 && strcmp(prep_opt.output, "-") == 0;  // for predict's reasons
-    CHECK(sum.n_kept > 0 || rows_only, "%s: no molecule could be read", inputs[0]);
-    for (int t = 0; t < c.n_tasks && sum.n_kept; t++) {
-        CHECK(sum.tally[t].present, "--labels: no record has a value for \"%s\"", c.task_names[t]);
-        CHECK(wants_all(&prep_opt) || sum.tally[t].bad <= sum.tally[t].present,
-              "--labels: most values of \"%s\" are unusable: %s", c.task_names[t],
-              tally_examples(&sum.tally[t], 1));
-    }
+    check_result(&c, &sum, inputs[0]);
     output_finish(&out, &c, &sum);
     for (int t = 0; t < thread_count(); t++) worker_free(&workers[t]);
     for (int t = 0; t < c.n_tasks; t++) tally_free(&sum.tally[t]);

@@ -3,7 +3,9 @@
 //   prep_opt, PREP_OPTION_TABLE   its values and their table
 //   check_options()               what makes no sense together
 //   claim_files()                 inputs noted, outputs tried, before anything is read
+//   conversion_begin()            what to do with every record, and how many parts there are
 //   input_open()                  an input, and what separates its fields
+//   note_unused(), check_result() what was given in vain; too much refused, nothing to learn
 
 static PrepOptions prep_opt = {.split_by = "scaffold", .labels_by = "title", .max_reject = 100,
                                .orient = "keep", .stereo = "invariant", .seed = 1,
@@ -106,4 +108,43 @@ static void claim_files(const char *const *inputs, int n_inputs, int n_parts) {
 static void input_open(Source *s, const char *path, FILE **copy) {
     source_open(s, path, prep_opt.format, copy);
     if (is_table(s)) begin_table(s, prep_opt.smiles ? prep_opt.smiles : "smiles");
+}
+
+// What to do with every record, and how many parts there are; reads the tables that are given.
+static void conversion_begin(Conversion *c, Output *out) {
+    out->n_parts = prep_opt.split ? 0 : 1;
+    if (prep_opt.split) out->n_parts = parse_fractions(prep_opt.split, out->fraction);
+    if (strncmp(prep_opt.split_by, "column:", 7) == 0) c->part_column = prep_opt.split_by + 7;
+    if (strncmp(prep_opt.split_by, "file:", 5) == 0)
+        table_open(&c->parts, prep_opt.split_by + 5, 1);
+    if (c->part_column || c->parts.n_rows) out->n_parts = PARTS_MAX;
+    if (prep_opt.labels_from) table_open(&c->labels, prep_opt.labels_from, 0);
+    if (prep_opt.skip_list) table_open(&c->skips, prep_opt.skip_list, 1);
+    c->want_keys = out->n_parts > 1 && (c->part_column || c->parts.n_rows ||
+                                        strcmp(prep_opt.split_by, "scaffold") == 0);
+}
+
+// Notes what was given and has no effect.
+static void note_unused(const Conversion *c, const Summary *sum, int n_parts, const char *given) {
+    if (c->skips.n_rows && !has_reason(sum, SKIP_LISTED))
+        fprintf(stderr, "note    %s: names no record\n", c->skips.path);
+    int seeded = n_parts > 1 && strcmp(prep_opt.split_by, "random") == 0;
+    for (int k = 0; k < N_PREP_OPTIONS && !seeded; k++)
+        if (given[k] && PREP_OPTION_TABLE[k].value == &prep_opt.seed)
+            fprintf(stderr, "note    --seed has no effect without --split-by random\n");
+}
+
+// Dies if too many records are refused, or a task has nothing to learn; `input` is the first file.
+static void check_result(const Conversion *c, const Summary *sum, const char *input) {
+    double refused = 100.0 * (double)(sum->n_read - sum->n_kept) / fmax((double)sum->n_read, 1);
+    CHECK(refused <= prep_opt.max_reject, "--max-reject: %.2f %% of the records are refused, more "
+          "than %g %%; nothing is written", refused, prep_opt.max_reject);
+    int rows_only = sum->n_read > 0 && strcmp(prep_opt.output, "-") == 0;  // for predict's reasons
+    CHECK(sum->n_kept > 0 || rows_only, "%s: no molecule could be read", input);
+    for (int t = 0; t < c->n_tasks && sum->n_kept; t++) {
+        const Tally *tally = &sum->tally[t];
+        CHECK(tally->present, "--labels: no record has a value for \"%s\"", c->task_names[t]);
+        CHECK(wants_all(&prep_opt) || tally->bad <= tally->present, "--labels: most values of "
+              "\"%s\" are unusable: %s", c->task_names[t], tally_examples(tally, 1));
+    }
 }
