@@ -502,9 +502,9 @@ typedef struct {
     Draws draws;
     Dropout drop;
     LossWeights weights;
-    struct pair *pair;     // section 5: biases of pairs
+    struct bias *bias;           // section 5
     struct enc *enc;             // section 6
-    struct head *head;           // section 7
+    struct heads *heads;         // section 7
     struct task_arrays *task_arrays;  // of fine-tuning (commands/head.h)
     float *logits[LOSSES];       // a relation head's outputs go there too, if not NULL
 } Step;
@@ -804,7 +804,7 @@ static void norm_backward(float *dx, float *dweight, float *dbias, const float *
 //   structure sums Gaussians over all of its pairs, the denoising head weighs all directions.)
 // =================================================================================================
 
-#define PAIR_ARRAYS(X)                                                                             \
+#define BIAS_ARRAYS(X)                                                                             \
     X(path_bias, E, BOND_CODES, H)   /* b_edge share of a slot's bond */                           \
     X(bond_vector, BOND_CODES, H)    /* of every bond code */                                      \
     X(gauss_const, 3, G)             /* mean, 1 / s, 1 / (sqrt(2 pi) s) */                         \
@@ -826,7 +826,7 @@ static void norm_backward(float *dx, float *dweight, float *dbias, const float *
     X(dbias3d_out, Q, H)                                                                           \
     X(dstructure3d, A, C)
 
-ARRAYS(pair, PAIR_ARRAYS)
+ARRAYS(bias, BIAS_ARRAYS)
 
 // ---- edge paths (paper 3.1): b_edge(i, j) = sum over slots e of path_bias[e][code_e], divided by
 //      the number of bonds, at most 5. path_bias[e][code] = bond_vector[code] @ map_e, and
@@ -842,7 +842,7 @@ static void bond_rows(idx row[BOND_FEATURES], int code) {
 
 static void path_bias_forward(Step *s) {
     LETTERS(s);
-    struct pair *a = s->pair;
+    struct bias *a = s->bias;
     memset(a->bond_vector, 0, BOND_CODES * H * sizeof(float));
     for (int code = 0; code < PATH_NONE; code++) {
         idx row[BOND_FEATURES];
@@ -859,7 +859,7 @@ static void path_bias_forward(Step *s) {
 // From dpath_bias (E, 60, H) to the gradients of bond_table and path_maps.
 static void path_bias_backward(Step *s) {
     LETTERS(s);
-    struct pair *a = s->pair;
+    struct bias *a = s->bias;
     for (idx e = 0; e < E; e++) {  // forward: path_bias[e] = bond_vector @ map_e
         const float *dout = a->dpath_bias + e * BOND_CODES * H;
         gemm(1, 0, H, H, PATH_NONE, a->bond_vector, H, dout, H, NULL, 0,
@@ -928,7 +928,7 @@ ALWAYS_INLINE float gauss_row_backward(float *restrict dmean, float *restrict ds
 // gauss (Q, G) of the pairs that use 3D, gauss_sum (A, G) over all pairs of the atoms that do.
 static void gauss_forward(Step *s) {
     LETTERS(s);
-    struct pair *a = s->pair;
+    struct bias *a = s->bias;
     for (idx k = 0; k < G; k++) {
         float width = fabsf(p->gauss_std[k]) + GAUSS_STD_MIN;
         a->gauss_const[k] = p->gauss_mean[k];
@@ -958,7 +958,7 @@ static void gauss_forward(Step *s) {
 // From dgauss_sum (A, G) and dgauss (Q, G) to the gradients of gauss_mean, _std, _mul, _bias.
 static void gauss_backward(Step *s) {
     LETTERS(s);
-    struct pair *a = s->pair;
+    struct bias *a = s->bias;
 #pragma omp parallel for schedule(dynamic)
     for (idx b = 0; b < B; b++) {
         View v = batch_view(batch, b);
@@ -1004,7 +1004,7 @@ static void gauss_backward(Step *s) {
 
 static void bias3d_forward(Step *s) {
     LETTERS(s);
-    struct pair *a = s->pair;
+    struct bias *a = s->bias;
     gauss_forward(s);
     linear_forward(a->bias3d_pre, a->gauss, p->bias3d1_w, p->bias3d1_b, Q, G, G);
     gelu_forward(a->bias3d_hidden, a->bias3d_pre, Q * G);
@@ -1015,7 +1015,7 @@ static void bias3d_forward(Step *s) {
 // From dbias3d_out (Q, H) and dstructure3d (A, C).
 static void bias3d_backward(Step *s) {
     LETTERS(s);
-    struct pair *a = s->pair;
+    struct bias *a = s->bias;
     linear_backward(a->dgauss_sum, 0, g->structure3d_w, g->structure3d_b, a->dstructure3d,
                     a->gauss_sum, p->structure3d_w, A, G, C);
     linear_backward(a->dbias3d_hidden, 0, g->bias3d2_w, g->bias3d2_b, a->dbias3d_out,
@@ -1034,7 +1034,7 @@ static float path_weight(int spd) { return 1.0f / (float)max_int(1, min_int(spd,
 
 static void bias_forward(Step *s) {
     LETTERS(s);
-    const struct pair *a = s->pair;
+    const struct bias *a = s->bias;
 #pragma omp parallel for schedule(dynamic)
     for (idx b = 0; b < B; b++) {
         View v = batch_view(batch, b);
@@ -1069,14 +1069,14 @@ static void bias_backward(Step *s) {
         for (idx b = 0; b < B; b++) {
             View v = batch_view(batch, b);
             idx pair = v.pair;
-            const float *dbias = s->pair->dattn_bias + H * v.square + h * v.S * v.S;
+            const float *dbias = s->bias->dattn_bias + H * v.square + h * v.S * v.S;
             for (idx j = 0; j < v.S; j++) dgraph += dbias[j];
             for (idx i = 1; i < v.S; i++) dgraph += dbias[i * v.S];
             for (idx ij = 0; ij < v.N * v.N; ij++, pair++) {  // forward: see bias_forward()
                 float d = dbias[(1 + ij / v.N) * v.S + 1 + ij % v.N];
                 int use = batch->pair_use[pair], spd = batch->spd[pair];
                 const uint8_t *path = batch->path + pair * E;
-                if (use & USE_3D) s->pair->dbias3d_out[batch->pair_row[pair] * H + h] = d;
+                if (use & USE_3D) s->bias->dbias3d_out[batch->pair_row[pair] * H + h] = d;
                 if (use & USE_SPD) dspd[spd + 1] += d;
                 for (idx e = 0; use & USE_EDGE && e < E && path[e] != PATH_NONE; e++)
                     dpath[e * BOND_CODES + path[e]] += path_weight(spd) * d;
@@ -1084,7 +1084,7 @@ static void bias_backward(Step *s) {
         }
         g->graph_bias[h] = dgraph;
         for (idx k = 0; k < SPD_ROWS; k++) g->spd_table[k * H + h] = dspd[k];
-        for (idx k = 0; k < E * BOND_CODES; k++) s->pair->dpath_bias[k * H + h] = dpath[k];
+        for (idx k = 0; k < E * BOND_CODES; k++) s->bias->dpath_bias[k * H + h] = dpath[k];
     }
 }
 
@@ -1170,7 +1170,7 @@ static void embedding_forward(Step *s) {
         for (int r = 0; r < rows; r++)
             for (idx c = 0; c < C; c++) token[c] += m->params[at[r] + c];
         for (idx c = 0; scale > 0 && c < C; c++)
-            token[c] += scale * s->pair->structure3d[atom * C + c];
+            token[c] += scale * s->bias->structure3d[atom * C + c];
     }
     norm_forward(a->x, a->embed_hat, a->embed_rstd, a->tokens, C, m->p.embed_norm_w,
                  m->p.embed_norm_b, T, C, NORM_EPS);
@@ -1196,7 +1196,7 @@ static void embedding_backward(Step *s) {
             for (int r = 0; r < rows; r++)  // forward: token += row
                 for (idx c = 0; c < width; c++) m->grads[at[r] + c0 + c] += d[c];
             if (is_graph_token(batch, t)) continue;
-            float *dstructure = s->pair->dstructure3d + atom * C + c0;
+            float *dstructure = s->bias->dstructure3d + atom * C + c0;
             for (idx c = 0; c < width; c++)  // forward: token += scale * structure3d
                 dstructure[c] = scale * d[c];
         }
@@ -1242,7 +1242,7 @@ static void attention_prob_forward(float *prob, float *dropped, const Step *s, c
                 draws_slot(&s->draws, task->b), task->head);
     for (idx i = 0; i < n; i++) {
         float *score_i = score + i * W;
-        const float *bias_i = s->pair->attn_bias + task->bias + i * task->bias_row;
+        const float *bias_i = s->bias->attn_bias + task->bias + i * task->bias_row;
         for (idx j = 0; j < n; j++) score_i[j] = score_i[j] * scale + bias_i[j];
         for (idx j = n; j < W; j++) score_i[j] = SCORE_MASK;
         softmax_row(score_i, W);
@@ -1264,7 +1264,7 @@ static void attention_prob_backward(float *dscore, float *dropped, Step *s, cons
     memset(prob_i, 0, W * sizeof *prob_i);
     for (idx i = 0; i < n; i++) {
         float *d = dscore + i * W, sum = 0;
-        float *dbias_i = s->pair->dattn_bias + task->bias + i * task->bias_row;
+        float *dbias_i = s->bias->dattn_bias + task->bias + i * task->bias_row;
         for (idx j = 0; j < n; j++) {
             prob_i[j] = prob[i * n + j];
             dropped[i * n + j] = prob_i[j] * mask[i * n + j];
@@ -1392,7 +1392,7 @@ static void layer_backward(Step *s, idx l) {
 
 // From the batch to the output x (T, C).
 static void encoder_forward(Step *s) {
-    pair_layout(s);
+    bias_layout(s);
     enc_layout(s);
     path_bias_forward(s);
     bias3d_forward(s);
@@ -1421,7 +1421,7 @@ static void encoder_backward(Step *s) {
 // =================================================================================================
 
 #define WIDEST padded(EDGE_OUTPUTS)  // outputs of the largest relation head
-#define HEAD_ARRAYS(X)                                                                             \
+#define HEADS_ARRAYS(X)                                                                            \
     X(pair_pre, T, PAIR_MAPS, R)                                                                   \
     X(pair_gelu, T, PAIR_MAPS, R)                                                                  \
     X(pair_hat, T, PAIR_MAPS, R)                                                                   \
@@ -1443,7 +1443,7 @@ static void encoder_backward(Step *s) {
     X(ddenoise_force, T, 3, H)                                                                     \
     X(ddenoise_out, A, 3)
 
-ARRAYS(head, HEAD_ARRAYS)
+ARRAYS(heads, HEADS_ARRAYS)
 
 // Gradient of the total loss by a sum of single losses: the weight over what counts.
 static double loss_scale(const Step *s, int loss) {
@@ -1486,7 +1486,7 @@ static double cosine_loss(float *p, const float *d, int counts, double scale) {
 static void pair_maps_forward(Step *s) {
     LETTERS(s);
     const idx width = PAIR_MAPS * R;
-    struct head *a = s->head;
+    struct heads *a = s->heads;
     linear_forward(a->pair_pre, encoder_output(s), p->pair_maps_w, p->pair_maps_b, T, C, width);
     gelu_forward(a->pair_gelu, a->pair_pre, T * width);
     for (idx k = 0; k < PAIR_MAPS; k++)
@@ -1498,7 +1498,7 @@ static void pair_maps_forward(Step *s) {
 // From dpair_map (T, 6, R); stores dx.
 static void pair_maps_backward(Step *s) {
     LETTERS(s);
-    struct head *a = s->head;
+    struct heads *a = s->heads;
     for (idx k = 0; k < PAIR_MAPS; k++)
         norm_backward(a->dpair_pre + k * R, g->pair_norm_w + k * R, g->pair_norm_b + k * R,
                       a->dpair_map + k * R, a->pair_hat + k * R, a->pair_rstd + k * T,
@@ -1559,7 +1559,7 @@ static double direction_losses(float *logits, idx width, const Step *s, const Vi
 // dpair_map, if head->dweight.
 static void pair_head_molecule(Step *s, const PairHead *head, idx b) {
     enum { R = PAIR_WIDTH, STRIDE = PAIR_MAPS * PAIR_WIDTH };
-    struct head *a = s->head;
+    struct heads *a = s->heads;
     View v = batch_view(&s->batch, b);
     idx N = v.N, K = padded(head->outputs), first = v.token + 1;
     Scratch *scratch = scratch_begin();
@@ -1598,7 +1598,7 @@ static void pair_head_molecule(Step *s, const PairHead *head, idx b) {
 static double pair_head(Step *s, const PairHead *head) {
     enum { STRIDE = PAIR_MAPS * PAIR_WIDTH, RR = PAIR_WIDTH * PAIR_WIDTH };
     LETTERS(s);
-    struct head *a = s->head;
+    struct heads *a = s->heads;
     const float *r = a->pair_map + head->map * R;
     float *dr = a->dpair_map + head->map * R, sums[EDGE_OUTPUTS + 64];  // the largest K
     idx K = padded(head->outputs);
@@ -1631,7 +1631,7 @@ static void dir_compose(Step *s, float bias[3]) {
     enum { RR = PAIR_WIDTH * PAIR_WIDTH };
     const Tensors *p = &s->model.p;
     gemm(0, 0, 3, RR, DIR_INNER, p->dir_axes_w, DIR_INNER, p->dir_w, RR, NULL, 0,
-         s->head->dir_weight, RR);
+         s->heads->dir_weight, RR);
     for (int k = 0; k < 3; k++) {
         bias[k] = p->dir_axes_b[k];
         for (int u = 0; u < DIR_INNER; u++)
@@ -1644,7 +1644,7 @@ static void dir_split(Step *s, const float dbias[3]) {
     enum { RR = PAIR_WIDTH * PAIR_WIDTH };
     const Tensors *p = &s->model.p;
     Tensors *g = &s->model.g;
-    const float *dweight = s->head->ddir_weight;  // forward: weight = axes @ dir_w
+    const float *dweight = s->heads->ddir_weight;  // forward: weight = axes @ dir_w
     gemm(1, 0, DIR_INNER, RR, 3, p->dir_axes_w, DIR_INNER, dweight, RR, NULL, 0, g->dir_w, RR);
     gemm(0, 1, 3, DIR_INNER, RR, dweight, RR, p->dir_w, RR, NULL, 0, g->dir_axes_w, DIR_INNER);
     for (int u = 0; u < DIR_INNER; u++) {
@@ -1664,7 +1664,7 @@ static void dir_split(Step *s, const float dbias[3]) {
 // force (3, N) of a task.
 static void denoise_force(float *force, const Step *s, const HeadTask *task) {
     LETTERS(s);
-    const float *value = s->head->denoise_qkv + task->qkv + 2 * C;
+    const float *value = s->heads->denoise_qkv + task->qkv + 2 * C;
     for (idx axis = 0; axis < 3; axis++) {
         const float *w = p->denoise_axes_w + axis * C + task->head * D;
         for (idx j = 0; j < task->n; j++) {
@@ -1679,7 +1679,7 @@ static void denoise_force(float *force, const Step *s, const HeadTask *task) {
 // denoise_out (A, 3): a task a molecule, its heads in order.
 static void denoise_forward(Step *s) {
     LETTERS(s);
-    struct head *a = s->head;
+    struct heads *a = s->heads;
     linear_forward(a->denoise_qkv, encoder_output(s), p->denoise_qkv_w, p->denoise_qkv_b, T, C,
                    3 * C);
 #pragma omp parallel for schedule(dynamic)
@@ -1711,9 +1711,9 @@ static void denoise_forward(Step *s) {
 // Sum of 1 - cos(out, noise) over the atoms that count; ddenoise_out (A, 3) is its gradient.
 static double denoise_loss(Step *s) {
     LETTERS(s);
-    float *dout = s->head->ddenoise_out;
+    float *dout = s->heads->ddenoise_out;
     double loss = 0;
-    memcpy(dout, s->head->denoise_out, 3 * A * sizeof *dout);
+    memcpy(dout, s->heads->denoise_out, 3 * A * sizeof *dout);
     for (idx b = 0; b < B; b++) {
         View v = batch_view(batch, b);
         for (idx i = 0; i < v.N; i++) {
@@ -1728,7 +1728,7 @@ static double denoise_loss(Step *s) {
 // One molecule: from ddenoise_out to dattn_bias, ddenoise_force (T, 3, H), dq and dk.
 static void denoise_backward_molecule(Step *s, idx b) {
     LETTERS(s);
-    struct head *a = s->head;
+    struct heads *a = s->heads;
     View v = batch_view(batch, b);
     idx N = v.N, W = padded(N);
     const float *dout = a->ddenoise_out + 3 * v.atom;
@@ -1769,9 +1769,9 @@ static void denoise_force_backward(Step *s, idx h) {
     for (idx axis = 0; axis < 3; axis++) memset(dw + axis * C, 0, D * sizeof *dw);
     for (idx t = 0; t < T; t++) {
         if (is_graph_token(batch, t)) continue;
-        const float *dforce = s->head->ddenoise_force + t * 3 * H + h;
-        const float *value = s->head->denoise_qkv + (3 * t + 2) * C + h * D;
-        float *dvalue = s->head->ddenoise_qkv + (3 * t + 2) * C + h * D;
+        const float *dforce = s->heads->ddenoise_force + t * 3 * H + h;
+        const float *value = s->heads->denoise_qkv + (3 * t + 2) * C + h * D;
+        float *dvalue = s->heads->ddenoise_qkv + (3 * t + 2) * C + h * D;
         for (idx d = 0; d < D; d++) {
             float sum = 0;
             for (idx axis = 0; axis < 3; axis++) {
@@ -1790,17 +1790,17 @@ static void denoise_backward(Step *s) {
     for (idx b = 0; b < B; b++) denoise_backward_molecule(s, b);
 #pragma omp parallel for schedule(static)
     for (idx h = 0; h < H; h++) denoise_force_backward(s, h);
-    column_sums(g->denoise_axes_b, s->head->ddenoise_out, 3, A, 3);
-    linear_backward(s->enc->dx, 1, g->denoise_qkv_w, g->denoise_qkv_b, s->head->ddenoise_qkv,
+    column_sums(g->denoise_axes_b, s->heads->ddenoise_out, 3, A, 3);
+    linear_backward(s->enc->dx, 1, g->denoise_qkv_w, g->denoise_qkv_b, s->heads->ddenoise_qkv,
                     encoder_output(s), p->denoise_qkv_w, T, C, 3 * C);
 }
 
 // Sums of losses over what counts in the batch; with `backward`, also the gradients of the heads,
 // dx (of x) and dattn_bias.
 static void pretrain_heads(double sum[LOSSES], Step *s, int backward) {
-    head_layout(s);
+    heads_layout(s);
     LETTERS(s);
-    struct head *a = s->head;
+    struct heads *a = s->heads;
     float dir_bias[3], ddir_bias[3];
     pair_maps_forward(s);
     dir_compose(s, dir_bias);
@@ -1823,7 +1823,7 @@ static void pretrain_heads(double sum[LOSSES], Step *s, int backward) {
     if (!backward) return;
     dir_split(s, ddir_bias);
     pair_maps_backward(s);
-    memset(s->pair->dattn_bias, 0, SS * H * sizeof(float));
+    memset(s->bias->dattn_bias, 0, SS * H * sizeof(float));
     denoise_backward(s);
 }
 
@@ -1912,8 +1912,8 @@ static void gradients(double loss[LOSSES], Step *s) {
 //   - means and widths of the Gaussians start spread over 0 to 3 (release: an initialisation meant
 //     for other tensors makes all of them alike).
 //
-// PORTING. Replace lib/fast.h, nothing else; it says what it must define. Plain definitions stand in
-// section 4 (-DPLAIN_C). Must agree byte for byte: random draws, datasets, a checkpoint read and
+// PORTING. Replace lib/fast.h, nothing else; it says what it must define. Plain definitions stand
+// in section 4 (-DPLAIN_C). Must agree byte for byte: random draws, datasets, a checkpoint read and
 // written again. To the tolerances of test.c: the golden files (./test --golden FILE). Trained
 // weights differ by rounding, and losses drift apart after some ten steps.
 
@@ -2065,22 +2065,22 @@ static idx step_reserve(Step *s, const Dataset *data, const uint32_t *ids, idx n
     batch_layout(&s->batch, n, n_atoms);
     free(n_atoms);
     s->batch.Q = s->batch.P;
-    pair_layout(s);
+    bias_layout(s);
     enc_layout(s);
     if (s->model.config.tasks) task_arrays_layout(s);
-    else head_layout(s);
-    return s->batch.store.room + s->pair->store.room + s->enc->store.room +
-           (s->head ? s->head->store.room : s->task_arrays->store.room);
+    else heads_layout(s);
+    return s->batch.store.room + s->bias->store.room + s->enc->store.room +
+           (s->heads ? s->heads->store.room : s->task_arrays->store.room);
 }
 
 static void step_close(Step *s) {
     for (int k = 0; k < s->batch.readers; k++) molecule_free(&s->batch.reader[k]);
     FREE_ALL(s->batch.reader, s->batch.store.memory);
-    if (s->pair) free(s->pair->store.memory);
+    if (s->bias) free(s->bias->store.memory);
     if (s->enc) free(s->enc->store.memory);
-    if (s->head) free(s->head->store.memory);
+    if (s->heads) free(s->heads->store.memory);
     if (s->task_arrays) free(s->task_arrays->store.memory);
-    FREE_ALL(s->pair, s->enc, s->head, s->task_arrays);
+    FREE_ALL(s->bias, s->enc, s->heads, s->task_arrays);
     model_free(&s->model);
     *s = (Step){0};
 }

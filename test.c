@@ -303,7 +303,7 @@ static void golden_encoder(Report *r, Golden *g) {
         for (size_t k = 0; spd && k < spd->count; k++)
             wrong += tensor_number(spd, k) != batch->spd[batch->pair_start[b] + k];
         if (spd) report_add(r, "spd", wrong, 1e-30);
-        golden_output(r, g, b, "attn_bias", g->s.pair->attn_bias + H * v.square, 1e-5);
+        golden_output(r, g, b, "attn_bias", g->s.bias->attn_bias + H * v.square, 1e-5);
         for (int l = 0; l <= g->s.model.config.layers; l++) {
             char name[32] = "embed";
             if (l) snprintf(name, sizeof name, "layer%d", l);
@@ -432,7 +432,7 @@ static void test_golden(const char *path, int print) {
             golden_output(&report, &g, b, "edge_logits", edge + p0 * EDGE_OUTPUTS, 1e-5);
             golden_output(&report, &g, b, "d3_pred", d3 + 3 * p0, 1e-5);
             golden_output(&report, &g, b, "denoise_pred",
-                          g.s.head->denoise_out + 3 * g.s.batch.atom_start[b], 1e-5);
+                          g.s.heads->denoise_out + 3 * g.s.batch.atom_start[b], 1e-5);
         }
         free(spd);
         free(edge);
@@ -726,7 +726,7 @@ static void rig_open(Rig *rig, int tasks, int dropout) {
     molecule_free(&m);
     encoder_forward(rig);
     if (tasks) task_arrays_layout(rig);
-    else head_layout(rig);
+    else heads_layout(rig);
 }
 
 static void rig_close(Rig *rig) { step_close(rig); }
@@ -910,7 +910,7 @@ static void plain_attention(float *context, const Rig *rig) {
         for (int h = 0; h < H; h++)
             for (int s = 0; s < S; s++) {
                 const float *bias =
-                    rig->pair->attn_bias + H * v.square + (h * S + s) * S;
+                    rig->bias->attn_bias + H * v.square + (h * S + s) * S;
                 double e[64], sum = 0;
                 for (int t = 0; t < S; t++) {
                     double score = 0;
@@ -934,13 +934,13 @@ static void test_attention(void) {
     rig_open(&rig, 0, 1);
     int C = rig.model.config.dim, H = rig.model.config.heads;
     size_t n = rig.batch.T * (size_t)C;
-    memset(rig.pair->dattn_bias, 0, rig.batch.SS * (size_t)H * sizeof *rig.pair->dattn_bias);
+    memset(rig.bias->dattn_bias, 0, rig.batch.SS * (size_t)H * sizeof *rig.bias->dattn_bias);
     run_attention(&rig);
     weights_into(rig.enc->dcontext, n);
     attention_backward(&rig, 0);
     test_gradient(&rig, run_attention, rig.enc->qkv, rig.enc->dqkv, 3 * n, STEP,
                   "attention: q, k, v");
-    test_gradient(&rig, run_attention, rig.pair->attn_bias, rig.pair->dattn_bias,
+    test_gradient(&rig, run_attention, rig.bias->attn_bias, rig.bias->dattn_bias,
                   (size_t)rig.batch.SS * (size_t)H, STEP, "attention: bias");
     rig.draws.active = 0;
     run_attention(&rig);
@@ -951,8 +951,8 @@ static void test_attention(void) {
 
 static double run_geometry(Rig *rig) {
     bias3d_forward(rig);
-    return weighted_sum(rig->pair->structure3d, rig->batch.A * (size_t)rig->model.config.dim) +
-           weighted_sum(rig->pair->bias3d_out, rig->batch.Q * (size_t)rig->model.config.heads);
+    return weighted_sum(rig->bias->structure3d, rig->batch.A * (size_t)rig->model.config.dim) +
+           weighted_sum(rig->bias->bias3d_out, rig->batch.Q * (size_t)rig->model.config.heads);
 }
 
 // A width of the wrong kernel, pairs that use no 3D, the row of another element.
@@ -984,10 +984,10 @@ static void test_geometry(void) {
                 q++;
             }
     test_check((idx)q == rig.batch.Q && q > 100, "%zu pairs use 3D", q);
-    test_close(rig.pair->gauss, plain, q * (size_t)G, 1e-5, "Gaussians: forward");
+    test_close(rig.bias->gauss, plain, q * (size_t)G, 1e-5, "Gaussians: forward");
     free(plain);
-    weights_into(rig.pair->dstructure3d, rig.batch.A * (size_t)rig.model.config.dim);
-    weights_into(rig.pair->dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
+    weights_into(rig.bias->dstructure3d, rig.batch.A * (size_t)rig.model.config.dim);
+    weights_into(rig.bias->dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
     bias3d_backward(&rig);
     test_parameter(&rig, run_geometry, p->gauss_mean, "Gaussians: means");
@@ -1005,7 +1005,7 @@ static double run_bias(Rig *rig) {
     path_bias_forward(rig);
     bias_forward(rig);
     size_t H = (size_t)rig->model.config.heads;
-    return weighted_sum(rig->pair->attn_bias, rig->batch.SS * H);
+    return weighted_sum(rig->bias->attn_bias, rig->batch.SS * H);
 }
 
 // The definition of b_edge of a pair, from the tables, slot by slot.
@@ -1039,9 +1039,9 @@ static void test_bias(void) {
                 drawn[use]++;
                 for (int h = 0; h < H; h++) {
                     double expected = use == USE_EDGE ? plain_edge_bias(&rig, pair, h)
-                        : (double)(use == USE_3D ? rig.pair->bias3d_out[q * (size_t)H + (size_t)h]
+                        : (double)(use == USE_3D ? rig.bias->bias3d_out[q * (size_t)H + (size_t)h]
                                       : rig.model.p.spd_table[(rig.batch.spd[pair] + 1) * H + h]);
-                    const float *ours = rig.pair->attn_bias + H * v.square + h * v.S * v.S;
+                    const float *ours = rig.bias->attn_bias + H * v.square + h * v.S * v.S;
                     worst = fmax(worst, fabs((double)ours[(i + 1) * v.S + j + 1] - expected));
                 }
                 q += use == USE_3D;
@@ -1049,8 +1049,8 @@ static void test_bias(void) {
     }
     test_check(worst < 1e-6 && drawn[1] > 20 && drawn[2] > 20 && drawn[4] > 20,
                "blended bias: error %.1e (%d, %d, %d pairs)", worst, drawn[1], drawn[2], drawn[4]);
-    memset(rig.pair->dattn_bias, 0, n * sizeof *rig.pair->dattn_bias);
-    weights_into(rig.pair->dattn_bias, n);
+    memset(rig.bias->dattn_bias, 0, n * sizeof *rig.bias->dattn_bias);
+    weights_into(rig.bias->dattn_bias, n);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
     bias_backward(&rig);
     path_bias_backward(&rig);
@@ -1076,7 +1076,7 @@ static void test_embedding(void) {
     weights_into(rig.enc->dx, n);
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
     embedding_backward(&rig);
-    test_gradient(&rig, run_embedding, rig.pair->structure3d, rig.pair->dstructure3d,
+    test_gradient(&rig, run_embedding, rig.bias->structure3d, rig.bias->dstructure3d,
                   rig.batch.A * C, 100 * STEP, "embedding: 3D structure");
     test_parameter(&rig, run_embedding, rig.model.p.atom_table, "embedding: atom table");
     test_parameter(&rig, run_embedding, rig.model.p.in_degree, "embedding: in degree");
@@ -1098,7 +1098,7 @@ static double run_heads(Rig *rig) {
 // Logits of a relation head as the release computes them: from the outer product of 1024 numbers.
 static void test_pair_logits(const Rig *rig, const float *logits, int map, int K,
                              const float *weight, const float *bias, const char *what) {
-    const float *maps = rig->head->pair_map;
+    const float *maps = rig->heads->pair_map;
     size_t pair = 0;
     float *plain = xmalloc(rig->batch.P * (size_t)K, sizeof *plain);
     for (idx b = 0; b < rig->batch.B; b++)
@@ -1128,16 +1128,16 @@ static void test_noise_output(const Rig *rig) {
                 double out = (double)rig->model.p.denoise_axes_b[axis];
                 for (int c = 0; c < C; c++) {
                     const float *prob =
-                        rig->head->denoise_prob + H * v.square + (c / D * N + i) * N;
+                        rig->heads->denoise_prob + H * v.square + (c / D * N + i) * N;
                     double y = 0;
                     for (int j = 0; j < N; j++)
                         y += (double)prob[j] *
-                             (double)rig->head->denoise_qkv[((a0 + j) * 3 + 2) * C + c] *
+                             (double)rig->heads->denoise_qkv[((a0 + j) * 3 + 2) * C + c] *
                              (double)rig->batch.direction[3 * rig->batch.pair_start[b] +
                                                           (size_t)((axis * N + i) * N + j)];
                     out += y * (double)rig->model.p.denoise_axes_w[axis * C + c];
                 }
-                const float *ours = rig->head->denoise_out + 3 * (v.atom + (size_t)i);
+                const float *ours = rig->heads->denoise_out + 3 * (v.atom + (size_t)i);
                 worst = fmax(worst, fabs(out - (double)ours[axis]));
             }
     }
@@ -1165,9 +1165,9 @@ static void test_heads(void) {
     float *x = encoder_output(&rig);
     size_t biases = rig.batch.SS * (size_t)rig.model.config.heads;
     float *dbias = xmalloc(biases, sizeof *dbias);
-    memcpy(dbias, rig.pair->dattn_bias, biases * sizeof *dbias);
+    memcpy(dbias, rig.bias->dattn_bias, biases * sizeof *dbias);
     test_gradient(&rig, run_heads, x, rig.enc->dx, n, STEP, "heads: input");
-    test_gradient(&rig, run_heads, rig.pair->attn_bias, dbias, biases, STEP,
+    test_gradient(&rig, run_heads, rig.bias->attn_bias, dbias, biases, STEP,
                   "denoising head: bias");
     free(dbias);
     const idx C = rig.model.config.dim, R = PAIR_WIDTH;
@@ -1307,8 +1307,8 @@ static void test_edges(void) {
     memset(rig.model.grads, 0, rig.model.table_count * sizeof(float));
     rig.model.p.gauss_std[1] = 0;
     run_geometry(&rig);
-    weights_into(rig.pair->dstructure3d, rig.batch.A * (size_t)rig.model.config.dim);
-    weights_into(rig.pair->dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
+    weights_into(rig.bias->dstructure3d, rig.batch.A * (size_t)rig.model.config.dim);
+    weights_into(rig.bias->dbias3d_out, rig.batch.Q * (size_t)rig.model.config.heads);
     bias3d_backward(&rig);
     test_check(rig.model.g.gauss_std[1] == 0 && rig.model.g.gauss_std[0] != 0,
                "the slope of |std| at 0 is 0");

@@ -73,7 +73,7 @@ static void task_head_backward(Step *s, Readout readout) {
     gelu_backward(a->dhead_hidden, a->head_pre, T * C);
     linear_backward(s->enc->dx, 0, g->head1_w, g->head1_b, a->dhead_hidden, encoder_output(s),
                     p->head1_w, T, C, C);
-    memset(s->pair->dattn_bias, 0, SS * H * sizeof(float));
+    memset(s->bias->dattn_bias, 0, SS * H * sizeof(float));
 }
 
 // Mean loss over the labels present in the whole batch: cross-entropy with logits, or the square of

@@ -6,14 +6,14 @@
 //   exp_fast(x)      e^x to 2e-7 relative; of -1e30 0 or tiny, beyond 88 huge or infinite
 //   normal_cdf(x, &d)   the normal distribution function to 3e-7, and its density d; both stand in
 //                    loops that the compiler vectorises: without table or call for speed
-//   philox_blocks(words, count, first, key)   words[w][k] = word w of philox() of first + k (in word
-//                    0, without carry), count <= BLOCKS: exact
-//   gemm(trans_a, trans_b, M, N, K, A, lda, B, ldb, bias, add, C, ldc)   called by one thread, takes
-//                    all: C (M, N) = A (M, K) @ B (K, N), + C if add, else + bias (N) unless NULL;
+//   philox_blocks(words, count, first, key)   words[w][k] = word w of philox() of first + k,
+//                    added to word 0 without carry; count <= BLOCKS; exact
+//   gemm(trans_a, trans_b, M, N, K, A, lda, B, ldb, bias, add, C, ldc)   called by one thread,
+//                    takes all: C (M, N) = A (M, K) @ B (K, N), + C if add, else + bias (N);
 //                    trans_a: A is stored as (K, M), trans_b: B as (N, K); lda ...: row strides
 //   small_product(out, ldo, a, a_row, a_col, b, ldb, m, n, K)   by one thread, many at once:
 //                    out (m, n) = a (m, K) @ b (K, n); element (r, k) of a: r * a_row + k * a_col.
-//                    n is a multiple of VEC: callers pad rows of b and out; no alignment is promised
+//                    n is a multiple of VEC: callers pad rows of b and out; none is aligned
 //
 // Without vector types there is nothing to write: this file then works on vectors of one float, and
 // -DPLAIN_C builds without it. Results may differ by rounding where no "exact" stands, never by the

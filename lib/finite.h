@@ -34,8 +34,8 @@ static Bad bad_array(const Step *s) {
     DIMENSIONS(s);
 #define NOTE(field, ...) bad_note(&bad, #field, #__VA_ARGS__, all->field, SHAPE(__VA_ARGS__));
     {
-        const struct pair *all = s->pair;
-        PAIR_ARRAYS(NOTE)
+        const struct bias *all = s->bias;
+        BIAS_ARRAYS(NOTE)
     }
     {
         const struct enc *all = s->enc;
@@ -45,8 +45,8 @@ static Bad bad_array(const Step *s) {
         const struct task_arrays *all = s->task_arrays;
         TASK_ARRAYS(NOTE)
     } else if (!bad.name) {
-        const struct head *all = s->head;
-        HEAD_ARRAYS(NOTE)
+        const struct heads *all = s->heads;
+        HEADS_ARRAYS(NOTE)
     }
 #undef NOTE
     return bad;

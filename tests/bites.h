@@ -187,7 +187,7 @@ static void test_plain_losses(void) {
             idx atom = v.atom + i;
             if (!m.has_pos || s.batch.atom_use[atom] != USE_3D) continue;
             plain[LOSS_NOISE] +=
-                plain_cosine(s.head->denoise_out + 3 * atom, s.batch.noise + 3 * atom);
+                plain_cosine(s.heads->denoise_out + 3 * atom, s.batch.noise + 3 * atom);
             count[LOSS_NOISE]++;
         }
         if (directions_count > 0) plain[LOSS_3D] += directions / directions_count;
@@ -300,7 +300,7 @@ static void test_dropped_layers(void) {
                 kept += i == 0 && keep[second] > 1;
             }
             for (int h = 0; h < H; h++) {
-                const float *bias = rig.pair->attn_bias + H * v.square + h * S * S + i * S;
+                const float *bias = rig.bias->attn_bias + H * v.square + h * S * S + i * S;
                 double e[64], sum = 0;
                 for (int j = 0; j < S; j++) {
                     double score = 0;
