@@ -8,7 +8,7 @@
 //   run_start(), run_stopped(), run_end()   signals: the loop ends, and saved, so does the program
 //   update_ids()                 the molecules of an update
 //   rows_add(), line_due(), epoch_ended()  rows of the log, and when they are summed up
-//   log_ends(), losses_print()   the table of losses at the end
+//   log_ends()                   the losses of the start and the end
 //   history_add(), best_row(), enough()     fine-tuning's choice of an epoch
 //   csv_log(), csv_open(), csv_flush()      the one or the other as CSV
 //   save_due(), run_progress()
@@ -295,20 +295,6 @@ static inline void log_ends(double *start, double *end, const struct Run *run) {
     int64_t n = run->done, window = run->steps / 50 + 1;
     rows_mean(start, run->log.x, run->log.columns, 0, 1);
     rows_mean(end, run->log.x, run->log.columns, n > window ? n - window : 0, n);
-}
-
-// The table of n losses, the first, their total, last: log_ends(), means of the validation set (or
-// NULL), what they are by chance.
-static inline void losses_print(const char *const *names, int n, const double *start,
-                                const double *end, const double *valid, const double *chance) {
-    printf("\nloss        start     end   valid  by chance\n");
-    for (int k = 1; k <= n; k++) {
-        int loss = k % n;
-        char shown[16] = "-";
-        if (valid) snprintf(shown, sizeof shown, "%.4f", valid[loss]);
-        printf("%-8s %8.4f%8.4f%8s%11.4f\n", names[loss], start[loss], end[loss], shown,
-               chance[loss]);
-    }
 }
 
 // The number, counted from 1, of the epoch that has ended with the last update, and the mean of its

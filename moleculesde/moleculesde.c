@@ -17,12 +17,11 @@
 // ../moleblend.c: the matrix product gemm(), column_sums(), exp_fast(), dropout_row(), Adam; and
 // from moleblend.h and lib/: molecules, datasets, random numbers, files, options, runs.
 //
-//   1 molecules of a batch    7 2D -> 3D               in run.c:
-//   2 layers                  8 3D -> 2D               11 fine-tuning head      15 models on data
-//   3 2D encoder: GIN         9 one training step      12 parameters, memory    16 training runs
-//   4 3D encoder: SchNet     10 sampling conformers    13 checkpoints           17 commands
-//   5 contrast                                         14 options
-//   6 noise
+//   1 molecules of a batch    6 noise                  in run.c:
+//   2 layers                  7 2D -> 3D              11 fine-tuning head       15 models on data
+//   3 2D encoder: GIN         8 3D -> 2D              12 parameters, memory     16 training runs
+//   4 3D encoder: SchNet      9 one training step     13 checkpoints            17 commands
+//   5 contrast               10 sampling conformers   14 options
 //
 //      graph                                     positions
 //        | 3 GIN                                   | 4 SchNet
@@ -102,19 +101,20 @@ enum { V = 119, MAX_HOPS = 4, ATOM_TABLE_ROWS = 174, BOND_TABLE_ROWS = 13 };
     X(float, elements, A *V)         /* noised one-hot elements */
 
 #define EDGE_ARRAYS(X)                                                                             \
-    X(uint32_t, edge_from, E)                                                                      \
-    X(uint32_t, edge_to, E)                                                                        \
-    X(uint32_t, edge_back, E)
+    X(uint32_t, edge_from, E + 1)                                                                  \
+    X(uint32_t, edge_to, E + 1)                                                                    \
+    X(uint32_t, edge_back, E + 1)
 
 typedef struct {
     size_t B, A, P, E;
     int N, Y;                        // atoms of the largest molecule, labels of each
     Molecule *molecule;              // (molecule_room) as read
     size_t molecule_room;
-#define X(type, field, count) type *field; size_t field##_room;
+#define X(type, field, count) type *field;
     MOLS_ARRAYS(X)
     EDGE_ARRAYS(X)
 #undef X
+    Store store, edge_store;
 } Mols;
 
 // Where molecule b stands in a batch.
@@ -133,11 +133,6 @@ static size_t pair_row(const Place *v, int i, int j) {
     size_t low = (size_t)min_int(i, j), high = (size_t)max_int(i, j);
     return v->pair + high * (high + 1) / 2 + low;
 }
-
-// `count` elements in the place of x (whose content is lost), of which *room bytes were allocated;
-// room for B molecules as read: section 12.
-static void *fresh(void *x, size_t *room, size_t count, size_t size);
-static void mols_reserve(Mols *m, size_t B);
 
 // Copies molecule b into the batch: features, the bonds of each atom, centred positions, distances.
 static void mols_set(Mols *m, size_t b, size_t first_bond) {
@@ -221,9 +216,9 @@ static void mols_build(Mols *m, size_t B, int n_labels) {
     }
     CHECK(A < INT_MAX / 1024 && squares < INT_MAX / 4, "a batch of %zu molecules with %zu atoms is "
           "too large; try a lower --batch-size", B, A);
-#define X(type, field, count)                                                                      \
-    m->field = fresh(m->field, &m->field##_room, count, sizeof(type));
-    MOLS_ARRAYS(X)
+    Store *store = &m->store;
+#define X(type, field, count) m->field = store_take(store, sizeof(type), SHAPE(count));
+    LAYOUT(MOLS_ARRAYS, X)
     m->N = 0;
     m->Y = n_labels;
     m->B = B;
@@ -250,13 +245,22 @@ static void mols_build(Mols *m, size_t B, int n_labels) {
         E += count;
     }
     m->E = E;
-    EDGE_ARRAYS(X)
+    store = &m->edge_store;
+    LAYOUT(EDGE_ARRAYS, X)
 #undef X
     squares = 0;
     for (size_t b = 0; b < B; b++) {
         mols_edges(m, b, m->hops + squares);
         squares += (size_t)m->n_atoms[b] * (size_t)m->n_atoms[b];
     }
+}
+
+// Room for B molecules as read.
+static void mols_reserve(Mols *m, size_t B) {
+    if (B <= m->molecule_room) return;
+    m->molecule = xrealloc(m->molecule, B, sizeof *m->molecule);
+    memset(m->molecule + m->molecule_room, 0, (B - m->molecule_room) * sizeof *m->molecule);
+    m->molecule_room = B;
 }
 
 // Reads molecules ids[0..B) of a dataset into a batch. Dies if a record is damaged.
@@ -715,9 +719,8 @@ typedef struct {
 #undef X
 #undef HIDDEN
     float *x;              // (A, D) the GIN's output: the last of gin_h
-    float *memory;
-    size_t room, bytes;    // floats at memory; of everything
-    size_t scratch;         // floats that a task takes
+    size_t scratch;        // floats that a task takes
+    Store store;
 } Buffers;
 
 typedef struct {

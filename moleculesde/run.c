@@ -344,13 +344,10 @@ static void sde_create(Sde *s, Shape shape, int training) {
     m->n_tensors = nets_place(&s->p, NULL, NULL, &shape, s->group_end);
     m->count = s->group_end[GROUPS - 1];
     m->info = xmalloc((size_t)m->n_tensors, sizeof *m->info);
-    m->params = floats_alloc(m->count, hint);
+    float **const arenas[] = {&m->params, &m->grads, &m->m, &m->v};
+    for (int k = 0; k < (training ? 4 : 1); k++) *arenas[k] = floats_alloc(m->count, hint);
     nets_place(&s->p, m->params, m->info, &shape, s->group_end);
-    if (!training) return;
-    m->grads = floats_alloc(m->count, hint);
-    m->m = floats_alloc(m->count, hint);
-    m->v = floats_alloc(m->count, hint);
-    nets_place(&s->g, m->grads, NULL, &shape, s->group_end);
+    if (training) nets_place(&s->g, m->grads, NULL, &shape, s->group_end);
 }
 
 // Random initial values of all tensors, each named by its place in the table.
@@ -358,107 +355,53 @@ static void sde_init(Sde *s, uint64_t seed) {
     for (int i = 0; i < s->model.n_tensors; i++) {
         const TensorInfo *t = &s->model.info[i];
         float *x = s->model.params + t->offset;
-        double bound = 1;
-        switch ((int)t->rule) {
-            case START_DEFAULT: bound = 1 / sqrt((double)t->field); break;  // columns of the weight
-            case START_XAVIER: bound = sqrt(6 / (double)(t->rows + t->columns)); break;
-            default: break;
-        }
+        int start = (int)t->rule;
+        double centre = start == START_ONE, bound = 0;
+        if (start == START_DEFAULT) bound = 1 / sqrt((double)t->field);  // columns of the weight
+        if (start == START_XAVIER) bound = sqrt(6 / (double)(t->rows + t->columns));
         for (size_t k = 0; k < t->count; k++) {
             uint32_t place = (uint32_t)i, index = (uint32_t)k;
-            switch ((int)t->rule) {
-                case START_NORMAL: x[k] = rng_normal(seed, RNG_INIT, 0, place, index); break;
-                case START_ZERO: x[k] = 0; break;
-                case START_ONE: x[k] = 1; break;
-                default:
-                    x[k] = (float)(bound * (2 * (double)rng_uniform(seed, RNG_INIT, 0, place,
-                                                                    index) - 1));
-            }
+            double u = (double)rng_uniform(seed, RNG_INIT, 0, place, index);
+            x[k] = start == START_NORMAL ? rng_normal(seed, RNG_INIT, 0, place, index)
+                                         : (float)(centre + bound * (2 * u - 1));
         }
     }
 }
 
-// ---- batches
+// ---- memory of a batch
 
-// `count` elements in the place of x (whose content is lost), of which *room bytes were allocated.
-static void *fresh(void *x, size_t *room, size_t count, size_t size) {
-    if (mul_size(count, size) <= *room && x) return x;
-    free(x);
-    *room = mul_size(count, size);
-    return xmalloc(count, size);
-}
-
-static void mols_free(Mols *m) {
-    for (size_t b = 0; b < m->molecule_room; b++) molecule_free(&m->molecule[b]);
-    free(m->molecule);
-#define X(type, field, count) free(m->field);
-    MOLS_ARRAYS(X)
-    EDGE_ARRAYS(X)
-#undef X
-    *m = (Mols){0};
-}
-
-// Room for B molecules as read.
-static void mols_reserve(Mols *m, size_t B) {
-    if (B <= m->molecule_room) return;
-    m->molecule = xrealloc(m->molecule, B, sizeof *m->molecule);
-    memset(m->molecule + m->molecule_room, 0, (B - m->molecule_room) * sizeof *m->molecule);
-    m->molecule_room = B;
-}
-
-// ---- activations
-
-static size_t buffers_place(Sde *s, float *at) {
+// The activations of the batch at hand, each with room for a vector behind its end.
+static void buffers_layout(Sde *s) {
     const Shape *c = &s->shape;
     const Mols *m = &s->mols;
     Buffers *a = &s->a;
+    Store *store = &a->store;
     const size_t D = (size_t)c->dim, L = (size_t)c->layers, F = (size_t)c->filters;
     const size_t K = (size_t)c->gaussians, T = (size_t)c->blocks, H = (size_t)c->hidden;
     const size_t W = (size_t)c->width, Ct = (size_t)to2d_all_channels(c), Y = (size_t)c->tasks;
     const size_t Cn = (size_t)to2d_all_nodes(c), Cmax = (size_t)max_int(2, c->channels);
     const size_t R = 2 * max_size(Cmax, (size_t)c->last_channels), B = m->B, A = m->A;
-    const size_t P = s->no_pairs ? 0 : m->P, E = s->no_edges ? 0 : m->E;
-    size_t used = 0;
-#define ROOM(pointer, count)                                                                       \
-    {                                                                                              \
-        if (at) pointer = at + used;                                                               \
-        used += ((count) + 15 + VEC) / 16 * 16;                                                    \
-    }
-#define X(field, count) ROOM(a->field, count)
+    const size_t P = s->no_pairs ? 0 : m->P, E = s->no_edges ? 0 : m->E, N = (size_t)m->N;
+#define X(field, count) a->field = store_take(store, sizeof(float), SHAPE((idx)(count) + VEC));
 #define HIDDEN(field, layers, count)                                                               \
     for (size_t k = 0; k < (size_t)(layers); k++) {                                                \
-        ROOM(a->field[k].pre, count)                                                               \
-        ROOM(a->field[k].act, count)                                                               \
+        X(field[k].pre, count)                                                                     \
+        X(field[k].act, count)                                                                     \
     }
-    BUFFER_ARRAYS(X, HIDDEN)
+    for (int pass = 0; pass < 2; pass++) {
+        store_begin(store, pass);
+        BUFFER_ARRAYS(X, HIDDEN)
+    }
 #undef X
 #undef HIDDEN
-#undef ROOM
-    if (at) a->x = a->gin_h + L * A * D;
-    return used;
-}
-
-// Memory for the batch at hand; it only grows.
-static void buffers_layout(Sde *s) {
-    const char *hint = "a lower --batch-size";
-    Buffers *a = &s->a;
-    size_t count = buffers_place(s, NULL), N = (size_t)s->mols.N;
-    size_t width = (size_t)padded(s->mols.N), keys = 2 * (2 * (size_t)s->shape.width + 1) * width;
-    a->scratch = N * (3 * N + 3) + keys;
-    if (count > a->room) {
-        memory_check(sizeof(float) * count, "this batch", hint);
-        free(a->memory);
-        a->memory = floats_alloc(count, hint);
-        a->room = count;
-    }
-    a->bytes = sizeof(float) * a->room;
-    buffers_place(s, a->memory);
+    a->x = a->gin_h + L * A * D;
+    a->scratch = N * (3 * N + 3) + 2 * (2 * W + 1) * (size_t)padded(m->N);
 }
 
 static void sde_free(Sde *s) {
+    for (size_t b = 0; b < s->mols.molecule_room; b++) molecule_free(&s->mols.molecule[b]);
+    FREE_ALL(s->mols.molecule, s->mols.store.memory, s->mols.edge_store.memory, s->a.store.memory);
     model_free(&s->model);
-    mols_free(&s->mols);
-    free(s->a.memory);
     *s = (Sde){0};
 }
 
@@ -927,7 +870,14 @@ static void pretrain_report(Training *t) {
     log_ends(start, end, &t->run);
     if (valid) mean_losses(held, &t->s, valid, SIZE_MAX, 0);
     mean_losses(chance, &t->s, valid ? valid : &t->run.train, 4096, 1);
-    losses_print(TERM_NAMES, TERMS, start, end, valid ? held : NULL, chance);
+    printf("\nloss        start     end   valid  by chance\n");
+    for (int k = 1; k <= TERMS; k++) {
+        int term = k % TERMS;  // the total last
+        char shown[16] = "-";
+        if (valid) snprintf(shown, sizeof shown, "%.4f", held[term]);
+        printf("%-8s %8.4f%8.4f%8s%11.4f\n", TERM_NAMES[term], start[term], end[term], shown,
+               chance[term]);
+    }
     printf("wrote %s, %s\n", opt.output, t->run.log_path);
 }
 
