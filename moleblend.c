@@ -2302,12 +2302,7 @@ static void log_update(Run *run, const Step *s, const double loss[LOSSES], const
     finite_check(s, NULL, norm);
     CHECK(adam->clip > 0 || norm < 1e18, "step %lld: the squares of a gradient of norm %g "
           "overflow; give --clip", (long long)run->done + 1, norm);
-    float *row = rows_add(&run->log);
-    for (int k = 0; k < LOSSES; k++) row[k] = (float)loss[k];
-    row[LOG_LR] = (float)adam->lr;
-    row[LOG_NORM] = (float)norm;
-    row[LOG_RATE] = (float)((double)run->batch / fmax(now_seconds() - start, 1e-6));
-    run->done++;
+    log_add(run, loss, LOSSES, adam->lr, norm, start);
 }
 
 // =================================================================================================

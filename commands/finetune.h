@@ -207,12 +207,8 @@ static void tuning_open(Tuning *t, const char *train_path) {
     run->steps = epochs_steps(run, opt.epochs);
     run->log = rows_make(run->steps, LOG_COLUMNS);
     run->history = rows_make(opt.epochs, HISTORY_COLUMNS);
-    CHECK(opt.valid, "--valid: expected a validation set, to choose the best epoch by");
     size_t Y = (size_t)run->train.n_tasks;
-    CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
-    CHECK(run->valid.count > 0, "%s: expected molecules, to choose the best epoch by", opt.valid);
-    dataset_same_tasks(&run->train, &run->valid);
-    if (run->test.data) dataset_same_tasks(&run->train, &run->test);
+    tasks_check(&run->train, &run->valid, &run->test, opt.valid);
     if (!opt.readout) opt.readout = DEFAULT_READOUT;
     if (!opt.modality) opt.modality = DEFAULT_MODALITY;
     t->statistics = xmalloc(3 * Y, sizeof *t->statistics);
@@ -221,10 +217,7 @@ static void tuning_open(Tuning *t, const char *train_path) {
                      .mean = t->statistics, .std = t->statistics + Y, .scale = 1,
                      .label_units = choice("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
     t->task.kind = task_statistics(t->statistics, &run->train, &opt.task, 0);
-    float *labels = dataset_labels(&run->valid);
-    t->judged = labels_judge(labels, &run->valid, "no say in the choice of an epoch",
-                             "the training loss chooses the epoch and when to stop") > 0;
-    free(labels);
+    t->judged = can_judge(&run->valid, "the training loss chooses the epoch and when to stop");
     check_positions(&run->train, t->task.use);
     check_positions(&run->valid, t->task.use);
     check_positions(&run->test, t->task.use);

@@ -258,10 +258,8 @@ typedef struct {
 
 // Parses the command line into opt and notes the files that it names. --help ends the program.
 static CommandLine command_line(int argc, char **argv) {
-    if (argc > 1 && strcmp(argv[1], "help") == 0) argv[1] = xprintf("--help");
-    const Command *command = argc > 1 ? command_find(COMMANDS, N_COMMANDS, argv[1]) : NULL;
-    int named = command != NULL;
-    if (!command) command = &COMMANDS[0];
+    int named;
+    const Command *command = command_find(&named, COMMANDS, N_COMMANDS, argc, argv);
     if (command->bit == FINETUNE) {  // the paper's
         opt.adam.lr = 2e-4;
         opt.adam.beta2 = 0.999;

@@ -112,13 +112,14 @@ static inline void model_state_write(const struct Run *run, const Model *model, 
     if (my_rank == 0) model_write(run->state_path, model, arenas, tables, 2, meta);
 }
 
-// Continues from the state that is open, of a run with `seeds` seeds done and a history with room
-// for so many epochs (0: it has none).
+// Continues from the state that is open, of a run with `seeds` seeds done (-1: it has no seeds) and
+// a history with room for so many epochs (0: it has none).
 static inline void model_state_load(struct Run *run, Model *model, float *best, int64_t seeds,
                                     int64_t epochs) {
     float *const arenas[ARENAS] = {model->params, model->m, model->v, best};
-    CHECK(tables_load(run, epochs) && seeds == meta_whole(&run->state, "seeds_done"),
-          "%s: damaged state: its log, step and seed do not fit", run->state.path);
+    int same = seeds < 0 || seeds == meta_whole(&run->state, "seeds_done");
+    CHECK(tables_load(run, epochs) && same, "%s: damaged state: its log, step and seed do not fit",
+          run->state.path);
     for (int a = 0; a < ARENAS; a++)
         if (arenas[a]) model_load(model, arenas[a], &run->state, ARENA_PREFIXES[a]);
     tensor_file_close(&run->state);

@@ -1,6 +1,6 @@
 // lib/commands.h - a program of several commands, the first of which needs no name
 //   HEADING(), TEXT() ...   rows of its table of options, whose values stand in a struct `opt`
-//   Command, command_find() its table of commands, and the one that a word names
+//   Command, command_find() its table of commands, and the one that is named
 
 #define HEADING(text, commands) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, commands}
 #define TEXT(name, field, argument, help, commands) \
@@ -19,14 +19,18 @@ typedef struct {
     const char *usage, *help;
 } Command;
 
-// The command that a word names; NULL if it is a file or an option. Dies at one that is misspelt.
-static const Command *command_find(const Command *table, int n, const char *word) {
+// The command that the first word names, *named, or if that is a file or an option the first of the
+// table. Dies at one that is misspelt. The word "help" becomes --help.
+static const Command *command_find(int *named, const Command *table, int n, int argc, char **argv) {
     const Command *nearest = NULL;
-    for (const Command *c = table; c < table + n; c++) {
-        if (strcmp(word, c->name) == 0) return c;
-        if (edit_distance(word, c->name) <= 2) nearest = c;
+    if (argc > 1 && strcmp(argv[1], "help") == 0) argv[1] = xprintf("--help");
+    *named = 0;
+    for (const Command *c = table; c < table + n && argc > 1; c++) {
+        *named = strcmp(argv[1], c->name) == 0;
+        if (*named) return c;
+        if (edit_distance(argv[1], c->name) <= 2) nearest = c;
     }
-    CHECK(!nearest || access(word, F_OK) == 0, "unknown command %s; did you mean %s?", word,
+    CHECK(!nearest || access(argv[1], F_OK) == 0, "unknown command %s; did you mean %s?", argv[1],
           nearest->name);
-    return NULL;
+    return table;
 }

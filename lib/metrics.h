@@ -1,6 +1,7 @@
 // lib/metrics.h - labels, and metrics of one task; labels that are NaN are left out
 //
 //   dataset_labels(), label_summary(), labels_judge()   labels, and whether they can judge
+//   tasks_check(), can_judge(), task_statistics()       what fine-tuning needs of its datasets
 //   task_metrics(), task_means(), mean_metrics(), print_metrics()   ROC-AUC, AP, or RMSE, MAE, R2
 //   interval_half(), print_reliability()                how sure predictions are
 //   number_text(), rows_mean()                          numbers for people; means of log rows
@@ -105,6 +106,27 @@ static inline size_t labels_judge(float *labels, const Dataset *d, const char *s
                  d->task_names[first], label);
     fprintf(stderr, ": %s\n", mute < Y ? some : none);
     return Y - mute;
+}
+
+// Can the labels of a validation set choose an epoch? Says which tasks cannot, and what follows if
+// `none` can.
+static inline int can_judge(const Dataset *valid, const char *none) {
+    float *labels = dataset_labels(valid);
+    size_t tasks = labels_judge(labels, valid, "no say in the choice of an epoch", none);
+    free(labels);
+    return tasks > 0;
+}
+
+// Dies unless a training set has labels, and the sets beside it the same tasks; valid_path: of the
+// validation set, which there must be.
+static inline void tasks_check(const Dataset *train, const Dataset *valid, const Dataset *test,
+                               const char *valid_path) {
+    CHECK(valid_path, "--valid: expected a validation set, to choose the best epoch by");
+    CHECK(train->n_tasks > 0, "%s: expected molecules with labels (data_prep --labels)",
+          train->path);
+    CHECK(valid->count > 0, "%s: expected molecules, to choose the best epoch by", valid_path);
+    dataset_same_tasks(train, valid);
+    if (test->data) dataset_same_tasks(train, test);
 }
 
 static const char *const TASK_KINDS[] = {"classification", "regression"};

@@ -7,7 +7,7 @@
 //   run_plan()                   molecules and number of the updates, room for their log
 //   run_start(), run_stopped(), run_end()   signals: the loop ends, and saved, so does the program
 //   update_ids()                 the molecules of an update
-//   rows_add(), line_due(), epoch_ended()  rows of the log, and when they are summed up
+//   log_add(), line_due(), epoch_ended()   rows of the log, and when they are summed up
 //   log_ends()                   the losses of the start and the end
 //   history_add(), best_row(), enough()     fine-tuning's choice of an epoch
 //   csv_log(), csv_open(), csv_flush()      the one or the other as CSV
@@ -221,6 +221,18 @@ static inline Rows rows_make(int64_t most, int columns) {
 
 // A new row.
 static inline float *rows_add(Rows *t) { return t->x + t->n++ * t->columns; }
+
+// An update is done: adds a row to the log, n losses, learning rate, norm of the gradients,
+// molecules a second since `start`.
+static inline void log_add(struct Run *run, const double *loss, int n, double lr, double norm,
+                           double start) {
+    float *row = rows_add(&run->log);
+    for (int k = 0; k < n; k++) row[k] = (float)loss[k];
+    row[n] = (float)lr;
+    row[n + 1] = (float)norm;
+    row[n + 2] = (float)((double)run->batch / fmax(now_seconds() - start, 1e-6));
+    run->done++;
+}
 
 // Log and history as a state has them.
 static inline void state_tables(TensorOut out[2], const struct Run *run) {

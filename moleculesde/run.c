@@ -738,14 +738,9 @@ static char *training_meta(const Training *t, int of_state) {
     return text.text;
 }
 
-// Writes the state for --resume, which is complete in itself.
 static void state_write(const Training *t) {
-    const Model *m = &t->s.model;
-    float *const arenas[ARENAS] = {m->params, m->m, m->v, t->best};
-    TensorOut tables[2];
     char *meta = training_meta(t, 1);
-    state_tables(tables, &t->run);
-    model_write(t->run.state_path, m, arenas, tables, 2, meta);
+    model_state_write(&t->run, &t->s.model, t->best, meta);
     free(meta);
 }
 
@@ -777,15 +772,8 @@ static void training_save(Training *t) {
 }
 
 // Continues from the state that is open; epochs: room in the history.
-static void state_load(Training *t, int64_t epochs) {
-    Model *m = &t->s.model;
-    float *const arenas[ARENAS] = {m->params, m->m, m->v, t->best};
-    TensorFile *f = &t->run.state;
-    CHECK(tables_load(&t->run, epochs), "%s: damaged state: its history does not fit its log and "
-          "step", f->path);
-    for (int a = 0; a < ARENAS; a++)
-        if (arenas[a]) model_load(m, arenas[a], f, ARENA_PREFIXES[a]);
-    tensor_file_close(f);
+static void training_resume(Training *t, int64_t epochs) {
+    model_state_load(&t->run, &t->s.model, t->best, -1, epochs);
     fprintf(stderr, "resumed after step %lld\n", (long long)t->run.done);
 }
 
@@ -819,12 +807,7 @@ static void update_end(struct Run *run, const double loss[TERMS], double lr, dou
                        double start) {
     CHECK(isfinite(loss[TERM_TOTAL]) && norm < 1e18, "step %lld: the loss is no longer a number. "
           "What was saved before is kept. Try a lower --lr", (long long)run->done + 1);
-    float *row = rows_add(&run->log);
-    for (int k = 0; k < TERMS; k++) row[k] = (float)loss[k];
-    row[LOG_LR] = (float)lr;
-    row[LOG_NORM] = (float)norm;
-    row[LOG_RATE] = (float)((double)run->batch / fmax(now_seconds() - start, 1e-6));
-    run->done++;
+    log_add(run, loss, TERMS, lr, norm, start);
 }
 
 // =================================================================================================
@@ -844,7 +827,7 @@ static void pretrain_open(Training *t, const char *train_path) {
     run->log = rows_make(run->steps, LOG_COLUMNS);
     t->s.method = option_method(0);
     sde_create(&t->s, c = option_shape(), 1);
-    if (run->resumed) state_load(t, 0);
+    if (run->resumed) training_resume(t, 0);
     else sde_init(&t->s, run->seed);
     if (opt.init && !run->resumed) {
         TensorFile f;
@@ -939,18 +922,11 @@ static void finetune_open(Training *t, const char *train_path) {
     const Dataset *const sets[] = {&run->train, &run->valid, &run->test};
     training_open(t, train_path, 128);
     size_t Y = (size_t)run->train.n_tasks;
-    CHECK(opt.valid && run->valid.count, "--valid: expected a validation set, to choose the best "
-          "epoch by");
-    CHECK(Y > 0, "%s: expected molecules with labels (data_prep --labels)", train_path);
-    dataset_same_tasks(&run->train, &run->valid);
-    if (run->test.data) dataset_same_tasks(&run->train, &run->test);
+    tasks_check(&run->train, &run->valid, &run->test, opt.valid);
     t->statistics = xmalloc(3 * Y, sizeof *t->statistics);
     t->aim = (Aim){task_statistics(t->statistics, &run->train, &opt.task, 1), t->statistics,
                    t->statistics + Y};
-    float *labels = dataset_labels(&run->valid);
-    t->judged = labels_judge(labels, &run->valid, "no say in the choice of an epoch",
-                             "the training loss chooses the epoch") > 0;
-    free(labels);
+    t->judged = can_judge(&run->valid, "the training loss chooses the epoch");
     Shape c = finetune_shape(run);
     for (int k = 0; k < 3 && c.use_3d; k++) check_positions(sets[k]);
     t->s.method = option_method(1);
@@ -960,7 +936,7 @@ static void finetune_open(Training *t, const char *train_path) {
     run->history = rows_make(opt.epochs, HISTORY_COLUMNS);
     t->best = xmalloc(t->s.model.count, sizeof *t->best);
     if (run->resumed) {
-        state_load(t, opt.epochs);
+        training_resume(t, opt.epochs);
     } else {
         sde_init(&t->s, run->seed);
         if (opt.init) sde_transfer(&t->s, opt.init);
@@ -1231,10 +1207,8 @@ static void print_help(unsigned command) {
 
 int main(int argc, char **argv) {
     program_begin(argv);
-    if (argc > 1 && strcmp(argv[1], "help") == 0) argv[1] = xprintf("--help");
-    const Command *command = argc > 1 ? command_find(COMMANDS, N_COMMANDS, argv[1]) : NULL;
-    int named = command != NULL;
-    if (!command) command = &COMMANDS[0];
+    int named;
+    const Command *command = command_find(&named, COMMANDS, N_COMMANDS, argc, argv);
     unsigned bit = command->bit;
     if (bit == FINETUNE) opt.adam.lr = 1e-4;
     const char *words[2] = {NULL, NULL};

@@ -1382,7 +1382,7 @@ static void test_messages(void) {
         {"generate valid.bin 0 --model build/sdef1.safetensors -o build/x.sdf", "pretrained"},
         {"build/sdeg1.bin -o build/x.safetensors", "have no positions"},
         {"finetune train.bin --task guess -o build/x.safetensors", "--task: expected"},
-        {"finetune train.bin --epochs 2 --resume -o build/sded.safetensors", "history does not"},
+        {"finetune train.bin --epochs 2 --resume -o build/sded.safetensors", "do not fit"},
         {"embed valid.bin --model build/sdew.safetensors -o build/x.npy", "shapes make a model of"},
     };
     run_command("LC_ALL=C sed 's/moleblend.crc32/moleblend.crc--/; s/step\":\"29\"/step\":\"00\"/; "
