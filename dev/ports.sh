@@ -81,7 +81,7 @@ build() {  # COMPILER
     mkdir -p "$dir/build" "$dir/moleculesde"
     cp -- *.c *.h README.md Makefile "$dir"
     cp -r -- lib commands prep tests "$dir"
-    cp -- moleculesde/*.c "$dir/moleculesde"
+    cp -- moleculesde/*.[ch] "$dir/moleculesde"
     ln -sfn "$top/data" "$dir/data"
     local program
     for program in moleblend data_prep test moleculesde/{,test_}moleculesde; do

@@ -13,15 +13,14 @@
 //
 // HOW TO READ IT. Sections 1 to 9 are the method, from a molecule to one training step; each
 // backward pass stands under its forward pass and quotes the line that it undoes. What follows the
-// border behind section 9 may be skipped. All that is not MoleculeSDE's own comes from
-// ../moleblend.c: the matrix product gemm(), column_sums(), exp_fast(), dropout_row(), Adam; and
-// from moleblend.h and lib/: molecules, datasets, random numbers, files, options, runs.
+// border behind section 9 may be skipped. All else comes from ../moleblend.c (gemm(),
+// column_sums(), exp_fast(), dropout_row(), Adam), ../moleblend.h and ../lib/.
 //
-//   1 molecules of a batch    6 noise                  in run.c:
-//   2 layers                  7 2D -> 3D              11 fine-tuning head       15 models on data
-//   3 2D encoder: GIN         8 3D -> 2D              12 parameters, memory     16 training runs
-//   4 3D encoder: SchNet      9 one training step     13 checkpoints            17 commands
-//   5 contrast               10 sampling conformers   14 options
+//   1 molecules of a batch    6 noise                  in model.h:              in run.c:
+//   2 layers                  7 2D -> 3D              11 fine-tuning head      14 options
+//   3 2D encoder: GIN         8 3D -> 2D              12 parameters, memory    15 models on data
+//   4 3D encoder: SchNet      9 one training step     13 checkpoints           16 training runs
+//   5 contrast               10 sampling conformers                            17 commands
 //
 //      graph                                     positions
 //        | 3 GIN                                   | 4 SchNet
@@ -2197,4 +2196,5 @@ static void sample_step(Sde *s, int i, int M, const float *corrector, const floa
     }
 }
 
-#include "run.c"  // sections 11 to 17: what is promised above, and the program
+#include "model.h"  // sections 11 to 13: what is promised above, and checkpoints
+#include "run.c"    // sections 14 to 17: the program
