@@ -45,7 +45,7 @@
 //   P  ordered atom pairs, sum N * N   R  width of a pair map, 32
 //   Q  those of them that use 3D       E  bonds of a path that count, 5
 //   SS ordered token pairs, sum S * S  Y  tasks of a fine-tuning head
-//   M, N, K  in products only: rows, columns, inner dimension
+//   M, N, K  of a product: rows, columns, inner dimension; K also: a head's padded outputs
 //
 // Matrices are row-major, shapes are given as (rows, columns), i and j are the two atoms of a pair.
 // The gradient of an array is named d + its name. s is the Step, p its parameters, g their
@@ -84,7 +84,7 @@ static void relations(uint16_t *spd, uint8_t *path, uint16_t *degree, const Mole
     for (int k = 0; k < 2 * m->n_bonds; k++) {  // bond k / 2, in both directions
         idx i = m->bonds[k], j = m->bonds[k ^ 1];
         spd[i * N + j] = 1;
-        next[i * N + j] = (uint16_t)j;
+        next[i * N + j] = j;
         bond[i * N + j] = m->bond_code[k / 2];
         degree[i] += degree[i] < SPD_ROWS - 2;
     }
@@ -120,7 +120,7 @@ static void relations(uint16_t *spd, uint8_t *path, uint16_t *degree, const Mole
 // =================================================================================================
 // 2 The blend and the batch (paper 3.2, 3.3). Every ordered pair (i, j) shows the encoder one of
 //   its relations, drawn with probabilities 0.2, 0.2, 0.6; every atom its degree or its distances;
-//   positions are shaken. The heads must recover everything, from the positions before shaking.
+//   positions are shaken. The heads must recover everything as it was before the shaking.
 //
 //   Ethanol, one blend:  0.0  1.5  --       pair (0, 2) shows the bonds of its path, pair (2, 0)
 //                        1.5  0    1.4      its distance, pair (1, 1) its length; what a pair does
@@ -216,7 +216,7 @@ static void batch_layout(Batch *batch, idx B, const int *n_atoms) {
         batch->atom_start[b + 1] = batch->atom_start[b] + n;
         batch->pair_start[b + 1] = batch->pair_start[b] + n * n;
         batch->square_start[b + 1] = batch->square_start[b] + (n + 1) * (n + 1);
-        for (idx t = token; t <= token + n; t++) batch->molecule[t] = (int)b;
+        for (idx t = token; t <= token + n; t++) batch->molecule[t] = b;
     }
     if (!batch->reader) batch->readers = thread_count();
     if (!batch->reader) batch->reader = xmalloc(batch->readers, sizeof *batch->reader);
@@ -251,7 +251,7 @@ typedef struct {
 } Draws;
 
 // The name of molecule b in a draw.
-static uint32_t draws_slot(const Draws *draws, idx b) { return draws->first_slot + (uint32_t)b; }
+static uint32_t draws_slot(const Draws *draws, idx b) { return draws->first_slot + b; }
 
 // Uses the same relations for every pair and atom of molecule b (fine-tuning, --no-blend): `use` is
 // a set of USE_ bits; 3D only where there are positions.
@@ -666,7 +666,7 @@ static void dropout_row(float *mask, idx n, double p, const Draws *draws, uint32
                         uint32_t slot, uint32_t row) {
     int blocks = (int)(n + 3) / 4;
     uint32_t limit = (uint32_t)(p * 4294967296.0), words[4][BLOCKS];
-    float keep = (float)(1.0 / (1.0 - p));
+    float keep = 1.0 / (1.0 - p);
     if (!draws->active || p <= 0) blocks = 0;
     for (idx k = 0; k < n && !blocks; k++) mask[k] = 1.0f;
     for (int first = 0; first < blocks; first += BLOCKS) {
@@ -689,7 +689,7 @@ static void dropout_rows(float *x, const Step *s, idx n, double p, uint32_t purp
         View v = batch_view(&s->batch, s->batch.molecule[t]);
         float *mask = take(scratch_begin(), n), *x_t = x + t * n;
         dropout_row(mask, n, p, &s->draws, purpose, draws_slot(&s->draws, v.b),
-                    (uint32_t)(t - v.token));
+                    t - v.token);
         for (idx c = 0; c < n; c++) x_t[c] *= mask[c];
     }
 }
@@ -703,7 +703,7 @@ static float droppath_scale(const Step *s, idx l, int second, idx b) {
     idx L = s->model.config.layers;
     double p = L > 1 ? s->drop.path * l / (L - 1) : 0.0;
     if (!s->draws.active || p <= 0) return 1.0f;
-    float u = rng_uniform(s->draws.seed, RNG_PATH_DROP + (uint32_t)l, s->draws.step,
+    float u = rng_uniform(s->draws.seed, RNG_PATH_DROP + l, s->draws.step,
                           draws_slot(&s->draws, b), second);
     return (double)u < p ? 0.0f : (float)(1.0 / (1.0 - p));
 }
@@ -744,10 +744,10 @@ static void norm_forward(float *out, float *hat, float *rstd, const float *x, id
         float *out_r = out + r * ld, *hat_r = hat + r * ld, sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum)
         for (idx c = 0; c < n; c++) sum += x_r[c];
-        float mean = sum / (float)n;
+        float mean = sum / n;
 #pragma omp simd reduction(+ : square)
         for (idx c = 0; c < n; c++) square += (x_r[c] - mean) * (x_r[c] - mean);
-        float scale = rstd[r] = 1.0f / sqrtf(square / (float)n + eps);
+        float scale = rstd[r] = 1.0f / sqrtf(square / n + eps);
 #pragma omp simd
         for (idx c = 0; c < n; c++) {
             hat_r[c] = (x_r[c] - mean) * scale;
@@ -779,7 +779,7 @@ static void norm_backward(float *dx, float *dweight, float *dbias, const float *
                 dw[c] += dout_r[c] * hat_r[c];  // forward: out = hat * weight + bias
                 db[c] += dout_r[c];
             }
-            float mean = sum / (float)n, slope = product / (float)n, scale = rstd[r];
+            float mean = sum / n, slope = product / n, scale = rstd[r];
 #pragma omp simd
             for (idx c = 0; c < n; c++)  // forward: hat = (x - mean) * rstd
                 dx_r[c] = scale * (dout_r[c] * weight[c] - mean - hat_r[c] * slope);
@@ -1030,7 +1030,7 @@ static void bias3d_backward(Step *s) {
 //      bias[h][0][*] = bias[h][*][0] = graph_bias[h]
 
 // What a path's slots are weighted with.
-static float path_weight(int spd) { return 1.0f / (float)max_int(1, min_int(spd, PATH_BONDS)); }
+static float path_weight(int spd) { return 1.0f / max_int(1, min_int(spd, PATH_BONDS)); }
 
 static void bias_forward(Step *s) {
     LETTERS(s);
@@ -1226,7 +1226,7 @@ static HeadTask head_task(const Step *s, idx b, idx h, int atoms, uint32_t purpo
     return (HeadTask){.b = b, .n = n, .D = D, .C = C, .qkv = first * 3 * C + h * D,
                       .context = first * C + h * D, .prob = H * v.square + h * n * n,
                       .bias = bias + atoms * (v.S + 1), .bias_row = v.S, .purpose = purpose,
-                      .head = (uint32_t)h};
+                      .head = h};
 }
 
 // prob and dropped (n, n), from qkv, the slices that begin with the task's q.
@@ -1235,7 +1235,7 @@ static void attention_prob_forward(float *prob, float *dropped, const Step *s, c
     idx n = task->n, W = padded(n);
     const float *q = qkv, *k = qkv + task->C;
     float *kt = take(scratch, task->D * W), *score = take(scratch, n * W);
-    float *mask = take(scratch, n * n), scale = 1.0f / sqrtf((float)task->D);
+    float *mask = take(scratch, n * n), scale = 1.0f / sqrtf(task->D);
     copy_transposed(kt, W, k, 3 * task->C, n, task->D);
     small_product(score, W, q, 3 * task->C, 1, kt, W, n, W, task->D);  // q k^T
     dropout_row(mask, n * n, s->drop.attention, &s->draws, task->purpose,
@@ -1284,7 +1284,7 @@ static void attention_qk_backward(float *dqkv, const float *dscore, const float 
                                   const HeadTask *task, Scratch *scratch) {
     idx n = task->n, W = padded(n), D = task->D, width = padded(D), stride = 3 * task->C;
     float *in = take(scratch, n * width), *out = take(scratch, n * width);
-    float scale = 1.0f / sqrtf((float)D);
+    float scale = 1.0f / sqrtf(D);
     for (int side = 0; side < 2; side++) {  // forward: score = q k^T / sqrt(D)
         copy_padded(in, width, qkv + (side ? 0 : task->C), stride, n, D);
         if (side == 0) small_product(out, width, dscore, W, 1, in, width, n, width, n);  // dscore k
@@ -1301,7 +1301,7 @@ static void attention_forward(Step *s, idx l) {
     struct enc *a = s->enc;
 #pragma omp parallel for schedule(dynamic, 4)
     for (idx bh = 0; bh < B * H; bh++) {
-        HeadTask task = head_task(s, bh / H, bh % H, 0, RNG_ATTENTION_DROP + (uint32_t)l);
+        HeadTask task = head_task(s, bh / H, bh % H, 0, RNG_ATTENTION_DROP + l);
         idx n = task.n, width = padded(D);
         Scratch *scratch = scratch_begin();
         const float *qkv = a->qkv + l * T * 3 * C + task.qkv;
@@ -1321,7 +1321,7 @@ static void attention_backward(Step *s, idx l) {
     struct enc *a = s->enc;
 #pragma omp parallel for schedule(dynamic, 4)
     for (idx bh = 0; bh < B * H; bh++) {
-        HeadTask task = head_task(s, bh / H, bh % H, 0, RNG_ATTENTION_DROP + (uint32_t)l);
+        HeadTask task = head_task(s, bh / H, bh % H, 0, RNG_ATTENTION_DROP + l);
         idx n = task.n, W = padded(n), width = padded(D);
         Scratch *scratch = scratch_begin();
         const float *qkv = a->qkv + l * T * 3 * C + task.qkv;
@@ -1357,7 +1357,7 @@ static void layer_forward(Step *s, idx l) {
                  w->norm1_b, T, C, NORM_EPS);
     linear_forward(pre, mid, w->ffn1_w, w->ffn1_b, T, C, F);
     gelu_forward(hidden, pre, T * F);
-    dropout_rows(hidden, s, F, s->drop.activation, RNG_ACTIVATION_DROP + (uint32_t)l);
+    dropout_rows(hidden, s, F, s->drop.activation, RNG_ACTIVATION_DROP + l);
     linear_forward(a->branch, hidden, w->ffn2_w, w->ffn2_b, T, F, C);
     residual_forward(a->sum, mid, a->branch, s, l, 1);
     norm_forward(a->x + (l + 1) * T * C, a->norm2_hat + l * T * C, a->norm2_rstd + l * T, a->sum, C,
@@ -1378,7 +1378,7 @@ static void layer_backward(Step *s, idx l) {
                   a->norm2_rstd + l * T, C, w->norm2_w, T, C);
     residual_backward(a->dbranch, a->dsum, s, l, 1);
     linear_backward(a->dhidden, 0, dw->ffn2_w, dw->ffn2_b, a->dbranch, hidden, w->ffn2_w, T, F, C);
-    dropout_rows(a->dhidden, s, F, s->drop.activation, RNG_ACTIVATION_DROP + (uint32_t)l);
+    dropout_rows(a->dhidden, s, F, s->drop.activation, RNG_ACTIVATION_DROP + l);
     gelu_backward(a->dhidden, pre, T * F);
     linear_backward(dmid, 1, dw->ffn1_w, dw->ffn1_b, a->dhidden, mid, w->ffn1_w, T, C, F);
     // forward: mid = LN1(x + droppath(out(attention(qkv(x)))))
@@ -1428,7 +1428,7 @@ static void encoder_backward(Step *s) {
     X(pair_rstd, PAIR_MAPS, T)                                                                     \
     X(pair_map, T, PAIR_MAPS, R)     /* r and c of the three relation heads */                     \
     X(pair_weight, R, R, WIDEST)     /* a head's map: W[a][b][k] */                                \
-    X(pair_u, T, R, WIDEST)          /* U of every token */                                        \
+    X(pair_u, T, R, WIDEST)          /* U of every token; rows of K */                             \
     X(dir_weight, 3, R, R)           /* the 3D head's four maps as one */                          \
     X(denoise_qkv, T, 3, C)                                                                        \
     X(denoise_prob, SS, H)           /* (H, N, N) of a molecule at the place of its (H, S, S) */   \
@@ -1545,7 +1545,7 @@ static double class_losses(float *logits, idx width, const Step *s, const PairHe
 // The same by their directions, divided by the molecule's number of pairs that count.
 static double direction_losses(float *logits, idx width, const Step *s, const View *v, idx i) {
     const float *pos = s->batch.pos + 3 * v->atom;
-    double loss = 0, pairs = fmax((double)s->batch.dir_pairs[v->b], 1);
+    double loss = 0, pairs = fmax(s->batch.dir_pairs[v->b], 1);
     for (idx j = 0; j < v->N; j++) {
         int counts = s->batch.has_pos[v->b] && dir_counts(pos, i, j);
         float d[3];
@@ -1864,17 +1864,17 @@ static double gradient_norm(const Model *model) {
 }
 
 // One AdamW update (Loshchilov & Hutter 2019), t = 1, 2, ...; returns the gradient norm before
-// clipping. A row that never had a gradient stays as it is:
+// clipping. (A row that never had a gradient only decays.)
 //   m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2
 //   p -= lr wd p + lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 static double adamw_step(Model *model, const Adam *adam, int64_t t) {
     double norm = gradient_norm(model), clip = adam->clip / (norm + CLIP_EPS);
     float scale = adam->clip > 0 && clip < 1 ? (float)clip : 1.0f;
-    float b1 = (float)adam->beta1, b2 = (float)adam->beta2, eps = (float)adam->eps;
-    float rate = (float)(adam->lr / (1 - pow(adam->beta1, (double)t)));
-    float correction = (float)(1 / sqrt(1 - pow(adam->beta2, (double)t)));
-    float keep = (float)(1 - adam->lr * adam->weight_decay);
-    float new1 = (float)(1 - adam->beta1), new2 = (float)(1 - adam->beta2);
+    float b1 = adam->beta1, b2 = adam->beta2, eps = adam->eps;
+    float rate = adam->lr / (1 - pow(adam->beta1, t));
+    float correction = 1 / sqrt(1 - pow(adam->beta2, t));
+    float keep = 1 - adam->lr * adam->weight_decay;
+    float new1 = 1 - adam->beta1, new2 = 1 - adam->beta2;
     float *restrict p = model->params, *restrict m = model->m, *restrict v = model->v;
     const float *restrict g = model->grads;
 #pragma omp parallel for simd schedule(static)
@@ -2179,10 +2179,11 @@ typedef struct {
     idx n;                  // parts
     double count[LOSSES];   // what the losses of all of them are means over
     double *losses, *loss;  // (n, LOSSES), and there those of the part at hand
-    float *sum;             // of gradients, if n > 1; it stays for the next update
+    float *sum;             // of gradients, if n > 1; its memory stays for the next update
 } Parts;
 
-// Begins an update: counts what its losses will be means over.
+// Begins an update: counts what its losses will be means over. For that each part is loaded once; a
+// rank that has several loads them again to compute.
 static void parts_begin(Parts *parts, Step *s) {
     Pass *pass = &parts->pass;
     pass->turn = pass->loaded = 0;
@@ -2209,7 +2210,8 @@ static int parts_next(Parts *parts, Step *s) {
     return 1;
 }
 
-// Adds the gradients of this part, whose losses are in parts->loss now.
+// Adds the gradients of this part, whose losses are in parts->loss now: part 0 begins the sum,
+// which goes from rank to rank; the last part leaves it in its rank's gradients.
 static void parts_add(Parts *parts, Step *s) {
     finite_check(s, parts->loss, 0);
     if (parts->n > 1)
@@ -2218,8 +2220,8 @@ static void parts_add(Parts *parts, Step *s) {
 
 // The losses of the whole batch; its gradients are the model's now.
 static void parts_end(double loss[LOSSES], Parts *parts, Step *s) {
-    pieces_wait();
-    ranks_share(s->model.grads, s->model.count, parts->n - 1);
+    pieces_wait();  // until what was sent of the sum has left
+    ranks_share(s->model.grads, s->model.count, parts->n - 1);  // from the last part's rank to all
     ranks_sum(parts->losses, parts->n * LOSSES, sizeof *parts->losses);
     for (int l = 0; l < LOSSES; l++) loss[l] = 0;
     for (idx k = 0; k < parts->n * LOSSES; k++) loss[k % LOSSES] += parts->losses[k];
@@ -2364,7 +2366,7 @@ static void pretrain_save(Run *run, const Step *s) {
     run_meta(&meta, run, s->model.config, 0, 0);
     text_add(&meta, "}");
     if (my_rank == 0) model_write(run->output, &s->model, params, NULL, 0, meta.text);
-    csv_log(run, LOG_HEADING);
+    csv_log(run, LOG_HEADING);  // this and the state: by rank 0 alone, too
     free(meta.text);
 }
 
@@ -2480,7 +2482,7 @@ int main(int argc, char **argv) {
     threads_set(opt.threads);
     if (line.command->bit != PRETRAIN) {
         command_other(&line);
-        program_end(&line);
+        program_end(&line);  // exits
     }
 
     Run run = {0};  // lib/run.h: datasets, log, state
@@ -2504,7 +2506,7 @@ int main(int argc, char **argv) {
         parts_end(loss, &parts, &s);
         adam.lr = learning_rate(opt.adam.lr, t, warmup, run.steps, opt.hold);
         double norm = adamw_step(&s.model, &adam, t + 1);  // behind a clip of the gradients
-        log_update(&run, &s, loss, &adam, norm, start);
+        log_update(&run, &s, loss, &adam, norm, start);  // run.done is t + 1 then
         if (line_due(mean, &run)) pretrain_line(&run, mean);
         csv_log(&run, LOG_HEADING);
         if (save_due(&run, opt.save_every)) pretrain_save(&run, &s);

@@ -302,8 +302,7 @@ static void tuning_init(Tuning *t) {
     memset(model->v, 0, sizeof(float) * model->count);
 }
 
-// Trains the seed at hand until its steps are done, nothing is gained any more, or a signal comes,
-// which ends the program.
+// Trains the seed at hand until its steps are done or nothing is gained; a signal ends the program.
 static void tune(Tuning *t, Parts *parts) {
     Run *run = &t->run;
     Step *s = &t->s;
@@ -322,7 +321,7 @@ static void tune(Tuning *t, Parts *parts) {
         parts_end(loss, parts, s);
         adam.lr = learning_rate(opt.adam.lr, k, warmup, run->steps, opt.hold);
         double norm = adamw_step(&s->model, &adam, k + 1);
-        log_update(run, s, loss, &adam, norm, start);
+        log_update(run, s, loss, &adam, norm, start);  // run->done is k + 1 then
         if ((epoch = epoch_ended(mean, run))) epoch_end(t, epoch, mean);
         csv_history(t);
         if (save_due(run, opt.save_every)) tuning_save(t);
