@@ -157,6 +157,22 @@ typedef Options ProgramOptions;
 #endif
 #undef main
 
+// Gives back what lives until a program ends.
+static void end_program(void) {
+    for (int k = 0; k < mb_n_files; k++)
+        FREE_ALL(mb_files[k].path, mb_files[k].place, mb_files[k].file);
+    FREE_ALL(mb_files, mb_stdin);
+    mb_files = NULL;
+    mb_n_files = 0;
+    mb_stdin = NULL;
+#ifndef DATA_PREP
+    for (int k = 0; k < 16; k++) free(thread_scratch[0].array[k].x);  // there is one thread
+    FREE_ALL(pack_room.a, pack_room.b);
+    memset(thread_scratch, 0, sizeof *thread_scratch);
+    memset(&pack_room, 0, sizeof pack_room);
+#endif
+}
+
 // Gives back what a run that ended early still holds.
 static void clean_up_run(void) {
     mb_unfinished = NULL;
@@ -186,8 +202,10 @@ static int run_program(const char *command) {
     if (code == 0) {
         code = 1 + program_main(argc, argv);
         if (at_exit) at_exit();
+        end_program();
         if (all_blocks) FINDING("%zu bytes not freed", memory_used);
     }
+    end_program();
     clean_up_run();
     return code - 1;
 }
