@@ -964,11 +964,13 @@ static void test_stopping(void) {
         {"", 16}, {"--patience 3", 4}, {"--patience 0 --epochs 22", 22}, {"--patience 1", 2}};
     size_t size;
     if (MB_POSIX) {  // of two tasks the validation set judges one: its metric is not halved
-        test_command("printf 'smiles,a,b\nC,0,1\nCC,1,0\nCCC,0,1\n' | ./data_prep --format csv --labels "
-                     "a,b -o build/bites_j0.bin - && printf 'smiles,a,b\nC,0,1\nCC,1,1\nCCC,1,1\n' | "
+        test_command("printf 'smiles,a,b\nC,0,1\nCC,1,0\nCCC,0,1\n' | ./data_prep --format csv "
+                     "--labels a,b -o build/bites_j0.bin - && "
+                     "printf 'smiles,a,b\nC,0,1\nCC,1,1\nCCC,1,1\n' | "
                      "./data_prep --format csv --labels a,b -o build/bites_j1.bin - && ./moleblend "
-                     "finetune build/bites_j0.bin --valid build/bites_j1.bin --layers 1 --dim 8 --ffn 8 "
-                     "--heads 1 --kernels 2 --epochs 1 -o build/bites_j.safetensors", 0, "best epoch 1");
+                     "finetune build/bites_j0.bin --valid build/bites_j1.bin --layers 1 --dim 8 "
+                     "--ffn 8 --heads 1 --kernels 2 --epochs 1 -o build/bites_j.safetensors", 0,
+                     "best epoch 1");
         char *text = file_text("build/test.out", &size);
         const char *end = line_with(text, "seed 1: ");
         test_check(is_near(number_after(end, "valid ", 0), number_after(end, "ROC-AUC ", 0), 1e-3),
