@@ -1702,7 +1702,8 @@ static int is_removable_hydrogen(const ChemMol *m, int i) {
 // for a hydrogen without a role so far.
 // RDKit: shouldRemoveH
 static int mark_sgroup_roles(ChemMol *m, uint8_t *keep) {
-    for (const SGroup *g = m->sgroups; g < m->sgroups + m->n_sgroups; g++) {
+    for (int k = 0; k < m->n_sgroups; k++) {
+        const SGroup *g = &m->sgroups[k];
         if (!spend(&m->arena, m->n_atoms + m->n_bonds)) return 0;
         for (int b = 0; b < m->n_bonds; b++) {
             int ends = g->bonds[b] ? sgroup_ends(m, g, b) : 2;
@@ -1717,7 +1718,8 @@ static int mark_sgroup_roles(ChemMol *m, uint8_t *keep) {
 // Hydrogens that would leave an S group without atoms stay: their to[] becomes 0.
 // RDKit: filter_sgroup_emptying_hydrogens
 static void keep_sgroups_filled(ChemMol *m, int *to) {
-    for (const SGroup *g = m->sgroups; g < m->sgroups + m->n_sgroups; g++) {
+    for (int k = 0; k < m->n_sgroups; k++) {
+        const SGroup *g = &m->sgroups[k];
         int stay = !spend(&m->arena, m->n_atoms);
         for (int i = 0; i < m->n_atoms; i++) stay |= (g->atoms[i] & SG_IN) && to[i] >= 0;
         for (int i = 0; i < m->n_atoms && !stay; i++)
@@ -3918,9 +3920,9 @@ static int apply_sgroups(ChemMol *m, Fault *fault) {
         SGroup *at = m->sgroups + gone[--n_gone];
         memmove(at, at + 1, (size_t)(m->sgroups + m->n_sgroups-- - at - 1) * sizeof *at);
     }
-    for (const ChemBond *b = m->bonds; b < m->bonds + m->n_bonds; b++)
-        if (b->query_line)
-            return fault_at(fault, b->query_line, 0, QUERY, "a query bond is not supported");
+    for (int b = 0; b < m->n_bonds; b++)
+        if (m->bonds[b].query_line)
+            return fault_at(fault, m->bonds[b].query_line, 0, QUERY, "a query bond is not supported");
     return 0;
 }
 
