@@ -3922,7 +3922,8 @@ static int apply_sgroups(ChemMol *m, Fault *fault) {
     }
     for (int b = 0; b < m->n_bonds; b++)
         if (m->bonds[b].query_line)
-            return fault_at(fault, m->bonds[b].query_line, 0, QUERY, "a query bond is not supported");
+            return fault_at(fault, m->bonds[b].query_line, 0, QUERY,
+                            "a query bond is not supported");
     return 0;
 }
 

@@ -37,7 +37,7 @@ copy prep/records.h 'CHUNK_BYTES = 1 << 20' 'CHUNK_BYTES = 1 << 10' \
     'RECORD_BYTES_MAX = 16 << 20' 'RECORD_BYTES_MAX = 1 << 13' 'CHUNK_RECORDS = 8192' 'CHUNK_RECORDS = 16'
 copy moleblend.c 'PAIR_WIDTH = 32' 'PAIR_WIDTH = 4'
 copy moleculesde/moleculesde.c 'COEFFICIENTS = 128' 'COEFFICIENTS = 16'
-copy moleculesde/run.c
+cp moleculesde/{run.c,model.h} "$work/moleculesde"
 
 flags="-std=c11 -g -O1 -I $work"
 sanitizers="-fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all"
