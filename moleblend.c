@@ -546,7 +546,7 @@ static inline float normal_cdf(float x, float *density) {
 }
 
 // C (M, N) = A (M, K) @ B (K, N), + C if `add`, else + bias (N) on every row if that is not NULL.
-// trans_a: A is stored as (K, M); trans_b: B is stored as (N, K). lda, ldb, ldc: row strides.
+// trans_a: A is stored as (K, M); trans_b: B as (N, K). lda ...: row strides. rounded(): lib/bf16.h
 static void gemm(int trans_a, int trans_b, idx M, idx N, idx K, const float *A, idx lda,
                  const float *B, idx ldb, const float *bias, int add, float *C, idx ldc) {
 #pragma omp parallel for schedule(static)
@@ -554,8 +554,8 @@ static void gemm(int trans_a, int trans_b, idx M, idx N, idx K, const float *A, 
         for (idx j = 0; j < N && !add; j++) C[i * ldc + j] = bias ? bias[j] : 0;
         for (idx k = 0; k < K; k++)
             for (idx j = 0; j < N; j++)
-                C[i * ldc + j] += (trans_a ? A[k * lda + i] : A[i * lda + k]) *
-                                  (trans_b ? B[j * ldb + k] : B[k * ldb + j]);
+                C[i * ldc + j] += rounded(trans_a ? A[k * lda + i] : A[i * lda + k]) *
+                                  rounded(trans_b ? B[j * ldb + k] : B[k * ldb + j]);
     }
 }
 

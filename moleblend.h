@@ -326,6 +326,7 @@ static inline void rng_permutation(uint32_t *order, size_t n, uint64_t seed, uin
 }
 
 #include "lib/options.h"   // options_parse(): one table drives parsing, range checks and --help
+#include "lib/bf16.h"      // gemm_bf16, rounded(): the precision of matrix products
 #include "lib/progress.h"  // progress_show(): done, rate and time left, on stderr
 
 // =================================================================================================

@@ -10,7 +10,8 @@
 //                    added to word 0 without carry; count <= BLOCKS; exact
 //   gemm(trans_a, trans_b, M, N, K, A, lda, B, ldb, bias, add, C, ldc)   called by one thread,
 //                    takes all: C (M, N) = A (M, K) @ B (K, N), + C if add, else + bias (N);
-//                    trans_a: A is stored as (K, M), trans_b: B as (N, K); lda ...: row strides
+//                    trans_a: A is stored as (K, M), trans_b: B as (N, K); lda ...: row strides;
+//                    if gemm_bf16 of the operands as rounded() makes them, summed as floats
 //   small_product(out, ldo, a, a_row, a_col, b, ldb, m, n, K)   by one thread, many at once:
 //                    out (m, n) = a (m, K) @ b (K, n); element (r, k) of a: r * a_row + k * a_col.
 //                    n is a multiple of VEC: callers pad rows of b and out; none is aligned
@@ -107,6 +108,34 @@ static void philox_blocks(uint32_t words[4][BLOCKS], int count, Philox first, ui
     }
 }
 
+// What multiplies operands rounded to bfloat16; 0: gemm_bf16 is not set.
+enum { NOT_ROUNDED, ROUNDED, PAIRED };
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define BF16_UNIT "AVX512-BF16"
+static int bf16_way = PAIRED;
+
+// acc + a0 * b0 + a1 * b1, where a and the lanes of b are pairs of bfloat16.
+ALWAYS_INLINE vec multiply_pair(vec acc, float a, vec b) {
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+}
+
+// out (width, 8 divides it) = pairs of x (2, width), rounded: the first row in the lower halves.
+ALWAYS_INLINE void round_pairs(float *out, const float *x, idx width) {
+    const __m256i zip = _mm256_setr_epi16(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    for (idx c = 0; c < width; c += 8) {
+        __m256i both = (__m256i)_mm256_cvtne2ps_pbh(_mm256_loadu_ps(x + width + c),
+                                                    _mm256_loadu_ps(x + c));
+        _mm256_storeu_si256((__m256i *)(void *)(out + c), _mm256_permutexvar_epi16(zip, both));
+    }
+}
+#else
+#define round_pairs(out, x, width) (void)0
+#define BF16_UNIT "rounding, float32 arithmetic"
+static int bf16_way = ROUNDED;
+#define multiply_pair(acc, a, b) (acc)  // never called
+#endif
+
 // ---- the matrix product. gemm() is nearly all of the arithmetic of a training step; it follows
 //   Goto and van de Geijn (2008). Both operands are copied ("packed") into the order in which the
 //   kernel reads them, which also absorbs transposition and pads the edges, so there is one kernel:
@@ -174,13 +203,36 @@ ALWAYS_INLINE void pack_panel(float *out, idx width, idx n, const float *X, idx 
             out[k * width + c] = X[c * ldx + k];
 }
 
+// Rows of a panel for K of the inner dimension.
+static idx panel_rows(int way, idx K) { return way == PAIRED ? (K + 1) / 2 : K; }
+
+// pack_panel() of numbers rounded to bfloat16, zero in columns n..width - 1. PAIRED: a number of
+// the panel's row k is a pair, of rows 2 k (its lower half) and 2 k + 1.
+ALWAYS_INLINE void pack_rounded(float *out, idx width, idx n, const float *X, idx ldx, int trans,
+                                idx K, int way) {
+    enum { CHUNK = 32 };  // rows at a time
+    float chunk[CHUNK * NR];
+    memset(chunk, 0, sizeof chunk);
+    for (idx k0 = 0; k0 < K; k0 += CHUNK, X += CHUNK * (trans ? 1 : ldx)) {
+        idx rows = min_idx(CHUNK, K - k0);
+        if (rows % 2) memset(chunk + rows * width, 0, width * sizeof *chunk);
+        pack_panel(chunk, width, n, X, ldx, trans, rows);
+        for (idx k = 0; k < rows && way == ROUNDED; k++, out += width)
+            for (idx c = 0; c < width; c++) out[c] = rounded(chunk[k * width + c]);
+        for (idx k = 0; k < rows && way == PAIRED; k += 2, out += width)
+            round_pairs(out, chunk + k * width, width);
+    }
+}
+
 // out (count / width panels of (K, width)) = `count` columns of X (K, count), each panel's row of
 // `width` numbers contiguous, zero past the edge. trans: X is stored as (count, K).
 ALWAYS_INLINE void pack(float *out, idx width, const float *X, idx ldx, int trans, idx count,
-                        idx K) {
-    for (idx first = 0; first < count; first += width, out += width * K) {
+                        idx K, int way) {
+    for (idx first = 0; first < count; first += width, out += width * panel_rows(way, K)) {
         const float *x = X + first * (trans ? ldx : 1);
-        if (first + width <= count) {
+        if (way != NOT_ROUNDED) {
+            pack_rounded(out, width, min_idx(width, count - first), x, ldx, trans, K, way);
+        } else if (first + width <= count) {
             pack_panel(out, width, width, x, ldx, trans, K);
         } else {
             memset(out, 0, width * K * sizeof(float));
@@ -191,7 +243,8 @@ ALWAYS_INLINE void pack(float *out, idx width, const float *X, idx ldx, int tran
 
 // out (MR, n) = start (MR, n) + a (K, MR)^T @ b (K, NR)'s first n columns, n = `vectors` (literal)
 // whole vectors; a and b packed, row strides ldo and lds (0: every row starts as the same numbers).
-ALWAYS_INLINE void gemm_kernel(int vectors, float *out, idx ldo, const float *start, idx lds,
+// paired (literal): of pairs of k.
+ALWAYS_INLINE void gemm_kernel(int paired, int vectors, float *out, idx ldo, const float *start, idx lds,
                                const float *a, const float *b, idx K) {
     vec acc[MR][NV];
     for (int r = 0; r < MR; r++)
@@ -204,7 +257,9 @@ ALWAYS_INLINE void gemm_kernel(int vectors, float *out, idx ldo, const float *st
 #pragma GCC unroll 8
         for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) acc[r][v] += a[r] * row[v];
+            for (int v = 0; v < vectors; v++)
+                if (paired) acc[r][v] = multiply_pair(acc[r][v], a[r], row[v]);
+                else acc[r][v] += a[r] * row[v];
     }
     for (int r = 0; r < MR; r++)
         for (int v = 0; v < vectors; v++)
@@ -213,7 +268,7 @@ ALWAYS_INLINE void gemm_kernel(int vectors, float *out, idx ldo, const float *st
 
 // A tile of C at c, of rows x cols numbers: C = a^T b, + C if add, else + bias if given. A narrow
 // tile is made of one or two vectors. A whole one is made in place, one at the edge beside it.
-ALWAYS_INLINE void gemm_tile(float *c, idx ldc, idx rows, idx cols, int add, const float *bias,
+ALWAYS_INLINE void gemm_tile(int paired, float *c, idx ldc, idx rows, idx cols, int add, const float *bias,
                              const float *a, const float *b, idx K) {
     static const float zeros[NR];
     float tile[MR * NR];
@@ -222,9 +277,9 @@ ALWAYS_INLINE void gemm_tile(float *c, idx ldc, idx rows, idx cols, int add, con
     float *out = whole ? c : tile;
     const float *start = !whole ? zeros : add ? c : bias ? bias : zeros;
     idx ldo = whole ? ldc : NR, lds = whole && add ? ldc : 0;
-    if (vectors == NV) gemm_kernel(NV, out, ldo, start, lds, a, b, K);
-    else if (vectors == 1) gemm_kernel(1, out, ldo, start, lds, a, b, K);
-    else gemm_kernel(2, out, ldo, start, lds, a, b, K);
+    if (vectors == NV) gemm_kernel(paired, NV, out, ldo, start, lds, a, b, K);
+    else if (vectors == 1) gemm_kernel(paired, 1, out, ldo, start, lds, a, b, K);
+    else gemm_kernel(paired, 2, out, ldo, start, lds, a, b, K);
     for (idx r = 0; r < rows && !whole; r++)
         for (idx j = 0; j < cols; j++) {
             float *at = c + r * ldc + j;
@@ -246,16 +301,18 @@ static void gemm(int trans_a, int trans_b, idx M, idx N, idx K, const float *A, 
     idx row_blocks = one_block ? 1 : ((M + MC - 1) / MC + threads - 1) / threads * threads;
     row_blocks = min_idx(row_blocks, row_panels);
     idx column_groups = min_idx((threads + row_blocks - 1) / row_blocks, panels);
+    int way = gemm_bf16 ? bf16_way : NOT_ROUNDED;
+    idx block_k = way == PAIRED ? 2 * KC : KC;
 #pragma omp parallel num_threads(threads)
-    for (idx k0 = 0; k0 == 0 || k0 < K; k0 += KC) {
-        idx kc = min_idx(KC, K - k0), add_now = add || k0 > 0;
+    for (idx k0 = 0; k0 == 0 || k0 < K; k0 += block_k) {
+        idx kc = min_idx(block_k, K - k0), panel_k = panel_rows(way, kc), add_now = add || k0 > 0;
         const float *A0 = A + (trans_a ? k0 * lda : k0), *B0 = B + (trans_b ? k0 : k0 * ldb);
-        idx panel_size = NR * kc, panel_step = NR * (trans_b ? ldb : 1);
+        idx panel_size = NR * panel_k, panel_step = NR * (trans_b ? ldb : 1);
         if (!one_block) {
 #pragma omp for schedule(static)
             for (idx p = 0; p < panels; p++)
                 pack(pack_room.b + p * panel_size, NR, B0 + p * panel_step, ldb, trans_b,
-                     min_idx(NR, N - p * NR), kc);
+                     min_idx(NR, N - p * NR), kc, way);
         }
 #pragma omp for schedule(dynamic)
         for (idx task = 0; task < row_blocks * column_groups; task++) {
@@ -264,14 +321,19 @@ static void gemm(int trans_a, int trans_b, idx M, idx N, idx K, const float *A, 
             idx m = min_idx((block + 1) * row_panels / row_blocks * MR, M) - i0;
             idx p0 = group * panels / column_groups, p1 = (group + 1) * panels / column_groups;
             float *a = pack_room.a + (idx)thread_id() * MC * KC;
-            pack(a, MR, A0 + i0 * (trans_a ? 1 : lda), lda, !trans_a, m, kc);
+            pack(a, MR, A0 + i0 * (trans_a ? 1 : lda), lda, !trans_a, m, kc, way);
             for (idx p = p0; p < p1; p++) {
                 idx n = min_idx(NR, N - p * NR);
                 float *b = pack_room.b + p * panel_size;
-                if (one_block) pack(b, NR, B0 + p * panel_step, ldb, trans_b, n, kc);
-                for (idx i = 0; i < m; i += MR)
-                    gemm_tile(C + (i0 + i) * ldc + p * NR, ldc, min_idx(MR, m - i), n, add_now,
-                              bias ? bias + p * NR : NULL, a + i * kc, b, kc);
+                if (one_block) pack(b, NR, B0 + p * panel_step, ldb, trans_b, n, kc, way);
+                for (idx i = 0; i < m; i += MR) {
+                    float *c = C + (i0 + i) * ldc + p * NR;
+                    const float *bias_p = bias ? bias + p * NR : NULL, *a_i = a + i * panel_k;
+                    idx rows = min_idx(MR, m - i);
+                    if (way == PAIRED)
+                        gemm_tile(1, c, ldc, rows, n, add_now, bias_p, a_i, b, panel_k);
+                    else gemm_tile(0, c, ldc, rows, n, add_now, bias_p, a_i, b, panel_k);
+                }
             }
         }
     }
