@@ -2268,6 +2268,7 @@ static void train_open(Run *run, Step *s, const char *train_path, int64_t usual)
     }
     run_data(run, opt.valid, opt.test, opt.init, asked);
     run_plan(run, &opt.batch, usual, opt.part);
+    precision_begin(opt.precision);
     run->seed = (uint64_t)opt.seed;
     s->drop = opt.drop;
     s->weights = opt.weights;
@@ -2286,6 +2287,7 @@ static void run_meta(Text *t, const Run *run, Config c, int64_t seeds, int of_st
     text_add_meta(t, "format", "pt");
     for (int k = 0; k < 10; k++) text_add_meta(t, keys[k], "%lld", values[k]);
     text_add_meta(t, "run", "%s", options);
+    text_add_meta(t, "products", "%s", precision_text());
     text_add_meta(t, "stereo", "%s", run->train.stereo);
     text_add_meta(t, "largest_fragment", "%u",
                   (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
@@ -2480,6 +2482,7 @@ int main(int argc, char **argv) {
     CommandLine line = command_line(argc, argv);
     if (line.command->bit & TRAIN) ranks_begin();
     threads_set(opt.threads);
+    if (line.command->bit & READ) precision_begin(opt.precision);
     if (line.command->bit != PRETRAIN) {
         command_other(&line);
         program_end(&line);  // exits

@@ -254,6 +254,7 @@ static inline float *floats_alloc(size_t count, const char *hint) {
 
 #include "lib/files.h"     // out_open(), out_commit(): outputs whole or not at all; file_bytes()
 #include "lib/machine.h"   // signals_catch(), memory_check(), threads_set(): sharing the machine
+#include "lib/bf16.h"      // gemm_bf16, rounded(): the precision of matrix products
 
 // =================================================================================================
 // 3 Random numbers. Philox4x32-10 (Salmon et al., SC 2011; constants from there): a keyed mixing of
@@ -326,7 +327,6 @@ static inline void rng_permutation(uint32_t *order, size_t n, uint64_t seed, uin
 }
 
 #include "lib/options.h"   // options_parse(): one table drives parsing, range checks and --help
-#include "lib/bf16.h"      // gemm_bf16, rounded(): the precision of matrix products
 #include "lib/progress.h"  // progress_show(): done, rate and time left, on stderr
 
 // =================================================================================================

@@ -1421,6 +1421,7 @@ static void test_sensitivity(const char *golden_path) {
 #include "tests/tables.h"     // tables and labels as people have them
 #include "tests/outputs.h"    // inputs and files of others stay, results on stdout, memory in use
 #include "tests/predict.h"    // intervals, ensembles, nearest training molecules
+#include "tests/precision.h"  // products of operands rounded to bfloat16
 #include "tests/bites.h"      // small faults that no other test notices
 
 // =================================================================================================
@@ -1519,6 +1520,9 @@ int main(int argc, char **argv) {
                      {"pretraining report", test_pretraining_report},
                      {"threads adapt", test_adapting},
                      {"machinery", test_machinery},
+                     {"rounding", test_rounding},
+                     {"bf16 products", test_bf16},
+                     {"precision", test_precision},
                      {"small chemistry", test_small_chemistry},
                      {"golden files", test_bundled_golden}};
         write_test_dataset("build/test_train.bin", 40, 0);  // several groups use it

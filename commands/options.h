@@ -9,7 +9,7 @@
 // readout and modality depend on files.
 typedef struct {
     const char *size, *output, *valid, *test, *init, *model, *task, *readout, *modality;
-    const char *loss_units, *level, *svg, *near;
+    const char *loss_units, *level, *svg, *near, *precision;
     int64_t part;                              // --micro-batch; 0: the whole batch
     int64_t layers, dim, ffn, heads, kernels;  // 0: from `size`
     int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds, layer;
@@ -31,6 +31,7 @@ static Options opt = {
     .patience = 15,
     .layer = -1,
     .loss_units = "deviations",
+    .precision = "float32",
     .blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0},
     .weights = {{0, 6, 0.1, 0.1, 0.5}},
     .drop = {0.1, 0.1, 0.1, 0},
@@ -89,6 +90,8 @@ static const Option OPTIONS[] = {
            TRAIN | SHAPES),
     WHOLE("--seed", seed, 0, 9e15, "names every random draw", TRAIN | SHOW | SHAPES),
     WHOLE("--threads", threads, 0, 1024, "0: all we may use; results are the same", TRAIN | READ),
+    TEXT("--precision", precision, "NAME", "of matrix products, also of a model trained otherwise: "
+         "float32, or bf16 (operands of 8 bits, sums are float32)", TRAIN | READ | SHAPES),
     NUMBER("--beta1", adam.beta1, 0, 0.999999, "AdamW", TRAIN | SHAPES),
     NUMBER("--beta2", adam.beta2, 0, 0.999999, "AdamW", TRAIN | SHAPES),
     NUMBER("--eps", adam.eps, 1e-30, 1, "AdamW", TRAIN | SHAPES),

@@ -3,7 +3,6 @@
 //
 //   gemm_bf16            does gemm() round its operands?
 //   bf16_bits(), rounded()   a number rounded to nearest, ties to even
-//   precision_set()      what --precision says
 
 static int gemm_bf16;
 
@@ -20,9 +19,4 @@ ALWAYS_INLINE float rounded(float x) {
     uint32_t bits = bf16_bits(x);
     if (gemm_bf16) memcpy(&x, &bits, 4);
     return x;
-}
-
-static inline void precision_set(const char *name) {
-    static const char *const names[] = {"float32", "bf16"};
-    gemm_bf16 = choice("--precision", name, names, 2);
 }

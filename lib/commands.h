@@ -1,6 +1,7 @@
 // lib/commands.h - a program of several commands, the first of which needs no name
 //   HEADING(), TEXT() ...   rows of its table of options, whose values stand in a struct `opt`
 //   Command, command_find() its table of commands, and the one that is named
+//   precision_begin(), precision_text()   --precision
 
 #define HEADING(text, commands) {NULL, OPT_FLAG, NULL, 0, 0, NULL, text, commands}
 #define TEXT(name, field, argument, help, commands) \
@@ -33,4 +34,18 @@ static const Command *command_find(int *named, const Command *table, int n, int 
     CHECK(!nearest || access(argv[1], F_OK) == 0, "unknown command %s; did you mean %s?", argv[1],
           nearest->name);
     return table;
+}
+
+#ifndef BF16_UNIT  // lib/fast.h has none
+#define BF16_UNIT "rounding, float32 arithmetic"
+#endif
+
+// The precision of matrix products, and what computes them.
+static const char *precision_text(void) { return gemm_bf16 ? "bf16 by " BF16_UNIT : "float32"; }
+
+// Takes the value of --precision; says so if it is not the default.
+static void precision_begin(const char *name) {
+    static const char *const names[] = {"float32", "bf16"};
+    gemm_bf16 = choice("--precision", name, names, 2);
+    if (gemm_bf16) fprintf(stderr, "product %s\n", precision_text());
 }

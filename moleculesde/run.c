@@ -11,7 +11,7 @@
 
 // What the command line sets; the initial values are the defaults.
 typedef struct {
-    const char *output, *valid, *test, *init, *model, *task, *encoder, *sde, *edges;
+    const char *output, *valid, *test, *init, *model, *task, *encoder, *sde, *edges, *precision;
     int64_t dim, layers, filters, gaussians, blocks, hidden, width, channels, last_channels;
     int64_t steps, epochs, batch, seed, threads, save_every, copies, sample_steps;
     double scale_3d;
@@ -21,7 +21,7 @@ typedef struct {
 } Options;
 
 static Options opt = {
-    .encoder = "2d", .sde = "ve", .edges = "gated",
+    .encoder = "2d", .sde = "ve", .edges = "gated", .precision = "float32",
     .dim = 300, .layers = 5, .filters = 128, .gaussians = 51, .blocks = 6, .hidden = 32,
     .width = 16, .channels = 8, .last_channels = 4,
     .steps = 600, .epochs = 100, .batch = 0, .seed = 1, .save_every = 100,
@@ -69,6 +69,8 @@ static const Option OPTIONS[] = {
     NUMBER("--scale-3d", scale_3d, 0, 100, "times that: rate of SchNet and 3D -> 2D", PRETRAINING),
     WHOLE("--seed", seed, 0, 9e15, "names every random draw", TRAINING | GENERATE),
     WHOLE("--threads", threads, 0, 1024, "0: all we may use; results are the same", TRAIN | READ),
+    TEXT("--precision", precision, "NAME", "of matrix products, also of a model trained otherwise: "
+         "float32, or bf16 (operands of 8 bits, sums are float32)", TRAINING | READ),
     HEADING("Method", PRETRAIN),
     TEXT("--sde", sde, "NAME", "ve or vp: variance exploding or preserving", PRETRAINING | METHOD),
     NUMBER("--sigma-3d-low", method.ve3d.low, 1e-4, 100, "VE: least noise on positions",
@@ -254,6 +256,7 @@ static char *training_meta(const Training *t, int of_state) {
     text_add_meta(&text, "format", "pt");
     for (int k = 0; k < (of_state ? 6 : 3); k++) text_add_meta(&text, keys[k], "%lld", values[k]);
     text_add_meta(&text, "run", "%s", options);
+    text_add_meta(&text, "products", "%s", precision_text());
     text_add_meta(&text, "method", "%s", method);
     text_add_meta(&text, "stereo", "%s", run->train.stereo);
     if (t->s.shape.tasks) {
@@ -313,6 +316,7 @@ static void training_open(Training *t, const char *train_path, int64_t batch) {
         options_from(required_meta(&run->state, "run", "the state of a run"), run->state_path);
     run_data(run, opt.valid, opt.test, opt.init, asked);
     run_plan(run, &opt.batch, batch, 0);
+    precision_begin(opt.precision);
     run->seed = (uint64_t)opt.seed;
 }
 
@@ -754,6 +758,7 @@ int main(int argc, char **argv) {
     const char *const files[] = {words[0], opt.valid, opt.test, opt.init, opt.model};
     for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
     threads_set(opt.threads);
+    if (bit & READ) precision_begin(opt.precision);
     switch (bit) {
         case PRETRAIN: command_pretrain(words[0]); break;
         case FINETUNE: command_finetune(words[0]); break;
