@@ -7,8 +7,9 @@
 //
 // Each figure is the best of several repetitions; shares are of the peak measured in the same run.
 // Useful arithmetic of a step: 3 passes (forward, input gradient, weight gradient) of 2 operations
-// per multiply-add of the encoder's and heads' matrices; see pass_flops(). The molecules are drawn
-// at random with 4 to 24 heavy atoms, mean 14, as in PCQM4Mv2.
+// per multiply-add of the encoder's and heads' matrices; see pass_flops(). bf16: --precision bf16,
+// its shares too are of the float32 peak. The molecules are drawn at random with 4 to 24 heavy
+// atoms, mean 14, as in PCQM4Mv2.
 
 #if defined(__GNUC__) || defined(__clang__)
 #pragma GCC diagnostic ignored "-Wunused-function"  // most of moleblend.c is not used here
@@ -71,13 +72,6 @@ static double fma_peak(int threads) {
     return best;
 }
 
-static Work bench_work(int widest) {
-    Work w = {thread_count(), NULL, NULL, NULL, 0};
-    w.packed_a = floats_alloc((size_t)w.threads * MC * KC, "more memory");
-    w.packed_b = floats_alloc((size_t)round_up(widest, NR) * KC, "more memory");
-    return w;
-}
-
 // Shapes (M, N, K) of products: encoder layers of `base` and `small`, the edge head's.
 static const int SHAPES[][3] = {{1024, 768, 768}, {1024, 2304, 768}, {256, 768, 768},
                                 {64, 768, 768},   {16, 768, 768},    {960, 256, 256},
@@ -86,10 +80,10 @@ enum { N_SHAPES = sizeof SHAPES / sizeof SHAPES[0], MODES = 3 };
 static const char *const MODE_NAMES[MODES] = {"X W^T", "dY W", "dY^T X"};
 
 // One product, by gemm() or (ours = 0) by OpenBLAS.
-static void one_product(int ours, const Work *w, int mode, const int shape[3], const float *A,
-                        const float *B, float *C) {
+static void one_product(int ours, int mode, const int shape[3], const float *A, const float *B,
+                        float *C) {
     int M = shape[0], N = shape[1], K = shape[2], ta = mode == 2, tb = mode == 0;
-    if (ours) gemm(w, ta, tb, M, N, K, A, ta ? M : K, B, tb ? K : N, NULL, 0, C, N);
+    if (ours) gemm(ta, tb, M, N, K, A, ta ? M : K, B, tb ? K : N, NULL, 0, C, N);
 #ifdef OPENBLAS
     if (!ours)
         cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
@@ -98,41 +92,40 @@ static void one_product(int ours, const Work *w, int mode, const int shape[3], c
 }
 
 // GFLOP/s of the fastest of many repetitions.
-static double product_rate(int ours, const Work *w, int mode, const int shape[3], const float *A,
-                           const float *B, float *C) {
+static double product_rate(int ours, int mode, const int shape[3], const float *A, const float *B,
+                           float *C) {
     double flops = 2.0 * shape[0] * shape[1] * shape[2], best = 1e9;
     for (int r = 0; r < (int)(3e9 / flops) + 3; r++) {
         double start = now_seconds();
-        one_product(ours, w, mode, shape, A, B, C);
+        one_product(ours, mode, shape, A, B, C);
         best = fmin(best, now_seconds() - start);
     }
     return flops / best / 1e9;
 }
 
 static void bench_gemm(double peak) {
-    Work w = bench_work(4096);
     float *A = xmalloc(1 << 22, 4), *B = xmalloc(1 << 22, 4), *C = xmalloc(1 << 22, 4);
     for (int k = 0; k < 1 << 22; k++) A[k] = (float)(k % 7) - 3, B[k] = (float)(k % 5) - 2;
-    printf("  gemm  M    N    K            ");
+    printf("  gemm  M    N    K    %-7s ", gemm_bf16 ? "bf16" : "float32");
     for (int mode = 0; mode < MODES; mode++) printf("  %8s GFLOP/s", MODE_NAMES[mode]);
     printf("\n");
     for (int s = 0; s < N_SHAPES; s++) {
         printf("    %5d %4d %4d            ", SHAPES[s][0], SHAPES[s][1], SHAPES[s][2]);
         for (int mode = 0; mode < MODES; mode++) {
-            double rate = product_rate(1, &w, mode, SHAPES[s], A, B, C);
+            double rate = product_rate(1, mode, SHAPES[s], A, B, C);
             printf("     %5.0f (%3.0f %%)", rate, 100 * rate / peak);
         }
 #ifdef OPENBLAS
         printf("   OpenBLAS");
         for (int mode = 0; mode < MODES; mode++) {
-            double theirs = product_rate(0, &w, mode, SHAPES[s], A, B, C);
-            double rate = product_rate(1, &w, mode, SHAPES[s], A, B, C);  // once more, beside it
+            double theirs = product_rate(0, mode, SHAPES[s], A, B, C);
+            double rate = product_rate(1, mode, SHAPES[s], A, B, C);  // once more, beside it
             printf("  %5.0f (ours %.2f x)", theirs, rate / theirs);
         }
 #endif
         printf("\n");
     }
-    free(A), free(B), free(C), free(w.packed_a), free(w.packed_b);
+    FREE_ALL(A, B, C);
 }
 
 // A random molecule of N atoms: a chain with branches, rings and positions.
@@ -161,34 +154,22 @@ static void bench_molecule(Molecule *m, int N, uint32_t seed) {
 static void bench_open(Step *bench, Config c, size_t B, int atoms) {
     static const Blend blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0};
     Draws draws = {1, 0, 0, 1};
-    Sizes room = {0};
     Molecule m = {0};
     int *sizes = xmalloc(B, sizeof *sizes);
-    for (size_t b = 0; b < B; b++) {
+    for (size_t b = 0; b < B; b++)
         sizes[b] = atoms ? atoms : 4 + (int)(rng_bits(3, 53, 0, 0, (uint32_t)b) % 21);
-        sizes_add(&room, sizes[b]);
-    }
     model_create(&bench->model, c, 1);
     model_init(&bench->model, 1);
-    batch_alloc(&bench->batch, room, 0);
-    acts_alloc(&bench->acts, c, room);
-    memcpy(bench->batch.n_atoms, sizes, B * sizeof *sizes);
-    batch_layout(&bench->batch, B);
+    batch_layout(&bench->batch, (idx)B, sizes);
     for (size_t b = 0; b < B; b++) {
         bench_molecule(&m, sizes[b], (uint32_t)b);
-        batch_set(&bench->batch, b, &m, &bench->batch.reader[0]);
+        batch_set(&bench->batch, b, &m);
         batch_draw(&bench->batch, b, &blend, &draws);
         batch_pairs(&bench->batch, b);
     }
     batch_count(&bench->batch);
     molecule_free(&m);
     free(sizes);
-}
-
-static void bench_close(Step *bench) {
-    model_free(&bench->model);
-    batch_free(&bench->batch);
-    acts_free(&bench->acts);
 }
 
 // Useful operations of one pass over the batch. Counted: the matrices of the encoder (T rows), of
@@ -198,7 +179,7 @@ static double pass_flops(const Step *bench) {
     Config c = bench->model.config;
     double T = (double)bench->batch.T, A = (double)bench->batch.A, P = (double)bench->batch.P;
     double Q = (double)bench->batch.Q, C = c.dim, F = c.ffn, G = c.kernels, squares = 0;
-    for (size_t b = 0; b < bench->batch.B; b++) squares += pow(bench->batch.n_atoms[b] + 1, 2);
+    for (idx b = 0; b < bench->batch.B; b++) squares += pow(bench->batch.n_atoms[b] + 1, 2);
     double encoder = c.layers * (2 * T * (4 * C * C + 2 * C * F) + 4 * squares * C);
     double heads = 2 * A * 3 * C * C + 2 * A * 192 * C + 2 * (A * 32 + P) * 32 * 134;
     return encoder + heads + 2 * Q * G * (G + c.heads) + 2 * A * G * C;
@@ -224,29 +205,33 @@ static void bench_step(Config c, size_t B, int atoms, double peak, const char *n
     }
     double rate = 3 * flops / best / 1e9;
     printf(
-        "    %-8s batch %4zu, %5.1f atoms: %8.1f ms  %7.1f molecules/s  %5.2f GFLOP each  %4.0f "
+        "    %-5s %-7s batch %4zu, %5.1f atoms: %8.1f ms  %7.1f molecules/s  %5.2f GFLOP each  %4.0f "
         "GFLOP/s"
         " (%2.0f %%)   forward only %7.1f molecules/s   memory %4.0f MB\n",
-        name, B, (double)bench.batch.A / (double)B, 1e3 * best, (double)B / best,
+        name, gemm_bf16 ? "bf16" : "float32", B, (double)bench.batch.A / (double)B, 1e3 * best, (double)B / best,
         3 * flops / 1e9 / (double)B, rate, 100 * rate / peak, (double)B / forward,
-        ((double)bench.model.count * 16 + (double)bench.acts.memory_bytes) / 1e6);
-    bench_close(&bench);
+        ((double)bench.model.count * 16 + (double)(bench.batch.store.room +
+         bench.pair->store.room + bench.enc->store.room + bench.head->store.room)) / 1e6);
+    step_close(&bench);
 }
 
 int main(int argc, char **argv) {
     static const Config small = {6, 256, 256, 8, 64, 0}, base = {12, 768, 768, 32, 128, 0};
     const char *part = argc > 1 ? argv[1] : "all";
     int all = strcmp(part, "all") == 0, most = thread_count();
-    printf("vectors of %d floats, register tile %d x %d, %d thread%s\n", VEC, MR, NR, most,
-           most > 1 ? "s" : "");
+    printf("vectors of %d floats, register tile %d x %d, bf16 by %s, %d thread%s\n", VEC, MR, NR,
+           BF16_UNIT, most, most > 1 ? "s" : "");
     for (int threads = 1; threads <= most; threads += most > 1 ? most - 1 : 1) {
         double peak = fma_peak(threads);
         printf("%d thread%s: FMA peak %.0f GFLOP/s\n", threads, threads > 1 ? "s" : "", peak);
-        if (all || !strcmp(part, "gemm")) bench_gemm(peak);
         int step = all || !strcmp(part, "step");
-        if (step || !strcmp(part, "small")) bench_step(small, 64, 0, peak, "small");
-        if (step || !strcmp(part, "base")) bench_step(base, 64, 0, peak, "base");
-        if (step && threads == most) bench_step(base, 256, 0, peak, "base");
+        for (gemm_bf16 = 0; gemm_bf16 < 2; gemm_bf16++) {
+            if (all || !strcmp(part, "gemm")) bench_gemm(peak);
+            if (step || !strcmp(part, "small")) bench_step(small, 64, 0, peak, "small");
+            if (step || !strcmp(part, "base")) bench_step(base, 64, 0, peak, "base");
+            if (step && threads == most) bench_step(base, 256, 0, peak, "base");
+        }
+        gemm_bf16 = 0;
     }
     if (!strcmp(part, "growth")) {
         static const int atoms[] = {10, 50, 100, 250, 500};

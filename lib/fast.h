@@ -130,6 +130,7 @@ ALWAYS_INLINE void round_pairs(float *out, const float *x, idx width) {
     }
 }
 #else
+#define BF16_UNIT "rounding, float32 arithmetic"
 #define round_pairs(out, x, width) (void)0
 static int bf16_way = ROUNDED;
 #define multiply_pair(acc, a, b) (acc)  // never called
