@@ -17,6 +17,7 @@
 #define MB_PROGRAM "bench"
 #define MOLEBLEND_TEST
 #include "../moleblend.c"
+#include "../lib/commands.h"  // precision_text()
 
 #ifdef OPENBLAS
 #include <cblas.h>
@@ -205,13 +206,14 @@ static void bench_step(Config c, size_t B, int atoms, double peak, const char *n
     }
     double rate = 3 * flops / best / 1e9;
     printf(
-        "    %-5s %-7s batch %4zu, %5.1f atoms: %8.1f ms  %7.1f molecules/s  %5.2f GFLOP each  %4.0f "
-        "GFLOP/s"
+        "    %-5s %-7s batch %4zu, %5.1f atoms: %8.1f ms  %7.1f molecules/s  %5.2f GFLOP each  "
+        "%4.0f GFLOP/s"
         " (%2.0f %%)   forward only %7.1f molecules/s   memory %4.0f MB\n",
-        name, gemm_bf16 ? "bf16" : "float32", B, (double)bench.batch.A / (double)B, 1e3 * best, (double)B / best,
+        name, gemm_bf16 ? "bf16" : "float32", B, (double)bench.batch.A / (double)B, 1e3 * best,
+        (double)B / best,
         3 * flops / 1e9 / (double)B, rate, 100 * rate / peak, (double)B / forward,
         ((double)bench.model.count * 16 + (double)(bench.batch.store.room +
-         bench.pair->store.room + bench.enc->store.room + bench.head->store.room)) / 1e6);
+         bench.bias->store.room + bench.enc->store.room + bench.heads->store.room)) / 1e6);
     step_close(&bench);
 }
 
@@ -219,8 +221,9 @@ int main(int argc, char **argv) {
     static const Config small = {6, 256, 256, 8, 64, 0}, base = {12, 768, 768, 32, 128, 0};
     const char *part = argc > 1 ? argv[1] : "all";
     int all = strcmp(part, "all") == 0, most = thread_count();
-    printf("vectors of %d floats, register tile %d x %d, bf16 by %s, %d thread%s\n", VEC, MR, NR,
-           BF16_UNIT, most, most > 1 ? "s" : "");
+    gemm_bf16 = 1;
+    printf("vectors of %d floats, register tile %d x %d, %s, %d thread%s\n", VEC, MR, NR,
+           precision_text(), most, most > 1 ? "s" : "");
     for (int threads = 1; threads <= most; threads += most > 1 ? most - 1 : 1) {
         double peak = fma_peak(threads);
         printf("%d thread%s: FMA peak %.0f GFLOP/s\n", threads, threads > 1 ? "s" : "", peak);

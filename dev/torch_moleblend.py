@@ -790,9 +790,12 @@ def bench(options):
     fused = {"fused": True} if int(torch.__version__.split(".")[0]) > 1 else {}
     optimiser = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0, **fused)
 
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
+
     def train_step(batch):
         optimiser.zero_grad()
-        losses = pretraining_losses(model(batch), batch)
+        with autocast:
+            losses = pretraining_losses(model(batch), batch)
         losses[0].backward()
         nn.utils.clip_grad_norm_(parameters, 5)
         optimiser.step()
@@ -800,7 +803,8 @@ def bench(options):
 
     @torch.inference_mode()
     def embed(batch):
-        return model.encode(batch)[0][-1][:, 0]
+        with autocast:
+            return model.encode(batch)[0][-1][:, 0]
 
     step = embed if options.inference else train_step
     model.train(not options.inference)
@@ -819,7 +823,7 @@ def bench(options):
     what = ["inference" if options.inference else "training", options.size,
             f"batch {options.batch}", f"{torch.get_num_threads()} threads",
             f"{atoms:.1f} atoms a molecule (padded to {longest:.1f})"]
-    what += [name for name in ("compile", "sdpa", "official") if getattr(options, name)]
+    what += [name for name in ("compile", "sdpa", "official", "bf16") if getattr(options, name)]
     print(f"{', '.join(what)}: median {1000 * median:.0f} ms a batch, "
           f"{options.batch / median:.1f} molecules/s (best {options.batch / timed[0]:.1f}), "
           f"peak memory {peak_memory_mb():.0f} MB, torch {torch.__version__}", flush=True)
@@ -836,6 +840,7 @@ def moleblend_rate(options):
         target = os.path.join(folder, "bench.safetensors")
         threads = options.beside_threads or torch.get_num_threads()
         same = ["--batch-size", str(options.batch), "--threads", str(threads)]
+        same += ["--precision", "bf16"] * options.bf16
 
         def run(*words):
             command = [options.beside, *words, *same]
@@ -914,6 +919,8 @@ def main():
     parser.add_argument("--beside-threads", type=int, default=0, help="0: as many as PyTorch")
     parser.add_argument("--inference", action="store_true", help="time the encoder's forward only")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--bf16", action="store_true", help="--bench: autocast to bfloat16, and "
+                        "moleblend --precision bf16 beside it")
     parser.add_argument("--sdpa", action="store_true", help="scaled_dot_product_attention")
     options = parser.parse_args()
     if options.threads:

@@ -110,7 +110,7 @@ static void philox_blocks(uint32_t words[4][BLOCKS], int count, Philox first, ui
 
 // What multiplies operands rounded to bfloat16; 0: gemm_bf16 is not set.
 enum { NOT_ROUNDED, ROUNDED, PAIRED };
-#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+#if defined(SHUFFLE) && defined(__AVX512BF16__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define BF16_UNIT "AVX512-BF16"
 static int bf16_way = PAIRED;
@@ -130,10 +130,9 @@ ALWAYS_INLINE void round_pairs(float *out, const float *x, idx width) {
     }
 }
 #else
-#define BF16_UNIT "rounding, float32 arithmetic"
-#define round_pairs(out, x, width) (void)0
 static int bf16_way = ROUNDED;
-#define multiply_pair(acc, a, b) (acc)  // never called
+#define multiply_pair(acc, a, b) (acc)  // of PAIRED alone
+#define round_pairs(out, x, width) (void)0
 #endif
 
 // ---- the matrix product. gemm() is nearly all of the arithmetic of a training step; it follows
@@ -244,8 +243,8 @@ ALWAYS_INLINE void pack(float *out, idx width, const float *X, idx ldx, int tran
 // out (MR, n) = start (MR, n) + a (K, MR)^T @ b (K, NR)'s first n columns, n = `vectors` (literal)
 // whole vectors; a and b packed, row strides ldo and lds (0: every row starts as the same numbers).
 // paired (literal): of pairs of k.
-ALWAYS_INLINE void gemm_kernel(int paired, int vectors, float *out, idx ldo, const float *start, idx lds,
-                               const float *a, const float *b, idx K) {
+ALWAYS_INLINE void gemm_kernel(int paired, int vectors, float *out, idx ldo, const float *start,
+                               idx lds, const float *a, const float *b, idx K) {
     vec acc[MR][NV];
     for (int r = 0; r < MR; r++)
         for (int v = 0; v < vectors; v++)
@@ -268,8 +267,8 @@ ALWAYS_INLINE void gemm_kernel(int paired, int vectors, float *out, idx ldo, con
 
 // A tile of C at c, of rows x cols numbers: C = a^T b, + C if add, else + bias if given. A narrow
 // tile is made of one or two vectors. A whole one is made in place, one at the edge beside it.
-ALWAYS_INLINE void gemm_tile(int paired, float *c, idx ldc, idx rows, idx cols, int add, const float *bias,
-                             const float *a, const float *b, idx K) {
+ALWAYS_INLINE void gemm_tile(int paired, float *c, idx ldc, idx rows, idx cols, int add,
+                             const float *bias, const float *a, const float *b, idx K) {
     static const float zeros[NR];
     float tile[MR * NR];
     int vectors = cols <= VEC ? 1 : cols <= 2 * VEC ? 2 : NV;

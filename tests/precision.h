@@ -1,7 +1,7 @@
 // tests/precision.h - products of operands rounded to bfloat16 (--precision bf16)
 
-#ifdef PLAIN_C  // has one way
-enum { ROUNDED = 1 };
+#ifdef PLAIN_C  // has one way, and no blocks
+enum { ROUNDED = 1, MR = 4, NR = 16, KC = 64 };
 static int bf16_way = ROUNDED;
 #endif
 
