@@ -80,13 +80,9 @@ static void test_bf16(void) {
             memcpy(D, C, (size_t)M * ldc * sizeof *C);
             gemm_bf16 = 1;
             gemm(ta, tb, M, N, K, A, lda, B, ldb, start, add, C, ldc);
-#ifdef _OPENMP
             omp_set_num_threads(threads > 1 ? 1 : 2);
-#endif
             gemm(ta, tb, M, N, K, A, lda, B, ldb, start, add, C2, ldc);
-#ifdef _OPENMP
             omp_set_num_threads(threads);
-#endif
             gemm_bf16 = 0;
             same = same && memcmp(C, C2, (size_t)M * ldc * sizeof *C) == 0;
             for (int i = 0; i < M; i++)
