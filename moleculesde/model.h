@@ -1,5 +1,5 @@
-// model.h - the rest of MoleculeSDE's model, which moleculesde.c includes: the fine-tuning head, the
-// table of parameters, memory, checkpoints
+// model.h - the rest of MoleculeSDE's model, which moleculesde.c includes: the fine-tuning head,
+// the table of parameters, memory, checkpoints
 
 // =================================================================================================
 // 11 The fine-tuning head: logits (B, Y) = map of the mean of X (or Y) over a molecule's atoms. Of

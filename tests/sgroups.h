@@ -426,7 +426,8 @@ static void test_sgroups(void) {
     test_command("./data_prep --dump build/test_places.bin --range 1:3", 0, "\"pos\":null");
     test_command("./data_prep --dump build/test_places.bin --range 0:1", 0,
                  "\"pos\":[[0,0,0],[1.39");
-    write_bytes("build/test_cx.smi", "CC |$a;b$,^1:0| x\nCO |&1:0,SgD:0:a:b::::| y\nCO z\n", 51);
+    const char *cx = "CC |$a;b$,^1:0| x\nCO |&1:0,SgD:0:a:b::::| y\nCO z\n";
+    write_bytes("build/test_cx.smi", cx, strlen(cx));
     test_command("./data_prep -o build/test_cx.bin build/test_cx.smi", 0,
                  "note       2  CXSMILES extensions not read as a whole\n"
                  "          build/test_cx.smi:1: not read: atom labels\n"
