@@ -159,6 +159,7 @@ static inline void options_resume(const Option *table, int n, unsigned grows, un
         } else if (o->kind != OPT_TEXT) {
             option_store(o, then);
         } else if (!given[o - table] && !(file && *then && *now && access(then, F_OK) != 0)) {
+            if (file) free(*(char **)o->value);  // of sibling()
             *(const char **)o->value = *then ? then : NULL;
             if (*then) then = NULL;  // the option has it now
         }
