@@ -37,11 +37,11 @@ static const Command *command_find(int *named, const Command *table, int n, int 
 }
 
 #ifndef BF16_UNIT  // lib/fast.h has none
-#define BF16_UNIT "rounding, float32 arithmetic"
+#define BF16_UNIT "bf16 by rounding, float32 arithmetic"
 #endif
 
 // The precision of matrix products, and what computes them.
-static const char *precision_text(void) { return gemm_bf16 ? "bf16 by " BF16_UNIT : "float32"; }
+static const char *precision_text(void) { return gemm_bf16 ? BF16_UNIT : "float32"; }
 
 // Takes the value of --precision; says so if it is not the default.
 static void precision_begin(const char *name) {

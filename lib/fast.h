@@ -108,12 +108,16 @@ static void philox_blocks(uint32_t words[4][BLOCKS], int count, Philox first, ui
     }
 }
 
-// What multiplies operands rounded to bfloat16; 0: gemm_bf16 is not set.
-enum { NOT_ROUNDED, ROUNDED, PAIRED };
+// What multiplies operands rounded to bfloat16: the kernel for floats, or units that take pairs of
+// k; 0: gemm_bf16 is not set.
+enum { NOT_ROUNDED, ROUNDED, PAIRED, TILES };
+static const char *const BF16_UNITS[] = {
+    "", "bf16 by rounding, float32 arithmetic", "bf16 by AVX512-BF16", "bf16 by AMX"};
+#define BF16_UNIT BF16_UNITS[bf16_best()]
 #if defined(SHUFFLE) && defined(__AVX512BF16__) && defined(__AVX512VL__)
 #include <immintrin.h>
-#define BF16_UNIT "AVX512-BF16"
-static int bf16_way = PAIRED;
+enum { WITHOUT_TILES = PAIRED };
+#define HAVE_PAIRS
 
 // acc + a0 * b0 + a1 * b1, where a and the lanes of b are pairs of bfloat16.
 ALWAYS_INLINE vec multiply_pair(vec acc, float a, vec b) {
@@ -130,7 +134,7 @@ ALWAYS_INLINE void round_pairs(float *out, const float *x, idx width) {
     }
 }
 #else
-static int bf16_way = ROUNDED;
+enum { WITHOUT_TILES = ROUNDED };
 #define multiply_pair(acc, a, b) (acc)  // of PAIRED alone
 #define round_pairs(out, x, width) (void)0
 #endif
@@ -203,22 +207,24 @@ ALWAYS_INLINE void pack_panel(float *out, idx width, idx n, const float *X, idx 
 }
 
 // Rows of a panel for K of the inner dimension.
-static idx panel_rows(int way, idx K) { return way == PAIRED ? (K + 1) / 2 : K; }
+static idx panel_rows(int way, idx K) {
+    return way == TILES ? (K + 31) / 32 * 16 : way == PAIRED ? (K + 1) / 2 : K;
+}
 
-// pack_panel() of numbers rounded to bfloat16, zero in columns n..width - 1. PAIRED: a number of
-// the panel's row k is a pair, of rows 2 k (its lower half) and 2 k + 1.
+// pack_panel() of numbers rounded to bfloat16, zero in columns n..width - 1. Pairs: a number of the
+// panel's row k is a pair, of rows 2 k (its lower half) and 2 k + 1, zero beyond K.
 ALWAYS_INLINE void pack_rounded(float *out, idx width, idx n, const float *X, idx ldx, int trans,
                                 idx K, int way) {
     enum { CHUNK = 32 };  // rows at a time
     float chunk[CHUNK * NR];
     memset(chunk, 0, sizeof chunk);
     for (idx k0 = 0; k0 < K; k0 += CHUNK, X += CHUNK * (trans ? 1 : ldx)) {
-        idx rows = min_idx(CHUNK, K - k0);
-        if (rows % 2) memset(chunk + rows * width, 0, width * sizeof *chunk);
+        idx rows = min_idx(CHUNK, K - k0), end = way == TILES ? CHUNK : (rows + 1) / 2 * 2;
+        memset(chunk + rows * width, 0, (end - rows) * width * sizeof *chunk);
         pack_panel(chunk, width, n, X, ldx, trans, rows);
         for (idx k = 0; k < rows && way == ROUNDED; k++, out += width)
             for (idx c = 0; c < width; c++) out[c] = rounded(chunk[k * width + c]);
-        for (idx k = 0; k < rows && way == PAIRED; k += 2, out += width)
+        for (idx k = 0; k < end && way != ROUNDED; k += 2, out += width)
             round_pairs(out, chunk + k * width, width);
     }
 }
@@ -286,6 +292,15 @@ ALWAYS_INLINE void gemm_tile(int paired, float *c, idx ldc, idx rows, idx cols, 
         }
 }
 
+#include "amx.h"  // tiles_permitted(), tiles_begin(); pack_tiles(), gemm_tiles()
+
+// The fastest way that there is; found out once.
+static int bf16_way;
+static int bf16_best(void) {
+    if (!bf16_way) bf16_way = tiles_permitted() ? TILES : WITHOUT_TILES;
+    return bf16_way;
+}
+
 // The sum over k runs in blocks of KC, in order, whatever the
 // number of threads: they share out the tiles of C. If all rows are one block, a thread takes a
 // group of column panels and packs them as it goes; else the panels are packed for all first.
@@ -300,8 +315,8 @@ static void gemm(int trans_a, int trans_b, idx M, idx N, idx K, const float *A, 
     idx row_blocks = one_block ? 1 : ((M + MC - 1) / MC + threads - 1) / threads * threads;
     row_blocks = min_idx(row_blocks, row_panels);
     idx column_groups = min_idx((threads + row_blocks - 1) / row_blocks, panels);
-    int way = gemm_bf16 ? bf16_way : NOT_ROUNDED;
-    idx block_k = way == PAIRED ? 2 * KC : KC;
+    int way = gemm_bf16 ? bf16_best() : NOT_ROUNDED;
+    idx block_k = way >= PAIRED ? 2 * KC : KC;
 #pragma omp parallel num_threads(threads)
     for (idx k0 = 0; k0 == 0 || k0 < K; k0 += block_k) {
         idx kc = min_idx(block_k, K - k0), panel_k = panel_rows(way, kc), add_now = add || k0 > 0;
@@ -320,16 +335,24 @@ static void gemm(int trans_a, int trans_b, idx M, idx N, idx K, const float *A, 
             idx m = min_idx((block + 1) * row_panels / row_blocks * MR, M) - i0;
             idx p0 = group * panels / column_groups, p1 = (group + 1) * panels / column_groups;
             float *a = pack_room.a + (idx)thread_id() * MC * KC;
-            pack(a, MR, A0 + i0 * (trans_a ? 1 : lda), lda, !trans_a, m, kc, way);
+            const float *A1 = A0 + i0 * (trans_a ? 1 : lda);
+            if (way == TILES) {
+                tiles_begin();
+                pack_tiles(a, A1, lda, trans_a, m, kc, panel_k);
+            } else {
+                pack(a, MR, A1, lda, !trans_a, m, kc, way);
+            }
             for (idx p = p0; p < p1; p++) {
                 idx n = min_idx(NR, N - p * NR);
                 float *b = pack_room.b + p * panel_size;
                 if (one_block) pack(b, NR, B0 + p * panel_step, ldb, trans_b, n, kc, way);
-                for (idx i = 0; i < m; i += MR) {
+                for (idx i = 0; i < m; i += way == TILES ? 32 : MR) {
                     float *c = C + (i0 + i) * ldc + p * NR;
                     const float *bias_p = bias ? bias + p * NR : NULL, *a_i = a + i * panel_k;
                     idx rows = min_idx(MR, m - i);
-                    if (way == PAIRED)
+                    if (way == TILES)
+                        gemm_tiles(c, ldc, min_idx(32, m - i), n, add_now, bias_p, a_i, b, panel_k);
+                    else if (way == PAIRED)
                         gemm_tile(1, c, ldc, rows, n, add_now, bias_p, a_i, b, panel_k);
                     else gemm_tile(0, c, ldc, rows, n, add_now, bias_p, a_i, b, panel_k);
                 }
