@@ -4066,6 +4066,7 @@ static int fill_molecule(ChemMol *m, Molecule *out, int n_tasks, Span name, int 
 #include "prep/records.h"   // next_records(): files cut into records; SD tags, CSV fields
 #include "prep/labels.h"    // parse_label(): what cells say, and what is unusual about them
 #include "prep/writer.h"    // dataset_create(), record_encode(): the dataset file
+#include "prep/rows.h"      // table_find(): rows of files beside the records, by their keys
 #include "prep/convert.h"   // convert_records(): chunks of records in parallel, written in order
 #include "prep/columns.h"   // read_header(), survey_source(): columns, tags and tasks
 #include "prep/summary.h"   // print_summary(): what was read, refused, and is odd about it

@@ -255,8 +255,8 @@ static void note_unused_rows(const Table *t) {
         if (!t->used[k]) unused++, first = k;
     if (unused)
         fprintf(stderr, "note    %s: %zu rows belong to no record, the first is row %zu, "
-                "\"%.*s\"\n", t->path, unused, first + 1, min_int(table_key(t, first).n, 60),
-                table_key(t, first).p);
+                "\"%.*s\"\n", t->path, unused, first + 1, min_int(t->key[first].n, 60),
+                t->key[first].p);
     if (t->repeated)
         fprintf(stderr, "note    %s: %zu rows begin as an earlier one does; by title, the first "
                 "counts\n", t->path, t->repeated);

@@ -2,7 +2,6 @@
 // and written in the order they were read. Nothing depends on the number of threads
 //
 //   PrepOptions, Conversion          the command line; what to do with every record
-//   table_open(), table_find()       --labels-from, --skip-list, file:PATH: rows by their keys
 //   find_task()                      the task of a name
 //   convert_records() -> Outcome     encodes a chunk; what became of each record
 
@@ -21,21 +20,6 @@ static unsigned tag_kind(const PrepOptions *o) {
     while (o->stereo && k < N_TAG_KINDS && strcmp(o->stereo, TAG_KINDS[k]) != 0) k++;
     return k;
 }
-
-// A file of rows that say something of records, each by its name or number: labels (a CSV file with
-// a header), or lists of records to leave out and of parts of a split (their fields end at commas
-// if every line has one, else at blanks: separator ' ').
-typedef struct {
-    const char *path;
-    const uint8_t *bytes;
-    char separator;
-    size_t size, n_rows, n_slots;
-    const char **row;        // (n_rows + 1) where each begins; the last: the end
-    uint32_t *slot;          // (n_slots) hash table: 1 + the row of a key, its first field
-    int *task_of_column, n_columns;  // labels: what each column is
-    uint8_t *used;           // labels: (n_rows) whether a record has taken it
-    size_t repeated;         // rows whose key an earlier one has
-} Table;
 
 #define SKIP_LISTED "in --skip-list"  // a kind of fault
 
@@ -113,12 +97,6 @@ static int store_molecule(Worker *w, Outcome *o) {
     return 0;
 }
 
-static uint32_t hash_name(Span name) {
-    uint32_t hash = 2166136261u;  // FNV-1a
-    for (int k = 0; k < name.n; k++) hash = (hash ^ (uint8_t)name.p[k]) * 16777619u;
-    return hash ^ hash >> 17;
-}
-
 // Where a name's task stands, or would stand, in the hash table.
 static int *find_slot(const Conversion *c, Span name) {
     uint32_t at = hash_name(name) % TASK_SLOTS;
@@ -130,70 +108,6 @@ static int *find_slot(const Conversion *c, Span name) {
 // The task of a name, or -1.
 static int find_task(const Conversion *c, Span name) {
     return c->n_tasks ? *find_slot(c, name) - 1 : -1;
-}
-
-// The first field of a row of a table.
-static Span table_key(const Table *t, size_t row) {
-    Span text = trim((Span){t->row[row], (int)(t->row[row + 1] - t->row[row])});
-    int n = 0, blank = t->separator == ' ';
-    while (n < text.n && text.p[n] != t->separator && !(blank && text.p[n] == '\t')) n++;
-    Span key = trim((Span){text.p, n});
-    return key.n > 1 && key.p[0] == '"' ? (Span){key.p + 1, key.n - 2} : key;
-}
-
-// Slot of the row with this key, or the free one where it would stand.
-static uint32_t *table_slot(const Table *t, Span key) {
-    size_t at = hash_name(key) % t->n_slots;
-    for (; t->slot[at]; at = (at + 1) % t->n_slots) {
-        Span there = table_key(t, t->slot[at] - 1);
-        if (there.n == key.n && memcmp(there.p, key.p, (size_t)key.n) == 0) break;
-    }
-    return &t->slot[at];
-}
-
-// 1 + the row of a record: that of its name, or else of its number; 0 if there is none.
-static size_t table_find(const Table *t, Span name, int64_t number) {
-    char text[24];
-    int n = snprintf(text, sizeof text, "%lld", (long long)number);
-    size_t row = t->n_rows ? *table_slot(t, name) : 0;
-    return row || !t->n_rows ? row : *table_slot(t, (Span){text, n});
-}
-
-// Opens a table; of two rows with one key the first counts. `path` must live as long.
-static void table_open(Table *t, const char *path, int is_list) {
-    *t = (Table){.path = path};
-    t->bytes = file_bytes(path, &t->size);
-    const char *p = (const char *)t->bytes, *end = p + t->size, *quote = NULL, *next;
-    CHECK(!t->size || memchr(p, '\n', t->size) || !memchr(p, '\r', t->size),
-          "%s: its lines end in CR alone; type: tr '\\r' '\\n' < %s > FILE", path, path);
-    size_t room = 0, commas = 0;
-    next = t->size ? line_end(p, end) : NULL;
-    if (!is_list) t->separator = find_separator(p, end, ',', "");
-    for (; p < end; p = next) {
-        next = is_list ? line_end(p, end) : csv_row_end(p, end, t->separator, &quote);
-        if (!next) next = end;
-        if (trim((Span){p, (int)(next - p)}).n == 0) continue;
-        if (t->n_rows + 1 >= room) t->row = xrealloc(t->row, room = 2 * room + 64, sizeof *t->row);
-        t->row[t->n_rows++] = p;
-        t->row[t->n_rows] = next;
-        commas += memchr(p, ',', (size_t)(next - p)) != NULL;
-    }
-    if (is_list) t->separator = commas == t->n_rows ? ',' : ' ';
-    CHECK(t->n_rows > 0 && t->n_rows < UINT32_MAX, "%s: expected rows, found none", path);
-    t->n_slots = 2 * t->n_rows + 1;
-    t->slot = xmalloc(t->n_slots, sizeof *t->slot);
-    for (size_t k = 0; k < t->n_rows; k++) {
-        uint32_t *slot = table_slot(t, table_key(t, k));
-        t->repeated += *slot != 0;
-        if (!*slot) *slot = (uint32_t)k + 1;
-    }
-}
-
-static void table_close(Table *t) {
-    file_release(t->bytes, t->size);
-    free(t->row);
-    free(t->slot);
-    FREE_ALL(t->task_of_column, t->used);
 }
 
 // Reads a label. An unusual cell is noted with `line`, see OddCell.
@@ -228,15 +142,16 @@ static void read_side_labels(const Conversion *c, const Record *r, Worker *w, fl
 }
 
 // The part that a word names, or the end of the record.
-static int read_part(const Conversion *c, const Record *r, Span word, Outcome *o) {
+static int read_part(const Conversion *c, Arena *arena, const Record *r, Span word, Outcome *o) {
     static const char *const names[] = {"train", "valid", "test", "training", "validation", "test",
                                         "train", "val", "test"};
     if (c->parts.n_rows) {
         size_t row = table_find(&c->parts, o->name, r->number);
         if (!row)
             return fault_at(&o->fault, 0, 0, "in no part", "%s does not name it", c->parts.path);
-        Span key = table_key(&c->parts, row - 1);
-        const char *begin = key.p + key.n, *end = c->parts.row[row];
+        const char *begin, *end = c->parts.row[row];
+        first_field(arena, c->parts.separator, c->parts.row[row - 1], end, &begin);
+        if (!begin) begin = end;
         while (begin < end && strchr("\", \t", *begin)) begin++;
         word = trim((Span){begin, (int)(end - begin)});
     }
@@ -342,7 +257,7 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
     }
     if (table_find(&c->skips, o->name, r->number))
         return fault_at(&o->fault, 0, 0, SKIP_LISTED, "%s names it", c->skips.path);
-    if ((c->parts.n_rows || c->part_column) && read_part(c, r, part, o)) return -1;
+    if ((c->parts.n_rows || c->part_column) && read_part(c, &m->arena, r, part, o)) return -1;
     if (c->labels.n_rows) read_side_labels(c, r, w, labels, o);
     int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
     if (perceive(m, c->opt->keep_hydrogens, c->opt->largest_fragment, (int)c->opt->max_atoms,

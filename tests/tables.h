@@ -161,8 +161,32 @@ static void test_table_pipes(void) {
     "-o build/te.npy", 0, "0 molecules");
 }
 
+// Catches names in quotes that are cut at a comma, a blank or a quote in them: their labels went to
+// a record without a title, their records were kept, or in no part.
+static void test_quoted_names(void) {
+    static const char head[] = SD_HEAD;
+    char *sdf = xprintf("1,2-%s$$$$\n%s$$$$\nx \"y\"%s$$$$\n", head, head + 1, head + 1);
+    write_bytes("build/t.sdf", sdf, strlen(sdf));
+    free(sdf);
+    test_table("build/t.csv", "title,a\n\"1,2-x\",5\n\"x \"\"y\"\"\",6\n", "./data_prep -o "
+               "build/t.bin --labels a --labels-from build/t.csv build/t.sdf" T_DUMP, 0,
+               "5]}null]}6]}");
+    test_table("build/t.txt", "\"1,2-x\"\n\"x \"\"y\"\"\"\n", "./data_prep -o build/t.bin "
+               "--skip-list build/t.txt build/t.sdf", 0, "2  in --skip-list");
+    test_table("build/t.txt", "\"1,2-x\", train\n2,valid\n\"x \"\"y\"\"\",test\n",
+               "./data_prep -o 'build/t.{}.bin' --split-by file:build/t.txt build/t.sdf", 0,
+               "test            1 molecules");
+    test_table("build/t.txt", "\"1,2-x\"\ttrain\n2 valid\n\"x \"\"y\"\"\" test\n",
+               "./data_prep -o 'build/t.{}.bin' --split-by file:build/t.txt build/t.sdf", 0,
+               "test            1 molecules");
+    test_table("build/t.txt", "\"1,2-x\" train\n\"2,0\" test\n\"x \"\"y\"\"\"\n", "./data_prep "
+               "-o 'build/t.{}.bin' --split-by file:build/t.txt build/t.sdf", 0,
+               "15: expected train, valid or test, found \"\"");
+}
+
 static void test_tables(void) {
     test_preparation();
     test_table_shapes();
     test_table_pipes();
+    test_quoted_names();
 }
