@@ -525,7 +525,7 @@ typedef struct {
     (void)batch, (void)p, (void)g
 
 // =================================================================================================
-// 4 Layers, forward and backward, on top of six functions in which a training step spends its
+// 4 Layers, forward and backward, on top of five functions in which a training step spends its
 //   time. lib/fast.h has them for vector units; these are their definitions, what a port starts
 //   from (-DPLAIN_C builds with them).
 // =================================================================================================
@@ -533,7 +533,7 @@ typedef struct {
 enum { BLOCKS = 64 };  // Philox blocks made at once
 
 #ifndef PLAIN_C
-#include "lib/fast.h"  // the six, faster; VEC, floats in a vector
+#include "lib/fast.h"  // the five, faster; VEC, floats in a vector
 #else
 enum { VEC = 1 };
 

@@ -155,8 +155,7 @@ static inline int thread_id(void) { return omp_get_thread_num(); }
 // To be called first in main(). A write beyond `ulimit -f` shall fail, not kill, and no file be
 // opened in the place of a closed stdout or stderr; what is written to the former shall not pass.
 // Waiting is made short: a hundredth of gcc's default is as fast on an idle machine. gcc's runtime
-// has read its environment before main()
-// begins, so the program begins again with another one.
+// has read its environment before main() begins, so the program begins again with another one.
 static inline void program_begin(char **argv) {
 #if MB_POSIX
     signal(SIGXFSZ, SIG_IGN);
