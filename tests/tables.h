@@ -182,6 +182,9 @@ static void test_quoted_names(void) {
     test_table("build/t.txt", "\"1,2-x\" train\n\"2,0\" test\n\"x \"\"y\"\"\"\n", "./data_prep "
                "-o 'build/t.{}.bin' --split-by file:build/t.txt build/t.sdf", 0,
                "15: expected train, valid or test, found \"\"");
+    test_table("build/t.txt", "\"1,2-x\" train\n\"2,0\" test\n", "./data_prep -o "
+               "'build/t.{}.bin' --split-by file:build/t.txt build/t.sdf", 0,
+               "train           1 molecules");
 }
 
 static void test_tables(void) {
