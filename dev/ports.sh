@@ -22,12 +22,12 @@ python=${PORTS_PYTHON:-python3}
 export OMP_WAIT_POLICY=passive WINEDEBUG=-all WINEPREFIX=$work/wine
 names="sse2 avx2 avx512 plain musl i386 i386-gnu aarch64 armhf riscv64 ppc64le s390x windows tcc wasi macos"
 slow=(heads geometry attention model bias "500 atoms" messages using machine "flipped bits" reproducible "resumed tuning"
-      "not finite" quotas)
+      "not finite" quotas outputs options "tuning options" predictions "two runs" poison precision)
 alone=(functions "random numbers" "matrix products" relations linear gelu attention geometry bias embedding
        heads model packing "500 atoms" "numbers at edges" masks metrics dataset checkpoint data_prep
        "golden files")
 programs=(program messages)  # groups of moleculesde's tests that start programs, and the slow ones
-sde_slow=("${programs[@]}" "2D -> 3D" "3D -> 2D" model "fine-tuning head")
+sde_slow=("${programs[@]}" "2D -> 3D" "3D -> 2D" model "fine-tuning head" outputs runs options "tuning options")
 fast="-ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd"
 m32="gcc -m32 -I/usr/include/x86_64-linux-gnu"  # Debian's gcc-12-multilib leaves the path to us
 

@@ -1194,7 +1194,38 @@ static const Settings DEFAULTS = {
     {0, {0.2, 1}, {0.1, 1}, {0.2, 1}, 0, 0.1, 0.5, 1, 1, 1}, {5e-4, 0.9, 0.999, 1e-8, 0, 0},
     1, 1, 16, 3, 0, 0};
 
-// A step of pretraining or epochs of fine-tuning by other settings than were asked for.
+static const Shape options_shape = {16, 2, 8, 9, 2, 8, 4, 2, 2, 1, 0, 0};
+
+// build/sdeo.safetensors has s's weights: `embed` gives means over the atoms.
+static void check_embeddings(Sde *s, Dataset *data, uint32_t *ids) {
+    double loss[TERMS];
+    for (int use_3d = 0; use_3d < 2; use_3d++) {
+        int unlike = 0;
+        run_command(SDE " embed valid.bin --model build/sdeo.safetensors --encoder %s -o "
+                    "build/sdeo.npy > build/sde.out 2> build/sde.err", use_3d ? "3d" : "2d");
+        for (uint32_t i = 0; i < data->count; i++) ids[i] = i;
+        s->training = 0;
+        mols_load(&s->mols, data, ids, data->count, 0);
+        mols_draw(s);
+        losses(loss, s);
+        FILE *npy = fopen("build/sdeo.npy", "rb");
+        uint8_t number[4];
+        int there = npy && fseek(npy, 128, SEEK_SET) == 0;
+        for (size_t b = 0; b < data->count; b++)
+            for (size_t c = 0; c < 16; c++) {
+                double mean = 0;
+                for (size_t i = s->mols.atom_start[b]; i < s->mols.atom_start[b + 1]; i++)
+                    mean += (double)(use_3d ? s->a.y : s->a.x)[i * 16 + c] / s->mols.n_atoms[b];
+                there = there && fread(number, 4, 1, npy) == 1;
+                unlike += !there || !(fabs((double)get_f32(number) - mean) <
+                                      1e-4 * fmax(1, fabs(mean)));
+            }
+        if (npy) fclose(npy);
+        test_check(unlike == 0, "%d numbers of embeddings differ", unlike);
+    }
+}
+
+// A step of pretraining by other settings than were asked for.
 static void test_options(void) {
     static const struct { const char *args; size_t field; double value; } rows[] = {
         {"", offsetof(Settings, seed), 1}, {"--sde vp", offsetof(Settings, vp), 1},
@@ -1211,16 +1242,8 @@ static void test_options(void) {
         {"--scale-3d 9", offsetof(Settings, scale_3d), 9},
         {"--seed 7", offsetof(Settings, seed), 7}, {"--batch-size 11", offsetof(Settings, batch),
          11}};
-    static const struct { const char *args; size_t field; double value; } tuned[] = {
-        {"", offsetof(Settings, seed), 1}, {"--dropout 0.05", offsetof(Settings, method.dropout),
-         0.05},
-        {"--lr 0.05", offsetof(Settings, adam.lr), 0.05},
-        {"--epochs 4", offsetof(Settings, epochs), 4},
-        {"--encoder 3d", offsetof(Settings, use_3d), 1}};
-    const Shape shape = {16, 2, 8, 9, 2, 8, 4, 2, 2, 1, 0, 0};
     Dataset data;
-    double base[2 * TERMS + 2];
-    int earlier = 0;
+    double base[2 * TERMS + 2] = {0};
     dataset_open(&data, "valid.bin");
     uint32_t *ids = xmalloc(data.count, sizeof *ids);
     for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
@@ -1231,7 +1254,7 @@ static void test_options(void) {
         memcpy((char *)&o + rows[r].field, &rows[r].value, sizeof(double));
         o.method.vp = o.vp > 0;
         o.method.dropout = 0;
-        sde_create(&s, shape, 1);
+        sde_create(&s, options_shape, 1);
         sde_init(&s, (uint64_t)o.seed);
         s.method = o.method;
         run_command(SDE " valid.bin --valid valid.bin" SMALL "--steps 2 %s -o "
@@ -1254,36 +1277,29 @@ static void test_options(void) {
         for (int k = 0; k < 2 * TERMS + 2; k++) differs = fmax(differs, fabs(all[k] / base[k] - 1));
         test_check(wrong == 0, "%s: %d numbers of the log are wrong:\n%s", rows[r].args, wrong,
                    csv);
-        for (int use_3d = 0; use_3d < 2 && r == 0; use_3d++) {  // vectors: means over the atoms
-            int unlike = 0;
-            run_command(SDE " embed valid.bin --model build/sdeo.safetensors --encoder %s -o "
-                        "build/sdeo.npy > build/sde.out 2> build/sde.err", use_3d ? "3d" : "2d");
-            for (uint32_t i = 0; i < data.count; i++) ids[i] = i;
-            s.training = 0;
-            mols_load(&s.mols, &data, ids, data.count, 0);
-            mols_draw(&s);
-            losses(loss, &s);
-            FILE *npy = fopen("build/sdeo.npy", "rb");
-            uint8_t number[4];
-            int there = npy && fseek(npy, 128, SEEK_SET) == 0;
-            for (size_t b = 0; b < data.count; b++)
-                for (size_t c = 0; c < 16; c++) {
-                    double mean = 0;
-                    for (size_t i = s.mols.atom_start[b]; i < s.mols.atom_start[b + 1]; i++)
-                        mean += (double)(use_3d ? s.a.y : s.a.x)[i * 16 + c] / s.mols.n_atoms[b];
-                    there = there && fread(number, 4, 1, npy) == 1;
-                    unlike += !there || !(fabs((double)get_f32(number) - mean) <
-                                          1e-4 * fmax(1, fabs(mean)));
-                }
-            if (npy) fclose(npy);
-            test_check(unlike == 0, "%d numbers of embeddings differ", unlike);
-        }
+        if (r == 0) check_embeddings(&s, &data, ids);
         test_check(r == 0 || differs > 1e-3, "%s: this test would not notice (%.1e)",
                    rows[r].args, differs);
         free(csv);
         sde_free(&s);
     }
+    free(ids);
+    dataset_close(&data);
+}
+
+// Epochs of fine-tuning by other settings than were asked for.
+static void test_tuning_options(void) {
+    static const struct { const char *args; size_t field; double value; } tuned[] = {
+        {"", offsetof(Settings, seed), 1}, {"--dropout 0.05", offsetof(Settings, method.dropout),
+         0.05},
+        {"--lr 0.05", offsetof(Settings, adam.lr), 0.05},
+        {"--epochs 4", offsetof(Settings, epochs), 4},
+        {"--encoder 3d", offsetof(Settings, use_3d), 1}};
+    Dataset data;
     Molecule m = {0};
+    int earlier = 0;
+    dataset_open(&data, "valid.bin");
+    uint32_t *ids = xmalloc(data.count, sizeof *ids);
     for (size_t r = 0; r < sizeof tuned / sizeof *tuned; r++) {
         Settings o = DEFAULTS;
         float mean[2], std[2];
@@ -1302,7 +1318,7 @@ static void test_options(void) {
             std[y] = (float)sqrt(sum[y][2] / sum[y][0] - pow(sum[y][1] / sum[y][0], 2));
         }
         Aim aim = {TASK_REGRESSION, mean, std};
-        Shape c = shape;
+        Shape c = options_shape;
         c.tasks = 2;
         c.use_3d = o.use_3d > 0;
         Sde s = {0};
@@ -1409,8 +1425,9 @@ static void test_outputs(void) {
          "> "
          "build/so/n.csv; ./data_prep -o build/so/n.bin --name name build/so/n.csv; ./data_prep -o "
          "'build/so/{}.bin' --split 0.9,0.1 --split-by order --labels logP data/sample.sdf; "
-         "cp build/sde1.safetensors build/so/m.safetensors; cksum build/so/* > "
-         "build/so.sums", 0, ""},
+         SDE " build/so/train.bin --dim 16 --layers 1 --blocks 1 --batch-size 8 --steps 2 -o "
+         "build/so/m.safetensors && cksum build/so/* > build/so.sums", 0,
+         "wrote build/so/m.safetensors"},
         {SDE " build/so/train.bin -o build/so/./train.bin", 1, "same file as the input"},
         {SDE " build/so/train.bin -o build/so/valid.bin", 1, "same file as the input"},
         {SDE " finetune build/so/train.bin --init build/so/m.safetensors -o build/so/m.safetensors",
@@ -1531,7 +1548,8 @@ int main(int argc, char **argv) {
         {"rotation", test_rotation}, {"permutation", test_permutation}, {"shapes", test_shapes},
         {"program", test_program}, {"judging", test_judging}, {"messages", test_messages},
         {"outputs", test_outputs}, {"runs", test_runs}, {"drawn", test_drawn},
-        {"options", test_options}, {"golden file", test_bundled}};
+        {"options", test_options}, {"tuning options", test_tuning_options},
+        {"golden file", test_bundled}};
     stop_at_failure = argc > 1 && strcmp(argv[1], "--stop") == 0;  // at the first
     argc -= stop_at_failure, argv += stop_at_failure;
     int only = argc > 2 && strcmp(argv[1], "--golden") == 0;

@@ -1400,7 +1400,8 @@ static void test_machinery(void) {
     test_check(fabs(slope) < 1e-5 && scale > 0.1, "calibration %.4f leaves a slope of %.1e", scale,
                slope);
     const float sure[] = {3, -3, NAN, 2}, right[] = {1, 0, NAN, 1}, wrong[] = {0, 1, NAN, 0};
-    test_check(calibration(sure, right, 4) == 10 && calibration(sure, wrong, 4) == 0.1f,
+    const float least = 0.1f;  // x87 keeps more of a constant
+    test_check(calibration(sure, right, 4) == 10 && calibration(sure, wrong, 4) == least,
                "calibration ends at 10 and 0.1: %g, %g", (double)calibration(sure, right, 4),
                (double)calibration(sure, wrong, 4));
     static const struct { const char *a, *b; int distance; } words[] = {

@@ -38,7 +38,8 @@ static void test_rounding(void) {
     }
     test_check(equal, "NaN stays NaN");
     gemm_bf16 = 0;
-    test_check(rounded(1.001f) == 1.001f, "float32 rounds nothing");
+    const float x = 1.001f;  // x87 keeps more of a constant
+    test_check(rounded(x) == x, "float32 rounds nothing");
 }
 
 // |a - b| / |b|, Frobenius, of (M, N) numbers with row stride ld.
