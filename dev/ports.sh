@@ -22,12 +22,15 @@ python=${PORTS_PYTHON:-python3}
 export OMP_WAIT_POLICY=passive WINEDEBUG=-all WINEPREFIX=$work/wine
 names="sse2 avx2 avx512 plain musl i386 i386-gnu aarch64 armhf riscv64 ppc64le s390x windows tcc wasi macos"
 slow=(heads geometry attention model bias "500 atoms" messages using machine "flipped bits" reproducible "resumed tuning"
-      "not finite" quotas outputs options "tuning options" predictions "two runs" poison precision)
+      "not finite" quotas)
+tedious=(stereo judging notes seeds "seeds alone" outputs options "tuning options" predictions "two runs" poison
+         precision)  # by an emulator these take an hour
 alone=(functions "random numbers" "matrix products" relations linear gelu attention geometry bias embedding
        heads model packing "500 atoms" "numbers at edges" masks metrics dataset checkpoint data_prep
        "golden files")
 programs=(program messages)  # groups of moleculesde's tests that start programs, and the slow ones
-sde_slow=("${programs[@]}" "2D -> 3D" "3D -> 2D" model "fine-tuning head" outputs runs options "tuning options")
+sde_slow=("${programs[@]}" "2D -> 3D" "3D -> 2D" model "fine-tuning head")
+sde_tedious=(outputs runs options "tuning options")
 fast="-ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd"
 m32="gcc -m32 -I/usr/include/x86_64-linux-gnu"  # Debian's gcc-12-multilib leaves the path to us
 
@@ -148,8 +151,10 @@ try() {  # COMPILER: sets $passed, $same, $error
     build "$1" || { passed="FAILED: does not compile"; return; }
     [ "$run" != none ] || { passed="compiled and linked"; return; }
     [ "$tests" = all ] || without=("${slow[@]}")
+    [ "$tests" = all ] || [[ $run != qemu* ]] || without+=("${tedious[@]}")
     case $end in .wasm | .exe) sde_without=("${programs[@]}") ;; esac
     [ "$tests" = all ] || sde_without=("${sde_slow[@]}")
+    [ "$tests" = all ] || [[ $run != qemu* ]] || sde_without+=("${sde_tedious[@]}")
     compare
     if [ "$end" = .wasm ]; then  # where no program can start another
         run_tests test "${alone[@]}"
@@ -211,5 +216,6 @@ done
 echo
 echo "tests passed: moleblend's and data_prep's + moleculesde's"
 echo "quick: without the groups $(printf '%s, ' "${slow[@]}")and on WASI only $(printf '%s, ' "${alone[@]}")which start no programs;"
-echo "of moleculesde's without $(printf '%s, ' "${sde_slow[@]}")on WASI and Windows without $(printf '%s, ' "${programs[@]}")"
+echo "by an emulator also without $(printf '%s, ' "${tedious[@]}")"
+echo "of moleculesde's without $(printf '%s, ' "${sde_slow[@]}")by an emulator $(printf '%s, ' "${sde_tedious[@]}")on WASI and Windows without $(printf '%s, ' "${programs[@]}")"
 exit $failed
