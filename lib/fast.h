@@ -37,13 +37,16 @@ typedef float vec __attribute__((vector_size(VEC * sizeof(float)), aligned(4), m
 typedef float quad __attribute__((vector_size(4 * sizeof(float)), aligned(4), may_alias));
 #ifdef __clang__
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#define UNROLL _Pragma("clang loop unroll(full)")
 #else
 typedef int quad_mask __attribute__((vector_size(4 * sizeof(int))));
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (quad_mask){i, j, k, l})
+#define UNROLL _Pragma("GCC unroll 8")
 #endif
 #else  // any C11 compiler: the same code on vectors of one float
 enum { VEC = 1, MR = 4, NV = 4 };
 typedef float vec;
+#define UNROLL
 #endif
 
 // e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2; e^r by a polynomial fitted to 3e-9. x is
@@ -257,12 +260,9 @@ ALWAYS_INLINE void gemm_kernel(int paired, int vectors, float *out, idx ldo, con
             acc[r][v] = *(const vec *)(start + r * lds + v * VEC);
     for (idx k = 0; k < K; k++, a += MR, b += NR) {
         vec row[NV];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) row[v] = *(const vec *)(b + v * VEC);
-#pragma GCC unroll 8
-        for (int r = 0; r < MR; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++)
+        UNROLL for (int v = 0; v < vectors; v++) row[v] = *(const vec *)(b + v * VEC);
+        UNROLL for (int r = 0; r < MR; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
                 if (paired) acc[r][v] = multiply_pair(acc[r][v], a[r], row[v]);
                 else acc[r][v] += a[r] * row[v];
     }
@@ -367,16 +367,13 @@ ALWAYS_INLINE void small_rows(int rows, float *out, idx ldo, const float *a, idx
     for (idx j = 0; j < n; j += VEC) {
         const vec zero = {0};
         vec acc[8];
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) acc[r] = zero;
+        UNROLL for (int r = 0; r < rows; r++) acc[r] = zero;
         for (idx k = 0; k < K; k++) {
             vec row = *(const vec *)(b + k * ldb + j);
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; r++)
+            UNROLL for (int r = 0; r < rows; r++)
                 acc[r] += a[r * a_row + k * a_col] * row;
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) *(vec *)(out + r * ldo + j) = acc[r];
+        UNROLL for (int r = 0; r < rows; r++) *(vec *)(out + r * ldo + j) = acc[r];
     }
 }
 
