@@ -1,5 +1,5 @@
 // lib/amx.h - products of pairs of bfloat16 by AMX, the tiles of Xeons since 2023; of lib/fast.h.
-// Tested with tests/tiles.h for the instructions, not yet run where there are any
+// tests/tiles.h stands in for the instructions where there are none.
 //
 //   tiles_permitted()   does Linux let this process have them?
 //   pack_tiles()        A's rows, in tiles
@@ -57,14 +57,7 @@ static void pack_tiles(float *out, const float *X, idx ldx, int trans, idx m, id
         }
 }
 
-// To the tiles `top` and, of the 16 rows below, `low`: plus a's tiles times b's. Tiles are numbers
-// in the source: gcc makes instructions of the text.
-#define TILES_ADD(top, low, a, b)                                                                  \
-    _tile_loadd(7, b, NR * sizeof(float));                                                         \
-    _tile_loadd(6, a, 64);                                                                         \
-    _tile_dpbf16ps(top, 6, 7);                                                                     \
-    _tile_loadd(6, (a) + 16 * panel_k, 64);                                                        \
-    _tile_dpbf16ps(low, 6, 7);
+// Tiles are numbers in the source: gcc makes instructions of the text.
 #define TILES_ZERO(top, low) _tile_zero(top); _tile_zero(low);
 #define TILES_STORE(top, low, column)                                                              \
     _tile_stored(top, sum + column, NR * sizeof(float));                                           \
@@ -77,11 +70,22 @@ static void gemm_tiles(float *c, idx ldc, idx rows, idx cols, int add, const flo
     __asm__ volatile("" : : : "memory");  // what a tile loads has been stored: gcc does not know
     TILES_ZERO(0, 1) TILES_ZERO(2, 3) TILES_ZERO(4, 5)
     for (idx k = 0; k < panel_k; k += 16, a += 256, b += 16 * NR) {
-        TILES_ADD(0, 1, a, b)
+        const float *low = a + 16 * panel_k;  // a tile that is there serves two products
+        _tile_loadd(6, a, 64);
+        _tile_loadd(7, b, NR * sizeof(float));
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_loadd(6, low, 64);
+        _tile_dpbf16ps(1, 6, 7);
         if (cols <= 16) continue;
-        TILES_ADD(2, 3, a, b + 16)
+        _tile_loadd(7, b + 16, NR * sizeof(float));
+        _tile_dpbf16ps(3, 6, 7);
+        _tile_loadd(6, a, 64);
+        _tile_dpbf16ps(2, 6, 7);
         if (cols <= 32) continue;
-        TILES_ADD(4, 5, a, b + 32)
+        _tile_loadd(7, b + 32, NR * sizeof(float));
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_loadd(6, low, 64);
+        _tile_dpbf16ps(5, 6, 7);
     }
     TILES_STORE(0, 1, 0)
     TILES_STORE(2, 3, 16)
