@@ -108,153 +108,132 @@ MB_PRINTF(3, 4) static void module(Table *t, Group group, const char *name, ...)
     t->own = group;
 }
 
-// The next tensor: *at points to it. rows = 0: a vector.
-MB_PRINTF(6, 7) static void place(Table *t, float **at, int rows, int columns, Start start,
-                                  const char *name, ...) {
-    size_t count = (size_t)max_int(rows, 1) * (size_t)columns;
+// The next tensor: *at points to it; NULL: it follows the one before, in the same matrix. rows = 0:
+// a vector. name and part: a pattern of lib/names.h, whose %d is k; several share out the rows.
+static void place(Table *t, float **at, int rows, int columns, Start start, const char *name,
+                  const char *part, int k) {
+    char pattern[128];
+    int first = t->n;
     if (rows) t->fan_in = (size_t)columns;
     if (t->own != t->group) return;
-    *at = t->arena ? t->arena + t->offset : NULL;
-    if (t->info) {
-        char own[64];
-        TensorInfo *info = &t->info[t->n];
-        *info = (TensorInfo){.rows = (size_t)rows, .columns = (size_t)columns, .module = "",
-                             .rule = (InitRule)start, .offset = t->offset, .count = count,
-                             .field = t->fan_in};
-        va_list args;
-        va_start(args, name);
-        vsnprintf(own, sizeof own, name, args);
-        va_end(args);
-        snprintf(info->name, sizeof info->name, "%s%s", t->module, own);
+    if (at) *at = t->arena ? t->arena + t->offset : NULL;
+    snprintf(pattern, sizeof pattern, "%s%s%s", t->module, name, part);
+    t->offset += tensor_row(t->info, &t->n, pattern, k, (size_t)rows, (size_t)columns,
+                            (InitRule)start, t->offset, 0);
+    for (; t->info && first < t->n; first++) {
+        t->info[first].module = "";  // that of MoleBLEND
+        t->info[first].field = t->fan_in;
     }
-    t->offset += count;
-    t->n++;
 }
 
 // The same of a vector without gradient.
 static void place_fixed(Table *t, float **at, int n, Start start, const char *name,
-                        const char *part) {
+                        const char *part, int k) {
     Group own = t->own;
     t->own = GROUP_FIXED;
-    place(t, at, 0, n, start, "%s.%s", name, part);
+    place(t, at, 0, n, start, name, part, k);
     t->own = own;
 }
 
-static void place_linear(Table *t, Linear *l, int in, int out, Start start, const char *name) {
+// A linear map without bias.
+static void place_weight(Table *t, Linear *l, int in, int out, Start start, const char *name,
+                         int k) {
     l->in = in;
     l->out = out;
-    place(t, &l->w, out, in, start, "%s.weight", name);
-    place(t, &l->b, 0, out, start == START_XAVIER ? START_ZERO : start, "%s.bias", name);
+    place(t, &l->w, out, in, start, name, ".weight", k);
 }
 
-static void place_batch_norm(Table *t, BatchNorm *bn, int n, const char *name) {
+static void place_linear(Table *t, Linear *l, int in, int out, Start start, const char *name,
+                         int k) {
+    place_weight(t, l, in, out, start, name, k);
+    place(t, &l->b, 0, out, start == START_XAVIER ? START_ZERO : start, name, ".bias", k);
+}
+
+static void place_batch_norm(Table *t, BatchNorm *bn, int n, const char *name, int k) {
     bn->n = n;
-    place(t, &bn->w, 0, n, START_ONE, "%s.weight", name);
-    place(t, &bn->b, 0, n, START_ZERO, "%s.bias", name);
-    place_fixed(t, &bn->mean, n, START_ZERO, name, "running_mean");
-    place_fixed(t, &bn->var, n, START_ONE, name, "running_var");
+    place(t, &bn->w, 0, n, START_ONE, name, ".weight", k);
+    place(t, &bn->b, 0, n, START_ZERO, name, ".bias", k);
+    place_fixed(t, &bn->mean, n, START_ZERO, name, ".running_mean", k);
+    place_fixed(t, &bn->var, n, START_ONE, name, ".running_var", k);
 }
 
-// A name made of a pattern and two numbers, valid until the fourth call after.
-static const char *numbered(const char *pattern, int k, int l) {
-    static char text[4][128];
-    static int turn;
-    char *out = text[turn++ % 4];
-    snprintf(out, 128, pattern, k, l);
-    return out;
-}
-
-// "layers.0", "layers.1", ... of a module
+// Linear maps named by k = 0, 1, ...; sizes: what goes into each, and out of the last.
 static void place_mlp(Table *t, Linear *l, const int *sizes, int layers, const char *name) {
-    for (int k = 0; k < layers; k++) {
-        char text[64];
-        snprintf(text, sizeof text, "%slayers.%d", name, k);
-        place_linear(t, &l[k], sizes[k], sizes[k + 1], START_XAVIER, text);
-    }
+    for (int k = 0; k < layers; k++)
+        place_linear(t, &l[k], sizes[k], sizes[k + 1], START_XAVIER, name, k);
 }
 
 static void gin_place(Table *t, Gin *n, const Shape *c) {
     static const int bond_values[BOND_FEATURES] = {BOND_TYPES, BOND_STEREOS, 2};
     int D = c->dim;
-    float *rest;  // tensors that follow each other are one matrix, named by the first
     module(t, GROUP_2D, "model_2D.");
     for (int f = 0; f < ATOM_FEATURES; f++)
-        place(t, f ? &rest : &n->atom, ATOM_FEATURE_SIZES[f], D, START_XAVIER,
-              "atom_encoder.atom_embedding_list.%d.weight", f);
+        place(t, f ? NULL : &n->atom, ATOM_FEATURE_SIZES[f], D, START_XAVIER,
+              "atom_encoder.atom_embedding_list.%d", ".weight", f);
     for (int l = 0; l < c->layers; l++) {
         GinLayer *y = &n->layer[l];
         module(t, GROUP_2D, "model_2D.gnns.%d.", l);
         for (int f = 0; f < BOND_FEATURES; f++)
-            place(t, f ? &rest : &y->bond, bond_values[f], D, START_XAVIER,
-                  "bond_encoder.bond_embedding_list.%d.weight", f);
-        place(t, &y->eps, 0, 1, START_ZERO, "eps");
-        place_linear(t, &y->in, D, 2 * D, START_DEFAULT, "mlp.0");
-        place_batch_norm(t, &y->norm_in, 2 * D, "mlp.1");
-        place_linear(t, &y->out, 2 * D, D, START_DEFAULT, "mlp.3");
+            place(t, f ? NULL : &y->bond, bond_values[f], D, START_XAVIER,
+                  "bond_encoder.bond_embedding_list.%d", ".weight", f);
+        place(t, &y->eps, 0, 1, START_ZERO, "eps", "", 0);
+        place_linear(t, &y->in, D, 2 * D, START_DEFAULT, "mlp.0", 0);
+        place_batch_norm(t, &y->norm_in, 2 * D, "mlp.1", 0);
+        place_linear(t, &y->out, 2 * D, D, START_DEFAULT, "mlp.3", 0);
         module(t, GROUP_2D, "model_2D.");
-        place_batch_norm(t, &y->norm_out, D, numbered("batch_norms.%d", l, 0));
+        place_batch_norm(t, &y->norm_out, D, "batch_norms.%d", l);
     }
 }
 
 static void schnet_place(Table *t, Schnet *n, const Shape *c) {
     int D = c->dim, F = c->filters;
     module(t, GROUP_3D, "model_3D.");
-    place(t, &n->atom, V, D, START_NORMAL, "embedding.weight");
+    place(t, &n->atom, V, D, START_NORMAL, "embedding", ".weight", 0);
     for (int k = 0; k < c->blocks; k++) {
         SchnetBlock *b = &n->block[k];
         module(t, GROUP_3D, "model_3D.interactions.%d.", k);
-        place_linear(t, &b->filter[0], c->gaussians, F, START_XAVIER, "mlp.0");
-        b->filter[1].in = b->filter[1].out = b->lift.out = F;
-        b->lift.in = D;
-        place(t, &b->filter[1].w, F, F, START_XAVIER, "mlp.2.weight");
-        place(t, &b->filter[1].b, 0, F, START_DEFAULT, "mlp.2.bias");
-        place(t, &b->lift.w, F, D, START_XAVIER, "conv.lin1.weight");
-        place_linear(t, &b->out[0], F, D, START_XAVIER, "conv.lin2");
-        place_linear(t, &b->out[1], D, D, START_XAVIER, "lin");
+        place_linear(t, &b->filter[0], c->gaussians, F, START_XAVIER, "mlp.0", 0);
+        place_weight(t, &b->filter[1], F, F, START_XAVIER, "mlp.2", 0);
+        place(t, &b->filter[1].b, 0, F, START_DEFAULT, "mlp.2", ".bias", 0);
+        place_weight(t, &b->lift, D, F, START_XAVIER, "conv.lin1", 0);
+        place_linear(t, &b->out[0], F, D, START_XAVIER, "conv.lin2", 0);
+        place_linear(t, &b->out[1], D, D, START_XAVIER, "lin", 0);
     }
     module(t, GROUP_3D, "model_3D.");
-    place_linear(t, &n->out[0], D, D, START_XAVIER, "lin1");
-    place_linear(t, &n->out[1], D, D, START_XAVIER, "lin2");
+    for (int k = 0; k < 2; k++) place_linear(t, &n->out[k], D, D, START_XAVIER, "lin%d", k + 1);
 }
 
 static void to3d_place(Table *t, To3d *n, const Shape *c) {
-    static const char *const kinds[4] = {"query", "key", "value", "skip"};
     int D = c->dim, H = c->hidden;
-    float *rest;
     module(t, GROUP_2D, "SDE_2Dto3D_model.");
-    place_linear(t, &n->node, D, H, START_XAVIER, "node_emb.layers.0");
-    place_linear(t, &n->edge_in, 2 * D, D, START_DEFAULT, "edge_2D_emb.0");
-    place_batch_norm(t, &n->edge_norm, D, "edge_2D_emb.1");
-    place_linear(t, &n->edge_out, D, H, START_DEFAULT, "edge_2D_emb.3");
+    place_linear(t, &n->node, D, H, START_XAVIER, "node_emb.layers.0", 0);
+    place_linear(t, &n->edge_in, 2 * D, D, START_DEFAULT, "edge_2D_emb.0", 0);
+    place_batch_norm(t, &n->edge_norm, D, "edge_2D_emb.1", 0);
+    place_linear(t, &n->edge_out, D, H, START_DEFAULT, "edge_2D_emb.3", 0);
     if (c->gate) {
-        place_fixed(t, &n->gate_wave, H, START_NORMAL, "dist_gaussian_fourier", "W");
-        place_linear(t, &n->gate, 2 * H, H, START_XAVIER, "input_mlp.layers.0");
+        place_fixed(t, &n->gate_wave, H, START_NORMAL, "dist_gaussian_fourier", ".W", 0);
+        place_linear(t, &n->gate, 2 * H, H, START_XAVIER, "input_mlp.layers.0", 0);
     }
-    place_fixed(t, &n->frame_wave, H, START_NORMAL, "coff_gaussian_fourier", "W");
-    place_linear(t, &n->frame, 4 * H, H, START_DEFAULT, "coff_mlp");
-    place_mlp(t, n->project, (int[]){2 * H + 2, H, H}, 2, "project.");
+    place_fixed(t, &n->frame_wave, H, START_NORMAL, "coff_gaussian_fourier", ".W", 0);
+    place_linear(t, &n->frame, 4 * H, H, START_DEFAULT, "coff_mlp", 0);
+    place_mlp(t, n->project, (int[]){2 * H + 2, H, H}, 2, "project.layers.%d");
     for (int l = 0; l < ATTENTIONS; l++) {
         Attention *y = &n->layer[l];
         module(t, GROUP_2D, "SDE_2Dto3D_model.score_network.gnn_layers.%d.%d.", l / 2, l % 2);
-        y->maps.in = y->edge.in = y->edge.out = H;
-        y->maps.out = 4 * H;
-        for (int k = 0; k < 4; k++)
-            place(t, k ? &rest : &y->maps.w, H, H, START_DEFAULT, "MHA.lin_%s.weight", kinds[k]);
-        for (int k = 0; k < 4; k++)
-            place(t, k ? &rest : &y->maps.b, 0, H, START_DEFAULT, "MHA.lin_%s.bias", kinds[k]);
-        place(t, &y->edge.w, H, H, START_DEFAULT, "MHA.lin_edge.weight");
+        place_linear(t, &y->maps, H, 4 * H, START_DEFAULT, "MHA.lin_{query,key,value,skip}", 0);
+        place_weight(t, &y->edge, H, H, START_DEFAULT, "MHA.lin_edge", 0);
         for (int k = 0; k < 2; k++) {
             LayerNorm *norm = k ? &y->norm2 : &y->norm1;
             norm->n = H;
-            place_linear(t, &y->ffn[k], H, H, START_DEFAULT, k ? "FFN.3" : "FFN.0");
-            place(t, &norm->w, 0, H, START_ONE, "norm%d.weight", k + 1);
-            place(t, &norm->b, 0, H, START_ZERO, "norm%d.bias", k + 1);
+            place_linear(t, &y->ffn[k], H, H, START_DEFAULT, "FFN.%d", 3 * k);
+            place(t, &norm->w, 0, H, START_ONE, "norm%d", ".weight", k + 1);
+            place(t, &norm->b, 0, H, START_ZERO, "norm%d", ".bias", k + 1);
         }
     }
     for (int k = 0; k < MODULES; k++) {
         module(t, GROUP_2D, "SDE_2Dto3D_model.score_network.basis_mlp_modules.%d.", k);
-        place_linear(t, &n->basis[k][0], 2 * H, COEFFICIENTS, START_DEFAULT, "0");
-        place_linear(t, &n->basis[k][1], COEFFICIENTS, 3, START_DEFAULT, "2");
+        place_linear(t, &n->basis[k][0], 2 * H, COEFFICIENTS, START_DEFAULT, "0", 0);
+        place_linear(t, &n->basis[k][1], COEFFICIENTS, 3, START_DEFAULT, "2", 0);
     }
 }
 
@@ -262,48 +241,44 @@ static void to3d_place(Table *t, To3d *n, const Shape *c) {
 static void edge_layer_place(Table *t, EdgeLayer *n, const Shape *c, int l) {
     int C = to2d_channels(c, l), W = c->width, in = edge_layer_in(c, l);
     int R = edge_layer_hidden(c, l);
-    float *rest;
     module(t, GROUP_3D, "SDE_3Dto2D_model.edge_score_network.layers.%d.", l);
     n->first.in = in;
     n->first.out = C * 4 * W;
-    for (int k = 0; k < 2 * C; k++)
-        place(t, k ? &rest : &n->first.w, 2 * W, in, START_XAVIER,
-              "attn.%d.func_%c.layers.0.weight", k / 2, "qk"[k % 2]);
-    for (int k = 0; k < 2 * C; k++)
-        place(t, k ? &rest : &n->first.b, 0, 2 * W, START_ZERO, "attn.%d.func_%c.layers.0.bias",
-              k / 2, "qk"[k % 2]);
+    for (int k = 0; k < C; k++)
+        place(t, k ? NULL : &n->first.w, 4 * W, in, START_XAVIER,
+              "attn.%d.func_{q,k}.layers.0", ".weight", k);
+    for (int k = 0; k < C; k++)
+        place(t, k ? NULL : &n->first.b, 0, 4 * W, START_ZERO,
+              "attn.%d.func_{q,k}.layers.0", ".bias", k);
     for (int k = 0; k < 2 * C; k++)
         place_linear(t, &n->second[k], 2 * W, 2 * W, START_XAVIER,
-                     numbered(k % 2 ? "attn.%d.func_k.layers.%d" : "attn.%d.func_q.layers.%d",
-                              k / 2, 1));
+                     k % 2 ? "attn.%d.func_k.layers.1" : "attn.%d.func_q.layers.1", k / 2);
     for (int k = 0; k < C; k++)
-        place(t, k ? &rest : &n->value_w, in, W, START_XAVIER, "attn.%d.func_v.weight", k);
+        place(t, k ? NULL : &n->value_w, in, W, START_XAVIER, "attn.%d.func_v", ".weight", k);
     for (int k = 0; k < C; k++)
-        place(t, k ? &rest : &n->value_b, 0, W, START_ZERO, "attn.%d.func_v.bias", k);
-    place_mlp(t, n->nodes, (int[]){W * C, R, W}, 2, "multi_channel.");
-    place_mlp(t, n->pairs, (int[]){2 * C, R, R, to2d_channels(c, l + 1)}, 3, "mlp.");
+        place(t, k ? NULL : &n->value_b, 0, W, START_ZERO, "attn.%d.func_v", ".bias", k);
+    place_mlp(t, n->nodes, (int[]){W * C, R, W}, 2, "multi_channel.layers.%d");
+    place_mlp(t, n->pairs, (int[]){2 * C, R, R, to2d_channels(c, l + 1)}, 3, "mlp.layers.%d");
 }
 
 static void to2d_place(Table *t, To2d *n, const Shape *c) {
     int D = c->dim, W = c->width, Ct = to2d_all_channels(c), Cn = to2d_all_nodes(c);
     module(t, GROUP_3D, "SDE_3Dto2D_model.");
-    place_linear(t, &n->embed_x, V, D, START_DEFAULT, "embedding_X");
-    place_linear(t, &n->embed_y, D, D, START_DEFAULT, "embedding_3D");
+    place_linear(t, &n->embed_x, V, D, START_DEFAULT, "embedding_X", 0);
+    place_linear(t, &n->embed_y, D, D, START_DEFAULT, "embedding_3D", 0);
     for (int l = 0; l < EDGE_LAYERS; l++) edge_layer_place(t, &n->edge[l], c, l);
     module(t, GROUP_3D, "SDE_3Dto2D_model.edge_score_network.final.");
-    place_mlp(t, n->pairs, (int[]){Ct, 2 * Ct, 2 * Ct, 1}, 3, "");
+    place_mlp(t, n->pairs, (int[]){Ct, 2 * Ct, 2 * Ct, 1}, 3, "layers.%d");
     module(t, GROUP_3D, "SDE_3Dto2D_model.node_score_network.");
     for (int l = 0; l < NODE_LAYERS; l++) {
-        place(t, &n->node_w[l], l ? W : D, W, START_XAVIER, "layers.%d.weight", l);
-        place(t, &n->node_b[l], 0, W, START_ZERO, "layers.%d.bias", l);
+        place(t, &n->node_w[l], l ? W : D, W, START_XAVIER, "layers.%d", ".weight", l);
+        place(t, &n->node_b[l], 0, W, START_ZERO, "layers.%d", ".bias", l);
     }
-    place_mlp(t, n->nodes, (int[]){Cn, 2 * Cn, 2 * Cn, V}, 3, "final.");
+    place_mlp(t, n->nodes, (int[]){Cn, 2 * Cn, 2 * Cn, V}, 3, "final.layers.%d");
 }
 
 // Dies unless the sizes make a model.
 static void shape_check(const Shape *c) {
-    CHECK(c->layers >= 1 && c->layers <= MAX_DEPTH && c->blocks >= 1 && c->blocks <= MAX_DEPTH,
-          "--layers, --blocks: expected 1 to %d", MAX_DEPTH);
     CHECK(c->hidden % HEADS == 0, "--hidden: expected a multiple of %d, found %d", HEADS,
           c->hidden);
     CHECK(c->width % 4 == 0, "--width: expected a multiple of 4, found %d", c->width);
@@ -325,7 +300,7 @@ static int nets_place(Nets *n, float *arena, TensorInfo *info, const Shape *c,
             to2d_place(&t, &n->to2d, c);
         } else {
             module(&t, GROUP_2D, "graph_pred_");
-            place_linear(&t, &n->head, c->dim, c->tasks, START_DEFAULT, "linear");
+            place_linear(&t, &n->head, c->dim, c->tasks, START_DEFAULT, "linear", 0);
         }
         group_end[group] = t.offset;
     }
@@ -421,9 +396,12 @@ static int file_size(const TensorFile *f, const char *name, int axis) {
 
 // How many layers there are, by the tensors of this pattern.
 static int file_layers(const TensorFile *f, const char *pattern) {
-    int l = 0;
-    while (l < MAX_DEPTH && tensor_find(f, numbered(pattern, l, 0))) l++;
-    return l;
+    char name[128];
+    for (int l = 0; l < MAX_DEPTH; l++) {
+        pattern_name(name, pattern, 0, l);
+        if (!tensor_find(f, name)) return l;
+    }
+    return MAX_DEPTH;
 }
 
 // The sizes of the model in a file; those of networks that it lacks keep the release's.
