@@ -58,7 +58,7 @@ data_prep: data_prep.c $(PREP) $(LIB)
 build/test: test.c $(wildcard tests/*.h) moleblend.c data_prep.c $(COMMANDS) $(PREP) $(LIB)
 	$(CC) $(ALL) test.c -o $@ $(LIBS)
 
-SDE = moleculesde/moleculesde.c moleculesde/model.h moleculesde/run.c moleblend.c $(LIB)
+SDE = moleculesde/moleculesde.c moleculesde/model.h moleculesde/run.c moleblend.c $(COMMANDS) $(LIB)
 
 moleculesde/moleculesde: $(SDE)
 	$(CC) $(ALL) moleculesde/moleculesde.c -o $@ $(LIBS)

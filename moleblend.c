@@ -2256,20 +2256,10 @@ static Pass pass_over(const Dataset *data, size_t most, const Blend *blend, int 
                   .blend = blend, .use = use, .draws = {(uint64_t)opt.seed, UINT32_MAX, 0, 0}};
 }
 
-// Opens what a run needs, its model apart; the molecules of a batch are `usual` if nobody says. If
-// it is resumed, its options are those of its state.
+// run_open(), and what a step needs of the options.
 static void train_open(Run *run, Step *s, const char *train_path, int64_t usual) {
-    const char *asked = opt.init;
-    run_begin(run, train_path, opt.output, LOG_BEGINS);
-    if (opt.resume && state_find(run)) {
-        options_from_state(required_meta(&run->state, "run", "the state of a run"),
-                           run->state_path);
-        run->begun = meta_whole(&run->state, "begun");
-    }
-    run_data(run, opt.valid, opt.test, opt.init, asked);
-    run_plan(run, &opt.batch, usual, opt.part);
-    precision_begin(opt.precision);
-    run->seed = (uint64_t)opt.seed;
+    run_open(run, train_path, LOG_BEGINS, usual, &opt.part);
+    if (run->resumed) run->begun = meta_whole(&run->state, "begun");
     s->drop = opt.drop;
     s->weights = opt.weights;
 }
@@ -2282,12 +2272,7 @@ static void run_meta(Text *t, const Run *run, Config c, int64_t seeds, int of_st
     const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
                                 (long long)run->train.count, data_print(&run->train),
                                 of_state || c.tasks ? data_print(&run->valid) : 0, seeds};
-    char *options = options_describe(OPTIONS, N_OPTIONS, of_state ? SHAPES | FILES : SHAPES);
-    text_add(t, "{");
-    text_add_meta(t, "format", "pt");
-    for (int k = 0; k < 10; k++) text_add_meta(t, keys[k], "%lld", values[k]);
-    text_add_meta(t, "run", "%s", options);
-    text_add_meta(t, "products", "%s", precision_text());
+    text_add_run(t, keys, values, 10, of_state ? SHAPES | FILES : SHAPES);
     text_add_meta(t, "stereo", "%s", run->train.stereo);
     text_add_meta(t, "largest_fragment", "%u",
                   (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
@@ -2296,7 +2281,6 @@ static void run_meta(Text *t, const Run *run, Config c, int64_t seeds, int of_st
         text_add_meta(t, "init_fingerprint", "%lld", (long long)run->init_print);
         text_add_meta(t, "begun", "%lld", (long long)run->begun);
     }
-    free(options);
 }
 
 // The row of an update in the log; a gradient that is no number ends the program. start: when it
@@ -2321,13 +2305,7 @@ static void pretrain_open(Run *run, Step *s, const char *train_path) {
     model_create(&s->model, start_config(run->resumed ? NULL : opt.init), 1);
     if (run->resumed) model_state_load(run, &s->model, NULL, 0, 0);
     else model_init(&s->model, run->seed);
-    if (opt.init && !run->resumed) {
-        TensorFile f;
-        tensor_file_open(&f, opt.init);
-        model_load(&s->model, s->model.params, &f, "");
-        note_stereo(&run->train, opt.init, tensor_meta(&f, "stereo"));
-        tensor_file_close(&f);
-    }
+    if (opt.init && !run->resumed) init_load(&s->model, opt.init, &run->train);
     idx bytes = rooms_reserve(s, run, part_size());
     size_t without = 0;
     for (size_t i = 0; i < run->train.count; i++) without += !dataset_has_pos(&run->train, i);
@@ -2357,7 +2335,6 @@ static void pretrain_state(const Run *run, const Step *s) {
     run_meta(&meta, run, s->model.config, 0, 1);
     text_add(&meta, "}");
     model_state_write(run, &s->model, NULL, meta.text);
-    free(meta.text);
 }
 
 // First the state, so that a run killed between two renames resumes from it; then the checkpoint.

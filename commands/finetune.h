@@ -73,18 +73,9 @@ static void epoch_end(Tuning *t, int64_t epoch, const double mean[LOG_COLUMNS]) 
 }
 
 // Adds the epochs to the CSV that it has not yet.
-static void csv_history(Tuning *t) {
-    Run *run = &t->run;
+static void csv_epochs(Tuning *t) {
     char *heading = xprintf("seed,epoch,loss,valid %s,best_epoch", selection_name(t));
-    FILE *csv = csv_open(run, heading);
-    for (; csv && run->shown < run->history.n; run->shown++) {
-        const float *row = run->history.x + run->shown * HISTORY_COLUMNS;
-        char valid[32] = "";
-        if (t->judged) snprintf(valid, sizeof valid, "%.6g", shown_metric(t, row[HISTORY_VALID]));
-        fprintf(csv, "%lld,%lld,%.6g,%s,%.0f\n", (long long)run->seed, (long long)run->shown + 1,
-                (double)row[HISTORY_LOSS], valid, (double)row[HISTORY_BEST]);
-    }
-    if (csv) csv_flush(run);
+    csv_history(&t->run, heading, 1, shown_metric(t, 1));
     free(heading);
 }
 
@@ -133,16 +124,14 @@ static void tuning_checkpoint(const Tuning *t) {
 }
 
 static void tuning_state(const Tuning *t) {
-    char *meta = tuning_meta(t, 1);
-    model_state_write(&t->run, &t->s.model, t->best, meta);
-    free(meta);
+    model_state_write(&t->run, &t->s.model, t->best, tuning_meta(t, 1));
 }
 
 // First the state, so that a run killed between two renames resumes from it; then the checkpoint.
 static void tuning_save(Tuning *t) {
     tuning_state(t);
     tuning_checkpoint(t);
-    csv_history(t);
+    csv_epochs(t);
 }
 
 // ---- opening
@@ -323,7 +312,7 @@ static void tune(Tuning *t, Parts *parts) {
         double norm = adamw_step(&s->model, &adam, k + 1);
         log_update(run, s, loss, &adam, norm, start);  // run->done is k + 1 then
         if ((epoch = epoch_ended(mean, run))) epoch_end(t, epoch, mean);
-        csv_history(t);
+        csv_epochs(t);
         if (save_due(run, opt.save_every)) tuning_save(t);
         run_progress(run, " of this seed", run->done == run->steps);
     }

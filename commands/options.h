@@ -40,11 +40,7 @@ static Options opt = {
     .interval = 80,
 };
 
-enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, SHOW = 16, INFO = 32,
-       TRAIN = PRETRAIN | FINETUNE, READ = PREDICT | EMBED,
-       SHAPES = 64,     // an option that shapes a run's trajectory: --resume needs the same
-       GROWS = 128,     // or a larger number
-       FILES = 256 };   // an option that is kept for --resume, but not in a checkpoint
+enum { SHOW = 16, INFO = 32, READ = PREDICT | EMBED };
 
 static const Option OPTIONS[] = {
     HEADING("Files", TRAIN | READ | SHOW),
@@ -193,6 +189,8 @@ static void options_from_state(const char *text, const char *path) {
     options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
 }
 
+#include "shared.h"  // command_files(), run_open(), run_describe()
+
 // ---- commands
 
 static const Command COMMANDS[] = {
@@ -279,11 +277,8 @@ static CommandLine command_line(int argc, char **argv) {
     CHECK(n_words == command->words, "expected ./moleblend %s%s; see --help",
           named ? xprintf("%s ", command->name) : "", command->usage);
     check_options();
-    if (!opt.valid && command->bit & TRAIN) opt.valid = sibling(words[0], "valid");
-    if (!opt.test && command->bit & FINETUNE) opt.test = sibling(words[0], "test");
-    CHECK(!(command->bit & TRAIN) || strcmp(opt.output, "-") != 0, "-o: expected a file");
-    const char *const files[] = {words[0], opt.valid, opt.test, opt.init, opt.model, opt.near};
-    for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
+    command_files(command, words[0]);
+    files_input(opt.near);
     for (int k = 0; k < n_models; k++) files_input(command->bit == PREDICT ? models[k] : NULL);
     return (CommandLine){command, words, models, n_models};
 }

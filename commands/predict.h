@@ -42,20 +42,17 @@ static void intervals_make(Predictions *all) {
 // Opens a model of an ensemble and reads what its metadata say; its parameters are not loaded yet.
 // Dies if the model has other tasks or training data than the first, or is among them already.
 static void predict_open(Predictions *all, Trained *models, const char *path) {
-    const char *kind = "a fine-tuned model, see ./moleblend finetune";
+    const char *names;
     Trained *m = models + all->models;
     TensorFile *f = &m->file;
     tensor_file_open(f, path);
     check_preparation(&all->data, f);
     if (all->near.data && all->models == 0) check_preparation(&all->near, f);
     size_t Y = (size_t)tensor_file_config(f).tasks, n = mul_size(all->data.count, Y);
-    const char *names = required_meta(f, "task_names", kind);
     m->statistics = xmalloc(2 * Y, sizeof *m->statistics);
-    meta_numbers(m->statistics, Y, f, "label_mean");
-    meta_numbers(m->statistics + Y, Y, f, "label_std");
+    m->task.kind = tasks_load(m->statistics, &names, Y, f);
     m->task.scale = 1;
     if (tensor_meta(f, "logit_scale")) meta_numbers(&m->task.scale, 1, f, "logit_scale");
-    m->task.kind = (TaskKind)choice("task", required_meta(f, "task", kind), TASK_KINDS, 2);
     m->task.mean = m->statistics;
     m->task.std = m->statistics + Y;
     if (all->models == 0) {

@@ -74,10 +74,10 @@ static double fma_peak(int threads) {
 }
 
 // Shapes (M, N, K) of products: encoder layers of `base` and `small`, the edge head's.
-static const int SHAPES[][3] = {{1024, 768, 768}, {1024, 2304, 768}, {256, 768, 768},
+static const int SIZES[][3] = {{1024, 768, 768}, {1024, 2304, 768}, {256, 768, 768},
                                 {64, 768, 768},   {16, 768, 768},    {960, 256, 256},
                                 {64, 256, 256},   {128, 4096, 32},   {128, 32, 4096}};
-enum { N_SHAPES = sizeof SHAPES / sizeof SHAPES[0], MODES = 3 };
+enum { N_SHAPES = sizeof SIZES / sizeof SIZES[0], MODES = 3 };
 static const char *const MODE_NAMES[MODES] = {"X W^T", "dY W", "dY^T X"};
 
 // One product, by gemm() or (ours = 0) by OpenBLAS.
@@ -111,16 +111,16 @@ static void bench_gemm(double peak) {
     for (int mode = 0; mode < MODES; mode++) printf("  %8s GFLOP/s", MODE_NAMES[mode]);
     printf("\n");
     for (int s = 0; s < N_SHAPES; s++) {
-        printf("    %5d %4d %4d            ", SHAPES[s][0], SHAPES[s][1], SHAPES[s][2]);
+        printf("    %5d %4d %4d            ", SIZES[s][0], SIZES[s][1], SIZES[s][2]);
         for (int mode = 0; mode < MODES; mode++) {
-            double rate = product_rate(1, mode, SHAPES[s], A, B, C);
+            double rate = product_rate(1, mode, SIZES[s], A, B, C);
             printf("     %5.0f (%3.0f %%)", rate, 100 * rate / peak);
         }
 #ifdef OPENBLAS
         printf("   OpenBLAS");
         for (int mode = 0; mode < MODES; mode++) {
-            double theirs = product_rate(0, mode, SHAPES[s], A, B, C);
-            double rate = product_rate(1, mode, SHAPES[s], A, B, C);  // once more, beside it
+            double theirs = product_rate(0, mode, SIZES[s], A, B, C);
+            double rate = product_rate(1, mode, SIZES[s], A, B, C);  // once more, beside it
             printf("  %5.0f (ours %.2f x)", theirs, rate / theirs);
         }
 #endif

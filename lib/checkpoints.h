@@ -3,9 +3,9 @@
 //   model_write()            a checkpoint
 //   tensor_file_config()     the size of the model in a file
 //   model_state_write(), model_state_load()   a run's state, with Adam's moments and the log
-//   model_load()             every parameter of a model, from a file of that size
+//   model_load(), init_load()  every parameter of a model, from a file of that size
 //   transfer_load()          those of a pretrained model for another task
-//   meta_numbers()           a list of numbers in the metadata
+//   text_add_tasks(), tasks_load()   what the metadata of a fine-tuned model say of its tasks
 
 // What a state holds under the names of the model's tensors, each behind its prefix: parameters,
 // Adam's moments and, of fine-tuning, the best parameters so far. A checkpoint has the first alone.
@@ -102,14 +102,24 @@ static void model_load(const Model *model, float *arena, const TensorFile *f, co
               prefix, model->info[i].name);
 }
 
+// The same from a checkpoint, as initial values of a model that will be trained on `data`.
+static inline void init_load(const Model *model, const char *path, const Dataset *data) {
+    TensorFile f;
+    tensor_file_open(&f, path);
+    model_load(model, model->params, &f, "");
+    note_stereo(data, path, tensor_meta(&f, "stereo"));
+    tensor_file_close(&f);
+}
+
 // Writes a run's state for --resume, which is complete in itself: besides the model Adam's moments,
-// the log, of fine-tuning the best parameters so far (else NULL) and the history.
+// the log, of fine-tuning the best parameters so far (else NULL) and the history. Frees meta.
 static inline void model_state_write(const struct Run *run, const Model *model, float *best,
-                                     const char *meta) {
+                                     char *meta) {
     float *const arenas[ARENAS] = {model->params, model->m, model->v, best};
     TensorOut tables[2];
     state_tables(tables, run);
     if (my_rank == 0) model_write(run->state_path, model, arenas, tables, 2, meta);
+    free(meta);
 }
 
 // Continues from the state that is open, of a run with `seeds` seeds done (-1: it has no seeds) and
@@ -125,6 +135,21 @@ static inline void model_state_load(struct Run *run, Model *model, float *best, 
     tensor_file_close(&run->state);
 }
 
+// Metadata of a fine-tuned model: its Y tasks, mean and deviation of their training labels.
+static inline void text_add_tasks(Text *t, int Y, char *const *task_names, const float *mean,
+                                  const float *std) {
+    Text names = {0}, means = {0}, stds = {0};
+    for (int y = 0; y < Y; y++) {
+        text_add(&names, "%s%s", y ? "\n" : "", task_names[y]);
+        text_add(&means, "%s%.9g", y ? " " : "", (double)mean[y]);
+        text_add(&stds, "%s%.9g", y ? " " : "", (double)std[y]);
+    }
+    text_add_meta(t, "task_names", "%s", names.text);
+    text_add_meta(t, "label_mean", "%s", means.text);
+    text_add_meta(t, "label_std", "%s", stds.text);
+    FREE_ALL(names.text, means.text, stds.text);
+}
+
 // Y numbers of the metadata of a fine-tuned model.
 static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *key) {
     const char *text = required_meta(f, key, "a fine-tuned model");
@@ -135,6 +160,17 @@ static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *
               "%s: metadata %s: expected %zu numbers", f->path, key, Y);
         text = end;
     }
+}
+
+// The kind of a fine-tuned model's Y tasks, their names, a line each, and statistics (2, Y): mean
+// and deviation of their training labels.
+static inline TaskKind tasks_load(float *statistics, const char **names, size_t Y,
+                                  const TensorFile *f) {
+    const char *kind = "a fine-tuned model, see ./" MB_PROGRAM " finetune";
+    *names = required_meta(f, "task_names", kind);
+    meta_numbers(statistics, Y, f, "label_mean");
+    meta_numbers(statistics + Y, Y, f, "label_std");
+    return (TaskKind)choice("task", required_meta(f, "task", kind), TASK_KINDS, 2);
 }
 
 // Is this tensor of a checkpoint part of a head, or its errors, which fine-tuning leaves behind?

@@ -1,5 +1,6 @@
 // lib/commands.h - a program of several commands, the first of which needs no name
 //   HEADING(), TEXT() ...   rows of its table of options, whose values stand in a struct `opt`
+//   PRETRAIN ..., SHAPES ...  bits of both
 //   Command, command_find() its table of commands, and the one that is named
 //   precision_begin(), precision_text()   --precision
 
@@ -11,6 +12,12 @@
 #define NUMBER(name, field, min, max, help, commands) \
     {name, OPT_NUMBER, &opt.field, min, max, "X", help, commands}
 #define FLAG(name, field, help, commands) {name, OPT_FLAG, &opt.field, 0, 0, NULL, help, commands}
+
+// Bits of commands and of options that each program has; a program has others beside them.
+enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, TRAIN = PRETRAIN | FINETUNE,
+       SHAPES = 64,     // an option that shapes a run's trajectory: --resume needs the same
+       GROWS = 128,     // or a larger number
+       FILES = 256 };   // an option that is kept for --resume, but not in a checkpoint
 
 typedef struct {
     const char *name;

@@ -10,10 +10,10 @@
 //   log_add(), line_due(), epoch_ended()   rows of the log, and when they are summed up
 //   log_ends()                   the losses of the start and the end
 //   history_add(), best_row(), enough()     fine-tuning's choice of an epoch
-//   csv_log(), csv_open(), csv_flush()      the one or the other as CSV
+//   csv_log(), csv_history()    the one or the other as CSV
 //   save_due(), run_progress()
 //   state_tables(), tables_load()           log and history in a state
-//   text_add_tasks(), required_meta(), meta_whole(), data_print(), file_print(), same_data()
+//   required_meta(), meta_whole(), data_print(), file_print(), same_data()
 
 // Rows of `columns` numbers.
 typedef struct { float *x; int64_t n; int columns; } Rows;
@@ -77,21 +77,6 @@ static inline void epoch_ids(int64_t *epoch, uint32_t *order, uint32_t *ids, int
         *epoch = now;
         ids[k] = order[sample % (int64_t)n];
     }
-}
-
-// Metadata of a fine-tuned model: its Y tasks, mean and deviation of their training labels.
-static inline void text_add_tasks(Text *t, int Y, char *const *task_names, const float *mean,
-                                  const float *std) {
-    Text names = {0}, means = {0}, stds = {0};
-    for (int y = 0; y < Y; y++) {
-        text_add(&names, "%s%s", y ? "\n" : "", task_names[y]);
-        text_add(&means, "%s%.9g", y ? " " : "", (double)mean[y]);
-        text_add(&stds, "%s%.9g", y ? " " : "", (double)std[y]);
-    }
-    text_add_meta(t, "task_names", "%s", names.text);
-    text_add_meta(t, "label_mean", "%s", means.text);
-    text_add_meta(t, "label_std", "%s", stds.text);
-    FREE_ALL(names.text, means.text, stds.text);
 }
 
 // Metadata of a file that must be `kind`, or the end of the program.
@@ -343,8 +328,8 @@ static inline int enough(const struct Run *run, int64_t patience) {
     return best && patience && run->history.n - (int64_t)best[HISTORY_BEST] >= patience;
 }
 
-// The CSV, begun with its heading; NULL: it is another rank's. The caller adds the rows that it has
-// not yet, counting them in run->shown, and calls csv_flush().
+// The CSV, begun with its heading; NULL: it is another rank's. To it go the rows that it has not
+// yet, counted in run->shown.
 static inline FILE *csv_open(struct Run *run, const char *heading) {
     if (my_rank > 0) return NULL;
     if (run->csv) return run->csv;
@@ -369,6 +354,22 @@ static inline void csv_log(struct Run *run, const char *heading) {
         fprintf(run->csv, "\n");
     }
     csv_flush(run);
+}
+
+// Adds the history's rows to the CSV: the seed, if that is asked for, and the number of their epoch;
+// of what the validation set says the size in such units, NaN: it says nothing.
+static inline void csv_history(struct Run *run, const char *heading, int seed, double unit) {
+    FILE *csv = csv_open(run, heading);
+    for (; csv && run->shown < run->history.n; run->shown++) {
+        const float *row = run->history.x + run->shown * run->history.columns;
+        char valid[32] = "";
+        double size = fabs((double)row[HISTORY_VALID]) * unit;
+        if (!isnan(unit)) snprintf(valid, sizeof valid, "%.6g", size);
+        if (seed) fprintf(csv, "%lld,", (long long)run->seed);
+        fprintf(csv, "%lld,%.6g,%s,%.0f\n", (long long)run->shown + 1, (double)row[HISTORY_LOSS],
+                valid, (double)row[HISTORY_BEST]);
+    }
+    if (csv) csv_flush(run);
 }
 
 // The line on stderr; of: what the steps are of; last: it stays.

@@ -37,22 +37,19 @@ static void head_backward(Sde *s) {
     }
 }
 
-// What a fine-tuned model needs besides its parameters: regression: prediction = out std + mean.
-typedef struct { TaskKind kind; const float *mean, *std; } Aim;
-
 // Mean over the labels that are there: cross-entropy, or |out - (label - mean) / std|. Stores
 // dlogits.
-static double head_loss(Sde *s, const Aim *aim) {
+static double head_loss(Sde *s, const Task *task) {
     size_t count = 0, Y = (size_t)s->mols.Y, n = s->mols.B * Y;
     double loss = 0;
     for (size_t k = 0; k < n; k++) count += !isnan(s->mols.labels[k]);
     for (size_t k = 0; k < n; k++) {
         double x = (double)s->a.logits[k], label = (double)s->mols.labels[k], slope = 0;
-        if (!isnan(label) && aim->kind == TASK_CLASSIFICATION) {
+        if (!isnan(label) && task->kind == TASK_CLASSIFICATION) {
             loss += softplus(x) - x * label;
             slope = sigmoid_of(x) - label;
         } else if (!isnan(label)) {
-            double error = x - (label - (double)aim->mean[k % Y]) / (double)aim->std[k % Y];
+            double error = x - (label - (double)task->mean[k % Y]) / (double)task->std[k % Y];
             loss += fabs(error);
             slope = (error > 0) - (error < 0);
         }
@@ -441,13 +438,10 @@ static void shape_fits(const Shape *c, const TensorFile *f) {
 }
 
 // Copies the encoder that a checkpoint shares with a fine-tuning model.
-static void sde_transfer(const Sde *s, const char *path) {
-    TensorFile f;
-    tensor_file_open(&f, path);
+static void sde_transfer(const Sde *s, const TensorFile *f) {
     for (int i = 0; i < s->model.n_tensors; i++) {
         const TensorInfo *t = &s->model.info[i];
-        CHECK(tensor_load(s->model.params, t, &f, "") || strstr(t->name, "graph_pred"),
-              "%s: tensor %s is missing", path, t->name);
+        CHECK(tensor_load(s->model.params, t, f, "") || strstr(t->name, "graph_pred"),
+              "%s: tensor %s is missing", f->path, t->name);
     }
-    tensor_file_close(&f);
 }

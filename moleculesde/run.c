@@ -30,13 +30,10 @@ static Options opt = {
     .adam = {5e-4, 0.9, 0.999, 1e-8, 0, 0},
 };
 
-enum { PRETRAIN = 1, FINETUNE = 2, PREDICT = 4, EMBED = 8, GENERATE = 16,
-       TRAIN = PRETRAIN | FINETUNE, READ = PREDICT | EMBED | GENERATE,
-       SHAPES = 64,     // an option that shapes a run's trajectory: --resume needs the same
-       GROWS = 128,     // or a larger number
-       FILES = 256,     // kept for --resume, but not in a checkpoint
-       METHOD = 512,    // kept for --model
-       PRETRAINING = PRETRAIN | SHAPES, TUNING = FINETUNE | SHAPES, TRAINING = TRAIN | SHAPES };
+enum { GENERATE = 16, READ = PREDICT | EMBED | GENERATE, PRETRAINING = PRETRAIN | SHAPES,
+       TUNING = FINETUNE | SHAPES, TRAINING = TRAIN | SHAPES,
+       METHOD = 512,    // an option that is kept for --model
+       NOISE = PRETRAINING | METHOD };
 
 static const Option OPTIONS[] = {
     HEADING("Files", TRAIN | READ),
@@ -72,16 +69,13 @@ static const Option OPTIONS[] = {
     TEXT("--precision", precision, "NAME", "of matrix products, also of a model trained otherwise: "
          "float32, or bf16 (operands of 8 bits, sums are float32)", TRAINING | READ),
     HEADING("Method", PRETRAIN),
-    TEXT("--sde", sde, "NAME", "ve or vp: variance exploding or preserving", PRETRAINING | METHOD),
-    NUMBER("--sigma-3d-low", method.ve3d.low, 1e-4, 100, "VE: least noise on positions",
-           PRETRAINING | METHOD),
-    NUMBER("--sigma-3d-high", method.ve3d.high, 1e-4, 100, "most", PRETRAINING | METHOD),
-    NUMBER("--sigma-2d-low", method.ve2d.low, 1e-4, 100, "VE: least noise on the graph",
-           PRETRAINING | METHOD),
-    NUMBER("--sigma-2d-high", method.ve2d.high, 1e-4, 100, "most", PRETRAINING | METHOD),
-    NUMBER("--beta-low", method.beta.low, 1e-4, 100, "VP: rate of noising at t = 0",
-           PRETRAINING | METHOD),
-    NUMBER("--beta-high", method.beta.high, 1e-4, 100, "at t = 1", PRETRAINING | METHOD),
+    TEXT("--sde", sde, "NAME", "ve or vp: variance exploding or preserving", NOISE),
+    NUMBER("--sigma-3d-low", method.ve3d.low, 1e-4, 100, "VE: least noise on positions", NOISE),
+    NUMBER("--sigma-3d-high", method.ve3d.high, 1e-4, 100, "most", NOISE),
+    NUMBER("--sigma-2d-low", method.ve2d.low, 1e-4, 100, "VE: least noise on the graph", NOISE),
+    NUMBER("--sigma-2d-high", method.ve2d.high, 1e-4, 100, "most", NOISE),
+    NUMBER("--beta-low", method.beta.low, 1e-4, 100, "VP: rate of noising at t = 0", NOISE),
+    NUMBER("--beta-high", method.beta.high, 1e-4, 100, "at t = 1", NOISE),
     NUMBER("--anneal", method.anneal, 0, 10, "losses of generation weigh sigma to this power",
            PRETRAINING),
     NUMBER("--weight-contrast", method.contrast, 0, 1e6, "of a loss", PRETRAINING),
@@ -106,9 +100,11 @@ static const char *const EDGE_NAMES[] = {"plain", "gated"};
 static const char *const ENCODER_NAMES[] = {"2d", "3d"};
 
 // Takes the options of a state or checkpoint where the command line is silent.
-static void options_from(const char *text, const char *path) {
-    if (text) options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
+static void options_from_state(const char *text, const char *path) {
+    options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
 }
+
+#include "../commands/shared.h"  // command_files(), run_open(), text_add_run()
 
 static int option_encoder(void) { return choice("--encoder", opt.encoder, ENCODER_NAMES, 2); }
 
@@ -185,14 +181,14 @@ static void mean_losses(double mean[TERMS], Sde *s, const Dataset *data, size_t 
 }
 
 // Predictions (n, Y) of a dataset in the labels' units, or logits, in fresh memory.
-static float *predict_all(Sde *s, const Aim *aim, const Dataset *data) {
+static float *predict_all(Sde *s, const Task *task, const Dataset *data) {
     size_t Y = (size_t)s->shape.tasks;
     float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
     for (size_t i = 0, B; (B = load_next(s, data, i, SIZE_MAX)) > 0; i += B) {
         task_forward(s);
         for (size_t k = 0; k < B * Y; k++)
-            out[i * Y + k] = aim->kind == TASK_REGRESSION
-                                 ? s->a.logits[k] * aim->std[k % Y] + aim->mean[k % Y]
+            out[i * Y + k] = task->kind == TASK_REGRESSION
+                                 ? s->a.logits[k] * task->std[k % Y] + task->mean[k % Y]
                                  : s->a.logits[k];
     }
     return out;
@@ -204,22 +200,22 @@ typedef enum { OF_MODEL, OF_CHOICE, OF_CHANCE } Asked;
 
 // Mean metrics over the tasks of a dataset in which they are defined; of several tasks errors are
 // in deviations of the training labels.
-static void data_metrics(double mean[METRICS], Sde *s, const Aim *aim, const Dataset *data,
+static void data_metrics(double mean[METRICS], Sde *s, const Task *task, const Dataset *data,
                          Asked asked) {
     size_t Y = (size_t)s->shape.tasks, n = data->count;
     float *labels = dataset_labels(data), *out = NULL;
     if (asked == OF_CHANCE) out = xmalloc(n * Y, sizeof *out);
-    else out = predict_all(s, aim, data);
+    else out = predict_all(s, task, data);
     if (asked == OF_CHOICE) labels_judge(labels, data, NULL, NULL);
     for (size_t k = 0; k < n * Y; k++) {
-        float unit = Y > 1 && aim->kind == TASK_REGRESSION ? aim->std[k % Y] : 1;
-        if (asked == OF_CHANCE) out[k] = aim->mean[k % Y];
+        float unit = Y > 1 && task->kind == TASK_REGRESSION ? task->std[k % Y] : 1;
+        if (asked == OF_CHANCE) out[k] = task->mean[k % Y];
         CHECK(isfinite(out[k]), "%s: molecule %zu: the prediction is no number; try a lower --lr",
               data->path, k / Y);
         out[k] /= unit;
         labels[k] /= unit;
     }
-    task_means(mean, aim->kind, out, labels, n, Y);
+    task_means(mean, task->kind, out, labels, n, Y);
     FREE_ALL(out, labels);
 }
 
@@ -237,7 +233,7 @@ enum { HISTORY_COLUMNS = HISTORY_BEST + 1 };
 typedef struct {
     struct Run run;
     Sde s;
-    Aim aim;                     // of fine-tuning, as what follows
+    Task task;                   // of fine-tuning, as what follows
     int judged;                  // can the validation set judge? Else the training loss does
     float *statistics, *best;    // see task_statistics(); parameters of the best epoch
 } Training;
@@ -250,45 +246,27 @@ static char *training_meta(const Training *t, int of_state) {
                                 "init_fingerprint"};
     const long long values[] = {run->done, (long long)run->train.count, data_print(&run->train),
                                 data_print(&run->valid), data_print(&run->test), run->init_print};
-    char *options = options_describe(OPTIONS, N_OPTIONS, SHAPES | FILES);
     char *method = options_describe(OPTIONS, N_OPTIONS, METHOD);
-    text_add(&text, "{");
-    text_add_meta(&text, "format", "pt");
-    for (int k = 0; k < (of_state ? 6 : 3); k++) text_add_meta(&text, keys[k], "%lld", values[k]);
-    text_add_meta(&text, "run", "%s", options);
-    text_add_meta(&text, "products", "%s", precision_text());
+    text_add_run(&text, keys, values, of_state ? 6 : 3, SHAPES | FILES);
     text_add_meta(&text, "method", "%s", method);
     text_add_meta(&text, "stereo", "%s", run->train.stereo);
     if (t->s.shape.tasks) {
-        text_add_meta(&text, "task", "%s", TASK_KINDS[t->aim.kind]);
-        text_add_tasks(&text, t->s.shape.tasks, run->train.task_names, t->aim.mean, t->aim.std);
+        text_add_meta(&text, "task", "%s", TASK_KINDS[t->task.kind]);
+        text_add_tasks(&text, t->s.shape.tasks, run->train.task_names, t->task.mean, t->task.std);
     }
     text_add(&text, "}");
-    FREE_ALL(options, method);
+    free(method);
     return text.text;
 }
 
 static void state_write(const Training *t) {
-    char *meta = training_meta(t, 1);
-    model_state_write(&t->run, &t->s.model, t->best, meta);
-    free(meta);
+    model_state_write(&t->run, &t->s.model, t->best, training_meta(t, 1));
 }
 
 // The log, or of fine-tuning the history, as CSV.
-static void csv_write(struct Run *run, int judged) {
-    if (!run->history.x) {
-        csv_log(run, LOG_HEADING);
-        return;
-    }
-    FILE *csv = csv_open(run, HISTORY_HEADING);
-    for (; run->shown < run->history.n; run->shown++) {
-        const float *row = run->history.x + run->shown * HISTORY_COLUMNS;
-        char valid[32] = "";
-        if (judged) snprintf(valid, sizeof valid, "%.6g", (double)row[HISTORY_VALID]);
-        fprintf(csv, "%lld,%.6g,%s,%.6g\n", (long long)run->shown + 1, (double)row[HISTORY_LOSS],
-                valid, (double)row[HISTORY_BEST]);
-    }
-    csv_flush(run);
+static void csv_write(Training *t) {
+    if (!t->run.history.x) csv_log(&t->run, LOG_HEADING);
+    else csv_history(&t->run, HISTORY_HEADING, 0, t->judged ? 1 : (double)NAN);
 }
 
 // First the state, so that a run killed between two renames resumes from it; then the checkpoint.
@@ -297,7 +275,7 @@ static void training_save(Training *t) {
     char *meta = training_meta(t, 0);
     state_write(t);
     model_write(opt.output, &t->s.model, one, NULL, 0, meta);
-    csv_write(&t->run, t->judged);
+    csv_write(t);
     free(meta);
 }
 
@@ -305,19 +283,6 @@ static void training_save(Training *t) {
 static void training_resume(Training *t, int64_t epochs) {
     model_state_load(&t->run, &t->s.model, t->best, -1, epochs);
     fprintf(stderr, "resumed after step %lld\n", (long long)t->run.done);
-}
-
-// Opens the datasets of a run and claims its output; batch: molecules of an update as a rule.
-static void training_open(Training *t, const char *train_path, int64_t batch) {
-    struct Run *run = &t->run;
-    const char *asked = opt.init;
-    run_begin(run, train_path, opt.output, LOG_BEGINS);
-    if (opt.resume && state_find(run))
-        options_from(required_meta(&run->state, "run", "the state of a run"), run->state_path);
-    run_data(run, opt.valid, opt.test, opt.init, asked);
-    run_plan(run, &opt.batch, batch, 0);
-    precision_begin(opt.precision);
-    run->seed = (uint64_t)opt.seed;
 }
 
 static void training_close(Training *t) {
@@ -351,7 +316,7 @@ static void update_end(struct Run *run, const double loss[TERMS], double lr, dou
 static void pretrain_open(Training *t, const char *train_path) {
     struct Run *run = &t->run;
     Shape c;
-    training_open(t, train_path, 64);
+    run_open(run, train_path, LOG_BEGINS, 64, NULL);
     check_positions(&run->train);
     check_positions(&run->valid);
     run->steps = opt.steps;
@@ -360,13 +325,7 @@ static void pretrain_open(Training *t, const char *train_path) {
     sde_create(&t->s, c = option_shape(), 1);
     if (run->resumed) training_resume(t, 0);
     else sde_init(&t->s, run->seed);
-    if (opt.init && !run->resumed) {
-        TensorFile f;
-        tensor_file_open(&f, opt.init);
-        model_load(&t->s.model, t->s.model.params, &f, "");
-        note_stereo(&run->train, opt.init, tensor_meta(&f, "stereo"));
-        tensor_file_close(&f);
-    }
+    if (opt.init && !run->resumed) init_load(&t->s.model, opt.init, &run->train);
     fprintf(stderr, "model   %d wide, GIN of %d layers, SchNet of %d blocks, %s, %s edges: %.2f M "
             "parameters\ndata    %s: %zu molecules; %s: %zu\nrun     %lld steps of %lld molecules "
             "(%.1f epochs) on %d thread%s\n", c.dim, c.layers, c.blocks, opt.sde, opt.edges,
@@ -416,7 +375,7 @@ static void command_pretrain(const char *train_path) {
                    mean[LOG_RATE]);
             fflush(stdout);
         }
-        csv_log(run, LOG_HEADING);
+        csv_write(&t);
         if (save_due(run, opt.save_every)) training_save(&t);
         run_progress(run, "", 0);
     }
@@ -429,21 +388,18 @@ static void command_pretrain(const char *train_path) {
 
 // ---- finetune: ./moleculesde finetune train.bin --init FILE
 
-// The sizes of the model: those of --init, or of the state to go on from, if there is one.
-static Shape finetune_shape(struct Run *run) {
-    TensorFile init = {0}, *f = run->resumed ? &run->state : &init;
+// The sizes of the model: those of the state to go on from, or of --init, which is opened; if there
+// is neither, of the options.
+static Shape finetune_shape(const struct Run *run, TensorFile *init) {
+    const TensorFile *f = run->resumed ? &run->state : init;
     Shape c = option_shape();
-    if (run->resumed || opt.init) {
-        if (f == &init) tensor_file_open(f, opt.init);
-        c = file_shape(f, c);
-        c.tasks = 1;  // the new head may be larger
-        c.use_3d = option_encoder();
-        shape_fits(&c, f);
-        if (f == &init) note_stereo(&run->train, opt.init, tensor_meta(f, "stereo"));
-        tensor_file_close(&init);
-    }
-    c.tasks = run->train.n_tasks;
+    if (opt.init && !run->resumed) tensor_file_open(init, opt.init);
+    if (f->path) c = file_shape(f, c);
+    c.tasks = 1;  // the new head may be larger
     c.use_3d = option_encoder();
+    if (f->path) shape_fits(&c, f);
+    if (init->path) note_stereo(&run->train, opt.init, tensor_meta(init, "stereo"));
+    c.tasks = run->train.n_tasks;
     return c;
 }
 
@@ -451,14 +407,15 @@ static Shape finetune_shape(struct Run *run) {
 static void finetune_open(Training *t, const char *train_path) {
     struct Run *run = &t->run;
     const Dataset *const sets[] = {&run->train, &run->valid, &run->test};
-    training_open(t, train_path, 128);
+    TensorFile init = {0};
+    run_open(run, train_path, LOG_BEGINS, 128, NULL);
     size_t Y = (size_t)run->train.n_tasks;
     tasks_check(&run->train, &run->valid, &run->test, opt.valid);
     t->statistics = xmalloc(3 * Y, sizeof *t->statistics);
-    t->aim = (Aim){task_statistics(t->statistics, &run->train, &opt.task, 1), t->statistics,
-                   t->statistics + Y};
+    t->task = (Task){.mean = t->statistics, .std = t->statistics + Y};
+    t->task.kind = task_statistics(t->statistics, &run->train, &opt.task, 1);
     t->judged = can_judge(&run->valid, "the training loss chooses the epoch");
-    Shape c = finetune_shape(run);
+    Shape c = finetune_shape(run, &init);
     for (int k = 0; k < 3 && c.use_3d; k++) check_positions(sets[k]);
     t->s.method = option_method(1);
     sde_create(&t->s, c, 1);
@@ -470,9 +427,10 @@ static void finetune_open(Training *t, const char *train_path) {
         training_resume(t, opt.epochs);
     } else {
         sde_init(&t->s, run->seed);
-        if (opt.init) sde_transfer(&t->s, opt.init);
+        if (opt.init) sde_transfer(&t->s, &init);
         memcpy(t->s.p.head.b, t->statistics + 2 * Y, sizeof(float) * Y);
     }
+    tensor_file_close(&init);
     fprintf(stderr, "model   %s, %d wide: %.2f M parameters; %s, %zu task%s\ndata    %zu training, "
             "%zu validation, %zu test molecules\n", c.use_3d ? "SchNet" : "GIN", c.dim,
             (double)t->s.group_end[GROUP_3D] / 1e6, opt.task, Y, Y > 1 ? "s" : "",
@@ -487,7 +445,7 @@ static double finetune_step(double loss[TERMS], Training *t, const Adam *adam) {
     s->training = 1;
     mols_load(&s->mols, &run->train, run->ids, (size_t)run->batch, s->shape.tasks);
     task_forward(s);
-    loss[TERM_TOTAL] = head_loss(s, &t->aim);
+    loss[TERM_TOTAL] = head_loss(s, &t->task);
     task_backward(s);
     return update(s, adam, 1, run->done + 1);
 }
@@ -497,8 +455,8 @@ static double finetune_step(double loss[TERMS], Training *t, const Adam *adam) {
 static void finetune_epoch(Training *t, double loss) {
     struct Run *run = &t->run;
     double metric[METRICS];
-    int auc = t->aim.kind == TASK_CLASSIFICATION;
-    data_metrics(metric, &t->s, &t->aim, &run->valid, OF_CHOICE);
+    int auc = t->task.kind == TASK_CLASSIFICATION;
+    data_metrics(metric, &t->s, &t->task, &run->valid, OF_CHOICE);
     double valid = t->judged ? metric[auc ? METRIC_AUC : METRIC_MAE] : loss;
     const float *row = history_add(run, (float)loss, (float)valid, auc && t->judged);
     int better = (int64_t)row[HISTORY_BEST] == run->history.n;
@@ -515,10 +473,10 @@ static void finetune_report(Training *t) {
     const Dataset *last = t->run.test.count ? &t->run.test : &t->run.valid;
     double metric[METRICS];
     memcpy(t->s.model.params, t->best, sizeof(float) * t->s.model.count);
-    data_metrics(metric, &t->s, &t->aim, last, OF_MODEL);
+    data_metrics(metric, &t->s, &t->task, last, OF_MODEL);
     printf("%s:", t->run.test.count ? "test" : "valid");
     print_metrics(stdout, metric);
-    data_metrics(metric, &t->s, &t->aim, last, OF_CHANCE);
+    data_metrics(metric, &t->s, &t->task, last, OF_CHANCE);
     printf("by chance (the training mean for all):");
     print_metrics(stdout, metric);
     printf("wrote %s, %s\n", opt.output, t->run.log_path);
@@ -529,7 +487,7 @@ static void command_finetune(const char *train_path) {
     struct Run *run = &t.run;
     finetune_open(&t, train_path);
     printf(" epoch      loss      valid (%s)\n",
-           t.aim.kind == TASK_CLASSIFICATION ? "ROC-AUC"
+           t.task.kind == TASK_CLASSIFICATION ? "ROC-AUC"
            : run->train.n_tasks > 1 ? "MAE in deviations" : "MAE");
     run_start(run);
     if (!run->done) state_write(&t);  // from here on --resume means this run
@@ -541,7 +499,7 @@ static void command_finetune(const char *train_path) {
         double norm = finetune_step(loss, &t, &adam);
         update_end(run, loss, adam.lr, norm, start);
         if (epoch_ended(mean, run)) finetune_epoch(&t, mean[TERM_TOTAL]);
-        csv_write(run, t.judged);
+        csv_write(&t);
         if (save_due(run, opt.save_every)) training_save(&t);
         run_progress(run, "", run->done == run->steps);
     }
@@ -562,7 +520,8 @@ static void trained_open(Trained *t, const char *path) {
     CHECK(opt.model, "--model: expected a checkpoint");
     dataset_open(&t->data, path);
     tensor_file_open(f, opt.model);
-    options_from(tensor_meta(f, "method"), opt.model);
+    const char *method = tensor_meta(f, "method");
+    if (method) options_from_state(method, opt.model);
     Shape c = file_shape(f, option_shape());
     shape_fits(&c, f);
     t->s.method = option_method(1);
@@ -582,16 +541,13 @@ static void command_predict(const char *path) {
     Trained t = {0};
     Molecule m = {0};
     trained_open(&t, path);
-    const char *kind = "a fine-tuned model, see ./moleculesde finetune";
-    const char *names = required_meta(&t.file, "task_names", kind);
+    const char *names;
     size_t Y = (size_t)t.s.shape.tasks;
-    if (t.s.shape.use_3d) check_positions(&t.data);
     float *statistics = xmalloc(2 * Y, sizeof *statistics);
-    meta_numbers(statistics, Y, &t.file, "label_mean");
-    meta_numbers(statistics + Y, Y, &t.file, "label_std");
-    Aim aim = {(TaskKind)choice("task", required_meta(&t.file, "task", kind), TASK_KINDS, 2),
-               statistics, statistics + Y};
-    float *out = predict_all(&t.s, &aim, &t.data);
+    Task task = {.mean = statistics, .std = statistics + Y};
+    task.kind = tasks_load(statistics, &names, Y, &t.file);
+    if (t.s.shape.use_3d) check_positions(&t.data);
+    float *out = predict_all(&t.s, &task, &t.data);
     printf("name");
     for (size_t y = 0; y < Y; y++) {
         size_t length = strcspn(names, "\n");
@@ -606,7 +562,7 @@ static void command_predict(const char *path) {
             printf("\n");
             print_csv(stdout, m.name, (size_t)m.name_length);
         }
-        printf(",%.6g", aim.kind == TASK_CLASSIFICATION ? sigmoid_of(x) : x);
+        printf(",%.6g", task.kind == TASK_CLASSIFICATION ? sigmoid_of(x) : x);
     }
     printf("\n");
     FREE_ALL(statistics, out);
@@ -750,13 +706,8 @@ int main(int argc, char **argv) {
     }
     CHECK(n_words == command->words, "expected ./moleculesde/moleculesde %s%s; see --help",
           named ? xprintf("%s ", command->name) : "", command->usage);
-    CHECK(opt.steps < UINT32_MAX, "--steps: too many");
-    if (!opt.valid && bit & TRAIN) opt.valid = sibling(words[0], "valid");
-    if (!opt.test && bit & FINETUNE) opt.test = sibling(words[0], "test");
     if (!opt.output) opt.output = command->output;
-    CHECK(!(bit & TRAIN) || strcmp(opt.output, "-") != 0, "-o: expected a file");
-    const char *const files[] = {words[0], opt.valid, opt.test, opt.init, opt.model};
-    for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
+    command_files(command, words[0]);
     threads_set(opt.threads);
     if (bit & READ) precision_begin(opt.precision);
     switch (bit) {

@@ -463,7 +463,8 @@ static void golden_tuning(Report *r, const TensorFile *f, const char *task, int 
     char name[64], family[64];
     float mean[16], std[16];
     golden_open(&s, f, 1, task);
-    Aim aim = {strcmp(task, "cls") ? TASK_REGRESSION : TASK_CLASSIFICATION, mean, std};
+    Task aim = {.kind = strcmp(task, "cls") ? TASK_REGRESSION : TASK_CLASSIFICATION, .mean = mean,
+                .std = std};
     for (int y = 0; y < 16; y++) {
         mean[y] = (float)meta_number(f, "label_mean", 0);
         std[y] = (float)meta_number(f, "label_std", 0);
@@ -785,13 +786,13 @@ static void test_model(void) {
 static float rig_mean[2] = {0.1f, 0.2f}, rig_std[2] = {2, 3};
 
 static double run_class(Sde *s) {
-    Aim aim = {TASK_CLASSIFICATION, rig_mean, rig_std};
+    Task aim = {.kind = TASK_CLASSIFICATION, .mean = rig_mean, .std = rig_std};
     task_forward(s);
     return head_loss(s, &aim);
 }
 
 static double run_regression(Sde *s) {
-    Aim aim = {TASK_REGRESSION, rig_mean, rig_std};
+    Task aim = {.kind = TASK_REGRESSION, .mean = rig_mean, .std = rig_std};
     task_forward(s);
     return head_loss(s, &aim);
 }
@@ -1317,7 +1318,7 @@ static void test_tuning_options(void) {
             mean[y] = (float)(sum[y][1] / sum[y][0]);
             std[y] = (float)sqrt(sum[y][2] / sum[y][0] - pow(sum[y][1] / sum[y][0], 2));
         }
-        Aim aim = {TASK_REGRESSION, mean, std};
+        Task aim = {.kind = TASK_REGRESSION, .mean = mean, .std = std};
         Shape c = options_shape;
         c.tasks = 2;
         c.use_3d = o.use_3d > 0;

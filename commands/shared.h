@@ -1,0 +1,44 @@
+// commands/shared.h - what the commands of both programs do alike with their options, `opt`
+//
+//   command_files()     the files of a command line
+//   run_open()          opens what training needs
+//   text_add_run()      how the metadata of what it writes begin
+
+// Notes the files that a command reads: `path`, those of options, and of training by default what
+// stands beside it.
+static void command_files(const Command *command, const char *path) {
+    if (!opt.valid && command->bit & TRAIN) opt.valid = sibling(path, "valid");
+    if (!opt.test && command->bit & FINETUNE) opt.test = sibling(path, "test");
+    CHECK(!(command->bit & TRAIN) || strcmp(opt.output, "-") != 0, "-o: expected a file");
+    const char *const files[] = {path, opt.valid, opt.test, opt.init, opt.model};
+    for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
+}
+
+// Opens what a run needs, its model apart. If it is resumed, its options are those of its state.
+// The molecules of a batch are `usual` if nobody says, in parts of *part (NULL: all at once); how
+// its logs begin: see run_claim().
+static void run_open(struct Run *run, const char *train_path, const char *log_begins,
+                     int64_t usual, const int64_t *part) {
+    const char *asked = opt.init;
+    run_begin(run, train_path, opt.output, log_begins);
+    if (opt.resume && state_find(run))
+        options_from_state(required_meta(&run->state, "run", "the state of a run"),
+                           run->state_path);
+    run_data(run, opt.valid, opt.test, opt.init, asked);
+    run_plan(run, &opt.batch, usual, part ? *part : 0);
+    precision_begin(opt.precision);
+    run->seed = (uint64_t)opt.seed;
+}
+
+// Metadata of a checkpoint or state begin with n numbers, the options of such bits, and what
+// computes the products.
+static void text_add_run(Text *t, const char *const *keys, const long long *values, int n,
+                         unsigned options) {
+    char *run = options_describe(OPTIONS, N_OPTIONS, options);
+    text_add(t, "{");
+    text_add_meta(t, "format", "pt");
+    for (int k = 0; k < n; k++) text_add_meta(t, keys[k], "%lld", values[k]);
+    text_add_meta(t, "run", "%s", run);
+    text_add_meta(t, "products", "%s", precision_text());
+    free(run);
+}
