@@ -1932,6 +1932,10 @@ typedef enum {
     INIT_ZERO, INIT_ONE,
     INIT_WIDE,    // U(0, 3): means and widths of the Gaussians, Angstrom
     INIT_HALF,    // 0.5, row 0 zero
+    // of MoleculeSDE:
+    INIT_UNIT,    // N(0, 1)
+    INIT_FAN_IN,  // U(+-1 / sqrt(fan_in))
+    INIT_XAVIER,  // U(+-sqrt(6 / (rows + columns)))
 } InitRule;
 
 #define INIT_STD 0.02f
@@ -1943,6 +1947,7 @@ typedef struct TensorInfo {
     InitRule rule;
     size_t offset, count; // floats, in the arena
     size_t field;         // byte offset in Tensors of the field that begins here; else SIZE_MAX
+    size_t fan_in;        // of INIT_FAN_IN: columns of the matrix, of a bias those of its own
     const char *module;   // what a checkpoint has in front of the name
 } TensorInfo;
 
@@ -1957,7 +1962,8 @@ static size_t tensor_row(TensorInfo *info, int *n, const char *pattern, int laye
           "this model needs more memory than has addresses; try a smaller one (--size)");
     for (int k = 0; k < names; k++, ++*n) {
         TensorInfo one = {"", rows / names, rows ? columns : columns / names, rule,
-                          offset + k * (all / names), all / names, k ? SIZE_MAX : field, module};
+                          offset + k * (all / names), all / names, k ? SIZE_MAX : field, columns,
+                          module};
         if (info) info[*n] = one;
         if (info) pattern_name(info[*n].name, pattern, k, layer);
     }
@@ -2036,6 +2042,8 @@ static void tensor_init(const Model *model, int i, uint64_t seed) {
     const TensorInfo *t = &model->info[i];
     float *x = model->params + t->offset;
     size_t padding = t->rule == INIT_TABLE || t->rule == INIT_HALF ? t->columns : 0;
+    double bound = t->rule == INIT_XAVIER ? sqrt(6 / (double)(t->rows + t->columns))
+                                          : 1 / sqrt((double)t->fan_in);
     memset(x, 0, padding * sizeof *x);
 #pragma omp parallel for schedule(static)
     for (size_t k = padding; k < t->count; k++) {
@@ -2047,6 +2055,13 @@ static void tensor_init(const Model *model, int i, uint64_t seed) {
             case INIT_ONE: x[k] = 1.0f; break;
             case INIT_HALF: x[k] = 0.5f; break;
             case INIT_ZERO: x[k] = 0.0f; break;
+            case INIT_UNIT: x[k] = rng_normal(seed, RNG_INIT, 0, place, index); break;
+            case INIT_FAN_IN:
+            case INIT_XAVIER: {
+                double u = (double)rng_uniform(seed, RNG_INIT, 0, place, index);
+                x[k] = (float)(bound * (2 * u - 1));
+                break;
+            }
         }
     }
 }

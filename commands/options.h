@@ -189,8 +189,6 @@ static void options_from_state(const char *text, const char *path) {
     options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
 }
 
-#include "shared.h"  // command_files(), run_open(), run_describe()
-
 // ---- commands
 
 static const Command COMMANDS[] = {
@@ -205,15 +203,11 @@ static const Command COMMANDS[] = {
 };
 enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
 
-static void print_help(const Command *command) {
-    printf(
-        "MoleBLEND: pretrain a Transformer on molecules by blending 2D and 3D (ICLR 2024)\n\n"
-        "  ./moleblend train.bin                        pretrain; writes moleblend.safetensors\n");
-    for (const Command *c = COMMANDS; c < COMMANDS + N_COMMANDS; c++)
-        printf("  ./moleblend %-8s %-23s %s\n", c->name, c->usage, c->help);
-    printf("\nDatasets (.bin) are made by ./data_prep from SDF, SMILES or CSV files.\n");
-    options_print(OPTIONS, N_OPTIONS, command ? command->bit : 0);
-}
+#include "shared.h"  // help_print(), command_files(), run_open(), text_add_run()
+
+static const char TITLE[] =
+    "MoleBLEND: pretrain a Transformer on molecules by blending 2D and 3D (ICLR 2024)\n\n"
+    "  ./moleblend train.bin                        pretrain; writes moleblend.safetensors";
 
 // Says so if parts that should sum to 1 do not; they count as parts of their sum.
 static void note_parts(const char *names, double sum) {
@@ -271,7 +265,7 @@ static CommandLine command_line(int argc, char **argv) {
     int n_words = options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words,
                                 argc, option_given), n_models = opt.model != NULL;
     if (opt.version) printf("moleblend %s, vectors of %d floats\n", MB_VERSION, VEC);
-    if (opt.help) print_help(named ? command : NULL);
+    if (opt.help) help_print(TITLE, "./moleblend", 23, 0, named ? command->bit : 0);
     if (opt.version || opt.help) mb_exit(EXIT_SUCCESS);
     if (command->bit == PREDICT) n_models = words_models(models, words, &n_words);
     CHECK(n_words == command->words, "expected ./moleblend %s%s; see --help",

@@ -1,8 +1,21 @@
-// commands/shared.h - what the commands of both programs do alike with their options, `opt`
+// commands/shared.h - what both programs do alike with `opt`, OPTIONS and COMMANDS
 //
+//   help_print()        the text of --help
 //   command_files()     the files of a command line
 //   run_open()          opens what training needs
 //   text_add_run()      how the metadata of what it writes begin
+
+// What the program is, its commands, with usages of such width (anonymous: the first goes without
+// its name), and the options of one of them, or of all (0).
+static void help_print(const char *title, const char *program, int width, int anonymous,
+                       unsigned command) {
+    printf("%s\n", title);
+    for (int k = 0; k < N_COMMANDS; k++)
+        printf("  %s %-8s %-*s %s\n", program, k || !anonymous ? COMMANDS[k].name : "", width,
+               COMMANDS[k].usage, COMMANDS[k].help);
+    printf("\nDatasets (.bin) are made by ./data_prep from SDF, SMILES or CSV files.\n");
+    options_print(OPTIONS, N_OPTIONS, command);
+}
 
 // Notes the files that a command reads: `path`, those of options, and of training by default what
 // stands beside it.

@@ -356,8 +356,8 @@ static inline void csv_log(struct Run *run, const char *heading) {
     csv_flush(run);
 }
 
-// Adds the history's rows to the CSV: the seed, if that is asked for, and the number of their epoch;
-// of what the validation set says the size in such units, NaN: it says nothing.
+// Adds the history's rows to the CSV, behind the seed, if that is asked for, and the number of the
+// epoch; of what the validation set says the size in such units, NaN: it says nothing.
 static inline void csv_history(struct Run *run, const char *heading, int seed, double unit) {
     FILE *csv = csv_open(run, heading);
     for (; csv && run->shown < run->history.n; run->shown++) {

@@ -18,9 +18,9 @@
 //
 //   1 molecules of a batch    6 noise                  in model.h:              in run.c:
 //   2 layers                  7 2D -> 3D              11 fine-tuning head      14 options
-//   3 2D encoder: GIN         8 3D -> 2D              12 parameters, memory    15 models on data
-//   4 3D encoder: SchNet      9 one training step     13 checkpoints           16 training runs
-//   5 contrast               10 sampling conformers                            17 commands
+//   3 2D encoder: GIN         8 3D -> 2D              12 parameters            15 models on data
+//   4 3D encoder: SchNet      9 one training step     13 checkpoints           16 commands
+//   5 contrast               10 sampling conformers
 //
 //      graph                                     positions
 //        | 3 GIN                                   | 4 SchNet
@@ -374,9 +374,8 @@ static void mlp_forward(float *out, Hidden *hidden, const float *x, const Linear
 
 // From dout to the gradients of all maps and dx (may be NULL), as apply_backward(). hidden[k].act
 // is used up.
-static void mlp_backward(float *dx, int add, Linear *g, const float *dout,
-                         const float *x, Hidden *hidden, const Linear *l, int layers, Kind kind,
-                         size_t rows) {
+static void mlp_backward(float *dx, int add, Linear *g, const float *dout, const float *x,
+                         Hidden *hidden, const Linear *l, int layers, Kind kind, size_t rows) {
     for (int k = layers - 1; k > 0; k--) {
         float *act = hidden[k - 1].act;  // forward: out = map(act), act = act(pre)
         apply_backward(act, 0, &g[k], dout, act, &l[k], rows);
@@ -576,6 +575,10 @@ static int to2d_channels(const Shape *c, int l) {
     return l == 0 ? 2 : l == EDGE_LAYERS ? c->last_channels : c->channels;
 }
 static int to2d_offset(const Shape *c, int l) { return l == 0 ? 0 : 2 + (l - 1) * c->channels; }
+static int to2d_all_channels(const Shape *c) {  // of S_0..S_4
+    return to2d_offset(c, EDGE_LAYERS) + c->last_channels;
+}
+static int to2d_all_nodes(const Shape *c) { return c->dim + NODE_LAYERS * c->width; }
 
 // ---- all that one training step touches
 
@@ -735,30 +738,55 @@ typedef struct {
     int no_pairs, no_edges;  // no memory for what runs on pairs (SchNet, 3D -> 2D), on edges
 } Sde;
 
-static void buffers_layout(Sde *s);  // room for the batch at hand, section 12
+// What most functions that follow are about: the batch and its arrays.
+#define PARTS(s)                                                                                   \
+    const Mols *m = &(s)->mols;                                                                    \
+    Buffers *a = &(s)->a
 
-// x (n): numbers of molecule b become 0 with probability p, else are scaled by 1 / (1 - p); the
-// same in both passes.
-static void drop_row(float *x, size_t n, size_t b, double p, const Draws *draws, uint32_t purpose) {
-    enum { MASKS = 256 };
-    float mask[MASKS];
-    if (!draws->active || p <= 0) return;
-    for (size_t k = 0; k < n; k += MASKS) {
-        size_t count = n - k < MASKS ? n - k : MASKS;
-        dropout_row(mask, MASKS, p, draws, purpose, draws->first_slot + (uint32_t)b,
-                    (uint32_t)(k / MASKS));
-        for (size_t i = 0; i < count; i++) x[k + i] *= mask[i];
+// Room for the activations of the batch at hand, with a vector behind the end of each array.
+static void buffers_layout(Sde *s) {
+    const Shape *c = &s->shape;
+    Buffers *a = &s->a;
+    Store *store = &a->store;
+    const idx B = (idx)s->mols.B, A = (idx)s->mols.A, N = s->mols.N, D = c->dim, L = c->layers;
+    const idx P = s->no_pairs ? 0 : (idx)s->mols.P, E = s->no_edges ? 0 : (idx)s->mols.E;
+    const idx F = c->filters, K = c->gaussians, T = c->blocks, H = c->hidden, Y = c->tasks;
+    const idx W = c->width, Ct = to2d_all_channels(c), Cn = to2d_all_nodes(c);
+    const idx Cmax = max_int(2, c->channels), R = 2 * max_int((int)Cmax, c->last_channels);
+#define X(field, count) a->field = store_take(store, sizeof(float), SHAPE((count) + VEC));
+#define HIDDEN(field, layers, count)                                                               \
+    for (idx k = 0; k < (layers); k++) {                                                           \
+        X(field[k].pre, count)                                                                     \
+        X(field[k].act, count)                                                                     \
     }
+    for (int pass = 0; pass < 2; pass++) {
+        store_begin(store, pass);
+        BUFFER_ARRAYS(X, HIDDEN)
+    }
+#undef X
+#undef HIDDEN
+    a->x = a->gin_h + L * A * D;
+    a->scratch = (size_t)(N * (3 * N + 3) + 2 * (2 * W + 1) * padded(N));
 }
 
-// The same for x (A, n), or if edges for x (E, n).
+// x (A, n), or if edges x (E, n): numbers become 0 with probability p, else are scaled by
+// 1 / (1 - p); the same in both passes.
 static void drop_rows(float *x, int n, const Sde *s, int edges, double p, uint32_t purpose) {
+    enum { MASKS = 256 };
     const Mols *m = &s->mols;
+    if (!s->draws.active || p <= 0) return;
 #pragma omp parallel for schedule(static)
     for (size_t b = 0; b < m->B; b++) {
         size_t first = m->atom_start[b], end = m->atom_start[b + 1];
         if (edges) first = m->edge_start[first], end = m->edge_start[end];
-        drop_row(x + first * (size_t)n, (end - first) * (size_t)n, b, p, &s->draws, purpose);
+        float mask[MASKS], *x_b = x + first * (size_t)n;
+        size_t all = (end - first) * (size_t)n;
+        for (size_t k = 0; k < all; k += MASKS) {
+            dropout_row(mask, MASKS, p, &s->draws, purpose, s->draws.first_slot + (uint32_t)b,
+                        (uint32_t)(k / MASKS));
+            size_t count = min_size(all - k, MASKS);
+            for (size_t i = 0; i < count; i++) x_b[k + i] *= mask[i];
+        }
     }
 }
 
@@ -808,8 +836,7 @@ static void gin_messages_forward(float *u, float *vector, const Sde *s, const fl
 // directions: what j heard from i stands among the bonds of i.
 static void gin_messages_backward(float *dh, Sde *s, const float *du, const float *h,
                                   const float *vector, const GinLayer *p, GinLayer *g) {
-    const Mols *m = &s->mols;
-    Buffers *a = &s->a;
+    PARTS(s);
     size_t D = (size_t)s->shape.dim;
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < m->A; i++) {
@@ -852,8 +879,7 @@ static void gin_messages_backward(float *dh, Sde *s, const float *du, const floa
 
 // X (A, D), the last of gin_h.
 static void gin_forward(Sde *s) {
-    const Mols *m = &s->mols;
-    Buffers *a = &s->a;
+    PARTS(s);
     size_t D = (size_t)s->shape.dim, AD = m->A * D;
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < m->A; i++) {
@@ -882,8 +908,7 @@ static void gin_forward(Sde *s) {
 
 // From dx (A, D), which is used up, to all gradients of the GIN.
 static void gin_backward(Sde *s) {
-    const Mols *m = &s->mols;
-    Buffers *a = &s->a;
+    PARTS(s);
     size_t D = (size_t)s->shape.dim, AD = m->A * D;
     float *d = a->dx;
     for (int l = s->shape.layers - 1; l >= 0; l--) {
@@ -924,15 +949,14 @@ static void gin_backward(Sde *s) {
 
 // gauss (P, K) and cutoff (P), 0 for an atom with itself and beyond 10 A.
 static void schnet_distances(Sde *s) {
-    const Mols *m = &s->mols;
     int K = s->shape.gaussians;
     float width = CUTOFF / (float)(K - 1), scale = -0.5f / (width * width);
 #pragma omp parallel for schedule(static)
-    for (size_t b = 0; b < m->B; b++) {
-        Place v = place_of(m, b);
+    for (size_t b = 0; b < s->mols.B; b++) {
+        Place v = place_of(&s->mols, b);
         FOR_PAIRS(v, i, j) {
             size_t p = pair_row(&v, i, j);
-            float d = m->distance[p], *g = s->a.gauss + p * (size_t)K;
+            float d = s->mols.distance[p], *g = s->a.gauss + p * (size_t)K;
             for (int k = 0; k < K; k++)
                 g[k] = exp_fast(scale * (d - (float)k * width) * (d - (float)k * width));
             s->a.cutoff[p] = i == j || d >= CUTOFF ? 0.0f : 0.5f * (cosf(d * 0.314159265f) + 1);
@@ -942,11 +966,10 @@ static void schnet_distances(Sde *s) {
 
 // out (A, F): out_i = sum over j of x_j * filter_ij. Its own transpose, so dx_j is made of dout so.
 static void schnet_convolve(float *out, const float *x, const float *filter, const Sde *s) {
-    const Mols *m = &s->mols;
     size_t F = (size_t)s->shape.filters;
 #pragma omp parallel for schedule(dynamic)
-    for (size_t b = 0; b < m->B; b++) {
-        Place v = place_of(m, b);
+    for (size_t b = 0; b < s->mols.B; b++) {
+        Place v = place_of(&s->mols, b);
         for (int i = 0; i < v.N; i++) {
             float *out_i = out + (v.atom + (size_t)i) * F;
             memset(out_i, 0, sizeof(float) * F);
@@ -962,11 +985,10 @@ static void schnet_convolve(float *out, const float *x, const float *filter, con
 // dfilter (P, F) from dmessage: of the map before the cutoff.
 static void schnet_filter_backward(float *dfilter, const float *dmessage, const float *x,
                                    const Sde *s) {
-    const Mols *m = &s->mols;
     size_t F = (size_t)s->shape.filters;
 #pragma omp parallel for schedule(dynamic)
-    for (size_t b = 0; b < m->B; b++) {
-        Place v = place_of(m, b);
+    for (size_t b = 0; b < s->mols.B; b++) {
+        Place v = place_of(&s->mols, b);
         FOR_PAIRS(v, i, j) {
             size_t p = pair_row(&v, i, j);
             const float *x_i = x + (v.atom + (size_t)i) * F, *x_j = x + (v.atom + (size_t)j) * F;
@@ -979,9 +1001,8 @@ static void schnet_filter_backward(float *dfilter, const float *dmessage, const 
 
 // Y (A, D).
 static void schnet_forward(Sde *s) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const Schnet *p = &s->p.schnet;
-    Buffers *a = &s->a;
     size_t D = (size_t)s->shape.dim, F = (size_t)s->shape.filters, AD = m->A * D, AF = m->A * F;
     schnet_distances(s);
     for (size_t i = 0; i < m->A; i++)
@@ -996,8 +1017,7 @@ static void schnet_forward(Sde *s) {
             for (size_t c = 0; c < F; c++) filter[q * F + c] *= a->cutoff[q];
         apply(a->lifted + k * AF, h, &block->lift, m->A);
         schnet_convolve(a->message + k * AF, a->lifted + k * AF, filter, s);
-        mlp_forward(next, &a->schnet_hidden[k], a->message + k * AF, block->out, 2, SSP,
-                    m->A);
+        mlp_forward(next, &a->schnet_hidden[k], a->message + k * AF, block->out, 2, SSP, m->A);
         for (size_t c = 0; c < AD; c++) next[c] += h[c];
     }
     mlp_forward(a->y, a->y_hidden, a->schnet_h + (size_t)s->shape.blocks * AD, p->out, 2,
@@ -1006,10 +1026,9 @@ static void schnet_forward(Sde *s) {
 
 // From dy (A, D), which is used up, to all gradients of the SchNet.
 static void schnet_backward(Sde *s) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const Schnet *p = &s->p.schnet;
     Schnet *g = &s->g.schnet;
-    Buffers *a = &s->a;
     size_t D = (size_t)s->shape.dim, F = (size_t)s->shape.filters, AD = m->A * D, AF = m->A * F;
     float *dh = a->dy;  // in its place
     mlp_backward(dh, 0, g->out, a->dy, a->schnet_h + (size_t)s->shape.blocks * AD,
@@ -1045,8 +1064,7 @@ static double sigmoid_of(double x) { return 1 / (1 + exp(-x)); }
 
 // Loss and accuracy; stores dx and dy (A, D).
 static void contrast(double loss[TERMS], Sde *s) {
-    const Mols *m = &s->mols;
-    Buffers *a = &s->a;
+    PARTS(s);
     size_t D = (size_t)s->shape.dim, A = m->A;
     const uint32_t *other[3] = {NULL, m->perm, m->perm + A};
 #pragma omp parallel for schedule(static)
@@ -1235,9 +1253,8 @@ static double to3d_frame(float *axes, float *angle, float *wave, const float *qs
 
 // f (E, H), and the gate.
 static void to3d_frames_forward(Sde *s) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const To3d *p = &s->p.to3d;
-    Buffers *a = &s->a;
     int H = s->shape.hidden, E = (int)m->E, wide = 2 * H + 2;
 #pragma omp parallel for schedule(static)
     for (size_t e = 0; e < m->E; e++) {
@@ -1260,10 +1277,9 @@ static void to3d_frames_forward(Sde *s) {
 
 // From dframe (E, H) and dgate (E, H).
 static void to3d_frames_backward(Sde *s, const float *dframe) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const To3d *p = &s->p.to3d;
     To3d *g = &s->g.to3d;
-    Buffers *a = &s->a;
     int H = s->shape.hidden, E = (int)m->E, wide = 2 * H + 2;
     float *d = a->frame_hidden[0].act;  // in its place
     apply_backward(d, 0, &g->project[1], dframe, d, &p->project[1], m->E);
@@ -1282,9 +1298,8 @@ static void to3d_frames_backward(Sde *s, const float *dframe) {
 //      is a sum, edge_in [X_s; X_d] = from X_s + to X_d: two products an atom, one sum an edge
 
 static void to3d_graph_forward(Sde *s) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const To3d *p = &s->p.to3d;
-    Buffers *a = &s->a;
     int D = s->shape.dim, A = (int)m->A;
     size_t d = (size_t)D;
     apply(a->node, a->x, &p->node, m->A);
@@ -1317,13 +1332,11 @@ static void edge_sums(float *to, float *from, const float *x, size_t n, const Mo
 
 // From dgraph (E, H) and dnode (A, H): adds to dx (A, D).
 static void to3d_graph_backward(Sde *s, const float *dgraph) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const To3d *p = &s->p.to3d;
     To3d *g = &s->g.to3d;
-    Buffers *a = &s->a;
     int D = s->shape.dim, A = (int)m->A;
-    apply_backward(a->dedge_act, 0, &g->edge_out, dgraph, a->edge_act, &p->edge_out,
-                   m->E);
+    apply_backward(a->dedge_act, 0, &g->edge_out, dgraph, a->edge_act, &p->edge_out, m->E);
     batch_norm_backward(a->dedge_act, &g->edge_norm, a->edge_act, a->edge_hat, a->edge_rstd,
                         &p->edge_norm, m->E);
     float *dfrom = a->x_from, *dto = a->x_to;  // in their places
@@ -1371,8 +1384,7 @@ static void attention_alpha(float *alpha, const Sde *s, const float *maps, const
 // dropped (E, 8) = alpha with dropout.
 static void attention_drop(Sde *s, int l, const float *alpha) {
     memcpy(s->a.dropped, alpha, sizeof(float) * s->mols.E * HEADS);
-    drop_rows(s->a.dropped, HEADS, s, 1, s->method.attention_dropout,
-              RNG_ALPHA_DROP + (uint32_t)l);
+    drop_rows(s->a.dropped, HEADS, s, 1, s->method.attention_dropout, RNG_ALPHA_DROP + (uint32_t)l);
 }
 
 // out (A, H) = m.
@@ -1398,8 +1410,7 @@ static void edge_attention_forward(float *out, Sde *s, int l, float *alpha, cons
 // the one task of their molecule.
 static void edge_attention_backward(Sde *s, int l, const float *dout, const float *alpha,
                                     const float *maps, const float *edge_map) {
-    const Mols *m = &s->mols;
-    Buffers *a = &s->a;
+    PARTS(s);
     size_t H = (size_t)s->shape.hidden, wide = H / HEADS;
     float scale = 1.0f / sqrtf((float)wide);
     attention_drop(s, l, alpha);
@@ -1496,9 +1507,8 @@ static void to3d_layer_backward(Sde *s, int l) {
 //      the mean over the edges into it of c1 a + c2 b + c3 c, added up over the modules
 
 static void to3d_basis_forward(Sde *s, int k) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const Linear *p = s->p.to3d.basis[k];
-    Buffers *a = &s->a;
     int H = s->shape.hidden;
     const float *u = a->node + (size_t)(2 * k + 2) * m->A * (size_t)H;
     Hidden *hidden = &a->basis_hidden[k];
@@ -1529,10 +1539,9 @@ static void to3d_basis_forward(Sde *s, int k) {
 
 // From deps_hat (A, 3): adds to dnode (A, H) and dedge (E, H).
 static void to3d_basis_backward(Sde *s, int k) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const Linear *p = s->p.to3d.basis[k];
     Linear *g = s->g.to3d.basis[k];
-    Buffers *a = &s->a;
     int H = s->shape.hidden, A = (int)m->A, E = (int)m->E;
     const float *u = a->node + (size_t)(2 * k + 2) * m->A * (size_t)H;
     float *d = a->basis_hidden[k].act, *dbasis_node = a->basis_node;  // in their places
@@ -1549,16 +1558,12 @@ static void to3d_basis_backward(Sde *s, int k) {
     apply_backward(d, 0, &g[1], a->dcoefficient, d, &p[1], m->E);
     act_backward(SILU, d, a->basis_hidden[k].pre, m->E * COEFFICIENTS);
     // forward: pre = node part of s + node part of d + edge part + b
-    gemm(1, 0, COEFFICIENTS, H, E, d, COEFFICIENTS, a->edge, H, NULL, 0, g[0].w + H,
-         2 * H);
+    gemm(1, 0, COEFFICIENTS, H, E, d, COEFFICIENTS, a->edge, H, NULL, 0, g[0].w + H, 2 * H);
     column_sums(g[0].b, d, COEFFICIENTS, E, COEFFICIENTS);
-    gemm(0, 0, E, H, COEFFICIENTS, d, COEFFICIENTS, p[0].w + H, 2 * H, NULL, 1, a->dedge,
-         H);
+    gemm(0, 0, E, H, COEFFICIENTS, d, COEFFICIENTS, p[0].w + H, 2 * H, NULL, 1, a->dedge, H);
     edge_sums(dbasis_node, dbasis_node, d, COEFFICIENTS, m);
-    gemm(1, 0, COEFFICIENTS, H, A, dbasis_node, COEFFICIENTS, u, H, NULL, 0, g[0].w,
-         2 * H);
-    gemm(0, 0, A, H, COEFFICIENTS, dbasis_node, COEFFICIENTS, p[0].w, 2 * H, NULL, 1,
-         a->dnode, H);
+    gemm(1, 0, COEFFICIENTS, H, A, dbasis_node, COEFFICIENTS, u, H, NULL, 0, g[0].w, 2 * H);
+    gemm(0, 0, A, H, COEFFICIENTS, dbasis_node, COEFFICIENTS, p[0].w, 2 * H, NULL, 1, a->dnode, H);
 }
 
 // ---- the whole network
@@ -1628,16 +1633,8 @@ static void to3d_loss(double loss[TERMS], Sde *s) {
 //   All matrices over pairs are symmetric: one row a pair i <= j.
 // =================================================================================================
 
-// The width of an edge layer's nodes, and its hidden width R.
+// The width of an edge layer's nodes.
 static int edge_layer_in(const Shape *c, int l) { return l ? c->width : c->dim; }
-static int edge_layer_hidden(const Shape *c, int l) {
-    return 2 * max_int(to2d_channels(c, l), to2d_channels(c, l + 1));
-}
-
-static int to2d_all_channels(const Shape *c) {  // of S_0..S_4
-    return to2d_offset(c, EDGE_LAYERS) + c->last_channels;
-}
-static int to2d_all_nodes(const Shape *c) { return c->dim + NODE_LAYERS * c->width; }
 
 // Do both atoms of a pair have a bond?
 static int both_bonded(const Mols *m, const Place *v, int i, int j) {
@@ -1802,7 +1799,7 @@ static void pair_scores_backward(float *dqk, const float *drows, const float *qk
 // ---- one edge layer
 
 typedef struct {
-    int C, out, in, R, W, ld;  // channels, of the next layer; width of nodes, hidden; row of nodes
+    int C, out, in, W, ld;     // channels, of the next layer; width of nodes, of all; row of nodes
     const float *h;            // (A, in) at row stride ld
     float *qk, *z, *value, *rows;
     Hidden *qk_hidden, *value_hidden, *pair_hidden;
@@ -1812,15 +1809,14 @@ typedef struct {
 static EdgeActs edge_acts(Sde *s, int l) {
     const Shape *c = &s->shape;
     Buffers *a = &s->a;
-    size_t A = s->mols.A, W = (size_t)c->width, most = (size_t)max_int(2, max_int(c->channels, 1));
-    size_t L = (size_t)l, Cn = (size_t)to2d_all_nodes(c);
-    return (EdgeActs){to2d_channels(c, l), to2d_channels(c, l + 1), edge_layer_in(c, l),
-                      edge_layer_hidden(c, l), c->width, l ? c->width : (int)Cn,
-                      l ? a->edge_h + (L - 1) * A * W : a->nodes, a->qk + L * A * most * 4 * W,
-                      a->value_map + L * A * most * W, a->value + L * A * most * W,
-                      a->pair_in + L * s->mols.P * 2 * most, &a->qk_hidden[l], &a->value_hidden[l],
-                      &a->pair_hidden[2 * l], (size_t)to2d_offset(c, l),
-                      (size_t)to2d_offset(c, l + 1)};
+    size_t A = s->mols.A, W = (size_t)c->width, most = (size_t)max_int(2, c->channels);
+    size_t L = (size_t)l;
+    return (EdgeActs){to2d_channels(c, l), to2d_channels(c, l + 1), edge_layer_in(c, l), c->width,
+                      l ? c->width : to2d_all_nodes(c), l ? a->edge_h + (L - 1) * A * W : a->nodes,
+                      a->qk + L * A * most * 4 * W, a->value_map + L * A * most * W,
+                      a->value + L * A * most * W, a->pair_in + L * s->mols.P * 2 * most,
+                      &a->qk_hidden[l], &a->value_hidden[l], &a->pair_hidden[2 * l],
+                      (size_t)to2d_offset(c, l), (size_t)to2d_offset(c, l + 1)};
 }
 
 // The first half of a molecule's layer: T and S side by side in rows, and the values V.
@@ -1846,8 +1842,7 @@ static void edge_layer_forward(Sde *s, int l) {
     EdgeActs e = edge_acts(s, l);
     int A = (int)m->A, wide = e.C * 4 * e.W, last = l + 1 == EDGE_LAYERS;
     size_t Ct = (size_t)to2d_all_channels(&s->shape), W = (size_t)e.W;
-    gemm(0, 1, A, wide, e.in, e.h, e.ld, p->first.w, e.in, p->first.b, 0, e.qk_hidden->pre,
-         wide);
+    gemm(0, 1, A, wide, e.in, e.h, e.ld, p->first.w, e.in, p->first.b, 0, e.qk_hidden->pre, wide);
     act_forward(TANH, e.qk_hidden->act, e.qk_hidden->pre, m->A * (size_t)wide);
     for (int k = 0; k < 2 * e.C; k++)
         gemm(0, 1, A, 2 * e.W, 2 * e.W, e.qk_hidden->act + 2 * k * e.W, wide, p->second[k].w,
@@ -1891,11 +1886,10 @@ static void edge_layer_molecule_backward(Sde *s, const EdgeActs *e, size_t b, in
 // From dadjacency of S_l+1 and dedge_h of H^l+1 (A, W; not read in the last layer) to those of S_l
 // and H^l (A, in); of the first layer the latter is added to dnodes.
 static void edge_layer_backward(Sde *s, int l) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const EdgeLayer *p = &s->p.to2d.edge[l];
     EdgeLayer *g = &s->g.to2d.edge[l];
     EdgeActs e = edge_acts(s, l);
-    Buffers *a = &s->a;
     int A = (int)m->A, wide = e.C * 4 * e.W, last = l + 1 == EDGE_LAYERS;
     size_t Ct = (size_t)to2d_all_channels(&s->shape), W = (size_t)e.W;
     pairs_doubled(a->pair_out, (size_t)e.out, a->dadjacency + e.to, Ct, e.out, m);
@@ -1926,16 +1920,14 @@ static void edge_layer_backward(Sde *s, int l) {
         const float *d = a->dvalue_map + c * e.W;
         gemm(1, 0, e.in, e.W, A, e.h, e.ld, d, e.C * e.W, NULL, 0, g->value_w + c * e.in * e.W,
              e.W);
-        gemm(0, 1, A, e.in, e.W, d, e.C * e.W, p->value_w + c * e.in * e.W, e.W, NULL, 1, dh,
-             e.ld);
+        gemm(0, 1, A, e.in, e.W, d, e.C * e.W, p->value_w + c * e.in * e.W, e.W, NULL, 1, dh, e.ld);
     }
 }
 
 // ---- the node network: columns D + (l - 1) W of nodes are G_l = tanh(GCN(G_l-1, adj))
 
 static void node_layer_forward(Sde *s, int l) {
-    const Mols *m = &s->mols;
-    Buffers *a = &s->a;
+    PARTS(s);
     int D = s->shape.dim, W = s->shape.width, Cn = to2d_all_nodes(&s->shape);
     const float *in = a->nodes + (l ? D + (l - 1) * W : 0);
     float *out = a->nodes + D + l * W;
@@ -1955,8 +1947,7 @@ static void node_layer_forward(Sde *s, int l) {
 
 // From dnodes of G_l+1, added to that of G_l.
 static void node_layer_backward(Sde *s, int l) {
-    const Mols *m = &s->mols;
-    Buffers *a = &s->a;
+    PARTS(s);
     int D = s->shape.dim, W = s->shape.width, Cn = to2d_all_nodes(&s->shape), A = (int)m->A;
     int in_width = l ? W : D, at = l ? D + (l - 1) * W : 0;
     const float *out = a->nodes + D + l * W;
@@ -1971,10 +1962,8 @@ static void node_layer_backward(Sde *s, int l) {
         gcn_backward(dmap + v.atom * (size_t)W, (size_t)W, NULL, dout + v.atom * (size_t)Cn,
                      (size_t)Cn, NULL, W, &v, m->adj, 1, take(scratch_begin(), (idx)a->scratch));
     }
-    gemm(1, 0, in_width, W, A, a->nodes + at, Cn, dmap, W, NULL, 0, s->g.to2d.node_w[l],
-         W);
-    gemm(0, 1, A, in_width, W, dmap, W, s->p.to2d.node_w[l], W, NULL, 1, a->dnodes + at,
-         Cn);
+    gemm(1, 0, in_width, W, A, a->nodes + at, Cn, dmap, W, NULL, 0, s->g.to2d.node_w[l], W);
+    gemm(0, 1, A, in_width, W, dmap, W, s->p.to2d.node_w[l], W, NULL, 1, a->dnodes + at, Cn);
 }
 
 // ---- the whole network
@@ -1998,9 +1987,8 @@ static void to2d_start(Sde *s) {
 
 // m_x (A, V) and m_adj (P), of all atoms and pairs: to2d_loss() drops what does not count.
 static void to2d_forward(Sde *s) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const To2d *p = &s->p.to2d;
-    Buffers *a = &s->a;
     int D = s->shape.dim, A = (int)m->A, Cn = to2d_all_nodes(&s->shape);
     gemm(0, 1, A, D, D, a->y, D, p->embed_y.w, D, p->embed_y.b, 0, a->nodes, Cn);
     for (size_t i = 0; i < m->A; i++)
@@ -2015,10 +2003,9 @@ static void to2d_forward(Sde *s) {
 
 // From dm_x and dm_adj to all gradients of the network, and added to dy (A, D).
 static void to2d_backward(Sde *s) {
-    const Mols *m = &s->mols;
+    PARTS(s);
     const To2d *p = &s->p.to2d;
     To2d *g = &s->g.to2d;
-    Buffers *a = &s->a;
     int D = s->shape.dim, A = (int)m->A, Cn = to2d_all_nodes(&s->shape);
     mlp_backward(a->dnodes, 0, g->nodes, a->dm_x, a->nodes, a->nodes_hidden, p->nodes, 3,
                  SILU, m->A);
@@ -2087,6 +2074,20 @@ static void losses(double loss[TERMS], Sde *s) {
     loss_total(loss, &s->method);
 }
 
+// The same if the networks said 0, and no vector told anything.
+static void losses_by_chance(double loss[TERMS], Sde *s) {
+    mols_noised(s);
+    buffers_layout(s);
+    memset(s->a.eps_hat, 0, sizeof(float) * 3 * s->mols.A);
+    memset(s->a.m_x, 0, sizeof(float) * V * s->mols.A);
+    memset(s->a.m_adj, 0, sizeof(float) * s->mols.P);
+    to3d_loss(loss, s);
+    to2d_loss(loss, s);
+    loss[TERM_CONTRAST] = 2 * log(2);
+    loss[TERM_ACCURACY] = 0.5;
+    loss_total(loss, &s->method);
+}
+
 static void gradients_of_losses(Sde *s) {
     to3d_backward(s);   // contrast() stored dx and dy, these two add to them
     to2d_backward(s);
@@ -2116,8 +2117,7 @@ static double update(Sde *s, const Adam *adam, double scale_3d, int64_t t) {
 
 // Molecules ids[0..B) of a dataset: losses, gradients, update t = 1, 2, ...; returns the norm.
 static double sde_step(double loss[TERMS], Sde *s, const Dataset *data, const uint32_t *ids,
-                       size_t B, const Adam *adam, double scale_3d, const Draws *draws,
-                       int64_t t) {
+                       size_t B, const Adam *adam, double scale_3d, const Draws *draws, int64_t t) {
     s->draws = *draws;
     s->training = 1;
     mols_load(&s->mols, data, ids, B, 0);
@@ -2197,4 +2197,4 @@ static void sample_step(Sde *s, int i, int M, const float *corrector, const floa
 }
 
 #include "model.h"  // sections 11 to 13: what is promised above, and checkpoints
-#include "run.c"    // sections 14 to 17: the program
+#include "run.c"    // sections 14 to 16: the program

@@ -4,6 +4,7 @@
 #ifndef MOLECULESDE_TEST
 
 #include "../lib/commands.h"  // TEXT(), WHOLE() ...: rows of OPTIONS; command_find()
+#include "../lib/sdfile.h"    // sd_write(): a molecule as a record of an SD file
 
 // =================================================================================================
 // 14 Options
@@ -94,6 +95,18 @@ static const Option OPTIONS[] = {
 };
 enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0] };
 
+static const Command COMMANDS[] = {
+    {"pretrain", PRETRAIN, 1, "moleculesde.safetensors", "train.bin",
+     "pretrain (the default command)"},
+    {"finetune", FINETUNE, 1, "sde_finetuned.safetensors", "train.bin --init FILE",
+     "train an encoder on labels"},
+    {"predict", PREDICT, 1, NULL, "data.bin --model FILE", "predictions as CSV on stdout"},
+    {"embed", EMBED, 1, "embeddings.npy", "data.bin --model FILE", "a vector per molecule"},
+    {"generate", GENERATE, 2, "conformers.sdf", "data.bin INDEX|NAME --model FILE",
+     "conformers of a molecule"},
+};
+enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
+
 static char option_given[N_OPTIONS];
 static const char *const SDE_NAMES[] = {"ve", "vp"};
 static const char *const EDGE_NAMES[] = {"plain", "gated"};
@@ -104,9 +117,7 @@ static void options_from_state(const char *text, const char *path) {
     options_resume(OPTIONS, N_OPTIONS, GROWS, FILES, option_given, text, path);
 }
 
-#include "../commands/shared.h"  // command_files(), run_open(), text_add_run()
-
-static int option_encoder(void) { return choice("--encoder", opt.encoder, ENCODER_NAMES, 2); }
+#include "../commands/shared.h"  // help_print(), command_files(), run_open(), text_add_run()
 
 static Method option_method(int dropout) {
     Method m = opt.method;
@@ -122,20 +133,37 @@ static Shape option_shape(void) {
 }
 
 // =================================================================================================
-// 15 Models on data: losses, predictions, metrics
+// 15 A job: losses, predictions and metrics of a model on data; what is a run's beside lib/run.h
 // =================================================================================================
+
+enum { LOG_LR = TERMS, LOG_NORM, LOG_RATE, LOG_COLUMNS,  // of the log; the losses come first
+       HISTORY_COLUMNS = HISTORY_BEST + 1 };
+#define LOG_HEADING                                                                                \
+    "step,total,contrast,2d->3d,elements,bonds,accuracy,lr,gradient_norm,molecules_per_second"
+#define HISTORY_HEADING "epoch,loss,valid,best_epoch"
+#define LOG_BEGINS "step,total,contrast,|" HISTORY_HEADING "\n"
+
+typedef struct {
+    Sde s;
+    struct Run run;              // of training
+    Dataset data;                // of what uses a model
+    TensorFile file;             // --model, or --init of fine-tuning
+    Task task;                   // of a fine-tuned model
+    float *statistics;           // and its labels', see task_statistics()
+    int judged;                  // can the validation set judge? Else the training loss does
+    float *best;                 // parameters of the best epoch
+} Job;
 
 // Dies if a dataset lacks the positions that are needed.
 static void check_positions(const Dataset *data) {
     size_t without = 0, first = 0;
     for (size_t i = data->count; i-- > 0;)
         if (!dataset_has_pos(data, i)) without++, first = i;
-    if (without == 0) return;
     Molecule m = {0};
-    dataset_read(data, first, &m);
-    DIE("%s: %zu of %zu molecules have no positions, the first is %s: leave them out with "
-        "data_prep --skip-list, or if they are flat, mark their SD records as 3D", data->path,
-        without, data->count, m.name);
+    if (without) dataset_read(data, first, &m);
+    CHECK(!without, "%s: %zu of %zu molecules have no positions, the first is %s: leave them out "
+          "with data_prep --skip-list, or if they are flat, mark their SD records as 3D",
+          data->path, without, data->count, m.name);
 }
 
 // Puts up to --batch-size molecules of a dataset, from `first` to at most `end` - 1, into s->mols,
@@ -150,20 +178,6 @@ static size_t load_next(Sde *s, const Dataset *data, size_t first, size_t end) {
     if (B) mols_load(&s->mols, data, ids, B, s->shape.tasks);
     free(ids);
     return B;
-}
-
-// Losses of the batch in s by chance: if the networks said 0, and no vector told anything.
-static void losses_by_chance(double loss[TERMS], Sde *s) {
-    mols_noised(s);
-    buffers_layout(s);
-    memset(s->a.eps_hat, 0, sizeof(float) * 3 * s->mols.A);
-    memset(s->a.m_x, 0, sizeof(float) * V * s->mols.A);
-    memset(s->a.m_adj, 0, sizeof(float) * s->mols.P);
-    to3d_loss(loss, s);
-    to2d_loss(loss, s);
-    loss[TERM_CONTRAST] = 2 * log(2);
-    loss[TERM_ACCURACY] = 0.5;
-    loss_total(loss, &s->method);
 }
 
 // Mean losses of a dataset's first `most` molecules, of the model or by chance.
@@ -181,7 +195,9 @@ static void mean_losses(double mean[TERMS], Sde *s, const Dataset *data, size_t 
 }
 
 // Predictions (n, Y) of a dataset in the labels' units, or logits, in fresh memory.
-static float *predict_all(Sde *s, const Task *task, const Dataset *data) {
+static float *predict_all(Job *t, const Dataset *data) {
+    const Task *task = &t->task;
+    Sde *s = &t->s;
     size_t Y = (size_t)s->shape.tasks;
     float *out = xmalloc(mul_size(data->count, Y), sizeof *out);
     for (size_t i = 0, B; (B = load_next(s, data, i, SIZE_MAX)) > 0; i += B) {
@@ -194,52 +210,30 @@ static float *predict_all(Sde *s, const Task *task, const Dataset *data) {
     return out;
 }
 
-// What data_metrics() is asked for: metrics of predictions, those of them by which an epoch is
-// chosen (without tasks that cannot judge), or metrics of constant predictions.
-typedef enum { OF_MODEL, OF_CHOICE, OF_CHANCE } Asked;
-
 // Mean metrics over the tasks of a dataset in which they are defined; of several tasks errors are
-// in deviations of the training labels.
-static void data_metrics(double mean[METRICS], Sde *s, const Task *task, const Dataset *data,
-                         Asked asked) {
-    size_t Y = (size_t)s->shape.tasks, n = data->count;
-    float *labels = dataset_labels(data), *out = NULL;
-    if (asked == OF_CHANCE) out = xmalloc(n * Y, sizeof *out);
-    else out = predict_all(s, task, data);
-    if (asked == OF_CHOICE) labels_judge(labels, data, NULL, NULL);
+// in deviations of the training labels. chance: the same of constant predictions; NULL: an epoch
+// is chosen, and tasks that cannot judge are left out.
+static void data_metrics(double mean[METRICS], double *chance, Job *t, const Dataset *data) {
+    const Task *task = &t->task;
+    size_t Y = (size_t)t->s.shape.tasks, n = data->count;
+    float *labels = dataset_labels(data), *out = predict_all(t, data);
+    float *constant = xmalloc(n * Y, sizeof *constant);
+    if (!chance) labels_judge(labels, data, NULL, NULL);
     for (size_t k = 0; k < n * Y; k++) {
         float unit = Y > 1 && task->kind == TASK_REGRESSION ? task->std[k % Y] : 1;
-        if (asked == OF_CHANCE) out[k] = task->mean[k % Y];
         CHECK(isfinite(out[k]), "%s: molecule %zu: the prediction is no number; try a lower --lr",
               data->path, k / Y);
         out[k] /= unit;
         labels[k] /= unit;
+        constant[k] = task->mean[k % Y] / unit;
     }
     task_means(mean, task->kind, out, labels, n, Y);
-    FREE_ALL(out, labels);
+    if (chance) task_means(chance, task->kind, constant, labels, n, Y);
+    FREE_ALL(constant, out, labels);
 }
 
-// =================================================================================================
-// 16 Training runs: what is theirs beside lib/run.h
-// =================================================================================================
-
-enum { LOG_LR = TERMS, LOG_NORM, LOG_RATE, LOG_COLUMNS };  // of the log; the losses come first
-enum { HISTORY_COLUMNS = HISTORY_BEST + 1 };
-#define LOG_HEADING                                                                                \
-    "step,total,contrast,2d->3d,elements,bonds,accuracy,lr,gradient_norm,molecules_per_second"
-#define HISTORY_HEADING "epoch,loss,valid,best_epoch"
-#define LOG_BEGINS "step,total,contrast,|" HISTORY_HEADING "\n"
-
-typedef struct {
-    struct Run run;
-    Sde s;
-    Task task;                   // of fine-tuning, as what follows
-    int judged;                  // can the validation set judge? Else the training loss does
-    float *statistics, *best;    // see task_statistics(); parameters of the best epoch
-} Training;
-
 // Metadata of a checkpoint or state: where the run is, its options, the task.
-static char *training_meta(const Training *t, int of_state) {
+static char *training_meta(const Job *t, int of_state) {
     Text text = {0};
     const struct Run *run = &t->run;
     const char *const keys[] = {"step", "molecules", DATA_KEYS[0], DATA_KEYS[1], DATA_KEYS[2],
@@ -259,47 +253,38 @@ static char *training_meta(const Training *t, int of_state) {
     return text.text;
 }
 
-static void state_write(const Training *t) {
-    model_state_write(&t->run, &t->s.model, t->best, training_meta(t, 1));
-}
-
 // The log, or of fine-tuning the history, as CSV.
-static void csv_write(Training *t) {
+static void csv_write(Job *t) {
     if (!t->run.history.x) csv_log(&t->run, LOG_HEADING);
     else csv_history(&t->run, HISTORY_HEADING, 0, t->judged ? 1 : (double)NAN);
 }
 
 // First the state, so that a run killed between two renames resumes from it; then the checkpoint.
-static void training_save(Training *t) {
+static void training_save(Job *t) {
     float *const one[ARENAS] = {t->run.history.n ? t->best : t->s.model.params};
     char *meta = training_meta(t, 0);
-    state_write(t);
+    model_state_write(&t->run, &t->s.model, t->best, training_meta(t, 1));
     model_write(opt.output, &t->s.model, one, NULL, 0, meta);
     csv_write(t);
     free(meta);
 }
 
 // Continues from the state that is open; epochs: room in the history.
-static void training_resume(Training *t, int64_t epochs) {
+static void training_resume(Job *t, int64_t epochs) {
     model_state_load(&t->run, &t->s.model, t->best, -1, epochs);
     fprintf(stderr, "resumed after step %lld\n", (long long)t->run.done);
 }
 
-static void training_close(Training *t) {
+static void job_close(Job *t) {
     run_free(&t->run);
+    dataset_close(&t->data);
+    tensor_file_close(&t->file);
     sde_free(&t->s);
     FREE_ALL(t->statistics, t->best);
 }
 
-// Begins update run->done: its molecules, and what names its draws.
-static Draws update_begin(struct Run *run) {
-    threads_adapt();
-    update_ids(run, run->done);
-    return (Draws){run->seed, (uint32_t)run->done, 0, 1};
-}
-
-// Ends it with a row of the log; start: when it began. Dies if training has left the numbers.
-static void update_end(struct Run *run, const double loss[TERMS], double lr, double norm,
+// Adds the row of an update to the log, see log_add(). Dies if training has left the numbers.
+static void log_update(struct Run *run, const double loss[TERMS], double lr, double norm,
                        double start) {
     CHECK(isfinite(loss[TERM_TOTAL]) && norm < 1e18, "step %lld: the loss is no longer a number. "
           "What was saved before is kept. Try a lower --lr", (long long)run->done + 1);
@@ -307,13 +292,11 @@ static void update_end(struct Run *run, const double loss[TERMS], double lr, dou
 }
 
 // =================================================================================================
-// 17 Commands and main
+// 16 Commands and main
 // =================================================================================================
 
-// ---- pretrain: ./moleculesde train.bin
-
 // Opens what pretraining needs, and says what will be done.
-static void pretrain_open(Training *t, const char *train_path) {
+static void pretrain_open(Job *t, const char *train_path) {
     struct Run *run = &t->run;
     Shape c;
     run_open(run, train_path, LOG_BEGINS, 64, NULL);
@@ -324,20 +307,19 @@ static void pretrain_open(Training *t, const char *train_path) {
     t->s.method = option_method(0);
     sde_create(&t->s, c = option_shape(), 1);
     if (run->resumed) training_resume(t, 0);
-    else sde_init(&t->s, run->seed);
+    else model_init(&t->s.model, run->seed);
     if (opt.init && !run->resumed) init_load(&t->s.model, opt.init, &run->train);
     fprintf(stderr, "model   %d wide, GIN of %d layers, SchNet of %d blocks, %s, %s edges: %.2f M "
             "parameters\ndata    %s: %zu molecules; %s: %zu\nrun     %lld steps of %lld molecules "
             "(%.1f epochs) on %d thread%s\n", c.dim, c.layers, c.blocks, opt.sde, opt.edges,
             (double)t->s.group_end[GROUP_3D] / 1e6, train_path, run->train.count,
             opt.valid ? opt.valid : "no validation", run->valid.count, (long long)run->steps,
-            (long long)run->batch,
-            (double)run->steps * (double)run->batch / (double)run->train.count, thread_count(),
-            thread_count() > 1 ? "s" : "");
+            (long long)run->batch, (double)(run->steps * run->batch) / (double)run->train.count,
+            thread_count(), thread_count() > 1 ? "s" : "");
 }
 
 // The result: each loss at the start and the end, on the validation set, and by chance.
-static void pretrain_report(Training *t) {
+static void pretrain_report(Job *t) {
     const Dataset *valid = t->run.valid.count ? &t->run.valid : NULL;
     double start[LOG_COLUMNS], end[LOG_COLUMNS], held[TERMS], chance[TERMS];
     log_ends(start, end, &t->run);
@@ -354,19 +336,21 @@ static void pretrain_report(Training *t) {
     printf("wrote %s, %s\n", opt.output, t->run.log_path);
 }
 
-static void command_pretrain(const char *train_path) {
-    Training t = {0};
-    struct Run *run = &t.run;
-    pretrain_open(&t, train_path);
+static void command_pretrain(Job *t, const char *train_path) {
+    struct Run *run = &t->run;
+    pretrain_open(t, train_path);
     printf("   step     total  contrast   2d->3d elements    bonds  accuracy gradient   mol/s\n");
     run_start(run);
-    if (!run->done) state_write(&t);  // from here on --resume means this run
+    if (!run->done)  // from here on --resume means this run
+        model_state_write(run, &t->s.model, t->best, training_meta(t, 1));
     while (run->done < run->steps && !run_stopped(run)) {
         double start = now_seconds(), loss[TERMS] = {0}, mean[LOG_COLUMNS];
-        Draws draws = update_begin(run);
-        double norm = sde_step(loss, &t.s, &run->train, run->ids, (size_t)run->batch, &opt.adam,
+        Draws draws = {run->seed, (uint32_t)run->done, 0, 1};
+        threads_adapt();
+        update_ids(run, run->done);
+        double norm = sde_step(loss, &t->s, &run->train, run->ids, (size_t)run->batch, &opt.adam,
                                opt.scale_3d, &draws, run->done + 1);
-        update_end(run, loss, opt.adam.lr, norm, start);
+        log_update(run, loss, opt.adam.lr, norm, start);
         if (line_due(mean, run)) {
             progress_clear(&run->progress);
             printf("%7lld  %8.4f  %8.4f %8.4f %8.4f %8.4f  %8.3f %8.3f %7.0f\n",
@@ -375,39 +359,21 @@ static void command_pretrain(const char *train_path) {
                    mean[LOG_RATE]);
             fflush(stdout);
         }
-        csv_write(&t);
-        if (save_due(run, opt.save_every)) training_save(&t);
+        csv_write(t);
+        if (save_due(run, opt.save_every)) training_save(t);
         run_progress(run, "", 0);
     }
     progress_clear(&run->progress);
-    training_save(&t);
+    training_save(t);
     run_end(run);
-    pretrain_report(&t);
-    training_close(&t);
+    pretrain_report(t);
 }
 
-// ---- finetune: ./moleculesde finetune train.bin --init FILE
-
-// The sizes of the model: those of the state to go on from, or of --init, which is opened; if there
-// is neither, of the options.
-static Shape finetune_shape(const struct Run *run, TensorFile *init) {
-    const TensorFile *f = run->resumed ? &run->state : init;
-    Shape c = option_shape();
-    if (opt.init && !run->resumed) tensor_file_open(init, opt.init);
-    if (f->path) c = file_shape(f, c);
-    c.tasks = 1;  // the new head may be larger
-    c.use_3d = option_encoder();
-    if (f->path) shape_fits(&c, f);
-    if (init->path) note_stereo(&run->train, opt.init, tensor_meta(init, "stereo"));
-    c.tasks = run->train.n_tasks;
-    return c;
-}
-
-// Opens what fine-tuning needs, and says what will be done.
-static void finetune_open(Training *t, const char *train_path) {
+// Opens what fine-tuning needs, and says what will be done. The sizes of the model are those of the
+// state to go on from, or of --init, or if there is neither of the options.
+static void finetune_open(Job *t, const char *train_path) {
     struct Run *run = &t->run;
     const Dataset *const sets[] = {&run->train, &run->valid, &run->test};
-    TensorFile init = {0};
     run_open(run, train_path, LOG_BEGINS, 128, NULL);
     size_t Y = (size_t)run->train.n_tasks;
     tasks_check(&run->train, &run->valid, &run->test, opt.valid);
@@ -415,7 +381,13 @@ static void finetune_open(Training *t, const char *train_path) {
     t->task = (Task){.mean = t->statistics, .std = t->statistics + Y};
     t->task.kind = task_statistics(t->statistics, &run->train, &opt.task, 1);
     t->judged = can_judge(&run->valid, "the training loss chooses the epoch");
-    Shape c = finetune_shape(run, &init);
+    const TensorFile *from = run->resumed ? &run->state : &t->file;
+    Shape c = option_shape();
+    if (opt.init && !run->resumed) tensor_file_open(&t->file, opt.init);
+    c.use_3d = choice("--encoder", opt.encoder, ENCODER_NAMES, 2);
+    if (from->path) c = file_shape(from, c, c.use_3d);
+    if (t->file.path) note_stereo(&run->train, opt.init, tensor_meta(from, "stereo"));
+    c.tasks = run->train.n_tasks;
     for (int k = 0; k < 3 && c.use_3d; k++) check_positions(sets[k]);
     t->s.method = option_method(1);
     sde_create(&t->s, c, 1);
@@ -426,104 +398,90 @@ static void finetune_open(Training *t, const char *train_path) {
     if (run->resumed) {
         training_resume(t, opt.epochs);
     } else {
-        sde_init(&t->s, run->seed);
-        if (opt.init) sde_transfer(&t->s, &init);
+        model_init(&t->s.model, run->seed);
+        if (opt.init) sde_transfer(&t->s, &t->file);
         memcpy(t->s.p.head.b, t->statistics + 2 * Y, sizeof(float) * Y);
     }
-    tensor_file_close(&init);
     fprintf(stderr, "model   %s, %d wide: %.2f M parameters; %s, %zu task%s\ndata    %zu training, "
             "%zu validation, %zu test molecules\n", c.use_3d ? "SchNet" : "GIN", c.dim,
             (double)t->s.group_end[GROUP_3D] / 1e6, opt.task, Y, Y > 1 ? "s" : "",
             run->train.count, run->valid.count, run->test.count);
 }
 
-// Update run->done on labels; fills loss[TERM_TOTAL], returns the norm of the gradients.
-static double finetune_step(double loss[TERMS], Training *t, const Adam *adam) {
-    struct Run *run = &t->run;
-    Sde *s = &t->s;
-    s->draws = update_begin(run);
-    s->training = 1;
-    mols_load(&s->mols, &run->train, run->ids, (size_t)run->batch, s->shape.tasks);
-    task_forward(s);
-    loss[TERM_TOTAL] = head_loss(s, &t->task);
-    task_backward(s);
-    return update(s, adam, 1, run->done + 1);
-}
-
 // The end of an epoch of mean loss `loss`: a row of the history, a line on stdout; parameters are
 // kept if they are the best on the validation set.
-static void finetune_epoch(Training *t, double loss) {
+static void finetune_epoch(Job *t, double loss) {
     struct Run *run = &t->run;
     double metric[METRICS];
     int auc = t->task.kind == TASK_CLASSIFICATION;
-    data_metrics(metric, &t->s, &t->task, &run->valid, OF_CHOICE);
-    double valid = t->judged ? metric[auc ? METRIC_AUC : METRIC_MAE] : loss;
-    const float *row = history_add(run, (float)loss, (float)valid, auc && t->judged);
+    data_metrics(metric, NULL, t, &run->valid);
+    float valid = (float)(t->judged ? metric[auc ? METRIC_AUC : METRIC_MAE] : loss);
+    const float *row = history_add(run, (float)loss, valid, auc && t->judged);
     int better = (int64_t)row[HISTORY_BEST] == run->history.n;
     if (better) memcpy(t->best, t->s.model.params, sizeof(float) * t->s.model.count);
     progress_clear(&run->progress);
     printf("%6lld %9s %10s%s\n", (long long)run->history.n, number_text(loss, 4),
-           t->judged ? number_text((double)row[HISTORY_VALID], 4) : "-",
-           better ? "  best so far" : "");
+           t->judged ? number_text((double)valid, 4) : "-", better ? "  best so far" : "");
     fflush(stdout);
 }
 
 // What the best parameters are worth on the test set, or without one on the validation set.
-static void finetune_report(Training *t) {
+static void finetune_report(Job *t) {
     const Dataset *last = t->run.test.count ? &t->run.test : &t->run.valid;
-    double metric[METRICS];
+    double metric[METRICS], chance[METRICS];
     memcpy(t->s.model.params, t->best, sizeof(float) * t->s.model.count);
-    data_metrics(metric, &t->s, &t->task, last, OF_MODEL);
+    data_metrics(metric, chance, t, last);
     printf("%s:", t->run.test.count ? "test" : "valid");
     print_metrics(stdout, metric);
-    data_metrics(metric, &t->s, &t->task, last, OF_CHANCE);
     printf("by chance (the training mean for all):");
-    print_metrics(stdout, metric);
+    print_metrics(stdout, chance);
     printf("wrote %s, %s\n", opt.output, t->run.log_path);
 }
 
-static void command_finetune(const char *train_path) {
-    Training t = {0};
-    struct Run *run = &t.run;
-    finetune_open(&t, train_path);
-    printf(" epoch      loss      valid (%s)\n",
-           t.task.kind == TASK_CLASSIFICATION ? "ROC-AUC"
+static void command_finetune(Job *t, const char *train_path) {
+    Sde *s = &t->s;
+    struct Run *run = &t->run;
+    finetune_open(t, train_path);
+    printf(" epoch      loss      valid (%s)\n", t->task.kind == TASK_CLASSIFICATION ? "ROC-AUC"
            : run->train.n_tasks > 1 ? "MAE in deviations" : "MAE");
     run_start(run);
-    if (!run->done) state_write(&t);  // from here on --resume means this run
+    if (!run->done)  // from here on --resume means this run
+        model_state_write(run, &t->s.model, t->best, training_meta(t, 1));
     while (run->done < run->steps && !run_stopped(run)) {
         double start = now_seconds(), loss[TERMS] = {0}, mean[LOG_COLUMNS];
         double epoch = floor((double)(run->done * run->batch) / (double)run->train.count);
         Adam adam = opt.adam;
         adam.lr *= (1 + cos(3.141592653589793 * epoch / (double)opt.epochs)) / 2;
-        double norm = finetune_step(loss, &t, &adam);
-        update_end(run, loss, adam.lr, norm, start);
-        if (epoch_ended(mean, run)) finetune_epoch(&t, mean[TERM_TOTAL]);
-        csv_write(&t);
-        if (save_due(run, opt.save_every)) training_save(&t);
+        threads_adapt();
+        update_ids(run, run->done);
+        s->draws = (Draws){run->seed, (uint32_t)run->done, 0, 1};
+        s->training = 1;
+        mols_load(&s->mols, &run->train, run->ids, (size_t)run->batch, s->shape.tasks);
+        task_forward(s);
+        loss[TERM_TOTAL] = head_loss(s, &t->task);
+        task_backward(s);
+        double norm = update(s, &adam, 1, run->done + 1);
+        log_update(run, loss, adam.lr, norm, start);
+        if (epoch_ended(mean, run)) finetune_epoch(t, mean[TERM_TOTAL]);
+        csv_write(t);
+        if (save_due(run, opt.save_every)) training_save(t);
         run_progress(run, "", run->done == run->steps);
     }
     progress_clear(&run->progress);
-    training_save(&t);
+    training_save(t);
     run_end(run);
-    finetune_report(&t);
-    training_close(&t);
+    finetune_report(t);
 }
 
-// ---- what uses a model: predict, CSV on stdout; embed, (molecules, D) float32 in NumPy format
-
-typedef struct { Sde s; Dataset data; TensorFile file; } Trained;
-
 // Opens a dataset and the model and method of --model.
-static void trained_open(Trained *t, const char *path) {
+static void model_open(Job *t, const char *path) {
     TensorFile *f = &t->file;
     CHECK(opt.model, "--model: expected a checkpoint");
     dataset_open(&t->data, path);
     tensor_file_open(f, opt.model);
     const char *method = tensor_meta(f, "method");
     if (method) options_from_state(method, opt.model);
-    Shape c = file_shape(f, option_shape());
-    shape_fits(&c, f);
+    Shape c = file_shape(f, option_shape(), -1);
     t->s.method = option_method(1);
     sde_create(&t->s, c, 0);
     model_load(&t->s.model, t->s.model.params, f, "");
@@ -531,23 +489,17 @@ static void trained_open(Trained *t, const char *path) {
     if (!opt.batch) opt.batch = 64;
 }
 
-static void trained_close(Trained *t) {
-    sde_free(&t->s);
-    dataset_close(&t->data);
-    tensor_file_close(&t->file);
-}
-
-static void command_predict(const char *path) {
-    Trained t = {0};
+// Predictions as CSV on stdout.
+static void command_predict(Job *t, const char *path) {
     Molecule m = {0};
-    trained_open(&t, path);
+    model_open(t, path);
     const char *names;
-    size_t Y = (size_t)t.s.shape.tasks;
-    float *statistics = xmalloc(2 * Y, sizeof *statistics);
-    Task task = {.mean = statistics, .std = statistics + Y};
-    task.kind = tasks_load(statistics, &names, Y, &t.file);
-    if (t.s.shape.use_3d) check_positions(&t.data);
-    float *out = predict_all(&t.s, &task, &t.data);
+    size_t Y = (size_t)t->s.shape.tasks;
+    t->statistics = xmalloc(2 * Y, sizeof *t->statistics);
+    t->task = (Task){.mean = t->statistics, .std = t->statistics + Y};
+    t->task.kind = tasks_load(t->statistics, &names, Y, &t->file);
+    if (t->s.shape.use_3d) check_positions(&t->data);
+    float *out = predict_all(t, &t->data);
     printf("name");
     for (size_t y = 0; y < Y; y++) {
         size_t length = strcspn(names, "\n");
@@ -555,83 +507,50 @@ static void command_predict(const char *path) {
         print_csv(stdout, names, length);
         names += length + (names[length] == '\n');
     }
-    for (size_t k = 0; k < t.data.count * Y; k++) {
+    for (size_t k = 0; k < t->data.count * Y; k++) {
         double x = (double)out[k];
         if (k % Y == 0) {
-            dataset_read(&t.data, k / Y, &m);
+            dataset_read(&t->data, k / Y, &m);
             printf("\n");
             print_csv(stdout, m.name, (size_t)m.name_length);
         }
-        printf(",%.6g", task.kind == TASK_CLASSIFICATION ? sigmoid_of(x) : x);
+        printf(",%.6g", t->task.kind == TASK_CLASSIFICATION ? sigmoid_of(x) : x);
     }
     printf("\n");
-    FREE_ALL(statistics, out);
+    free(out);
     molecule_free(&m);
-    trained_close(&t);
 }
 
-static void command_embed(const char *path) {
-    Trained t = {0};
-    Sde *s = &t.s;
+// Vectors (molecules, D), float32 in NumPy format.
+static void command_embed(Job *t, const char *path) {
+    Sde *s = &t->s;
     OutFile out;
-    trained_open(&t, path);
-    if (!s->shape.tasks) s->shape.use_3d = option_encoder();
-    if (s->shape.use_3d) check_positions(&t.data);
+    model_open(t, path);
+    if (!s->shape.tasks) s->shape.use_3d = choice("--encoder", opt.encoder, ENCODER_NAMES, 2);
+    if (s->shape.use_3d) check_positions(&t->data);
     s->no_pairs = !s->shape.use_3d;
     s->no_edges = 1;
-    npy_begin(&out, opt.output, "<f4", t.data.count, (size_t)s->shape.dim);
+    npy_begin(&out, opt.output, "<f4", t->data.count, (size_t)s->shape.dim);
     signals_catch();
-    for (size_t i = 0, B; (B = load_next(s, &t.data, i, SIZE_MAX)) > 0; i += B) {
+    for (size_t i = 0, B; (B = load_next(s, &t->data, i, SIZE_MAX)) > 0; i += B) {
         if (mb_signal) mb_exit(128 + mb_signal);
         task_forward(s);
         out_floats(&out, s->a.pooled, B * (size_t)s->shape.dim, 0);
     }
     out_commit(&out);
-    trained_close(&t);
 }
 
-// ---- generate: conformers of one molecule, of which only the graph is looked at; an SD file
-
-// One record of a V2000 SD file: molecule m at positions pos (N, 3), centred. Its first line is the
-// name: signs that end a line or a record in it become spaces.
-static void write_conformer(OutFile *out, const Molecule *m, const float *pos, int number) {
-    Text t = {0};
-    double mean[3] = {0};
-    for (int k = 0; k < 3 * m->n_atoms; k++) mean[k % 3] += (double)pos[k] / m->n_atoms;
-    for (int k = 0; k < m->name_length; k++) {
-        char c = m->name[k];
-        *text_room(&t, 1) = iscntrl((unsigned char)c) || (k == 0 && c == '$') ? ' ' : c;
-    }
-    text_add(&t, "\n  moleculesde conformer %d, heavy atoms\n\n%3d%3d  0  0  0  0  0  0  0  0999 "
-             "V2000\n", number, m->n_atoms, m->n_bonds);
-    for (int i = 0; i < m->n_atoms; i++)
-        text_add(&t, "%10.4f%10.4f%10.4f %.3s 0  0  0  0  0  0  0  0  0  0  0  0\n",
-                 (double)pos[3 * i] - mean[0], (double)pos[3 * i + 1] - mean[1],
-                 (double)pos[3 * i + 2] - mean[2],
-                 SYMBOLS + 3 * m->atom_feat[i * ATOM_FEATURES]);
-    for (int k = 0; k < m->n_bonds; k++)
-        text_add(&t, "%3d%3d%3d  0\n", m->bonds[2 * k] + 1, m->bonds[2 * k + 1] + 1,
-                 min_int(m->bond_code[k] / (2 * BOND_STEREOS) + 1, 4));
-    for (int i = 0; i < m->n_atoms; i++) {
-        int charge = m->atom_feat[i * ATOM_FEATURES + 3] - 5;
-        if (charge) text_add(&t, "M  CHG  1 %3d %3d\n", i + 1, charge);
-    }
-    text_add(&t, "M  END\n$$$$\n");
-    out_write(out, t.text, t.length);
-    free(t.text);
-}
-
-static void command_generate(const char *path, const char *index_text) {
-    Trained t = {0};
-    Sde *s = &t.s;
+// Conformers of one molecule, of which only the graph is looked at, as an SD file.
+static void command_generate(Job *t, const char *path, const char *index_text) {
+    Sde *s = &t->s;
     OutFile out;
-    trained_open(&t, path);
-    size_t index = dataset_find(&t.data, index_text);
+    model_open(t, path);
+    size_t index = dataset_find(&t->data, index_text);
     CHECK(!s->shape.tasks, "%s: has no network that generates: expected a pretrained model",
           opt.model);
     uint32_t *ids = xmalloc((size_t)opt.copies, sizeof *ids);
     for (int64_t k = 0; k < opt.copies; k++) ids[k] = (uint32_t)index;
-    mols_load(&s->mols, &t.data, ids, (size_t)opt.copies, 0);
+    mols_load(&s->mols, &t->data, ids, (size_t)opt.copies, 0);
     free(ids);
     const Molecule *m = s->mols.molecule;
     CHECK(m->n_atoms <= 999 && m->n_bonds <= 999, "molecule %zu: too large for an SD file", index);
@@ -660,35 +579,9 @@ static void command_generate(const char *path, const char *index_text) {
     }
     for (size_t k = 0; k < n; k++)
         CHECK(isfinite(mean[k]), "the sampler left the numbers: is the model trained?");
-    for (size_t b = 0; b < s->mols.B; b++)
-        write_conformer(&out, m, mean + b * row, (int)b + 1);
+    for (size_t b = 0; b < s->mols.B; b++) sd_write(&out, m, mean + b * row, (int)b + 1);
     out_commit(&out);
     free(z);
-    trained_close(&t);
-}
-
-// ---- the command line
-
-static const Command COMMANDS[] = {
-    {"pretrain", PRETRAIN, 1, "moleculesde.safetensors", "train.bin",
-     "pretrain (the default command)"},
-    {"finetune", FINETUNE, 1, "sde_finetuned.safetensors", "train.bin --init FILE",
-     "train an encoder on labels"},
-    {"predict", PREDICT, 1, NULL, "data.bin --model FILE", "predictions as CSV on stdout"},
-    {"embed", EMBED, 1, "embeddings.npy", "data.bin --model FILE", "a vector per molecule"},
-    {"generate", GENERATE, 2, "conformers.sdf", "data.bin INDEX|NAME --model FILE",
-     "conformers of a molecule"},
-};
-enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
-
-static void print_help(unsigned command) {
-    printf("MoleculeSDE: pretrain encoders of molecules by generating 3D from 2D and 2D from 3D "
-           "(ICML 2023)\n\n");
-    for (int k = 0; k < N_COMMANDS; k++)
-        printf("  ./moleculesde/moleculesde %-8s %-27s %s\n", k ? COMMANDS[k].name : "",
-               COMMANDS[k].usage, COMMANDS[k].help);
-    printf("\nDatasets (.bin) are made by ./data_prep from SDF, SMILES or CSV files.\n");
-    options_print(OPTIONS, N_OPTIONS, command);
 }
 
 int main(int argc, char **argv) {
@@ -701,7 +594,8 @@ int main(int argc, char **argv) {
     int n_words = options_parse(OPTIONS, N_OPTIONS, bit, argc - named, argv + named, words, 2,
                                 option_given);
     if (opt.help) {
-        print_help(named ? bit : 0);
+        help_print("MoleculeSDE: pretrain encoders of molecules by generating 3D from 2D and 2D "
+                   "from 3D (ICML 2023)\n", "./moleculesde/moleculesde", 27, 1, named ? bit : 0);
         mb_exit(EXIT_SUCCESS);
     }
     CHECK(n_words == command->words, "expected ./moleculesde/moleculesde %s%s; see --help",
@@ -710,13 +604,15 @@ int main(int argc, char **argv) {
     command_files(command, words[0]);
     threads_set(opt.threads);
     if (bit & READ) precision_begin(opt.precision);
+    Job job = {0};
     switch (bit) {
-        case PRETRAIN: command_pretrain(words[0]); break;
-        case FINETUNE: command_finetune(words[0]); break;
-        case PREDICT: command_predict(words[0]); break;
-        case EMBED: command_embed(words[0]); break;
-        default: command_generate(words[0], words[1]); break;
+        case PRETRAIN: command_pretrain(&job, words[0]); break;
+        case FINETUNE: command_finetune(&job, words[0]); break;
+        case PREDICT: command_predict(&job, words[0]); break;
+        case EMBED: command_embed(&job, words[0]); break;
+        default: command_generate(&job, words[0], words[1]); break;
     }
+    job_close(&job);
     mb_exit(EXIT_SUCCESS);
 }
 

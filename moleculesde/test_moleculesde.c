@@ -575,7 +575,7 @@ static void rig_open(Sde *s, int tasks, int use_3d, int gate) {
     *s = (Sde){.training = 1, .draws = {7, 3, 0, 1}};
     s->method = (Method){0, {0.2, 1}, {0.1, 1}, {0.2, 1}, 1, 0.1, 0.3, 1, 0.7, 1.3};
     sde_create(s, (Shape){12, 3, 6, 7, 2, 16, 8, 3, 2, gate, tasks, use_3d}, 1);
-    sde_init(s, 5);
+    model_init(&s->model, 5);
     for (size_t k = 0; k < s->group_end[GROUP_3D]; k++)  // no gradient that happens to be 0
         s->model.params[k] += (float)(0.1 * test_number(k));
     mols_reserve(&s->mols, 6);
@@ -1256,7 +1256,7 @@ static void test_options(void) {
         o.method.vp = o.vp > 0;
         o.method.dropout = 0;
         sde_create(&s, options_shape, 1);
-        sde_init(&s, (uint64_t)o.seed);
+        model_init(&s.model, (uint64_t)o.seed);
         s.method = o.method;
         run_command(SDE " valid.bin --valid valid.bin" SMALL "--steps 2 %s -o "
                     "build/sdeo.safetensors > build/sde.out 2> build/sde.err", rows[r].args);
@@ -1324,7 +1324,7 @@ static void test_tuning_options(void) {
         c.use_3d = o.use_3d > 0;
         Sde s = {0};
         sde_create(&s, c, 1);
-        sde_init(&s, (uint64_t)o.seed);
+        model_init(&s.model, (uint64_t)o.seed);
         s.p.head.b[0] = s.p.head.b[1] = 0;
         s.method = o.method;
         run_command(SDE " finetune valid.bin --valid valid.bin --dim 16 --layers 2 --blocks 2 "
