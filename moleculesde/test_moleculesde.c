@@ -205,12 +205,44 @@ static void golden_pairs(Report *r, const TensorFile *f, const Place *v, const c
     free(full);
 }
 
+// What 3D -> 2D makes of every molecule.
+static void golden_to2d(Report *r, const TensorFile *f, Sde *s) {
+    const Shape *c = &s->shape;
+    const Mols *m = &s->mols;
+    const Buffers *a = &s->a;
+    char name[64];
+    size_t A = m->A, D = (size_t)c->dim, W = (size_t)c->width;
+    size_t Ct = (size_t)to2d_all_channels(c), Cn = (size_t)to2d_all_nodes(c);
+    for (size_t b = 0; b < m->B; b++) {
+        Place v = place_of(m, b);
+        size_t N = (size_t)v.N;
+        golden_pairs(r, f, &v, "At", m->adj, 1, 1);
+        golden_pairs(r, f, &v, "mA", a->m_adj, 1, 1);
+        golden_molecule(r, f, (int)b, "mX", a->m_x + v.atom * V, N, V, V);
+        golden_molecule(r, f, (int)b, "H0", a->nodes + v.atom * Cn, N, D, Cn);
+        for (int l = 0; l < EDGE_LAYERS; l++) {
+            EdgeActs e = edge_acts(s, l);
+            snprintf(name, sizeof name, "G%d", l + 1);
+            golden_molecule(r, f, (int)b, name, a->nodes + v.atom * Cn + D + (size_t)l * W, N, W,
+                            Cn);
+            snprintf(name, sizeof name, "T%d", l + 1);
+            golden_pairs(r, f, &v, name, e.rows, (size_t)e.C, 2 * (size_t)e.C);
+            snprintf(name, sizeof name, "S%d", l + 1);
+            golden_pairs(r, f, &v, name, a->adjacency + e.to, (size_t)e.out, Ct);
+            snprintf(name, sizeof name, "H%d", l + 1);
+            if (l + 1 < EDGE_LAYERS)
+                golden_molecule(r, f, (int)b, name, a->edge_h + ((size_t)l * A + v.atom) * W, N, W,
+                                W);
+        }
+    }
+}
+
 // Every stage of the forward pass.
 static void golden_stages(Report *r, const TensorFile *f, Sde *s) {
     const Shape *c = &s->shape;
     const Mols *m = &s->mols;
     Buffers *a = &s->a;
-    size_t A = m->A, E = m->E, D = (size_t)c->dim, H = (size_t)c->hidden, W = (size_t)c->width;
+    size_t A = m->A, E = m->E, D = (size_t)c->dim, H = (size_t)c->hidden;
     size_t *row = xmalloc(E, sizeof *row), *atom = xmalloc(A, sizeof *atom);
     const TensorEntry *edges = tensor_find(f, "out/ext_edges");
     size_t same = edges->shape[0] == E;
@@ -261,29 +293,7 @@ static void golden_stages(Report *r, const TensorFile *f, Sde *s) {
     golden_rows(r, f, "out/d23/coef1", a->coefficient, E, 3, 3, row);
     golden_rows(r, f, "out/d23/coef2", a->coefficient + 3 * E, E, 3, 3, row);
     golden_rows(r, f, "out/d23/eps_hat", a->eps_hat, A, 3, 3, NULL);
-    size_t Ct = (size_t)to2d_all_channels(c), Cn = (size_t)to2d_all_nodes(c);
-    for (size_t b = 0; b < m->B; b++) {
-        Place v = place_of(m, b);
-        size_t N = (size_t)v.N;
-        golden_pairs(r, f, &v, "At", m->adj, 1, 1);
-        golden_pairs(r, f, &v, "mA", a->m_adj, 1, 1);
-        golden_molecule(r, f, (int)b, "mX", a->m_x + v.atom * V, N, V, V);
-        golden_molecule(r, f, (int)b, "H0", a->nodes + v.atom * Cn, N, D, Cn);
-        for (int l = 0; l < EDGE_LAYERS; l++) {
-            EdgeActs e = edge_acts(s, l);
-            snprintf(name, sizeof name, "G%d", l + 1);
-            golden_molecule(r, f, (int)b, name, a->nodes + v.atom * Cn + D + (size_t)l * W, N, W,
-                            Cn);
-            snprintf(name, sizeof name, "T%d", l + 1);
-            golden_pairs(r, f, &v, name, e.rows, (size_t)e.C, 2 * (size_t)e.C);
-            snprintf(name, sizeof name, "S%d", l + 1);
-            golden_pairs(r, f, &v, name, a->adjacency + e.to, (size_t)e.out, Ct);
-            snprintf(name, sizeof name, "H%d", l + 1);
-            if (l + 1 < EDGE_LAYERS)
-                golden_molecule(r, f, (int)b, name, a->edge_h + ((size_t)l * A + v.atom) * W, N, W,
-                                W);
-        }
-    }
+    golden_to2d(r, f, s);
     free(row);
     free(atom);
     free(f_in);
@@ -1288,6 +1298,34 @@ static void test_options(void) {
     dataset_close(&data);
 }
 
+// Mean and deviation of the two tasks' labels.
+static void plain_statistics(float mean[2], float std[2], const Dataset *data) {
+    Molecule m = {0};
+    double sum[2][3] = {{0}};
+    for (size_t i = 0; i < data->count; i++) {
+        dataset_read(data, i, &m);
+        for (int k = 0; k < 6; k++) sum[k / 3][k % 3] += pow((double)m.labels[k / 3], k % 3);
+    }
+    for (int y = 0; y < 2; y++) {
+        mean[y] = (float)(sum[y][1] / sum[y][0]);
+        std[y] = (float)sqrt(sum[y][2] / sum[y][0] - pow(sum[y][1] / sum[y][0], 2));
+    }
+    molecule_free(&m);
+}
+
+// `predict` says of valid.bin what the best epoch said, (n, 2).
+static void check_predictions(const float *said, int n, const float std[2], const char *args) {
+    int wrong = 0;
+    run_command(SDE " predict valid.bin --model build/sdeo.safetensors > build/sde.out 2> "
+                "build/sde.err");
+    char *out = text_of("build/sde.out");
+    for (int k = 0; k < 2 * n; k++)
+        wrong += !(fabs(csv_number(out, 1 + k / 2, 1 + k % 2) - (double)said[k]) <
+                   1e-3 * (double)std[k % 2]);
+    test_check(wrong == 0, "%s: %d predictions are wrong:\n%.200s", args, wrong, out);
+    free(out);
+}
+
 // Epochs of fine-tuning by other settings than were asked for.
 static void test_tuning_options(void) {
     static const struct { const char *args; size_t field; double value; } tuned[] = {
@@ -1297,27 +1335,19 @@ static void test_tuning_options(void) {
         {"--epochs 4", offsetof(Settings, epochs), 4},
         {"--encoder 3d", offsetof(Settings, use_3d), 1}};
     Dataset data;
-    Molecule m = {0};
     int earlier = 0;
     dataset_open(&data, "valid.bin");
     uint32_t *ids = xmalloc(data.count, sizeof *ids);
     for (size_t r = 0; r < sizeof tuned / sizeof *tuned; r++) {
         Settings o = DEFAULTS;
         float mean[2], std[2];
-        double sum[2][3] = {{0}}, valid[8] = {0}, step_loss[64];
+        double valid[8] = {0}, step_loss[64];
         float *said = xmalloc(2 * data.count, sizeof *said);
         int wrong = 0, best = 1;
         o.batch = 50;
         o.adam.lr = 1e-4;  // its own default
         memcpy((char *)&o + tuned[r].field, &tuned[r].value, sizeof(double));
-        for (size_t i = 0; i < data.count; i++) {
-            dataset_read(&data, i, &m);
-            for (int k = 0; k < 6; k++) sum[k / 3][k % 3] += pow((double)m.labels[k / 3], k % 3);
-        }
-        for (int y = 0; y < 2; y++) {
-            mean[y] = (float)(sum[y][1] / sum[y][0]);
-            std[y] = (float)sqrt(sum[y][2] / sum[y][0] - pow(sum[y][1] / sum[y][0], 2));
-        }
+        plain_statistics(mean, std, &data);
         Task aim = {.kind = TASK_REGRESSION, .mean = mean, .std = std};
         Shape c = options_shape;
         c.tasks = 2;
@@ -1368,19 +1398,11 @@ static void test_tuning_options(void) {
                    "%s: the best has %.6f, reported is %s", tuned[r].args, valid[best],
                    mae ? mae : "nothing");
         earlier += best < (int)o.epochs;
-        free(csv), free(out);
-        run_command(SDE " predict valid.bin --model build/sdeo.safetensors > build/sde.out 2> "
-                    "build/sde.err");
-        out = text_of("build/sde.out");
-        for (int k = wrong = 0; k < 2 * (int)data.count; k++)
-            wrong += !(fabs(csv_number(out, 1 + k / 2, 1 + k % 2) - (double)said[k]) <
-                       1e-3 * (double)std[k % 2]);
-        test_check(wrong == 0, "%s: %d predictions are wrong:\n%.200s", tuned[r].args, wrong, out);
-        free(out), free(said);
+        check_predictions(said, (int)data.count, std, tuned[r].args);
+        free(csv), free(out), free(said);
         sde_free(&s);
     }
     test_check(earlier > 0, "the best epoch is always the last");
-    molecule_free(&m);
     free(ids);
     dataset_close(&data);
 }
