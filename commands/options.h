@@ -9,10 +9,10 @@
 // readout and modality depend on files.
 typedef struct {
     const char *size, *output, *valid, *test, *init, *model, *task, *readout, *modality;
-    const char *loss_units, *level, *svg, *near, *precision;
+    const char *loss_units, *level, *layer, *svg, *near, *precision;
     int64_t part;                              // --micro-batch; 0: the whole batch
     int64_t layers, dim, ffn, heads, kernels;  // 0: from `size`
-    int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds, layer;
+    int64_t steps, batch, warmup, seed, threads, save_every, epochs, patience, seeds;
     int resume, help, version;
     Blend blend;
     LossWeights weights;
@@ -29,7 +29,7 @@ static Options opt = {
     .epochs = 40,
     .seeds = 1,
     .patience = 15,
-    .layer = -1,
+    .layer = "-1",
     .loss_units = "deviations",
     .precision = "float32",
     .blend = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0},
@@ -107,8 +107,8 @@ static const Option OPTIONS[] = {
          FINETUNE | EMBED | SHAPES),
     TEXT("--level", level, "NAME", "a vector a molecule, or an atom (whose: FILE.index.npy)",
          EMBED),
-    WHOLE("--layer", layer, -1, MAX_LAYERS, "output of this layer; 0: its input, -1: the last",
-          EMBED),
+    TEXT("--layer", layer, "N[,N...]|all", "output of these layers, side by side, each behind its "
+         "LayerNorm; 0: what goes into the first, -1: the last", EMBED),
     TEXT("--modality", modality, "NAME", "2d, 3d or both (default 2d; embed: as fine-tuned)",
          FINETUNE | EMBED | SHAPES),
     NUMBER("--interval", interval, 0, 100, "% of labels between the columns low and high, of "

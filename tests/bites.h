@@ -1000,16 +1000,22 @@ static const uint8_t *npy_array(char *bytes, size_t size, size_t rows, size_t co
     return size == 128 + 4 * rows * columns ? (uint8_t *)bytes + 128 : NULL;
 }
 
-// Vectors of another layer, token, molecule or relation than was asked for.
+// Vectors of another layer, token, molecule or relation than was asked for; layers out of order.
 static void test_embedding_rows(void) {
-    static const struct { const char *args; int layer, readout, use; } runs[] = {
-        {"", 2, READ_MEAN, USE_SPD | USE_EDGE},
-        {"--layer 0 --readout mean --modality both", 0, READ_MEAN, USE_SPD | USE_EDGE | USE_3D},
-        {"--layer 1 --readout sum", 1, READ_SUM, USE_SPD | USE_EDGE},
-        {"--layer -1 --readout cls --modality both", 2, READ_CLS, USE_SPD | USE_EDGE | USE_3D},
-        {"--layer 1 --level atom", 1, -1, USE_SPD | USE_EDGE},
-        {"--level atom --modality both", 2, -1, USE_SPD | USE_EDGE | USE_3D},
-        {"--level molecule", 2, READ_MEAN, USE_SPD | USE_EDGE}};
+    static const struct { const char *args; int n, layers[3], readout, use; } runs[] = {
+        {"", 1, {2}, READ_MEAN, USE_SPD | USE_EDGE},
+        {"--layer 0 --readout mean --modality both", 1, {0}, READ_MEAN,
+         USE_SPD | USE_EDGE | USE_3D},
+        {"--layer 1 --readout sum", 1, {1}, READ_SUM, USE_SPD | USE_EDGE},
+        {"--layer -1 --readout cls --modality both", 1, {2}, READ_CLS, USE_SPD | USE_EDGE | USE_3D},
+        {"--layer 1 --level atom", 1, {1}, -1, USE_SPD | USE_EDGE},
+        {"--level atom --modality both", 1, {2}, -1, USE_SPD | USE_EDGE | USE_3D},
+        {"--level molecule", 1, {2}, READ_MEAN, USE_SPD | USE_EDGE},
+        {"--layer all", 3, {0, 1, 2}, READ_MEAN, USE_SPD | USE_EDGE},
+        {"--layer -1,0 --readout sum --modality both", 2, {2, 0}, READ_SUM,
+         USE_SPD | USE_EDGE | USE_3D},
+        {"--layer 1,2 --readout cls", 2, {1, 2}, READ_CLS, USE_SPD | USE_EDGE},
+        {"--layer 2,0,1 --level atom", 3, {2, 0, 1}, -1, USE_SPD | USE_EDGE}};
     Dataset data;
     Step s = {0};
     size_t C = 24, size;
@@ -1024,42 +1030,50 @@ static void test_embedding_rows(void) {
     for (size_t r = 0; r < sizeof runs / sizeof *runs; r++) {
         batch_load(&s.batch, &data, ids, 40, NULL, runs[r].use, &s.draws);
         encoder_forward(&s);
-        const float *x = s.enc->x + (idx)runs[r].layer * s.batch.T * (idx)C;
+        size_t n = (size_t)runs[r].n, W = n * C;
         size_t rows = runs[r].readout < 0 ? (size_t)s.batch.A : 40, row = 0;
-        float *plain = xmalloc(rows * C, sizeof *plain), *found = xmalloc(rows * C, sizeof *found);
+        float *plain = xmalloc(rows * W, sizeof *plain), *found = xmalloc(rows * W, sizeof *found);
         int index_wrong = 0, names_wrong = 0;
         char *line = xprintf("./moleblend embed build/bites.bin --model build/bites_m.safetensors "
                              "--batch-size 7 %s -o build/bites_e.npy", runs[r].args);
         test_command(line, 0, "");
         char *bytes = file_text("build/bites_e.npy", &size);
-        const uint8_t *array = npy_array(bytes, size, rows, C);
-        for (size_t k = 0; array && k < rows * C; k++) found[k] = get_f32(array + 4 * k);
+        const uint8_t *array = npy_array(bytes, size, rows, W);
+        for (size_t k = 0; array && k < rows * W; k++) found[k] = get_f32(array + 4 * k);
         char *index = file_text("build/bites_e.index.npy", &size), *names;
         const uint8_t *owner = npy_array(index, size, rows, 1);
         names = file_text("build/bites_e.csv", &size);
+        Text heading = {0};
+        text_add(&heading, "row,rows,record,name");
+        for (size_t k = 0; k < n && n > 1; k++) text_add(&heading, ",layer %d", runs[r].layers[k]);
+        text_add(&heading, "\n");
+        names_wrong += strncmp(names, heading.text, strlen(heading.text)) != 0;
         for (size_t b = 0; b < 40; b++) {
             View v = batch_view(&s.batch, (idx)b);
             size_t first = (size_t)v.token, N = (size_t)v.N, count = runs[r].readout < 0 ? N : 1;
             names_wrong += csv_number(names, (int)b + 1, 0) != (double)row ||
                            csv_number(names, (int)b + 1, 1) != (double)count ||
                            csv_number(names, (int)b + 1, 2) != (double)(b + 1);
+            for (size_t k = 0; k < n && n > 1; k++)
+                names_wrong += csv_number(names, (int)b + 1, 4 + (int)k) != (double)(k * C);
             for (size_t i = 0; i < count; i++, row++) {
                 index_wrong += runs[r].readout < 0 && (!owner || get_u32(owner + 4 * row) != b);
-                for (size_t c = 0; c < C; c++) {
+                for (size_t c = 0; c < W; c++) {
+                    const float *x = s.enc->x + (idx)runs[r].layers[c / C] * s.batch.T * (idx)C;
                     double sum = 0;
-                    for (size_t j = 0; j < N; j++) sum += (double)x[(first + 1 + j) * C + c];
-                    if (runs[r].readout == READ_CLS) sum = (double)x[first * C + c];
+                    for (size_t j = 0; j < N; j++) sum += (double)x[(first + 1 + j) * C + c % C];
+                    if (runs[r].readout == READ_CLS) sum = (double)x[first * C + c % C];
                     if (runs[r].readout == READ_MEAN) sum /= (double)N;
-                    if (runs[r].readout < 0) sum = (double)x[(first + 1 + i) * C + c];
-                    plain[row * C + c] = (float)sum;
+                    if (runs[r].readout < 0) sum = (double)x[(first + 1 + i) * C + c % C];
+                    plain[row * W + c] = (float)sum;
                 }
             }
         }
-        test_close(found, plain, rows * C, 1e-5, line);
+        test_close(found, plain, rows * W, 1e-5, line);
         test_check(index_wrong == 0 && names_wrong == 0,
                    "%s: %d atoms of another molecule, %d molecules begin elsewhere", line,
                    index_wrong, names_wrong);
-        FREE_ALL(plain, found, line, bytes, index, names);
+        FREE_ALL(plain, found, line, bytes, index, names, heading.text);
     }
     step_close(&s);
     dataset_close(&data);

@@ -237,6 +237,8 @@ static void test_files_people_have(void) {
         test_command(table[k].command, table[k].code, table[k].expected);
 }
 
+#define EMBED_U "./moleblend embed build/test_u.bin --model build/test_model.safetensors "
+
 // Molecules to predictions, vectors and pictures: a row that is missing, or of another record.
 static void test_using(void) {
     if (!MB_POSIX) return;  // a shell makes its datasets
@@ -281,8 +283,30 @@ static void test_using(void) {
         {"tail -c +11 build/test_v.npy | head -c 80", 0, "'shape': (6, 24)"},
         {"tail -c +11 build/test_v.index.npy | head -c 80", 0,
          "'<u4', 'fortran_order': False, 'shape': (6,)"},
-        {"./moleblend embed build/test_u.bin --layer 3 --model build/test_model.safetensors", 1,
-         "--layer: expected at most 2, found 3"},
+        {EMBED_U "--layer 3", 1, "--layer: expected numbers from 0 to 2 with commas between them "
+         "(-1: the last), or all, found \"3\""},
+        {EMBED_U "--layer 0,-2", 1, "from 0 to 2"},
+        {EMBED_U "--layer 0,", 1, "found \"0,\""},
+        {EMBED_U "--layer ''", 1, "found \"\""},
+        {EMBED_U "--layer 1.5", 1, "found \"1.5\""},
+        {EMBED_U "--layer all,0", 1, "found \"all,0\""},
+        {EMBED_U "--layer 99999999999999999999", 1, "from 0 to 2"},
+        {EMBED_U "--layer 0,2,-1", 1, "--layer: 2 stands twice in \"0,2,-1\""},
+        // several layers, each with its place in a row; the last is the default
+        {EMBED_U "--layer 0,2 -o build/test_v.npy && cat build/test_v.csv", 0,
+         "row,rows,record,name,layer 0,layer 2\n0,1,1,C,0,24\n1,1,2,CC,0,24\n2,1,3,CCC,0,24\n"},
+        {"tail -c +11 build/test_v.npy | head -c 80", 0, "'shape': (3, 48)"},
+        {"./moleblend embed build/test_u.bin --model data/small.safetensors -o build/test_v.npy; "
+         "./moleblend embed build/test_u.bin --model data/small.safetensors --layer 6 -o - | cmp "
+         "- build/test_v.npy", 0, ""},
+        {"cat build/test_v.csv", 0, "row,rows,record,name\n0,1,1,C\n1,1,2,CC\n2,1,3,CCC\n"},
+        // the same bytes by any number of threads, however the molecules are batched
+        {EMBED_U "--layer all --threads 1 -o build/test_v.npy; for n in '0,1,2 --threads 1' 'all "
+         "--threads 2 --batch-size 1' 'all --threads 4 --batch-size 2'; do " EMBED_U "--layer $n "
+         "-o - | cmp - build/test_v.npy || exit; done", 0, ""},
+        {EMBED_U "--layer all --precision bf16 --threads 1 -o build/test_v.npy; for n in 2 4; do "
+         EMBED_U "--layer all --precision bf16 --threads $n -o - | cmp - build/test_v.npy || exit; "
+         "done", 0, "bf16"},
         {"./moleblend embed - -o - --model build/test_model.safetensors < build/test_u.bin 2> "
          "/dev/null | wc -c", 0, "416"},
         // what the model says of a pair; a picture
