@@ -20,10 +20,10 @@ static idx embed_layers(idx layer[MAX_LAYERS + 1], const char *text, int L) {
         CHECK(end != p && (*end == ',' || *end == 0) && number >= -1 && number <= L,
               "--layer: expected numbers from 0 to %d with commas between them (-1: the last), or "
               "all, found \"%s\"", L, text);
-        layer[n] = number < 0 ? L : number;
+        if (number < 0) number = L;
         for (idx k = 0; k < n; k++)
-            CHECK(layer[k] != layer[n], "--layer: %td stands twice in \"%s\"", layer[n], text);
-        n++;
+            CHECK(layer[k] != number, "--layer: %ld stands twice in \"%s\"", number, text);
+        layer[n++] = number;
         p = end;
     }
     return n;

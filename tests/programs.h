@@ -292,6 +292,7 @@ static void test_using(void) {
         {EMBED_U "--layer all,0", 1, "found \"all,0\""},
         {EMBED_U "--layer 99999999999999999999", 1, "from 0 to 2"},
         {EMBED_U "--layer 0,2,-1", 1, "--layer: 2 stands twice in \"0,2,-1\""},
+        {EMBED_U "--layer 2,1,0,1", 1, "--layer: 1 stands twice"},
         // several layers, each with its place in a row; the last is the default
         {EMBED_U "--layer 0,2 -o build/test_v.npy && cat build/test_v.csv", 0,
          "row,rows,record,name,layer 0,layer 2\n0,1,1,C,0,24\n1,1,2,CC,0,24\n2,1,3,CCC,0,24\n"},
