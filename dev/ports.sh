@@ -22,8 +22,8 @@ python=${PORTS_PYTHON:-python3}
 export OMP_WAIT_POLICY=passive WINEDEBUG=-all WINEPREFIX=$work/wine
 names="sse2 avx2 avx512 plain musl i386 i386-gnu aarch64 armhf riscv64 ppc64le s390x windows tcc wasi macos"
 slow=(heads geometry attention model bias "500 atoms" messages using machine "flipped bits" reproducible "resumed tuning"
-      "not finite" quotas)
-tedious=(stereo optimiser "pretraining report" judging notes seeds "seeds alone" outputs options "tuning options" predictions "two runs" poison
+      "not finite" quotas poison)
+tedious=(stereo optimiser "pretraining report" judging notes seeds "seeds alone" outputs options "tuning options" predictions "two runs"
          precision)  # by an emulator these take an hour
 alone=(functions "random numbers" "matrix products" relations linear gelu attention geometry bias embedding
        heads model packing "500 atoms" "numbers at edges" masks metrics dataset checkpoint data_prep
