@@ -116,8 +116,10 @@ static inline void init_load(const Model *model, const char *path, const Dataset
 static inline void model_state_write(const struct Run *run, const Model *model, float *best,
                                      char *meta) {
     float *const arenas[ARENAS] = {model->params, model->m, model->v, best};
-    TensorOut tables[2];
-    state_tables(tables, run);
+    const Rows *log = &run->log, *history = &run->history;
+    const TensorOut tables[] = {
+        {"log", (size_t)log->n, (size_t)log->columns, log->x},
+        {"history", (size_t)history->n, (size_t)history->columns, history->x}};
     if (my_rank == 0) model_write(run->state_path, model, arenas, tables, 2, meta);
     free(meta);
 }
@@ -127,11 +129,22 @@ static inline void model_state_write(const struct Run *run, const Model *model, 
 static inline void model_state_load(struct Run *run, Model *model, float *best, int64_t seeds,
                                     int64_t epochs) {
     float *const arenas[ARENAS] = {model->params, model->m, model->v, best};
-    int same = seeds < 0 || seeds == meta_whole(&run->state, "seeds_done");
-    CHECK(tables_load(run, epochs) && same, "%s: damaged state: its log, step and seed do not fit",
-          run->state.path);
+    const TensorFile *f = &run->state;
+    Rows *log = &run->log, *history = &run->history;
+    log->n = run->done = tensor_rows(log->x, run->steps, (size_t)log->columns, f, "log");
+    if (epochs)
+        history->n = tensor_rows(history->x, epochs, (size_t)history->columns, f, "history");
+    int64_t passed = epochs ? run->done * run->batch / (int64_t)run->train.count : 0;
+    CHECK(history->n == passed && run->done == meta_whole(f, "step") &&
+          (seeds < 0 || seeds == meta_whole(f, "seeds_done")),
+          "%s: damaged state: its log, step and seed do not fit", f->path);
+    if (passed) {
+        float last = history->x[(passed - 1) * history->columns + HISTORY_BEST];
+        CHECK(last >= 1 && last <= (float)passed, "%s: damaged state: the last row of the history",
+              f->path);
+    }
     for (int a = 0; a < ARENAS; a++)
-        if (arenas[a]) model_load(model, arenas[a], &run->state, ARENA_PREFIXES[a]);
+        if (arenas[a]) model_load(model, arenas[a], f, ARENA_PREFIXES[a]);
     tensor_file_close(&run->state);
 }
 

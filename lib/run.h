@@ -12,8 +12,7 @@
 //   history_add(), best_row(), enough()     fine-tuning's choice of an epoch
 //   csv_log(), csv_history()    the one or the other as CSV
 //   save_due(), run_progress()
-//   state_tables(), tables_load()           log and history in a state
-//   required_meta(), meta_whole(), data_print(), file_print(), same_data()
+//   required_meta(), meta_whole(), data_print(), file_print()
 
 // Rows of `columns` numbers.
 typedef struct { float *x; int64_t n; int columns; } Rows;
@@ -66,19 +65,6 @@ static inline void run_claim(OutFile *lock, const char *path, const char *log_be
     FREE_ALL(stem, state, log, name);
 }
 
-// The molecules of update `step`: sample step * batch + k is entry (sample mod n) of the
-// permutation of its epoch, so batches run across the ends of epochs and any step can be entered.
-// order (n): the permutation of *epoch, -1 if it has none.
-static inline void epoch_ids(int64_t *epoch, uint32_t *order, uint32_t *ids, int64_t step,
-                             int64_t batch, size_t n, uint64_t seed) {
-    for (int64_t k = 0; k < batch; k++) {
-        int64_t sample = step * batch + k, now = sample / (int64_t)n;
-        if (now != *epoch) rng_permutation(order, n, seed, RNG_SHUFFLE, (uint32_t)now);
-        *epoch = now;
-        ids[k] = order[sample % (int64_t)n];
-    }
-}
-
 // Metadata of a file that must be `kind`, or the end of the program.
 static inline const char *required_meta(const TensorFile *f, const char *key, const char *kind) {
     const char *text = tensor_meta(f, key);
@@ -115,16 +101,8 @@ static inline void same_print(const char *state_path, int64_t then, uint32_t now
           "found %s", state_path, what, path ? path : "none");
 }
 
-// The same of training, validation and test set. A state has their fingerprints under DATA_KEYS.
+// Under these a state has the fingerprints of training, validation and test set.
 static const char *const DATA_KEYS[] = {"fingerprint", "valid_fingerprint", "test_fingerprint"};
-static inline void same_data(const TensorFile *state, const Dataset *train, const Dataset *valid,
-                             const Dataset *test) {
-    static const char *const names[] = {"training set", "validation set", "test set"};
-    const Dataset *const data[] = {train, valid, test};
-    for (int k = 0; k < 3; k++)
-        same_print(state->path, meta_whole(state, DATA_KEYS[k]), data_print(data[k]), names[k],
-                   data[k]->path);
-}
 
 // Opens the training set and claims the outputs: now, not after hours of work, it is found out
 // whether they can be written.
@@ -163,12 +141,17 @@ static inline void same_init(const struct Run *run, const char *init) {
 // the state. A resumed run must have the same data as before.
 static inline void run_data(struct Run *run, const char *valid, const char *test, const char *init,
                             const char *asked) {
-    if (run->resumed) run->init_print = (uint32_t)meta_whole(&run->state, "init_fingerprint");
+    static const char *const names[] = {"training set", "validation set", "test set"};
+    const Dataset *const data[] = {&run->train, &run->valid, &run->test};
+    const TensorFile *state = &run->state;
+    if (run->resumed) run->init_print = (uint32_t)meta_whole(state, "init_fingerprint");
     else run->init_print = file_print(init);
     if (run->resumed && asked) same_init(run, asked);
     dataset_open_part(&run->valid, valid, &run->train);
     dataset_open_part(&run->test, test, &run->train);
-    if (run->resumed) same_data(&run->state, &run->train, &run->valid, &run->test);
+    for (int k = 0; k < 3 && run->resumed; k++)
+        same_print(state->path, meta_whole(state, DATA_KEYS[k]), data_print(data[k]), names[k],
+                   data[k]->path);
 }
 
 // Molecules of an update: *batch, or if that is 0 as many as are usual and there are; they are
@@ -219,30 +202,6 @@ static inline void log_add(struct Run *run, const double *loss, int n, double lr
     run->done++;
 }
 
-// Log and history as a state has them.
-static inline void state_tables(TensorOut out[2], const struct Run *run) {
-    out[0] = (TensorOut){"log", (size_t)run->log.n, (size_t)run->log.columns, run->log.x};
-    out[1] = (TensorOut){"history", (size_t)run->history.n, (size_t)run->history.columns,
-                         run->history.x};
-}
-
-// Takes them and `done` from the state that is open; epochs: room in the history, 0 if there is
-// none. Do they fit?
-static inline int tables_load(struct Run *run, int64_t epochs) {
-    const TensorFile *f = &run->state;
-    Rows *log = &run->log, *history = &run->history;
-    log->n = run->done = tensor_rows(log->x, run->steps, (size_t)log->columns, f, "log");
-    if (epochs)
-        history->n = tensor_rows(history->x, epochs, (size_t)history->columns, f, "history");
-    if (epochs && history->n != run->done * run->batch / (int64_t)run->train.count) return 0;
-    if (history->n) {
-        float best = history->x[(history->n - 1) * history->columns + HISTORY_BEST];
-        CHECK(best >= 1 && best <= (float)history->n,
-              "%s: damaged state: the last row of the history", f->path);
-    }
-    return run->done == meta_whole(f, "step");
-}
-
 static inline void run_free(struct Run *run) {
     if (run->lock.file) out_discard(&run->lock);
     dataset_close(&run->train);
@@ -268,9 +227,18 @@ static inline int run_stopped(struct Run *run) {
     return run->stopped = signals > 0;
 }
 
-// The molecules of update `step` = 0, 1, ..., in run->ids.
+// The molecules of update `step` = 0, 1, ..., in run->ids: sample step * batch + k is entry (sample
+// mod n) of the permutation of its epoch, so batches run across the ends of epochs and any step can
+// be entered.
 static inline void update_ids(struct Run *run, int64_t step) {
-    epoch_ids(&run->epoch, run->order, run->ids, step, run->batch, run->train.count, run->seed);
+    int64_t n = (int64_t)run->train.count;
+    for (int64_t k = 0; k < run->batch; k++) {
+        int64_t sample = step * run->batch + k, now = sample / n;
+        if (now != run->epoch)
+            rng_permutation(run->order, (size_t)n, run->seed, RNG_SHUFFLE, (uint32_t)now);
+        run->epoch = now;
+        run->ids[k] = run->order[sample % n];
+    }
 }
 
 // Is it time to save? After the last update the caller does it anyway.
