@@ -108,9 +108,6 @@ typedef ptrdiff_t idx;  // counts and offsets: signed, so that differences and c
 static inline idx min_idx(idx a, idx b) { return a < b ? a : b; }
 static inline idx max_idx(idx a, idx b) { return a > b ? a : b; }
 
-// n rounded up to a multiple of m.
-static inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
-
 // =================================================================================================
 // 1 Errors. A message states the file (and line or record), what was expected and what was found:
 //   DIE("%s:%d: expected a bond count, found \"%s\"", path, line, text)

@@ -589,7 +589,7 @@ static void test_gemm(void) {
     }
     test_check(wrong == 0, "gemm: %d wrong numbers in %d products", wrong, tried);
     for (int m = 1; m < 40; m += 3) {
-        int cols = round_up(m + 5, VEC);
+        int cols = (m + 5 + VEC - 1) / VEC * VEC;
         small_product(C, cols, A, 50, 1, B, cols, m, cols, 37);
         gemm_reference(0, 0, m, cols, 37, A, 50, B, cols, NULL, 0, D, cols);
         test_close(C, D, (size_t)m * cols, 1e-6, "small_product");
@@ -1360,9 +1360,6 @@ static void test_metrics(void) {
     task_metrics(metric, TASK_REGRESSION, scores, constant, 7, 1, 0);
     test_check(isnan(metric[METRIC_R2]), "R2 of constant labels is undefined, not %g",
                metric[METRIC_R2]);
-    mean_metrics(metric, TASK_REGRESSION, scores, values, 5, 2);
-    test_check(isnan(metric[METRIC_RMSE]) && !isnan(metric[METRIC_R2]),
-               "errors in different units are not averaged");
 }
 
 // =================================================================================================

@@ -96,11 +96,11 @@ static char *tuning_meta(const Tuning *t, int of_state) {
     return text.text;
 }
 
-// Where the best parameters of the seed at hand go if there are several: with the others they make
-// an ensemble for `predict`.
-static char *seed_path(const Tuning *t) {
+// Where the best parameters of a seed go if there are several: with the others they make an
+// ensemble for `predict`.
+static char *seed_path(int64_t seed) {
     char ending[64];
-    snprintf(ending, sizeof ending, ".seed%llu.safetensors", (unsigned long long)t->run.seed);
+    snprintf(ending, sizeof ending, ".seed%lld.safetensors", (long long)seed);
     return path_with(opt.output, ".safetensors", ending);
 }
 
@@ -113,7 +113,7 @@ static void tuning_checkpoint(const Tuning *t) {
                        t->residuals};
     int64_t leader = 0;
     if (!best) return;
-    char *meta = tuning_meta(t, 0), *own = seed_path(t);
+    char *meta = tuning_meta(t, 0), *own = seed_path(opt.seed + t->nth);
     t->seed_best[t->nth] = best[HISTORY_VALID];
     for (int64_t k = 0; k < opt.seeds; k++)
         if (t->seed_best[k] > t->seed_best[leader]) leader = k;
@@ -144,7 +144,7 @@ static int seed_open(Tuning *t, int64_t nth) {
     run->seed = (uint64_t)(opt.seed + nth);
     run->done = run->log.n = run->history.n = run->shown = 0;
     run->epoch = -1;
-    char *own = seed_path(t);
+    char *own = seed_path(opt.seed + nth);
     free(run->state_path);
     run->state_path = xprintf("%s.state", nth ? own : opt.output);
     free(own);
@@ -162,8 +162,7 @@ static void seeds_open(Tuning *t) {
     t->seed_best = xmalloc((size_t)opt.seeds, sizeof *t->seed_best);
     t->locks = xmalloc((size_t)opt.seeds, sizeof *t->locks);
     for (int64_t nth = opt.seeds - 1; nth >= 0; nth--) {
-        t->run.seed = (uint64_t)(opt.seed + nth);
-        char *own = seed_path(t);
+        char *own = seed_path(opt.seed + nth);
         if (my_rank == 0 && opt.seeds > 1) run_claim(&t->locks[nth], own, LOG_BEGINS);
         if (seed_open(t, nth)) model_state_load(&t->run, &t->s.model, t->best, nth, opt.epochs);
         else if (t->run.resumed) same_init(&t->run, opt.init);
@@ -177,9 +176,7 @@ static void seeds_open(Tuning *t) {
 static void note_other_seeds(void) {
     int n = 0;
     for (int64_t seed = 0; seed < 1000; seed++) {
-        char ending[64];
-        snprintf(ending, sizeof ending, ".seed%lld.safetensors", (long long)seed);
-        char *path = path_with(opt.output, ".safetensors", ending);
+        char *path = seed_path(seed);
         int own = opt.seeds > 1 && seed >= opt.seed && seed < opt.seed + opt.seeds;
         if (!own && access(path, F_OK) == 0 && n++ == 0)
             fprintf(stderr, "note    %s is there, of another run: leave it out of an ensemble, or "
@@ -242,8 +239,10 @@ static void finetune_report(double mean[METRICS], double chance[METRICS], Tuning
     size_t Y = (size_t)data->n_tasks, n = data->count;
     float *constant = xmalloc(mul_size(n, Y), sizeof *constant);
     for (size_t k = 0; k < n * Y; k++) constant[k] = t->task.mean[k % Y];
-    mean_metrics(mean, kind, out, labels, n, Y);
-    mean_metrics(chance, kind, constant, labels, n, Y);
+    task_means(mean, kind, out, labels, n, Y);
+    task_means(chance, kind, constant, labels, n, Y);
+    if (Y > 1)  // errors have the units of labels, which tasks need not share
+        mean[METRIC_RMSE] = mean[METRIC_MAE] = chance[METRIC_RMSE] = chance[METRIC_MAE] = NAN;
     for (size_t y = 0; y < Y && Y > 1; y++) {
         double metric[METRICS];
         task_metrics(metric, kind, out, labels, n, Y, y);

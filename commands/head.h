@@ -33,6 +33,25 @@ static float readout_tokens(idx *first, idx *count, const View *v, Readout reado
     return readout == READ_MEAN ? 1.0f / (float)v->N : 1.0f;
 }
 
+// row (n) = weight * the sum of tokens first..first + count - 1 of x (T, n).
+static void readout_row(float *row, const float *x, idx n, idx first, idx count, float weight) {
+    for (idx k = 0; k < n; k++) {
+        float sum = 0;
+        for (idx t = first; t < first + count; t++) sum += x[t * n + k];
+        row[k] = weight * sum;
+    }
+}
+
+// rows (B, n): what is read out of x (T, n), a row a molecule.
+static void readout_rows(float *rows, const float *x, idx n, const Batch *batch, Readout readout) {
+    for (idx b = 0; b < batch->B; b++) {
+        View v = batch_view(batch, b);
+        idx first, count;
+        float weight = readout_tokens(&first, &count, &v, readout);
+        readout_row(rows + b * n, x, n, first, count, weight);
+    }
+}
+
 // logits (B, Y) from the encoder's output.
 static void task_head_forward(Step *s, Readout readout) {
     task_arrays_layout(s);
@@ -42,16 +61,7 @@ static void task_head_forward(Step *s, Readout readout) {
     linear_forward(a->head_pre, encoder_output(s), p->head1_w, p->head1_b, T, C, C);
     gelu_forward(a->head_hidden, a->head_pre, T * C);
     linear_forward(a->head_out, a->head_hidden, p->head2_w, p->head2_b, T, C, Y);
-    for (idx b = 0; b < B; b++) {
-        View v = batch_view(&s->batch, b);
-        idx first, count;
-        float weight = readout_tokens(&first, &count, &v, readout);
-        for (idx y = 0; y < Y; y++) {
-            float sum = 0;
-            for (idx t = first; t < first + count; t++) sum += a->head_out[t * Y + y];
-            a->logits[b * Y + y] = weight * sum;
-        }
-    }
+    readout_rows(a->logits, a->head_out, Y, &s->batch, readout);
 }
 
 // From dlogits (B, Y): the head's gradients and dx of the encoder's output.

@@ -2,7 +2,6 @@
 //
 //   model_open(), model_close()   a checkpoint
 //   predict_batch(), predict_all()  predictions of a fine-tuned model; note_constant()
-//   readout_row()                 a vector
 //   check_positions(), check_preparation()  are these molecules what it expects?
 
 typedef struct {
@@ -91,14 +90,5 @@ static void note_constant(const Task *task, const float *out, size_t n, size_t Y
         if (square / (double)n - sum / (double)n * (sum / (double)n) < 1e-4)
             fprintf(stderr, "note    task %s: the predictions are all but the same; try more "
                     "--epochs or another --lr\n", names[y]);
-    }
-}
-
-// row (C) = weight * the sum of tokens first..first + count - 1 of x (T, C).
-static void readout_row(float *row, const float *x, idx C, idx first, idx count, float weight) {
-    for (idx c = 0; c < C; c++) {
-        float sum = 0;
-        for (idx t = first; t < first + count; t++) sum += x[t * C + c];
-        row[c] = weight * sum;
     }
 }

@@ -102,17 +102,7 @@ static void predict_open(Predictions *all, Trained *models, const char *path) {
     free(residuals);
 }
 
-// Vectors (molecules, C) of the batch, as `embed` gives them.
-static void near_vectors(float *row, const Trained *m) {
-    idx C = m->s.model.config.dim, token, count;
-    for (idx b = 0; b < m->s.batch.B; b++, row += C) {
-        View v = batch_view(&m->s.batch, b);
-        float weight = readout_tokens(&token, &count, &v, m->task.readout);
-        readout_row(row, encoder_output(&m->s), C, token, count, weight);
-    }
-}
-
-// The vectors of the training set, and their spread.
+// The vectors of the training set, as `embed` gives them, and their spread.
 static void near_open(Predictions *all, Trained *m) {
     size_t C = (size_t)m->s.model.config.dim, N = all->near.count, n = all->data.count;
     double variance = 0;
@@ -126,7 +116,8 @@ static void near_open(Predictions *all, Trained *m) {
     for (Pass pass = pass_over(&all->near, SIZE_MAX, NULL, m->task.use); pass_next(&pass, &m->s);) {
         encoder_forward(&m->s);
         if (mb_signal) mb_exit(128 + mb_signal);
-        near_vectors(all->vectors + (size_t)pass.first * C, m);
+        readout_rows(all->vectors + (size_t)pass.first * C, encoder_output(&m->s), (idx)C,
+                     &m->s.batch, m->task.readout);
     }
     for (size_t c = 0; c < C; c++) {
         double sum = 0, square = 0;
@@ -166,6 +157,7 @@ static void predict_add(Predictions *all, Trained *m, int nth) {
     size_t Y = (size_t)all->tasks, n = all->data.count;
     Step *s = &m->s;
     model_open(m, m->file.path);
+    idx C = s->model.config.dim;
     check_positions(&all->data, m->task.use);
     if (all->near.data && nth == 0) near_open(all, m);
     for (Pass pass = pass_over(&all->data, SIZE_MAX, NULL, m->task.use); pass_next(&pass, s);) {
@@ -173,8 +165,8 @@ static void predict_add(Predictions *all, Trained *m, int nth) {
         predict_batch(all->out + (size_t)pass.first * Y, s, &m->task);
         if (mb_signal) mb_exit(128 + mb_signal);
         if (!all->near.data || nth > 0) continue;
-        near_vectors(all->query, m);
-        near_find(all, (size_t)pass.first, (size_t)pass.count, (size_t)s->model.config.dim);
+        readout_rows(all->query, encoder_output(s), C, &s->batch, m->task.readout);
+        near_find(all, (size_t)pass.first, (size_t)pass.count, (size_t)C);
     }
     note_constant(&m->task, all->out, n, Y, all->names);
     for (size_t k = 0; k < n * Y; k++) {

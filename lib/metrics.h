@@ -2,7 +2,7 @@
 //
 //   dataset_labels(), label_summary(), labels_judge()   labels, and whether they can judge
 //   tasks_check(), can_judge(), task_statistics()       what fine-tuning needs of its datasets
-//   task_metrics(), task_means(), mean_metrics(), print_metrics()   ROC-AUC, AP, or RMSE, MAE, R2
+//   task_metrics(), task_means(), print_metrics()       ROC-AUC, AP, or RMSE, MAE, R2
 //   interval_half(), print_reliability()                how sure predictions are
 //   number_text(), rows_mean()                          numbers for people; means of log rows
 
@@ -251,13 +251,6 @@ static inline void task_means(double mean[METRICS], TaskKind kind, const float *
         }
     }
     for (int k = 0; k < METRICS; k++) mean[k] = count[k] > 0 ? sum[k] / count[k] : (double)NAN;
-}
-
-// The same without errors in the labels' units, which several tasks need not share: NaN.
-static inline void mean_metrics(double mean[METRICS], TaskKind kind, const float *scores,
-                                const float *labels, size_t n, size_t Y) {
-    task_means(mean, kind, scores, labels, n, Y);
-    if (Y > 1) mean[METRIC_RMSE] = mean[METRIC_MAE] = (double)NAN;
 }
 
 // mean (columns) of the rows first..last-1 of a table.

@@ -1468,7 +1468,7 @@ static void test_machinery(void) {
     test_check(mean[0] == 3 && mean[1] == 40, "means of rows: %g, %g", mean[0], mean[1]);
     double metric[METRICS];  // of two tasks one has both classes
     const float scores[] = {1, 0, 2, 0, 3, 0, 0, 0}, classes[] = {0, 1, 1, 1, 1, 1, 0, 1};
-    mean_metrics(metric, TASK_CLASSIFICATION, scores, classes, 4, 2);
+    task_means(metric, TASK_CLASSIFICATION, scores, classes, 4, 2);
     test_check(metric[METRIC_AUC] == 1 && metric[METRIC_AP] == 1, "a mean over the tasks that have "
                "a metric: %g, %g", metric[METRIC_AUC], metric[METRIC_AP]);
 }
