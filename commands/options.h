@@ -220,7 +220,6 @@ static void check_options(void) {
     CHECK(opt.blend.pair_spd + opt.blend.pair_edge > 0 && opt.blend.pair_3d >= 0,
           "--pair-spd, --pair-edge: expected one of them above 0 (molecules without 3D need it)");
     CHECK(opt.blend.atom_2d + opt.blend.atom_3d > 0, "--atom-2d, --atom-3d: expected one above 0");
-    CHECK(opt.steps <= UINT32_MAX - 1, "--steps: too many");
     for (int k = 0; k < N_OPTIONS && opt.blend.all; k++)
         CHECK(!option_given[k] || !is_between(&OPTIONS[k], &opt.blend.pair_spd, &opt.blend.atom_3d),
               "--no-blend shows everything of every pair; expected no --pair-* or --atom-* beside "

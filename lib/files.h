@@ -3,7 +3,7 @@
 //
 //   out_open(), out_write(), out_rewrite(), out_commit(), out_discard()   an output
 //   npy_begin()                       an output that is an array in NumPy's format
-//   out_check(), out_probe()          dies if it may not, or cannot be written
+//   out_probe()                       dies if it may not, or cannot be written
 //   file_note()                       an input or output: none is another one, see FileUse;
 //                                     files_input(), files_output(): the same of a command line
 //   check_ours(), check_file_ours()   what an output replaces begins as ours do
@@ -171,26 +171,22 @@ static inline FILE *out_lock(const char *tmp, const char *begins) {
 #endif
 }
 
-// Dies if PATH is an input or another output, or is there and is not ours, see check_ours().
-static inline void out_check(const char *path, const char *begins) {
+// Opens PATH.tmp for writing, or for "-" a file without name that out_commit() copies to stdout.
+// Dies if PATH is an input or another output, or is there and is not ours. `begins`: how what is
+// written begins, see check_ours(); NULL: nothing will be. `out` must stay where it is until
+// out_commit().
+static inline void out_open(OutFile *out, const char *path, const char *begins) {
+    static int hooked;
     struct stat info;
-    int noted = 0;
+    int is_stdout = strcmp(path, "-") == 0, noted = 0;
+    if (!hooked) hooked = atexit(outs_remove) == 0;
     for (int k = 0; k < mb_n_files; k++)
         noted |= mb_files[k].output && strcmp(mb_files[k].path, path) == 0;
     if (!noted) files_output(path);
-    if (strcmp(path, "-") == 0 || stat(path, &info) != 0) return;
-    CHECK(S_ISREG(info.st_mode), "%s: cannot write: expected a regular file", path);
-    check_file_ours(path, begins);
-}
-
-// Opens PATH.tmp for writing, or for "-" a file without name that out_commit() copies to stdout.
-// `begins`: how what is written begins, see check_ours(); NULL: nothing will be. `out` must stay
-// where it is until out_commit().
-static inline void out_open(OutFile *out, const char *path, const char *begins) {
-    static int hooked;
-    if (!hooked) hooked = atexit(outs_remove) == 0;
-    int is_stdout = strcmp(path, "-") == 0;
-    out_check(path, begins);
+    if (!is_stdout && stat(path, &info) == 0) {
+        CHECK(S_ISREG(info.st_mode), "%s: cannot write: expected a regular file", path);
+        check_file_ours(path, begins);
+    }
     out->path = xprintf("%s", path);
     out->target = link_target(path);
     out->tmp = is_stdout ? xprintf("standard output") : xprintf("%s.tmp", out->target);

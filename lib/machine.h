@@ -65,13 +65,9 @@ static inline double read_number(const char *folder, const char *file, const cha
 // Bytes that a control group (second: of version 2) uses and that cannot be freed: pages of files
 // can, those of memory not.
 static inline double group_memory(const char *folder, int second) {
-    if (second)
-        return read_number(folder, "memory.current", "") -
-               read_number(folder, "memory.stat", "inactive_file ") -
-               read_number(folder, "memory.stat", "active_file ");
-    return read_number(folder, "memory.usage_in_bytes", "") -
-           read_number(folder, "memory.stat", "total_inactive_file ") -
-           read_number(folder, "memory.stat", "total_active_file ");
+    return read_number(folder, second ? "memory.current" : "memory.usage_in_bytes", "") -
+           read_number(folder, "memory.stat", second ? "inactive_file " : "total_inactive_file ") -
+           read_number(folder, "memory.stat", second ? "active_file " : "total_active_file ");
 }
 
 // The least limit of our control group and the groups above it, 0: none. Version 2 has it in

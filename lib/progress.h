@@ -10,9 +10,7 @@ typedef struct {
 } Progress;
 
 static inline Progress progress_begin(double already_done) {
-    Progress p = {now_seconds(), 0, already_done, 0};
-    p.terminal = isatty(fileno(stderr));
-    return p;
+    return (Progress){now_seconds(), 0, already_done, isatty(fileno(stderr))};
 }
 
 // Shows "text  12.3 %  1234 UNIT/s  1:23 left" if the last line is old enough (0.2 s on a
