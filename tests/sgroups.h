@@ -3,22 +3,46 @@
 // The tables are what RDKit 2022.09 gives with OGB's lists, in the notation of prep_describe();
 // bond types that are queries are refused here.
 
-#define V2_CNH \
+#define V2_CN(third) \
     "\n                    2D\n\n  3  2  0  0  0  0  0  0  0  0999 V2000\n" \
     "    0.0000    0.0000    0.0000 C   0  0  0  0  0  0\n" \
     "    1.2000    0.7000    0.0000 N   0  0  0  0  0  0\n" \
-    "    2.4000    0.0000    0.0000 H   0  0  0  0  0  0\n  1  2  1  0\n  2  3  1  0\n"
+    "    2.4000    0.0000    0.0000 " third "   0  0  0  0  0  0\n  1  2  1  0\n  2  3  1  0\n"
+#define V2_CNH V2_CN("H")
+#define V2_PAIR(first, second, bond) \
+    "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n" \
+    "    0.0000    0.0000    0.0000 " first "\n    1.2000    0.7000    0.0000 " second "\n" \
+    "  1  2  " bond "  0\n"
+#define V2_PYRROLE \
+    "\n                    2D\n\n  5  5  0  0  0  0  0  0  0  0999 V2000\n" \
+    "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n" \
+    "    1.2000    0.7000    0.0000 C   0  0  0  0  0  0\n" \
+    "    2.4000    0.0000    0.0000 C   0  0  0  0  0  0\n" \
+    "    3.6000    0.7000    0.0000 C   0  0  0  0  0  0\n" \
+    "    4.8000    0.0000    0.0000 C   0  0  0  0  0  0\n  1  2  4  0\n  2  3  4  0\n" \
+    "  3  4  4  0\n  4  5  4  0\n  5  1  4  0\n"
+#define V2_IRON(bond) V2_PAIR("N   0  0  0  0  0  0", "Fe  0  0  0  0  0  0", bond)
+#define V2_IMPLICIT_H(type) \
+    "M  STY  1   1 " type "\nM  SAL   1  1   1\nM  SDT   1 MRV_IMPLICIT_H                \n" \
+    "M  SED   1 IMPL_H1\nM  END\n"
+#define V2_DATIVE(bond) \
+    "M  STY  1   1 DAT\nM  SAL   1  1   1\nM  SDT   1 MRV_COORDINATE_BOND_TYPE      \n" \
+    "M  SED   1 " bond "\nM  END\n"
 
+#define V3_COUNTS \
+    "\n\n\n  0  0  0  0  0  0            999 V3000\nM  V30 BEGIN CTAB\nM  V30 COUNTS "
+#define V3_CLOSE "M  V30 END CTAB\nM  END\n"
+#define V3_PAIR(n_groups, first, second, bond) \
+    V3_COUNTS "2 1 " n_groups " 0 0\nM  V30 BEGIN ATOM\nM  V30 1 " first " 0 0 0 0\n" \
+    "M  V30 2 " second "\nM  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 " bond " 1 2\n" \
+    "M  V30 END BOND\n"
 #define V3_CNH(n_groups) \
-    "\n\n\n  0  0  0  0  0  0            999 V3000\nM  V30 BEGIN CTAB\n" \
-    "M  V30 COUNTS 3 2 " n_groups \
-    " 0 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0\nM  V30 2 N 1 1 0 0\nM  V30 3 H 2 0 0 0\n" \
-    "M  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 1 1 2\nM  V30 2 1 2 3\nM  V30 END BOND\n"
+    V3_COUNTS "3 2 " n_groups " 0 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0\n" \
+    "M  V30 2 N 1 1 0 0\nM  V30 3 H 2 0 0 0\nM  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 1 1 2\nM  V30 2 1 2 3\nM  V30 END BOND\n"
 #define V3_LIST \
-    "\n\n\n  0  0  0  0  0  0            999 V3000\nM  V30 BEGIN CTAB\nM  V30 COUNTS 1 0 0 0 0\n" \
-    "M  V30 BEGIN ATOM\nM  V30 1 NOT[C,N] 0 0 0 0\nM  V30 END ATOM\nM  V30 END CTAB\nM  END\n"
+    V3_COUNTS "1 0 0 0 0\nM  V30 BEGIN ATOM\nM  V30 1 NOT[C,N] 0 0 0 0\nM  V30 END ATOM\n" V3_CLOSE
 #define V3_GROUPS "M  V30 BEGIN SGROUP\n"
-#define V3_END "M  V30 END SGROUP\nM  V30 END CTAB\nM  END\n"
+#define V3_END "M  V30 END SGROUP\n" V3_CLOSE
 
 static const struct { Format format; const char *rule, *text, *expected; } PREP_SGROUPS[] = {
     {FORMAT_SDF, "no S group: the hydrogen is a count",
@@ -60,77 +84,34 @@ static const struct { Format format; const char *rule, *text, *expected; } PREP_
      V2_CNH "M  STY  1   1 SUP\nM  SAL   1  1   1\nM  SBL   1  1   2\nM  END\n",
      "refused"},
     {FORMAT_SDF, "the same, and no hydrogen to ask for",
-     "\n                    2D\n\n  3  2  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 C   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 N   0  0  0  0  0  0\n"
-     "    2.4000    0.0000    0.0000 O   0  0  0  0  0  0\n  1  2  1  0\n  2  3  1  0\n"
-     "M  STY  1   1 SUP\nM  SAL   1  1   1\nM  SBL   1  1   2\nM  END\n",
+     V2_CN("O") "M  STY  1   1 SUP\nM  SAL   1  1   1\nM  SBL   1  1   2\nM  END\n",
      "C04530200 N03510200 O02510200 0-1:000 1-2:000"},
     {FORMAT_SDF, "aromatic nitrogen without its hydrogen",
-     "\n                    2D\n\n  5  5  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 C   0  0  0  0  0  0\n"
-     "    2.4000    0.0000    0.0000 C   0  0  0  0  0  0\n"
-     "    3.6000    0.7000    0.0000 C   0  0  0  0  0  0\n"
-     "    4.8000    0.0000    0.0000 C   0  0  0  0  0  0\n  1  2  4  0\n  2  3  4  0\n"
-     "  3  4  4  0\n  4  5  4  0\n  5  1  4  0\nM  END\n",
+     V2_PYRROLE "M  END\n",
      "refused"},
     {FORMAT_SDF, "MRV_IMPLICIT_H gives it",
-     "\n                    2D\n\n  5  5  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 C   0  0  0  0  0  0\n"
-     "    2.4000    0.0000    0.0000 C   0  0  0  0  0  0\n"
-     "    3.6000    0.7000    0.0000 C   0  0  0  0  0  0\n"
-     "    4.8000    0.0000    0.0000 C   0  0  0  0  0  0\n  1  2  4  0\n  2  3  4  0\n"
-     "  3  4  4  0\n  4  5  4  0\n  5  1  4  0\nM  STY  1   1 DAT\nM  SAL   1  1   1\n"
-     "M  SDT   1 MRV_IMPLICIT_H                \nM  SED   1 IMPL_H1\nM  END\n",
-     "N03510111 C03510111 C03510111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 "
-     "4-0:301"},
+     V2_PYRROLE V2_IMPLICIT_H("DAT"),
+     "N03510111 C03510111 C03510111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 4-0:301"},
     {FORMAT_SDF, "only to atoms with aromatic bonds",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 C   0  0  0  0  0  0\n  1  2  1  0\nM  STY  1   1 DAT\n"
-     "M  SAL   1  1   1\nM  SDT   1 MRV_IMPLICIT_H                \nM  SED   1 IMPL_H1\n"
-     "M  END\n",
+     V2_PAIR("N   0  0  0  0  0  0", "C   0  0  0  0  0  0", "1") V2_IMPLICIT_H("DAT"),
      "N03520200 C04530200 0-1:000"},
     {FORMAT_SDF, "bond type 8",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 Fe  0  0  0  0  0  0\n  1  2  8  0\nM  END\n",
+     V2_IRON("8") "M  END\n",
      "refused"},
     {FORMAT_SDF, "MRV_COORDINATE_BOND_TYPE makes it dative",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 Fe  0  0  0  0  0  0\n  1  2  8  0\nM  STY  1   1 DAT\n"
-     "M  SAL   1  1   1\nM  SDT   1 MRV_COORDINATE_BOND_TYPE      \nM  SED   1 1\nM  END\n",
+     V2_IRON("8") V2_DATIVE("1"),
      "N04530300 Fe01500200 0-1:400"},
     {FORMAT_SDF, "of another bond",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 Fe  0  0  0  0  0  0\n  1  2  8  0\nM  STY  1   1 DAT\n"
-     "M  SAL   1  1   1\nM  SDT   1 MRV_COORDINATE_BOND_TYPE      \nM  SED   1 2\nM  END\n",
+     V2_IRON("8") V2_DATIVE("2"),
      "refused"},
     {FORMAT_SDF, "of no number",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 Fe  0  0  0  0  0  0\n  1  2  1  0\nM  STY  1   1 DAT\n"
-     "M  SAL   1  1   1\nM  SDT   1 MRV_COORDINATE_BOND_TYPE      \nM  SED   1 x\nM  END\n",
+     V2_IRON("1") V2_DATIVE("x"),
      "refused"},
     {FORMAT_SDF, "a zero-order bond becomes dative too",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 Fe  0  0  0  0  0  0\n  1  2  0  0\nM  STY  1   1 DAT\n"
-     "M  SAL   1  1   1\nM  SDT   1 MRV_COORDINATE_BOND_TYPE      \nM  SED   1 1\nM  END\n",
+     V2_IRON("0") V2_DATIVE("1"),
      "N04530300 Fe01500200 0-1:400"},
     {FORMAT_SDF, "data with another type of group",
-     "\n                    2D\n\n  5  5  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 C   0  0  0  0  0  0\n"
-     "    2.4000    0.0000    0.0000 C   0  0  0  0  0  0\n"
-     "    3.6000    0.7000    0.0000 C   0  0  0  0  0  0\n"
-     "    4.8000    0.0000    0.0000 C   0  0  0  0  0  0\n  1  2  4  0\n  2  3  4  0\n"
-     "  3  4  4  0\n  4  5  4  0\n  5  1  4  0\nM  STY  1   1 GEN\nM  SAL   1  1   1\n"
-     "M  SDT   1 MRV_IMPLICIT_H                \nM  SED   1 IMPL_H1\nM  END\n",
+     V2_PYRROLE V2_IMPLICIT_H("GEN"),
      "refused"},
     {FORMAT_SDF, "unknown type",
      V2_CNH "M  STY  1   1 XYZ\nM  END\n",
@@ -195,28 +176,19 @@ static const struct { Format format; const char *rule, *text, *expected; } PREP_
      V3_CNH("1") V3_GROUPS "M  V30 1 SUP 0 ATOMS=(1 2) -\nM  V30 XBONDS=(1 2)\n" V3_END,
      "C04530200 N03510200 H01500500 0-1:000 1-2:000"},
     {FORMAT_SDF, "V3000: MRV_IMPLICIT_H",
-     "\n\n\n  0  0  0  0  0  0            999 V3000\nM  V30 BEGIN CTAB\n"
-     "M  V30 COUNTS 5 5 1 0 0\nM  V30 BEGIN ATOM\nM  V30 1 N 0 0 0 0\nM  V30 2 C 1 1 0 0\n"
+     V3_COUNTS "5 5 1 0 0\nM  V30 BEGIN ATOM\nM  V30 1 N 0 0 0 0\nM  V30 2 C 1 1 0 0\n"
      "M  V30 3 C 2 0 0 0\nM  V30 4 C 3 1 0 0\nM  V30 5 C 4 0 0 0\nM  V30 END ATOM\n"
      "M  V30 BEGIN BOND\nM  V30 1 4 1 2\nM  V30 2 4 2 3\nM  V30 3 4 3 4\nM  V30 4 4 4 5\n"
-     "M  V30 5 4 5 1\nM  V30 END BOND\nM  V30 BEGIN SGROUP\n"
-     "M  V30 1 DAT 0 ATOMS=(1 1) FIELDNAME=MRV_IMPLICIT_H FIELDDATA=IMPL_H1\n"
-     "M  V30 END SGROUP\nM  V30 END CTAB\nM  END\n",
+     "M  V30 5 4 5 1\nM  V30 END BOND\n" V3_GROUPS
+     "M  V30 1 DAT 0 ATOMS=(1 1) FIELDNAME=MRV_IMPLICIT_H FIELDDATA=IMPL_H1\n" V3_END,
      "N03510111 C03510111 C03510111 C03510111 C03510111 0-1:301 1-2:301 2-3:301 3-4:301 "
      "4-0:301"},
     {FORMAT_SDF, "V3000: MRV_COORDINATE_BOND_TYPE",
-     "\n\n\n  0  0  0  0  0  0            999 V3000\nM  V30 BEGIN CTAB\n"
-     "M  V30 COUNTS 2 1 1 0 0\nM  V30 BEGIN ATOM\nM  V30 1 N 0 0 0 0\nM  V30 2 Fe 1 1 0 0\n"
-     "M  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 8 1 2\nM  V30 END BOND\n"
-     "M  V30 BEGIN SGROUP\n"
-     "M  V30 1 DAT 0 ATOMS=(1 1) FIELDNAME=\"MRV_COORDINATE_BOND_TYPE\" FIELDDATA=\"1\"\n"
-     "M  V30 END SGROUP\nM  V30 END CTAB\nM  END\n",
+     V3_PAIR("1", "N", "Fe 1 1 0 0", "8") V3_GROUPS
+     "M  V30 1 DAT 0 ATOMS=(1 1) FIELDNAME=\"MRV_COORDINATE_BOND_TYPE\" FIELDDATA=\"1\"\n" V3_END,
      "N04530300 Fe01500200 0-1:400"},
     {FORMAT_SDF, "V3000: bond type 8",
-     "\n\n\n  0  0  0  0  0  0            999 V3000\nM  V30 BEGIN CTAB\n"
-     "M  V30 COUNTS 2 1 0 0 0\nM  V30 BEGIN ATOM\nM  V30 1 N 0 0 0 0\nM  V30 2 Fe 1 1 0 0\n"
-     "M  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 8 1 2\nM  V30 END BOND\nM  V30 END CTAB\n"
-     "M  END\n",
+     V3_PAIR("0", "N", "Fe 1 1 0 0", "8") V3_CLOSE,
      "refused"},
     {FORMAT_SDF, "V3000: connection in small letters",
      V3_CNH("1") V3_GROUPS "M  V30 1 SRU 0 ATOMS=(1 1) CONNECT=ht\n" V3_END,
@@ -252,52 +224,32 @@ static const struct { Format format; const char *rule, *text, *expected; } PREP_
      V3_CNH("1") V3_GROUPS "M  V30 1 SUP 0 ATOMS=(1 4)\n" V3_END,
      "refused"},
     {FORMAT_SDF, "V3000: a plus is no sign",
-     "\n\n\n  0  0  0  0  0  0            999 V3000\nM  V30 BEGIN CTAB\n"
-     "M  V30 COUNTS 2 1 0 0 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0\n"
-     "M  V30 2 N 1 1 0 0 CHG=+1\nM  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 1 1 2\n"
-     "M  V30 END BOND\nM  V30 END CTAB\nM  END\n",
+     V3_PAIR("0", "C", "N 1 1 0 0 CHG=+1", "1") V3_CLOSE,
      "C04530200 N03520200 0-1:000"},
     {FORMAT_SDF, "V3000: a charge",
-     "\n\n\n  0  0  0  0  0  0            999 V3000\nM  V30 BEGIN CTAB\n"
-     "M  V30 COUNTS 2 1 0 0 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0\n"
-     "M  V30 2 N 1 1 0 0 CHG=1\nM  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 1 1 2\n"
-     "M  V30 END BOND\nM  V30 END CTAB\nM  END\n",
+     V3_PAIR("0", "C", "N 1 1 0 0 CHG=1", "1") V3_CLOSE,
      "C04530200 N04630200 0-1:000"},
     {FORMAT_SDF, "a hydrogen count keeps hydrogen",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 F   0  0  0  3  0  0\n"
-     "    1.2000    0.7000    0.0000 H   0  0  0  1  0  0\n  1  2  1  0\nM  END\n",
+     V2_PAIR("F   0  0  0  3  0  0", "H   0  0  0  1  0  0", "1") "M  END\n",
      "F01500200 H01500500 0-1:000"},
     {FORMAT_SDF, "of zero does not",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 F   0  0  0  0  0  0\n"
-     "    1.2000    0.7000    0.0000 H   0  0  0  0  0  0\n  1  2  1  0\nM  END\n",
+     V2_PAIR("F   0  0  0  0  0  0", "H   0  0  0  0  0  0", "1") "M  END\n",
      "F01510200"},
     {FORMAT_SDF, "takes implicit hydrogens away",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 C   0  0  0  2  0  0\n"
-     "    1.2000    0.7000    0.0000 C   0  0  0  0  0  0\n  1  2  1  0\nM  END\n",
+     V2_PAIR("C   0  0  0  2  0  0", "C   0  0  0  0  0  0", "1") "M  END\n",
      "C01503200 C04530200 0-1:000"},
     {FORMAT_SDF, "of a charged atom",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 N   0  0  0  1  0  0\n"
-     "    1.2000    0.7000    0.0000 C   0  0  0  4  0  0\n  1  2  1  0\nM  CHG  1   1   1\n"
+     V2_PAIR("N   0  0  0  1  0  0", "C   0  0  0  4  0  0", "1") "M  CHG  1   1   1\n"
      "M  END\n",
      "N01603200 C01503200 0-1:000"},
     {FORMAT_SDF, "with a valence field",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 C   0  0  0  2  0  4\n"
-     "    1.2000    0.7000    0.0000 C   0  0  0  0  0  0\n  1  2  1  0\nM  END\n",
+     V2_PAIR("C   0  0  0  2  0  4", "C   0  0  0  0  0  0", "1") "M  END\n",
      "C04530200 C04530200 0-1:000"},
     {FORMAT_SDF, "of a deuterium",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 D   0  0  0  1  0  0\n"
-     "    1.2000    0.7000    0.0000 O   0  0  0  0  0  0\n  1  2  1  0\nM  END\n",
+     V2_PAIR("D   0  0  0  1  0  0", "O   0  0  0  0  0  0", "1") "M  END\n",
      "H01500500 O02510200 0-1:000"},
     {FORMAT_SDF, "below zero says nothing",
-     "\n                    2D\n\n  2  1  0  0  0  0  0  0  0  0999 V2000\n"
-     "    0.0000    0.0000    0.0000 C   0  0  0 -1  0  0\n"
-     "    1.2000    0.7000    0.0000 C   0  0  0  0  0  0\n  1  2  1  0\nM  END\n",
+     V2_PAIR("C   0  0  0 -1  0  0", "C   0  0  0  0  0  0", "1") "M  END\n",
      "C04530200 C04530200 0-1:000"},
     {FORMAT_SMI, "radical",
      "CC |^1:0|",
