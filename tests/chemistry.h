@@ -441,11 +441,13 @@ static const struct { const char *rule, *smiles, *expected; } PREP_SMILES[] = {
 
 // Atoms "symbol,x,y,z[,mass difference,charge,valence]", bonds "i-j:type[/stereo]", properties
 // separated by |; made into V2000 and V3000 mol blocks.
-static const struct {
+typedef struct {
     const char *rule;
     int is_3d;
     const char *atoms, *bonds, *properties, *expected;
-} PREP_MOLS[] = {
+} PrepMol;
+
+static const PrepMol PREP_MOLS[] = {
     {"chirality from 3D, hydrogen removed", 1,
      "C,0,0,0 F,0.9,0.9,0.5 Cl,-1,0.9,-0.6 Br,0.6,-1.2,-1 H,-0.5,-0.5,1",
      "1-2:1 1-3:1 1-4:1 1-5:1", "",
@@ -820,14 +822,14 @@ static const struct { const char *rule, *text, *expected; } PREP_V3000[] = {
      "H01500500 O02510200 0-1:000"},
 };
 
-// Atoms of row k of PREP_MOLS as lines of a mol block. Returns how many; *plain: V3000 can say it.
-static int prep_atom_lines(char *out, size_t room, int k, int v3000, int *plain) {
+// Its atoms as lines of a mol block. Returns how many; *plain: V3000 can say it.
+static int prep_atom_lines(char *out, size_t room, const PrepMol *mol, int v3000, int *plain) {
     int n_atoms = 0, used, more, v[3];
     char symbol[4];
     double x, y, z;
     size_t n = 0;
-    *plain = PREP_MOLS[k].properties[0] == 0;
-    for (const char *p = PREP_MOLS[k].atoms;
+    *plain = mol->properties[0] == 0;
+    for (const char *p = mol->atoms;
          sscanf(p, "%3[^,],%lf,%lf,%lf%n", symbol, &x, &y, &z, &used) == 4;) {
         v[0] = v[1] = v[2] = 0;
         p += used;
@@ -847,12 +849,12 @@ static int prep_atom_lines(char *out, size_t room, int k, int v3000, int *plain)
 }
 
 // Its bonds. Returns how many.
-static int prep_bond_lines(char *out, size_t room, int k, int v3000) {
+static int prep_bond_lines(char *out, size_t room, const PrepMol *mol, int v3000) {
     static const int cfg[] = {0, 1, 0, 2, 2, 0, 3};  // of V3000, for each bond stereo of V2000
     int n_bonds = 0, used, i, j, type, stereo;
     size_t n = 0;
     out[0] = 0;
-    for (const char *p = PREP_MOLS[k].bonds; sscanf(p, "%d-%d:%d%n", &i, &j, &type, &used) == 3;) {
+    for (const char *p = mol->bonds; sscanf(p, "%d-%d:%d%n", &i, &j, &type, &used) == 3;) {
         p += used;
         stereo = *p == '/' ? p[1] - '0' : 0;
         p += *p == '/' ? 2 : 0;
@@ -867,14 +869,13 @@ static int prep_bond_lines(char *out, size_t room, int k, int v3000) {
     return n_bonds;
 }
 
-// Row k of PREP_MOLS as a mol block with a data item; returns whether V3000 can say the same.
-static int prep_mol_block(char *out, size_t room, int k, int v3000) {
+// The whole as a mol block with a data item; returns whether V3000 can say the same.
+static int prep_mol_block(char *out, size_t room, const PrepMol *mol, int v3000) {
     char atoms[2048], bonds[1024], properties[200];
-    int plain, n_atoms = prep_atom_lines(atoms, sizeof atoms, k, v3000, &plain);
-    int n_bonds = prep_bond_lines(bonds, sizeof bonds, k, v3000);
-    const char *dimension = PREP_MOLS[k].is_3d ? "3D" : "2D";
-    snprintf(properties, sizeof properties, "%s%s", PREP_MOLS[k].properties,
-             *PREP_MOLS[k].properties ? "\n" : "");
+    int plain, n_atoms = prep_atom_lines(atoms, sizeof atoms, mol, v3000, &plain);
+    int n_bonds = prep_bond_lines(bonds, sizeof bonds, mol, v3000);
+    const char *dimension = mol->is_3d ? "3D" : "2D";
+    snprintf(properties, sizeof properties, "%s%s", mol->properties, *mol->properties ? "\n" : "");
     for (char *c = properties; *c; c++)
         if (*c == '|') *c = '\n';
     if (v3000)
@@ -912,7 +913,7 @@ static void test_perception(Worker *w) {
         prep_expect(w, FORMAT_SDF, PREP_V3000[k].rule, block, PREP_V3000[k].expected);
     }
     for (int k = 0; k < (int)(sizeof PREP_MOLS / sizeof *PREP_MOLS); k++) {
-        prep_mol_block(block, sizeof block, k, 0);
+        prep_mol_block(block, sizeof block, &PREP_MOLS[k], 0);
         prep_expect(w, FORMAT_SDF, PREP_MOLS[k].rule, block, PREP_MOLS[k].expected);
         Molecule *m = &w->molecule;
         test_check(m->labels[0] == 2.5f && strcmp(m->name, "name") == 0, "%s: label and name",
@@ -926,7 +927,7 @@ static void test_perception(Worker *w) {
         }
         crlf[n] = 0;
         prep_expect(w, FORMAT_SDF, "CRLF", crlf, PREP_MOLS[k].expected);
-        if (!prep_mol_block(block, sizeof block, k, 1)) continue;
+        if (!prep_mol_block(block, sizeof block, &PREP_MOLS[k], 1)) continue;
         prep_describe(&w->molecule, v2, sizeof v2);
         int kept = prep_convert(w, FORMAT_SDF, block, strlen(block), &o);
         prep_describe(&w->molecule, v3, sizeof v3);

@@ -38,7 +38,8 @@
     "M  V30 END BOND\n"
 #define V3_CNH(n_groups) \
     V3_COUNTS "3 2 " n_groups " 0 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0\n" \
-    "M  V30 2 N 1 1 0 0\nM  V30 3 H 2 0 0 0\nM  V30 END ATOM\nM  V30 BEGIN BOND\nM  V30 1 1 1 2\nM  V30 2 1 2 3\nM  V30 END BOND\n"
+    "M  V30 2 N 1 1 0 0\nM  V30 3 H 2 0 0 0\nM  V30 END ATOM\nM  V30 BEGIN BOND\n" \
+    "M  V30 1 1 1 2\nM  V30 2 1 2 3\nM  V30 END BOND\n"
 #define V3_LIST \
     V3_COUNTS "1 0 0 0 0\nM  V30 BEGIN ATOM\nM  V30 1 NOT[C,N] 0 0 0 0\nM  V30 END ATOM\n" V3_CLOSE
 #define V3_GROUPS "M  V30 BEGIN SGROUP\n"

@@ -68,8 +68,8 @@ static const struct {
     {"C[P@H]CC", "....", 0, "[P@H](C)CC"},
 };
 
-// Molecules as mol blocks: atoms "symbol,x,y,z", bonds "i-j:type[/stereo]". The first is strained:
-// all neighbours are on one side of the centre.
+// Molecules as mol blocks, in the notation of PREP_MOLS. The first is strained: all neighbours are
+// on one side of the centre.
 static const struct { const char *smiles; int is_3d; const char *atoms, *bonds; } STEREO_MOLS[] = {
     {"C[C@](F)(Cl)Br", 1, "C,0.1,0,1.5 C,0,0,0 F,1,0,0.3 Cl,-0.5,0.9,0.3 Br,-0.5,-0.9,0.3",
      "1-2:1 2-3:1 2-4:1 2-5:1"},
@@ -193,27 +193,6 @@ static uint64_t stereo_read(Worker *w, const char *text, int is_block, int stere
     return failed ? 0 : stereo_key(&w->molecule);
 }
 
-// Row k of STEREO_MOLS as a mol block.
-static void stereo_block(char *out, size_t room, size_t k) {
-    int n_atoms = 0, n_bonds = 0, used, i, j, type, stereo;
-    char symbol[4], lines[2048] = "";
-    size_t n = 0;
-    double x, y, z;
-    for (const char *p = STEREO_MOLS[k].atoms;
-         sscanf(p, " %3[^,],%lf,%lf,%lf%n", symbol, &x, &y, &z, &used) == 4; p += used, n_atoms++)
-        n += (size_t)snprintf(lines + n, sizeof lines - n, "%10.4f%10.4f%10.4f %-3s 0  0\n", x, y,
-                              z, symbol);
-    for (const char *p = STEREO_MOLS[k].bonds; sscanf(p, " %d-%d:%d%n", &i, &j, &type, &used) == 3;
-         n_bonds++) {
-        p += used;
-        stereo = *p == '/' ? p[1] - '0' : 0;
-        p += *p == '/' ? 2 : 0;
-        n += (size_t)snprintf(lines + n, sizeof lines - n, "%3d%3d%3d%3d\n", i, j, type, stereo);
-    }
-    snprintf(out, room, "\n  test              %s\n\n%3d%3d  0  0  0  0  0  0  0  0999 V2000\n%s"
-             "M  END\n", STEREO_MOLS[k].is_3d ? "3D" : "2D", n_atoms, n_bonds, lines);
-}
-
 // Catches tags that the order of atoms or bonds decides, centres that are lost, a mirror image that
 // cannot be told from the molecule, and one that can where both are the same molecule.
 static void test_stereo_features(Worker *w) {
@@ -249,7 +228,9 @@ static void test_stereo_features(Worker *w) {
         int differ = 0;
         uint64_t key = stereo_read(w, STEREO_MOLS[k].smiles, 0, TAGS_INVARIANT, 0, 0);
         uint64_t image = stereo_read(w, STEREO_MOLS[k].smiles, 0, TAGS_INVARIANT, 0, 1);
-        stereo_block(block, sizeof block, k);
+        prep_mol_block(block, sizeof block, &(PrepMol){.is_3d = STEREO_MOLS[k].is_3d,
+                       .atoms = STEREO_MOLS[k].atoms, .bonds = STEREO_MOLS[k].bonds,
+                       .properties = ""}, 0);
         for (uint64_t seed = 0; seed <= ORDERS; seed++) {
             differ += stereo_read(w, block, 1, TAGS_INVARIANT, seed, 0) != key;
             differ += stereo_read(w, block, 1, TAGS_INVARIANT, seed, 1) != image;
