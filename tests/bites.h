@@ -544,7 +544,6 @@ static void test_options(void) {
         OPTION("--seed 5", seed, 5)};
     enum { ROWS = sizeof rows / sizeof *rows, OUT = LOSSES + 2 };
     Dataset data;
-    size_t size;
     double base[3 * OUT];
     float *base_params = NULL, *start = NULL;
     write_bites("build/bites.bin", 0, 40, 0);
@@ -584,7 +583,7 @@ static void test_options(void) {
                              r == 0 || o.seed > 1 ? "" : "--init build/bites_start.safetensors");
         remove("build/bites.safetensors");
         test_command(line, 0, "by chance");
-        char *csv = file_text("build/bites.log.csv", &size);
+        char *csv = file_text("build/bites.log.csv", NULL);
         for (int k = 0; k < 3 * OUT; k++) {
             double found = csv_number(csv, 1 + k / OUT, 1 + k % OUT);
             if (!is_near(found, log[k], 2e-5))
@@ -610,7 +609,7 @@ static void test_options(void) {
     double memory[2];
     for (int k = 0; k < 2; k++) {
         test_command(k ? part : line, 0, "MiB activations");
-        char *text = file_text("build/test.out", &size);
+        char *text = file_text("build/test.out", NULL);
         memory[k] = number_after(text, "moments, ", 0);
         free(text);
     }
@@ -619,7 +618,7 @@ static void test_options(void) {
     FREE_ALL(line, part);
     test_command("./moleblend build/bites.bin --layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 "
                  "--batch-size 4 --steps 48 -o build/bites.safetensors", 0, "by chance");
-    char *csv = file_text("build/bites.log.csv", &size);
+    char *csv = file_text("build/bites.log.csv", NULL);
     int wrong = 0;
     for (int step = 0; step < 48; step++) {  // five steps up, 90 % of the rest at the peak
         double done = (step - 5) / 43.0, rate = csv_number(csv, 1 + step, 6);
@@ -815,7 +814,6 @@ static void test_tuning_options(void) {
     enum { ROWS = sizeof rows / sizeof *rows };
     Dataset data[2][3];
     Model init;
-    size_t size;
     int earlier = 0;
     for (int c = 0; c < 2; c++) bites_open(data[c], c);
     Config shape = BITES_CONFIG;
@@ -837,8 +835,8 @@ static void test_tuning_options(void) {
                              "%s -o build/bites_t.safetensors", kind, kind, kind, rows[r].args);
         remove("build/bites_t.safetensors");
         test_command(line, 0, "by chance");
-        char *text = file_text("build/test.out", &size);
-        char *csv = file_text("build/bites_t.log.csv", &size);
+        char *text = file_text("build/test.out", NULL);
+        char *csv = file_text("build/bites_t.log.csv", NULL);
         for (int e = 1; e <= t.epochs; e++)
             wrong += csv_number(csv, e, 1) != e ||
                      !is_near(csv_number(csv, e, 2), t.loss[e], 2e-5) ||
@@ -865,7 +863,7 @@ static void test_tuning_options(void) {
             char *predict = xprintf("./moleblend predict build/bites_%s2.bin --interval 0 --model "
                                     "build/bites_t.safetensors | cut -d, -f 3,5", kind);
             test_command(predict, 0, "big,small");
-            char *rows_text = file_text("build/test.out", &size);
+            char *rows_text = file_text("build/test.out", NULL);
             const char *table = line_with(rows_text, "big,small");
             for (int k = wrong = 0; k < 60; k++) {
                 double x = (double)t.out[k];
@@ -886,7 +884,6 @@ static void test_tuning_options(void) {
 static void test_seeds_alone(void) {
     if (!MB_POSIX) return;
     Dataset data[3];
-    size_t size;
     bites_open(data, 0);
     for (int k = 0; k < 3; k++) dataset_close(&data[k]);
     const char *tune = "./moleblend finetune build/bites_r0.bin --valid build/bites_r1.bin --test "
@@ -894,12 +891,10 @@ static void test_seeds_alone(void) {
     const char *predict =
         "./moleblend predict build/bites_r2.bin --model build/bites_%s.safetensors "
                           "-o build/bites_%s.csv";
-    char *line = xprintf("rm -f build/bites_s*; %s --seed 3 --seeds 3 -o build/bites_s.safetensors",
-                         tune);
-    test_command(line, 0, "over 3 seeds");
-    free(line);
-    char *text = file_text("build/test.out", &size);
-    char *csv = file_text("build/bites_s.log.csv", &size);
+    test_format(0, "over 3 seeds",
+                "rm -f build/bites_s*; %s --seed 3 --seeds 3 -o build/bites_s.safetensors", tune);
+    char *text = file_text("build/test.out", NULL);
+    char *csv = file_text("build/bites_s.log.csv", NULL);
     double r2[3], best[3] = {1e9, 1e9, 1e9}, mean = 0, square = 0;
     for (int k = 0; k < 3; k++) {
         char *begin = xprintf("seed %d: ", 3 + k);
@@ -921,20 +916,16 @@ static void test_seeds_alone(void) {
     free(text), free(csv);
     static const char *const models[] = {"s", "s.seed3", "s.seed4", "s.seed5", "a4", "a5"};
     for (int k = 0; k < 2; k++) {  // the second and third seed by themselves
-        line = xprintf("%s --seed %d -o build/bites_a%d.safetensors", tune, 4 + k, 4 + k);
-        test_command(line, 0, "wrote");
-        free(line);
+        test_format(0, "wrote", "%s --seed %d -o build/bites_a%d.safetensors", tune, 4 + k, 4 + k);
     }
     for (int k = 0; k < 6; k++) {
-        line = xprintf(predict, models[k], models[k]);
-        test_command(line, 0, "R2");
-        free(line);
+        test_format(0, "R2", predict, models[k], models[k]);
     }
     test_check(same_files("build/bites_s.seed4.csv", "build/bites_a4.csv") &&
                same_files("build/bites_s.seed5.csv", "build/bites_a5.csv"),
                "a seed after others is that seed alone");
     for (int k = 0; k < 3; k++) {
-        line = xprintf("build/bites_%s.csv", models[1 + k]);
+        char *line = xprintf("build/bites_%s.csv", models[1 + k]);
         test_check(same_files("build/bites_s.csv", line) == (k == chosen),
                    "-o holds the best seed, %d: %s", 3 + chosen, line);
         free(line);
@@ -945,24 +936,19 @@ static void test_seeds_alone(void) {
                  "./moleblend finetune build/bites_r0.bin --valid build/bites_r1.bin " BITES_SHAPE
                  "--batch-size 8 --epochs 1 --seed 4 -o build/bites_s2.safetensors", 0, "wrote");
     for (int k = 0; k < 2; k++) {
-        line = xprintf(predict, k ? "s1.seed4" : "s2", k ? "s1.seed4" : "s2");
-        test_command(line, 0, "R2");
-        free(line);
+        test_format(0, "R2", predict, k ? "s1.seed4" : "s2", k ? "s1.seed4" : "s2");
     }
     test_check(same_files("build/bites_s1.seed4.csv", "build/bites_s2.csv"),
                "a seed after another of whole batches is that seed alone");
     // resumed with another validation set: refused
-    line = xprintf("%s --epochs 3 --resume -o build/bites_a4.safetensors --valid "
-                   "build/bites_r2.bin", tune);
-    test_command(line, 1, "valid");
-    free(line);
+    test_format(1, "valid", "%s --epochs 3 --resume -o build/bites_a4.safetensors --valid "
+                "build/bites_r2.bin", tune);
 }
 
 // Early stopping that never or always stops, or that takes an equal epoch for a better one.
 static void test_stopping(void) {
     static const struct { const char *args; int rows; } runs[] = {
         {"", 16}, {"--patience 3", 4}, {"--patience 0 --epochs 22", 22}, {"--patience 1", 2}};
-    size_t size;
     if (MB_POSIX) {  // of two tasks the validation set judges one: its metric is not halved
         test_command("printf 'smiles,a,b\nC,0,1\nCC,1,0\nCCC,0,1\n' | ./data_prep --format csv "
                      "--labels a,b -o build/bites_j0.bin - && "
@@ -971,7 +957,7 @@ static void test_stopping(void) {
                      "finetune build/bites_j0.bin --valid build/bites_j1.bin --layers 1 --dim 8 "
                      "--ffn 8 --heads 1 --kernels 2 --epochs 1 -o build/bites_j.safetensors", 0,
                      "best epoch 1");
-        char *text = file_text("build/test.out", &size);
+        char *text = file_text("build/test.out", NULL);
         const char *end = line_with(text, "seed 1: ");
         test_check(is_near(number_after(end, "valid ", 0), number_after(end, "ROC-AUC ", 0), 1e-3),
                    "a task without a metric counts: %.90s", end);
@@ -983,7 +969,7 @@ static void test_stopping(void) {
                              "--layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 --lr 0 %s -o "
                              "build/bites_e.safetensors", runs[k].args);
         test_command(line, 0, "best epoch 1");
-        char *csv = file_text("build/bites_e.log.csv", &size);
+        char *csv = file_text("build/bites_e.log.csv", NULL);
         test_check(csv_number(csv, runs[k].rows, 1) == runs[k].rows &&
                    isnan(csv_number(csv, runs[k].rows + 1, 1)) &&
                    csv_number(csv, runs[k].rows, 4) == 1, "%s: expected %d epochs:\n%s", line,
@@ -1085,7 +1071,6 @@ static void test_ensembles(void) {
     static char names[4][8] = {"other", "small", "extra", "big"};
     static const float scales[3] = {1.7f, 0.4f, 1};
     Dataset data;
-    size_t size;
     DatasetWriter w;
     Molecule m = {0};
     uint8_t record[4096];
@@ -1145,7 +1130,7 @@ static void test_ensembles(void) {
                                  "build/bites_p0.safetensors %s -o build/bites_p.csv", models == 1
                                  ? "" : "build/bites_p1.safetensors build/bites_p2.safetensors");
             test_command(line, 0, classes ? "ROC-AUC" : "RMSE");
-            char *csv = file_text("build/bites_p.csv", &size);
+            char *csv = file_text("build/bites_p.csv", NULL);
             const char *header = models == 1
                                ? "record,name,big,big label,small,small label,skipped\n"
                                  : "record,name,big,big deviation,big label,small,small deviation,"
@@ -1176,7 +1161,6 @@ static void test_pretraining_report(void) {
     Dataset data[2];
     Molecule m = {0};
     Step s = {0};
-    size_t size;
     double sum[LOSSES], plain[LOSSES], classes[2][6][24] = {{{0}}};
     double chance[LOSSES] = {0, 1, 0, 0, 1};
     write_bites("build/bites.bin", 0, 40, 0);
@@ -1185,8 +1169,8 @@ static void test_pretraining_report(void) {
     dataset_open(&data[1], "build/bites_v.bin");
     test_command("./moleblend build/bites.bin --valid build/bites_v.bin " BITES_SHAPE
                  "--batch-size 9 --steps 60 -o build/bites.safetensors", 0, "by chance");
-    char *text = file_text("build/test.out", &size);
-    char *csv = file_text("build/bites.log.csv", &size);
+    char *text = file_text("build/test.out", NULL);
+    char *csv = file_text("build/bites.log.csv", NULL);
     model_create(&s.model, BITES_CONFIG, 1);
     TensorFile f;
     tensor_file_open(&f, "build/bites.safetensors");
@@ -1340,9 +1324,8 @@ static void signals_apart(void *argument) {
 // Names, rows, files and numbers around the method.
 static void test_machinery(void) {
 #if MB_POSIX
-    size_t said_size;
     int ended = run_apart(signals_apart, NULL);
-    char *said = file_text("build/test.out", &said_size);
+    char *said = file_text("build/test.out", NULL);
     test_check(ended == 1000 + SIGTERM && strcmp(said, "still here\n") == 0,
                "two signals within 1.5 seconds are one: %d, %s", ended, said);
     free(said);
@@ -1605,7 +1588,7 @@ static void test_small_chemistry(void) {
     for (int i = 0; i < 100; i++) first += part[i] == 0 && i >= 71;
     test_check(first == 29, "a scaffold of 29 of 100 fits a share of 0.29: %d", first);
     if (!MB_POSIX) return;
-    static const struct { const char *command; int code; const char *expected; } table[] = {
+    static const CommandRow table[] = {
         // of equal fragments the first, by heavy atoms
         {"echo 'CCO.CCN a' | ./data_prep --format smi --largest-fragment -o - - | ./data_prep "
          "--dump -", 0, ",[7,0,"},
@@ -1625,11 +1608,9 @@ static void test_small_chemistry(void) {
          "--dump - | tr -cd '[' | wc -c", 0, "12"},
         {"echo 'C[C@H]1CC[C@@H](C)CC1' | ./data_prep --format smi -o - - | ./data_prep --dump - | "
          "cut -c 1-60", 0, "\"atom_feat\":[[5,0,"}};
-    for (size_t k = 0; k < sizeof table / sizeof *table; k++)
-        test_command(table[k].command, table[k].code, table[k].expected);
+    test_rows(table, sizeof table / sizeof *table);
     // a random split: the permutation of its seed
     uint32_t order[10];
-    size_t size;
     for (int seed = 1; seed <= 6; seed += 5) {
         char *line = xprintf("printf 'C 0\\nC 1\\nC 2\\nC 3\\nC 4\\nC 5\\nC 6\\nC 7\\nC 8\\nC "
                              "9\\n' "
@@ -1637,7 +1618,7 @@ static void test_small_chemistry(void) {
                              "'build/bites_{}.bin' - 2> /dev/null; ./data_prep --dump "
                              "build/bites_valid.bin | cut -c 1-11", seed > 1 ? "--seed 6" : "");
         test_command(line, 0, "name");
-        char *text = file_text("build/test.out", &size), expected[64] = "";
+        char *text = file_text("build/test.out", NULL), expected[64] = "";
         rng_permutation(order, 10, (uint64_t)seed, RNG_SPLIT, 0);
         for (uint32_t i = 0, n = 0; i < 10; i++)  // in the order of the input
             if (order[7] == i || order[8] == i || order[9] == i)

@@ -62,7 +62,7 @@ static void test_labels_judge(void *unused) {
 
 // Labels of any scale are learnt; a validation set that cannot judge chooses nothing.
 static void test_judging(void) {
-    static const struct { const char *command; int code; const char *expected; } table[] = {
+    static const CommandRow table[] = {
         {JUDGED("kd", "kd", "$((i%5+10))e-9"), 0, ""},
         {JUDGED("cls", "a,b", "$((i%2)),$((i/2%2))"), 0, ""},
         {JUDGED("one", "a,b", "1,$((i/2%2))"), 0, ""},
@@ -104,8 +104,7 @@ static void test_judging(void) {
         {"./moleblend build/j_cls.bin --valid build/j_cut.valid.bin --size tiny --steps 1 -o "
          "build/j.safetensors", 0, "build/j_cut.valid.bin: the dataset is empty and is left out"},
     };
-    for (size_t k = 0; k < sizeof table / sizeof *table; k++)
-        test_command(table[k].command, table[k].code, table[k].expected);
+    test_rows(table, sizeof table / sizeof *table);
     test_apart(test_labels_judge, NULL, "note    d: 2 of 3 tasks have no labels or all the same, "
                "first a: some\n");
 }
@@ -183,7 +182,7 @@ static void test_poison(void) {
 
 // What is left out without a word, or shown as what it is not.
 static void test_notes(void) {
-    static const struct { const char *command; int code; const char *expected; } table[] = {
+    static const CommandRow table[] = {
         // losses that nothing reaches
         {"printf 'C 2\nCC a\nCCC a\nCCCC 0\nc1ccc2cc3ccccc3cc2c1 tar\n' > build/n.smi; ./data_prep "
          "-o build/n.bin build/n.smi", 0, "5 molecules"},
@@ -240,7 +239,6 @@ static void test_notes(void) {
         {"./moleblend info build/n.valid.bin", 0, "skipped    0 records of the input"},
         {"make -s -n OMP=0 all | tail -n 1", 0, "one thread (OMP=0)"},
     };
-    for (size_t k = 0; k < sizeof table / sizeof *table; k++)
-        test_command(table[k].command, table[k].code, table[k].expected);
+    test_rows(table, sizeof table / sizeof *table);
 }
 #endif

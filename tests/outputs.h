@@ -103,18 +103,17 @@ static void test_split_identity(void) {
     const char *parts = "./data_prep -o 'build/o/s.{}.bin' --split %s --split-by order --labels y "
                         O_IN " && ./moleblend info build/o/s.valid.bin";
     for (int k = 0; k < 2; k++) {
-        char *one = xprintf(parts, "0.5,0.5"), *other = xprintf(parts, "0.75,0.25");
         char *silent = xprintf("%s 2>&1 | grep -c 'another split'; true", trains[k]);
-        test_command(one, 0, "split      ");
+        test_format(0, "split      ", parts, "0.5,0.5");
         test_command(silent, 0, "0\n");
         test_command("mv build/o/s.valid.bin build/o/old", 0, "");
-        test_command(other, 0, "split      ");
+        test_format(0, "split      ", parts, "0.75,0.25");
         test_command("mv build/o/old build/o/s.valid.bin", 0, "");
         test_command(trains[k], 0, "note    build/o/s.valid.bin: comes of another split than "
                      "build/o/s.train.bin");
         test_command("cp build/o/c.bin build/o/s.valid.bin", 0, "");  // of no split
         test_command(silent, 0, "0\n");
-        FREE_ALL(one, other, silent);
+        free(silent);
     }
     Dataset d;
     dataset_open(&d, "build/o/c.bin");
@@ -131,11 +130,8 @@ static void test_stdout(void) {
         "./moleblend embed build/o/c.bin --model build/o/m.safetensors -o -",
         "./moleblend show build/o/c.bin 0 --svg build/o/s.svg", "./moleblend info build/o/c.bin"};
     for (size_t k = 0; k < sizeof commands / sizeof *commands; k++) {
-        char *full = xprintf("%s > /dev/full", commands[k]);
-        char *closed = xprintf("%s >&-", commands[k]);
-        test_command(full, 1, "standard output: write failed");
-        test_command(closed, 1, "standard output: write failed");
-        FREE_ALL(full, closed);
+        test_format(1, "standard output: write failed", "%s > /dev/full", commands[k]);
+        test_format(1, "standard output: write failed", "%s >&-", commands[k]);
     }
 }
 
@@ -160,8 +156,7 @@ static void test_memory_used(void) {
         char *line = xprintf("ulimit -v %d; ./moleblend train.bin --size small --batch-size 64 "
                              "--steps 1 --threads 2 -o build/o/t.safetensors", kib);
         int code = run_command(line);
-        size_t n;
-        char *text = file_text("build/test.out", &n);
+        char *text = file_text("build/test.out", NULL);
         test_check(code == 0 || strstr(text, "are free; try"), "%s:\n%s", line, text);
         FREE_ALL(line, text);
     }

@@ -114,7 +114,7 @@ static void test_bf16(void) {
 // What runs say of their precision; other numbers than float32's, the same with any number of
 // threads, and after kill -9 and --resume, which keeps it.
 static void test_precision(void) {
-    static const struct { const char *command; int code; const char *expected; } rows[] = {
+    static const CommandRow rows[] = {
         {BASE_P "--threads 1 -o build/prec1.safetensors", 0, "product bf16 by "},
         {BASE_P "--threads 2 -o build/prec2.safetensors && cmp build/prec1.safetensors "
          "build/prec2.safetensors && cut -d, -f2-6 build/prec1.log.csv > build/prec1.txt", 0, ""},
@@ -146,6 +146,5 @@ static void test_precision(void) {
          "build/prec1.safetensors --precision bf16 -o build/prec2.npy && cmp -s build/prec1.npy "
          "build/prec2.npy", 1, "product bf16 by "},
     };
-    for (size_t k = 0; k < sizeof rows / sizeof *rows; k++)
-        test_command(rows[k].command, rows[k].code, rows[k].expected);
+    test_rows(rows, sizeof rows / sizeof *rows);
 }

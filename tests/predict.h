@@ -137,8 +137,7 @@ static void test_near(void) {
 // Models that belong not together, columns, an output or a dataset that is looked at too late.
 static void test_predict(void) {
     if (!MB_POSIX) return;  // a shell copies and renames
-    static const struct { const char *command; int code; const char *expected;
-    } table[] = {
+    static const CommandRow table[] = {
         {"rm -f build/pr.*; ./moleblend finetune build/test_train.bin --valid build/test_train.bin "
          "--size tiny --epochs 3 --seeds 2 -o build/pr.safetensors", 0, "over 2 seeds"},
         // an ensemble

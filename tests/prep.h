@@ -196,11 +196,9 @@ static void test_hostile_files(void) {
         char *path = xprintf(NAMED "%s", PREP_FILES[k].ending);
         prep_expand(PREP_FILES[k].pattern, 0, (end = text, &end));
         write_bytes(path, text, (size_t)(end - text));
-        char *command = xprintf("ulimit -t 10; ./data_prep -o build/test_hostile.bin %s %s",
-                                path, PREP_FILES[k].options);
-        test_command(command, PREP_FILES[k].code, PREP_FILES[k].expected);
+        test_format(PREP_FILES[k].code, PREP_FILES[k].expected, "ulimit -t 10; ./data_prep -o "
+                    "build/test_hostile.bin %s %s", path, PREP_FILES[k].options);
         remove(path);
-        free(command);
         free(path);
     }
     free(text);

@@ -24,11 +24,13 @@ static void write_bytes(const char *path, const void *bytes, size_t n) {
     CHECK(f && fwrite(bytes, 1, n, f) == n && fclose(f) == 0, "%s: cannot write", path);
 }
 
-// The first bytes of a file, as text, in fresh memory; empty if it cannot be read.
+// The first bytes of a file, as text, in fresh memory; empty if it cannot be read. size: how many,
+// NULL: not asked.
 static char *file_text(const char *path, size_t *size) {
     FILE *f = fopen(path, "rb");
     char *text = xmalloc(1 << 22, 1);
-    *size = f ? fread(text, 1, (1 << 22) - 1, f) : 0;
+    size_t n = f ? fread(text, 1, (1 << 22) - 1, f) : 0;
+    if (size) *size = n;
     if (f) fclose(f);
     return text;
 }
@@ -45,20 +47,36 @@ static int same_files(const char *a, const char *b) {
 // The command must end with this code, and its output contain this text. Not run where there is no
 // Unix shell and it needs one.
 static void test_command(const char *command, int code, const char *expected) {
-    size_t n;
     if (!MB_POSIX && strpbrk(command, "|&;'")) return;
     int got = run_command(command);
-    char *text = file_text("build/test.out", &n);
+    char *text = file_text("build/test.out", NULL);
     test_check(got == code && strstr(text, expected),
                "%s\n  exit code %d (expected %d), expected \"%s\" in:\n%s", command, got, code,
                expected, text);
     free(text);
 }
 
+// The same of a printf text, which comes last.
+MB_PRINTF(3, 4) static void test_format(int code, const char *expected, const char *fmt, ...) {
+    Text command = {0};
+    va_list args;
+    va_start(args, fmt);
+    text_add_list(&command, fmt, args);
+    va_end(args);
+    test_command(command.text, code, expected);
+    free(command.text);
+}
+
+typedef struct { const char *command; int code; const char *expected; } CommandRow;
+
+// The same of a table.
+static void test_rows(const CommandRow *rows, size_t n) {
+    for (size_t k = 0; k < n; k++) test_command(rows[k].command, rows[k].code, rows[k].expected);
+}
+
 // A wrong command line that goes unnoticed, dies without a reason, or writes something.
 static void test_messages(void) {
-    static const struct { const char *command; int code; const char *expected;
-    } table[] = {
+    static const CommandRow table[] = {
         {"./moleblend --help", 0, "--batch-size N"},
         {"./moleblend", 1, "moleblend: expected ./moleblend train.bin"},
         {"./moleblend --stps 3 x.bin", 1, "unknown option --stps; did you mean --steps?"},
@@ -166,8 +184,7 @@ static void test_messages(void) {
     };
     const char *rows = "smiles,\"a\"\"\\b\"\nC,0\nCC,1\nCCC,3\n";
     write_bytes("build/test_q.csv", rows, strlen(rows));
-    for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
-        test_command(table[k].command, table[k].code, table[k].expected);
+    test_rows(table, sizeof table / sizeof *table);
 #if MB_POSIX  // catches a 32-bit program that cannot open files over 2 GiB
     test_command("dd if=/dev/zero of=build/big.bin bs=1 count=1 seek=2300000000 2> build/dd.out; "
                  "./moleblend show build/big.bin 0; c=$?; rm build/big.bin; exit $c", 1,
@@ -180,8 +197,7 @@ static void test_messages(void) {
 // part of another record.
 static void test_files_people_have(void) {
     if (!MB_POSIX) return;  // a shell makes its files
-    static const struct { const char *command; int code; const char *expected;
-    } table[] = {
+    static const CommandRow table[] = {
         {"for i in 1 2 3 4; do printf 'gdb_%d\n x\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n    "
          "0.0000    0.0000    0.0000 C   0  0\nM  END\n$$$$\n' $i; done > build/g.sdf; printf "
          "'mol_id,smiles,mu,gap\ngdb_1,C,0,1\ngdb_4,C,3,\n\"gdb_2\",C,1,2\n' > build/g.csv", 0, ""},
@@ -233,8 +249,7 @@ static void test_files_people_have(void) {
         {"./data_prep -o build/g.bin --labels logPP data/sample.sdf", 1,
          "records has an SD tag \"logPP\" (--labels); the first has: logP, TPSA"},
     };
-    for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
-        test_command(table[k].command, table[k].code, table[k].expected);
+    test_rows(table, sizeof table / sizeof *table);
 }
 
 #define EMBED_U "./moleblend embed build/test_u.bin --model build/test_model.safetensors "
@@ -242,8 +257,7 @@ static void test_files_people_have(void) {
 // Molecules to predictions, vectors and pictures: a row that is missing, or of another record.
 static void test_using(void) {
     if (!MB_POSIX) return;  // a shell makes its datasets
-    static const struct { const char *command; int code; const char *expected;
-    } table[] = {
+    static const CommandRow table[] = {
         // a pipe; a row for each record, also for those that are skipped; no name: the number
         {"printf 'CCO ethanol\nC(C junk\nc1ccccc1 benzene\n' | ./data_prep --format smi -o - - | "
          "./moleblend predict - --model build/test_ft.safetensors 2> /dev/null | "
@@ -334,8 +348,7 @@ static void test_using(void) {
          "sum to 1.2 and are taken as parts"},
         {"./data_prep -o - --split 0.5,0.5 data/sample.sdf", 1, "room for one dataset"},
     };
-    for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
-        test_command(table[k].command, table[k].code, table[k].expected);
+    test_rows(table, sizeof table / sizeof *table);
     const float logits[] = {4, -4, 4, -4, 4, -4, 4, -4}, labels[] = {1, 0, 1, 0, 1, 0, 0, 1};
     // three of four are right: sigmoid(4 s) = 3/4
     test_check(fabsf(calibration(logits, labels, 8) - 0.27465f) < 1e-4f, "calibration: %g",
@@ -351,8 +364,7 @@ static void test_example(void) {
         "0.0  1.5  --", "1.5  0    1.4", "2.4  1    .", "(path_bias[0][0] + path_bias[1][0]) / 2",
         "(two bonds), edge classes 0 and 0 (single bonds)", "0.0 1.5 2.4", "1.5 0.0 1.4",
         "2.4 1.4 0.0"};
-    size_t n;
-    char *source = file_text("moleblend.c", &n);
+    char *source = file_text("moleblend.c", NULL);
     test_command("./data_prep -o build/test_e.bin data/ethanol.sdf", 0, "1 molecules");
     for (size_t k = 0; k < sizeof printed / sizeof printed[0]; k++)
         test_command("./moleblend show build/test_e.bin 0", 0, printed[k]);
@@ -379,9 +391,8 @@ static int run_apart(void (*run)(void *argument), void *argument) {
 
 // run(argument) must end its process with code 1 and say this.
 static void test_apart(void (*run)(void *argument), void *argument, const char *expected) {
-    size_t n;
     int code = run_apart(run, argument);
-    char *text = file_text("build/test.out", &n);
+    char *text = file_text("build/test.out", NULL);
     test_check(code == 1 && strstr(text, expected), "exit code %d, expected 1 and \"%s\" in: %s",
                code, expected, text);
     free(text);
@@ -448,8 +459,7 @@ static void ask_for_memory(void *count) {
 
 // A machine that gives less than was asked for: a crash, a hang, silence, or something left behind.
 static void test_machine(void) {
-    static const struct { const char *command; int code; const char *expected;
-    } table[] = {
+    static const CommandRow table[] = {
         // a full disk behind stdout
         {"./moleblend --help > /dev/full", 1, "moleblend: standard output: write failed: No space"},
         {"./moleblend info build/test_train.bin > /dev/full", 1, "standard output: write failed"},
@@ -505,8 +515,7 @@ static void test_machine(void) {
     model.p.layer[1].ffn1_w[3] = NAN;
     model_write("build/test_nan.safetensors", &model, arenas, NULL, 0, meta);
     model_free(&model);
-    for (size_t k = 0; k < sizeof table / sizeof table[0]; k++)
-        test_command(table[k].command, table[k].code, table[k].expected);
+    test_rows(table, sizeof table / sizeof *table);
     write_test_dataset("build/test_bad.bin", 400, 0);
     dataset_open(&d, "build/test_bad.bin");
     CHECK(truncate("build/test_bad.bin", 4096) == 0, "cannot cut build/test_bad.bin");
@@ -668,51 +677,41 @@ static void test_reproducible(void) {
         "--ffn 32 --batch-size 8 --steps 60 --save-every 7 ";
     static const char *const threads[] = {"1", "2", "3"};
     for (int k = 0; k < 3; k++) {
-        char *line = xprintf("%s --threads %s -o build/test_t%d.safetensors", base, threads[k], k);
-        test_command(line, 0, "by chance");
-        free(line);
+        test_format(0, "by chance", "%s --threads %s -o build/test_t%d.safetensors", base,
+                    threads[k], k);
     }
     test_check(same_files("build/test_t0.safetensors", "build/test_t1.safetensors") &&
                same_files("build/test_t0.safetensors", "build/test_t2.safetensors"),
                "1, 2 and 3 threads write the same bytes");
 #if MB_POSIX
     remove("build/test_k.safetensors");
-    char *line = xprintf(
-        "sh -c '%s -o build/test_k.safetensors & p=$!; i=0; "
-        "while [ ! -s build/test_k.safetensors ] && [ $i -lt 6000 ]; do sleep 0.01; "
-        "i=$((i+1)); done; kill -9 $p 2> /dev/null; wait $p; true'",
-        base);
-    run_command(line);
-    free(line);
-    line = xprintf("%s --resume -o build/test_k.safetensors", base);
-    test_command(line, 0, "resumed after step");
-    free(line);
+    test_format(0, "", "sh -c '%s -o build/test_k.safetensors & p=$!; i=0; "
+                "while [ ! -s build/test_k.safetensors ] && [ $i -lt 6000 ]; do sleep 0.01; "
+                "i=$((i+1)); done; kill -9 $p 2> /dev/null; wait $p; true'", base);
+    test_format(0, "resumed after step", "%s --resume -o build/test_k.safetensors", base);
     test_check(same_files("build/test_t0.safetensors", "build/test_k.safetensors"),
                "killed and resumed: the bytes of the uninterrupted run");
     // killed between the renames of the last save: only the state is there, or an old checkpoint
     remove("build/test_k.safetensors");
     remove("build/test_k.log.csv");
-    line = xprintf("%s --resume -o build/test_k.safetensors", base);
-    test_command(line, 0, "wrote build/test_k.safetensors");
-    free(line);
+    test_format(0, "wrote build/test_k.safetensors", "%s --resume -o build/test_k.safetensors",
+                base);
     test_check(same_files("build/test_t0.safetensors", "build/test_k.safetensors") &&
                fopen("build/test_k.log.csv", "r"), "a resumed run ends with every output there");
     static const struct { const char *name; int code; } signals[] = {{"INT", 130}, {"TERM", 143},
                                                                      {"HUP", 129}};
     for (int k = 0; k < 3; k++) {
-        line = xprintf("timeout --preserve-status -s %s 1 %s --steps 90000 -o "
-                       "build/test_s.safetensors", signals[k].name, base);
-        test_command(line, signals[k].code, "give the same command with --resume");
-        free(line);
+        test_format(signals[k].code, "give the same command with --resume",
+                    "timeout --preserve-status -s %s 1 %s --steps 90000 -o "
+                    "build/test_s.safetensors", signals[k].name, base);
     }
     test_command("(while cat data/sample.sdf; do :; done) | timeout --preserve-status -s INT 1 "
                  "./data_prep --format sdf -o build/test_i.bin -", 130, "");
     test_command("ls build/test_i.bin*", 2, "No such file");
     // two programs with one output
-    line = xprintf("timeout -s KILL 2 %s --steps 90000 -o build/test_s.safetensors > /dev/null & "
-                   "sleep 0.5; %s -o build/test_s.safetensors", base, base);
-    test_command(line, 1, "is writing it");
-    free(line);
+    test_format(1, "is writing it",
+                "timeout -s KILL 2 %s --steps 90000 -o build/test_s.safetensors > /dev/null & "
+                "sleep 0.5; %s -o build/test_s.safetensors", base, base);
     for (int k = 0; k < 5; k++)
         test_command("./data_prep -o build/test_s.bin data/sample.sdf & "
                      "./data_prep -o build/test_s.bin data/sample.sdf; wait; "
@@ -720,14 +719,12 @@ static void test_reproducible(void) {
     test_command("LC_ALL=C sed -e 's/moleblend.crc32/moleblend_crc32/' "
                  "-e 's/\"step\":\"60/\"step\":\"6x/' build/test_k.safetensors.state > "
                  "build/test_m.safetensors.state", 0, "");
-    line = xprintf("%s --resume -o build/test_m.safetensors", base);
-    test_command(line, 1, "metadata step: expected a whole number, found \"6x\"");
-    free(line);
+    test_format(1, "metadata step: expected a whole number, found \"6x\"",
+                "%s --resume -o build/test_m.safetensors", base);
     // --resume takes the options from the state, names each that differs, and allows more steps
-    line = xprintf("%s --lr 0.5 --clip 3 --resume -o build/test_k.safetensors", base);
-    test_command(line, 1, "--lr: the run began with \"0.0003\", now it is \"0.5\"\n"
-                 "--clip: the run began with \"5\", now it is \"3\"\nmoleblend: build/test_k");
-    free(line);
+    test_format(1, "--lr: the run began with \"0.0003\", now it is \"0.5\"\n"
+                "--clip: the run began with \"5\", now it is \"3\"\nmoleblend: build/test_k",
+                "%s --lr 0.5 --clip 3 --resume -o build/test_k.safetensors", base);
     test_command("./moleblend build/test_train.bin --resume -o build/test_k.safetensors", 0,
                  "2 layers, 32 wide");
     test_check(same_files("build/test_t0.safetensors", "build/test_k.safetensors"),
@@ -742,9 +739,7 @@ static void test_reproducible(void) {
                  "1 --init build/test_k.safetensors.state -o build/test_ft2.safetensors",
                  0, "exp_avg.encoder.molecule_encoder.atom_feature.graph_token.weight is not of");
     write_test_dataset("build/test_train.bin", 40, 1);  // the same sizes, other positions
-    line = xprintf("%s --resume -o build/test_k.safetensors", base);
-    test_command(line, 1, "--resume needs the same data");
-    free(line);
+    test_format(1, "--resume needs the same data", "%s --resume -o build/test_k.safetensors", base);
     write_test_dataset("build/test_train.bin", 40, 0);
 #endif
 }
@@ -755,16 +750,13 @@ static void test_finetune_resume(void) {
 #if MB_POSIX
     const char *base = "./moleblend finetune build/test_train.bin --valid build/test_train.bin "
                        "--size tiny --dim 32 --batch-size 8 --epochs 12 --seeds 2 --save-every 3";
-    char *line = xprintf("%s -o build/test_f0.safetensors", base);
-    test_command(line, 0, "over 2 seeds");
-    free(line);
+    test_format(0, "over 2 seeds", "%s -o build/test_f0.safetensors", base);
     remove("build/test_f1.safetensors");
-    line = xprintf("rm -f build/test_f1.safetensors.state; for i in 1 2 3 4 5 6 7 8; do "
-                   "%s --threads $((1+i%%3)) --resume -o build/test_f1.safetensors & p=$!; "
-                   "sleep 0.0$((3+i*9%%7)); kill -9 $p; wait $p; done; "
-                   "%s --resume -o build/test_f1.safetensors", base, base);
-    test_command(line, 0, "over 2 seeds");
-    free(line);
+    test_format(0, "over 2 seeds",
+                "rm -f build/test_f1.safetensors.state; for i in 1 2 3 4 5 6 7 8; do "
+                "%s --threads $((1+i%%3)) --resume -o build/test_f1.safetensors & p=$!; "
+                "sleep 0.0$((3+i*9%%7)); kill -9 $p; wait $p; done; "
+                "%s --resume -o build/test_f1.safetensors", base, base);
     test_check(same_files("build/test_f0.safetensors", "build/test_f1.safetensors"),
                "fine-tuning killed and resumed: the bytes of the uninterrupted run");
     test_check(same_files("build/test_f0.log.csv", "build/test_f1.log.csv"), "and the same log");
@@ -772,15 +764,13 @@ static void test_finetune_resume(void) {
                  "build/test_f1.safetensors", 0, "over 3 seeds");
     // stopped between two seeds, while the first is measured: nothing of it is lost
     write_test_dataset("build/test_big.bin", 3000, 0);
-    line = xprintf("rm -f build/test_f3*; %s --epochs 1 --test build/test_big.bin -o "
-                   "build/test_f3.safetensors & p=$!; i=0; while [ $i -lt 2000 ] && ! grep -qs "
-                   "'^1,1,' build/test_f3.log.csv; do sleep 0.01; i=$((i+1)); done; "
-                   "kill -TERM $p; wait $p", base);
-    test_command(line, 143, "saved after step ");
-    free(line);
-    line = xprintf("%s --epochs 1 --test build/test_big.bin -o build/test_f4.safetensors", base);
-    test_command(line, 0, "over 2 seeds");
-    free(line);
+    test_format(143, "saved after step ",
+                "rm -f build/test_f3*; %s --epochs 1 --test build/test_big.bin -o "
+                "build/test_f3.safetensors & p=$!; i=0; while [ $i -lt 2000 ] && ! grep -qs "
+                "'^1,1,' build/test_f3.log.csv; do sleep 0.01; i=$((i+1)); done; "
+                "kill -TERM $p; wait $p", base);
+    test_format(0, "over 2 seeds",
+                "%s --epochs 1 --test build/test_big.bin -o build/test_f4.safetensors", base);
     test_command("./moleblend finetune build/test_train.bin --resume -o build/test_f3.safetensors",
                  0, "seed 1: best epoch 1");
     test_check(same_files("build/test_f3.safetensors", "build/test_f4.safetensors") &&
@@ -790,18 +780,14 @@ static void test_finetune_resume(void) {
     static const char *const damage[][2] = {{"s/\"history\"/\"histery\"/", "do not fit"},
         {"s/\"seeds_done\":\"0/\"seeds_done\":\"7/", "do not fit"}};
     for (int k = 0; k < 2; k++) {
-        line = xprintf("LC_ALL=C sed -e 's/moleblend.crc32/moleblend_crc32/' -e '%s' "
-                       "build/test_f3.safetensors.state > build/test_f5.safetensors.state; "
-                       "./moleblend finetune build/test_train.bin --resume -o "
-                       "build/test_f5.safetensors", damage[k][0]);
-        test_command(line, 1, damage[k][1]);
-        free(line);
+        test_format(1, damage[k][1], "LC_ALL=C sed -e 's/moleblend.crc32/moleblend_crc32/' -e '%s' "
+                    "build/test_f3.safetensors.state > build/test_f5.safetensors.state; "
+                    "./moleblend finetune build/test_train.bin --resume -o "
+                    "build/test_f5.safetensors", damage[k][0]);
     }
-    line = xprintf("rm -f build/test_f2*; timeout -s INT --preserve-status 1 %s --epochs 9999 -o "
-                   "build/test_f2.safetensors; cat build/test_f2.log.csv", base);
-    test_command(line, 0,
-                 "give the same command with --resume\nseed,epoch,loss,valid RMSE in ");
-    free(line);
+    test_format(0, "give the same command with --resume\nseed,epoch,loss,valid RMSE in ",
+                "rm -f build/test_f2*; timeout -s INT --preserve-status 1 %s --epochs 9999 -o "
+                "build/test_f2.safetensors; cat build/test_f2.log.csv", base);
 #endif
 }
 
@@ -856,15 +842,12 @@ static void test_busy(void) {
 #if MB_POSIX && defined(_OPENMP)
     double seconds[2];
     for (int k = 0; k < 2; k++) {
-        char *line = xprintf(
-            "(while :; do :; done) & h=$!; (while :; do :; done) & i=$!; timeout 60 "
-            "env -u OMP_WAIT_POLICY %s ./moleblend train.bin --size tiny --dim 16 --steps 40 "
-            "-o build/test_busy.safetensors; c=$?; kill $h $i; exit $c",
-            k ? "OMP_WAIT_POLICY=passive" : "");
         double start = now_seconds();
-        test_command(line, 0, "wrote");
+        test_format(0, "wrote", "(while :; do :; done) & h=$!; (while :; do :; done) & i=$!; "
+                    "timeout 60 env -u OMP_WAIT_POLICY %s ./moleblend train.bin --size tiny --dim "
+                    "16 --steps 40 -o build/test_busy.safetensors; c=$?; kill $h $i; exit $c",
+                    k ? "OMP_WAIT_POLICY=passive" : "");
         seconds[k] = now_seconds() - start;
-        free(line);
     }
     test_check(seconds[0] < 2 * seconds[1] + 1, "beside busy processes: %.1f s, %.1f s passive",
                seconds[0], seconds[1]);

@@ -15,14 +15,6 @@ static void test_large_labels(void) {
                  "overflow; give --clip");
 }
 
-// A table of command lines, for which a Unix shell is needed.
-typedef struct { const char *command; int code; const char *expected; } RunsRow;
-
-static void test_rows(const RunsRow *rows, size_t n) {
-    for (size_t k = 0; k < n && MB_POSIX; k++)
-        test_command(rows[k].command, rows[k].code, rows[k].expected);
-}
-
 // Some molecules with two tasks, as build/test_r.bin; of classes.
 static void write_runs_data(void) {
     const char *rows = "smiles,a,b\nC,0,1\nCC,1,0\nCCC,0,0\nCCCC,1,1\nCO,1,0\nCN,0,1\n"
@@ -33,7 +25,7 @@ static void write_runs_data(void) {
 
 // Seeds that a resumed run forgets, reports wrongly or does not extend; states of an older run.
 static void test_seeds(void) {
-    static const RunsRow rows[] = {
+    static const CommandRow rows[] = {
         // what is printed of each seed, task by task, and of all: again when all are finished
         {"rm -f build/test_r*.s*; " TUNE_R "--epochs 2 --seeds 3 -o build/test_r1.safetensors > "
          "build/test_r1.out 2>&1 && grep 'over 3 seeds' build/test_r1.out", 0, "over 3 seeds"},
@@ -71,12 +63,12 @@ static void test_seeds(void) {
          "build/test_r4.log.csv", 0, ""},
     };
     write_runs_data();
-    test_rows(rows, sizeof rows / sizeof *rows);
+    if (MB_POSIX) test_rows(rows, sizeof rows / sizeof *rows);
 }
 
 // Another dataset taken for that of the run; the same one refused because its path is another.
 static void test_resumed_data(void) {
-    static const RunsRow rows[] = {
+    static const CommandRow rows[] = {
         {"rm -rf build/test_r*.s* build/test_r[mn]; mkdir build/test_rm; head -n 5 "
          "build/test_r.csv "
          "| ./data_prep --format csv --labels a,b -o build/test_rv.bin - && cp build/test_r.bin "
@@ -123,7 +115,7 @@ static void test_resumed_data(void) {
          "--valid: expected no line break in"},
     };
     write_runs_data();
-    test_rows(rows, sizeof rows / sizeof *rows);
+    if (MB_POSIX) test_rows(rows, sizeof rows / sizeof *rows);
 }
 
 // Runs that write one file, whatever its name is derived from; a run that a second start disturbs.
@@ -131,7 +123,7 @@ static void test_two_runs(void) {
 #define LONG "timeout -s KILL 2 ./moleblend finetune build/test_r.bin --valid build/test_r.bin " \
              TINY_R "--epochs 900000 --patience 0 --save-every 1 "
 #define SHORT "> build/test_r.out 2>&1 & sleep 0.5; " TUNE_R "--epochs 1 "
-    static const RunsRow rows[] = {
+    static const CommandRow rows[] = {
         {LONG "-o build/test_ra " SHORT "-o build/test_ra.safetensors", 1, "is writing it"},
         {LONG "-o build/test_re.safetensors " SHORT "-o build/../build/test_re.log.csv", 1,
          "is writing it"},
@@ -143,16 +135,15 @@ static void test_two_runs(void) {
          "wrote build/test_rd.seed1.safetensors"},
     };
     write_runs_data();
-    test_rows(rows, sizeof rows / sizeof *rows);
+    if (MB_POSIX) test_rows(rows, sizeof rows / sizeof *rows);
 #if MB_POSIX
     // the lock comes first: what the first run is writing at the moment is not touched
     OutFile lock[2];
-    size_t n;
     out_open(&lock[0], "build/test_rz.run", NULL);
     out_open(&lock[1], "build/test_rz.safetensors.run", NULL);
     write_bytes("build/test_rz.safetensors.tmp", "half", 4);
     test_command(TUNE_R "--epochs 1 -o build/test_rz.safetensors", 1, "is writing it");
-    char *text = file_text("build/test_rz.safetensors.tmp", &n);
+    char *text = file_text("build/test_rz.safetensors.tmp", NULL);
     test_check(strcmp(text, "half") == 0, "a second start has written \"%s\"", text);
     free(text);
     for (int k = 0; k < 2; k++) out_discard(&lock[k]);

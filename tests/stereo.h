@@ -251,7 +251,7 @@ static void test_stereo_features(Worker *w) {
 
 // Catches a dataset or model that does not know what its tags are, and a difference not said.
 static void test_stereo_commands(void) {
-    static const struct { const char *command; int code; const char *expected; } table[] = {
+    static const CommandRow table[] = {
         {"./data_prep -o build/st_i.bin --labels y build/st.csv && ./moleblend info build/st_i.bin",
          0, "stereo     invariant"},
         {"./data_prep -o build/st_r.bin --labels y --stereo rdkit build/st.csv && ./moleblend info "
@@ -284,14 +284,12 @@ static void test_stereo_commands(void) {
         fprintf(out, "%s,%d\n%s,%d\n", STEREO_SMILES[k].smiles, (int)k % 2, STEREO_SMILES[k].other,
                 (int)k % 2);
     fclose(out);
-    for (size_t k = 0; k < sizeof table / sizeof *table; k++)
-        test_command(table[k].command, table[k].code, table[k].expected);
+    test_rows(table, sizeof table / sizeof *table);
 }
 
 // Largest difference between the predictions of rows 2k and 2k + 1 of a file.
 static double stereo_difference(const char *path) {
-    size_t size;
-    char *text = file_text(path, &size), *line = strchr(text, '\n');
+    char *text = file_text(path, NULL), *line = strchr(text, '\n');
     double worst = 0, last = 0;
     for (int row = 0; line && line[1]; row++, line = strchr(line + 1, '\n')) {
         char *at = strchr(strchr(line + 1, ',') + 1, ',');  // record,name,y,...: no name has commas
