@@ -457,23 +457,14 @@ static int is_near(double a, double b, double tolerance) {
 // missing; or of classes.
 static void write_bites(const char *path, int first, int n, int classes) {
     static char big[] = "big", small[] = "small";
-    char *const tasks[] = {big, small};
-    DatasetWriter w;
-    Molecule m = {0};
-    uint8_t *record = NULL;
-    dataset_create(&w, path, 2, tasks);
-    for (int i = first; i < first + n; i++) {
-        random_molecule(&m, 1 + i * 5 % 17, 1, i % 7 != 3, 900 + (uint32_t)i);
+    Molecule *all = xmalloc((size_t)n, sizeof *all), *m = all;
+    for (int i = first; i < first + n; i++, m++) {
+        random_molecule(m, 1 + i * 5 % 17, 1, i % 7 != 3, 900 + (uint32_t)i);
         float x = test_number(5000 + (size_t)i), y = test_number(7000 + (size_t)i);
-        m.labels[0] = classes ? x > 0.3f : 300 + 1000 * x + 20 * (float)m.n_atoms;
-        m.labels[1] = i % 5 == 1 ? NAN : classes ? y > 0 : 0.01f * y;
-        size_t size = record_size(m.n_atoms, m.n_bonds, 2, m.name_length, m.has_pos);
-        record = xrealloc(record, size, 1);
-        dataset_append(&w, record, record_encode(record, &m), (uint32_t)(i - first) + 1);
+        m->labels[0] = classes ? x > 0.3f : 300 + 1000 * x + 20 * (float)m->n_atoms;
+        m->labels[1] = i % 5 == 1 ? NAN : classes ? y > 0 : 0.01f * y;
     }
-    dataset_finish(&w);
-    free(record);
-    molecule_free(&m);
+    write_molecules(path, all, n, 2, (char *[]){big, small});
 }
 
 // One update with these settings, number `step` of `steps`; task: of fine-tuning, else NULL.
@@ -616,8 +607,7 @@ static void test_options(void) {
     test_check(memory[1] < 0.85 * memory[0], "%.0f MiB of activations in parts, %.0f without",
                memory[1], memory[0]);
     FREE_ALL(line, part);
-    test_command("./moleblend build/bites.bin --layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 "
-                 "--batch-size 4 --steps 48 -o build/bites.safetensors", 0, "by chance");
+    test_command("./moleblend build/bites.bin" TINY "--batch-size 4 --steps 48 -o build/bites.safetensors", 0, "by chance");
     char *csv = file_text("build/bites.log.csv", NULL);
     int wrong = 0;
     for (int step = 0; step < 48; step++) {  // five steps up, 90 % of the rest at the peak
@@ -954,9 +944,8 @@ static void test_stopping(void) {
                      "--labels a,b -o build/bites_j0.bin - && "
                      "printf 'smiles,a,b\nC,0,1\nCC,1,1\nCCC,1,1\n' | "
                      "./data_prep --format csv --labels a,b -o build/bites_j1.bin - && ./moleblend "
-                     "finetune build/bites_j0.bin --valid build/bites_j1.bin --layers 1 --dim 8 "
-                     "--ffn 8 --heads 1 --kernels 2 --epochs 1 -o build/bites_j.safetensors", 0,
-                     "best epoch 1");
+                     "finetune build/bites_j0.bin --valid build/bites_j1.bin" TINY
+                     "--epochs 1 -o build/bites_j.safetensors", 0, "best epoch 1");
         char *text = file_text("build/test.out", NULL);
         const char *end = line_with(text, "seed 1: ");
         test_check(is_near(number_after(end, "valid ", 0), number_after(end, "ROC-AUC ", 0), 1e-3),
@@ -965,9 +954,8 @@ static void test_stopping(void) {
     }
     write_bites("build/bites_r0.bin", 0, 40, 0);
     for (int k = 0; k < 4; k++) {  // at a rate of 0 no epoch is better than the first
-        char *line = xprintf("./moleblend finetune build/bites_r0.bin --valid build/bites_r0.bin "
-                             "--layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 --lr 0 %s -o "
-                             "build/bites_e.safetensors", runs[k].args);
+        char *line = xprintf("./moleblend finetune build/bites_r0.bin --valid build/bites_r0.bin"
+                             TINY "--lr 0 %s -o build/bites_e.safetensors", runs[k].args);
         test_command(line, 0, "best epoch 1");
         char *csv = file_text("build/bites_e.log.csv", NULL);
         test_check(csv_number(csv, runs[k].rows, 1) == runs[k].rows &&
@@ -1071,20 +1059,15 @@ static void test_ensembles(void) {
     static char names[4][8] = {"other", "small", "extra", "big"};
     static const float scales[3] = {1.7f, 0.4f, 1};
     Dataset data;
-    DatasetWriter w;
-    Molecule m = {0};
-    uint8_t record[4096];
-    char *const tasks[] = {names[0], names[1], names[2], names[3]};
-    dataset_create(&w, "build/bites_p.bin", 4, tasks);  // in another order, with others between
-    for (int i = 0; i < 30; i++) {
-        random_molecule(&m, 1 + i * 5 % 17, 1, 1, 700 + (uint32_t)i);
-        molecule_resize(&m, m.n_atoms, m.n_bonds, 4, m.name_length);
+    Molecule *all = xmalloc(30, sizeof *all), *m = all;
+    for (int i = 0; i < 30; i++, m++) {
+        random_molecule(m, 1 + i * 5 % 17, 1, 1, 700 + (uint32_t)i);
+        molecule_resize(m, m->n_atoms, m->n_bonds, 4, m->name_length);
         for (int y = 0; y < 4; y++)
-            m.labels[y] = i % 9 == 2 * y ? NAN : test_number((size_t)(10 * i + y)) > 0;
-        dataset_append(&w, record, record_encode(record, &m), (uint32_t)i + 1);
+            m->labels[y] = i % 9 == 2 * y ? NAN : test_number((size_t)(10 * i + y)) > 0;
     }
-    dataset_finish(&w);
-    molecule_free(&m);
+    write_molecules("build/bites_p.bin", all, 30, 4,  // in another order, with others between
+                    (char *[]){names[0], names[1], names[2], names[3]});
     dataset_open(&data, "build/bites_p.bin");
     for (int classes = 0; classes < 2; classes++) {
         double p[3][60], labels[60];
@@ -1415,8 +1398,8 @@ static void test_machinery(void) {
     if (MB_POSIX) {
         test_command("mkdir -p build/train_v && cp build/test_train.bin build/train_v/a.train.bin "
                      "&& cp build/test_train.bin build/train_v/a.valid.bin && ./moleblend "
-                     "build/train_v/a.train.bin --layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 "
-                     "--steps 1 -o build/bites.safetensors", 0, "build/train_v/a.valid.bin: 40");
+                     "build/train_v/a.train.bin" TINY "--steps 1 -o build/bites.safetensors", 0,
+                     "build/train_v/a.valid.bin: 40");
         test_command("printf 'C(\\nC\\nCC\\n' > build/bites.smi; ./data_prep --format smi -o "
                      "build/bites_n.bin build/bites.smi && sed 's/ /  /' build/bites.smi > "
                      "/dev/null; ./data_prep --dump build/bites_n.bin", 0, "{\"name\":\"CC\",");

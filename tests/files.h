@@ -1,24 +1,30 @@
 // tests/files.h - datasets and checkpoints as files; the parameter table
 
+// Writes n molecules as a dataset and frees them.
+static void write_molecules(const char *path, Molecule *m, int n, int n_tasks, char *const *tasks) {
+    DatasetWriter w;
+    dataset_create(&w, path, n_tasks, tasks);
+    for (int i = 0; i < n; i++) {
+        uint8_t *record = xmalloc(record_size(m[i].n_atoms, m[i].n_bonds, n_tasks,
+                                              m[i].name_length, m[i].has_pos), 1);
+        dataset_append(&w, record, record_encode(record, &m[i]), (uint32_t)i + 1);
+        molecule_free(&m[i]);
+        free(record);
+    }
+    dataset_finish(&w);
+    free(m);
+}
+
 // Writes a dataset of n random molecules with two tasks; moved: one atom of each elsewhere.
 static void write_test_dataset(const char *path, int n, int moved) {
     static char logp[] = "logP", name[] = "with,comma";
-    char *const tasks[] = {logp, name};
-    DatasetWriter w;
-    Molecule m = {0};
-    uint8_t *record = NULL;
+    Molecule *m = xmalloc((size_t)n, sizeof *m);
     remove(path);  // a test may have damaged it
-    dataset_create(&w, path, 2, tasks);
     for (int i = 0; i < n; i++) {
-        random_molecule(&m, 1 + i * 5 % 23, 1 + i % 2, i % 7 != 3, (uint32_t)i);
-        if (moved) m.pos[0] += 1;
-        size_t size = record_size(m.n_atoms, m.n_bonds, 2, m.name_length, m.has_pos);
-        record = xrealloc(record, size, 1);
-        dataset_append(&w, record, record_encode(record, &m), (uint32_t)i + 1);
+        random_molecule(&m[i], 1 + i * 5 % 23, 1 + i % 2, i % 7 != 3, (uint32_t)i);
+        if (moved) m[i].pos[0] += 1;
     }
-    dataset_finish(&w);
-    free(record);
-    molecule_free(&m);
+    write_molecules(path, m, n, 2, (char *[]){logp, name});
 }
 
 // A field read in another order than written, bytes from outside that crash the reader.

@@ -1,7 +1,6 @@
 // tests/outputs.h - outputs: nothing of the user's is overwritten, nothing is lost without a word
 
 #if MB_POSIX
-#define TINY " --layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 "
 #define O_IN "build/o/in.csv"
 
 // What test_outputs() makes first: a table, datasets of it, a pretrained and a fine-tuned model.

@@ -1,6 +1,8 @@
 // tests/programs.h - the programs as a user meets them: messages, exit codes, resuming, damage, and
 // the machine
 
+#define TINY " --layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 "
+
 // Runs a command with its output in build/test.out; returns the exit code.
 static int run_command(const char *command) {
     char *line = xprintf("%s%s%s > build/test.out 2>&1", MB_POSIX ? "(" : "", command,

@@ -1,7 +1,6 @@
 // tests/runs.h - seeds as runs of their own, resumed runs and their data, what two runs may share
 
-#define TINY_R "--layers 1 --dim 8 --ffn 8 --heads 1 --kernels 2 "
-#define TUNE_R "./moleblend finetune build/test_r.bin --valid build/test_r.bin " TINY_R
+#define TUNE_R "./moleblend finetune build/test_r.bin --valid build/test_r.bin " TINY
 
 // Labels whose gradients are numbers though their squares are none: a run that ends at its first
 // step, or learns nothing.
@@ -73,7 +72,7 @@ static void test_resumed_data(void) {
          "build/test_r.csv "
          "| ./data_prep --format csv --labels a,b -o build/test_rv.bin - && cp build/test_r.bin "
          "build/test_rm/train.bin && cp build/test_rv.bin build/test_rm/valid.bin", 0, ""},
-        {"./moleblend build/test_rm/train.bin " TINY_R "--steps 2 -o build/test_rp.safetensors && "
+        {"./moleblend build/test_rm/train.bin " TINY "--steps 2 -o build/test_rp.safetensors && "
          "./moleblend finetune build/test_rm/train.bin --test build/test_rv.bin --epochs 1 --init "
          "build/test_rp.safetensors -o build/test_r1.safetensors", 0, "test  ROC-AUC"},
         // the same bytes
@@ -111,7 +110,7 @@ static void test_resumed_data(void) {
          "over 2 seeds"},
         // a path that a line of the state cannot hold
         {"cp build/test_rv.bin 'build/test_r\nv.bin'; ./moleblend build/test_rn/train.bin --valid "
-         "'build/test_r\nv.bin' " TINY_R "--steps 1 -o build/test_ry.safetensors", 1,
+         "'build/test_r\nv.bin' " TINY "--steps 1 -o build/test_ry.safetensors", 1,
          "--valid: expected no line break in"},
     };
     write_runs_data();
@@ -121,7 +120,7 @@ static void test_resumed_data(void) {
 // Runs that write one file, whatever its name is derived from; a run that a second start disturbs.
 static void test_two_runs(void) {
 #define LONG "timeout -s KILL 2 ./moleblend finetune build/test_r.bin --valid build/test_r.bin " \
-             TINY_R "--epochs 900000 --patience 0 --save-every 1 "
+             TINY "--epochs 900000 --patience 0 --save-every 1 "
 #define SHORT "> build/test_r.out 2>&1 & sleep 0.5; " TUNE_R "--epochs 1 "
     static const CommandRow rows[] = {
         {LONG "-o build/test_ra " SHORT "-o build/test_ra.safetensors", 1, "is writing it"},
