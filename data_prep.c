@@ -215,9 +215,7 @@ static void mol_clear(ChemMol *m) {
 // Frees everything m owns.
 static void mol_free(ChemMol *m) {
     arena_free(&m->arena);
-    free(m->atoms);
-    free(m->bonds);
-    free(m->xyz);
+    FREE_ALL(m->atoms, m->bonds, m->xyz);
     *m = (ChemMol){0};
 }
 
@@ -4149,9 +4147,7 @@ int main(int argc, char **argv) {
     table_close(&c.labels);
     table_close(&c.skips);
     table_close(&c.parts);
-    FREE_ALL(sum.tally, sum.twins, c.left_out.text, copies);
-    free(workers);
-    free(inputs);
+    FREE_ALL(sum.tally, sum.twins, c.left_out.text, copies, workers, inputs);
     mb_exit(EXIT_SUCCESS);
 }
 #endif

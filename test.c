@@ -378,9 +378,7 @@ static void golden_steps(Report *r, Golden *g, double first[LOSSES]) {
         float norm = (float)adamw_step(&g->s.model, &g->adam, (int64_t)s + 1);
         if (norms) report_add(r, "gradient norms", relative_error(&norm, norms + s, 1), 3e-4);
     }
-    free(loss);
-    free(trace);
-    free(norms);
+    FREE_ALL(loss, trace, norms);
 }
 
 // Losses and gradients of the whole batch, made in parts of g->part molecules.
@@ -434,9 +432,7 @@ static void test_golden(const char *path, int print) {
             golden_output(&report, &g, b, "denoise_pred",
                           g.s.heads->denoise_out + 3 * g.s.batch.atom_start[b], 1e-5);
         }
-        free(spd);
-        free(edge);
-        free(d3);
+        FREE_ALL(spd, edge, d3);
         g.s.logits[LOSS_SPD] = g.s.logits[LOSS_EDGE] = g.s.logits[LOSS_3D] = NULL;
         gradients(loss, &g.s);
     }

@@ -217,7 +217,7 @@ static void note_parts(const char *names, double sum) {
 
 // What the ranges of single options cannot say.
 static void check_options(void) {
-    CHECK(opt.blend.pair_spd + opt.blend.pair_edge > 0 && opt.blend.pair_3d >= 0,
+    CHECK(opt.blend.pair_spd + opt.blend.pair_edge > 0,
           "--pair-spd, --pair-edge: expected one of them above 0 (molecules without 3D need it)");
     CHECK(opt.blend.atom_2d + opt.blend.atom_3d > 0, "--atom-2d, --atom-3d: expected one above 0");
     for (int k = 0; k < N_OPTIONS && opt.blend.all; k++)

@@ -163,8 +163,7 @@ static inline void options_resume(const Option *table, int n, unsigned grows, un
             *(const char **)o->value = *then ? then : NULL;
             if (*then) then = NULL;  // the option has it now
         }
-        free(then);
-        free(now);
+        FREE_ALL(then, now);
     }
     CHECK(!refused, "%s: --resume needs the run's own options; leave out those that differ", path);
 }

@@ -202,8 +202,7 @@ static inline void tensor_file_open(TensorFile *f, const char *path) {
 static inline void tensor_file_close(TensorFile *f) {
     for (int k = 0; k < f->count; k++) free(f->entries[k].name);
     for (int k = 0; k < 2 * f->meta_count; k++) free(f->meta[k]);
-    free(f->entries);
-    free(f->meta);
+    FREE_ALL(f->entries, f->meta);
     file_release(f->bytes, f->size);
     *f = (TensorFile){0};
 }

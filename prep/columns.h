@@ -18,8 +18,7 @@ static void add_task(Conversion *c, Span name) {
 // Frees the tasks.
 static void free_tasks(Conversion *c) {
     for (int t = 0; t < c->n_tasks; t++) free(c->task_names[t]);
-    free(c->task_names);
-    free(c->slots);
+    FREE_ALL(c->task_names, c->slots);
 }
 
 static int wants_all(const PrepOptions *opt) {
@@ -280,8 +279,7 @@ static void check_tags(const Conversion *c, const Source *s, const Record *recor
             fprintf(stderr, "note    %s: none of the first %d records has an SD tag \"%s\" "
                     "(--labels); the first has: %.300s\n", s->path, n, c->task_names[t],
                     there.length ? there.text : "none");
-    free(seen);
-    free(there.text);
+    FREE_ALL(seen, there.text);
 }
 
 // Gives column k a role that only one can have.

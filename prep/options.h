@@ -126,7 +126,7 @@ static void conversion_begin(Conversion *c, Output *out) {
 
 // Notes what was given and has no effect.
 static void note_unused(const Conversion *c, const Summary *sum, int n_parts, const char *given) {
-    if (c->skips.n_rows && !has_reason(sum, SKIP_LISTED))
+    if (c->skips.n_rows && find_reason(sum, SKIP_LISTED) == sum->n_reasons)
         fprintf(stderr, "note    %s: names no record\n", c->skips.path);
     int seeded = n_parts > 1 && strcmp(prep_opt.split_by, "random") == 0;
     for (int k = 0; k < N_PREP_OPTIONS && !seeded; k++)

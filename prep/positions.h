@@ -3,6 +3,13 @@
 //   is_no_geometry()     two atoms are in one place that cannot be
 //   orient_principal()   centres a molecule and turns it to its axes
 
+// Turns the point (x, y) by the angle whose cosine and sine are c and s.
+static inline void rotate(double *x, double *y, double c, double s) {
+    double x_then = *x;
+    *x = c * x_then - s * *y;
+    *y = s * x_then + c * *y;
+}
+
 // Eigenvectors of the symmetric 3x3 matrix a (destroyed) as the columns of v, by Jacobi rotations.
 static void eigenvectors(double a[3][3], double v[3][3]) {
     for (int p = 0; p < 3; p++)
@@ -16,19 +23,9 @@ static void eigenvectors(double a[3][3], double v[3][3]) {
                 double theta = (a[q][q] - a[p][p]) / (2 * a[p][q]);
                 double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
                 double c = 1 / sqrt(t * t + 1), s = t * c;
-                for (int k = 0; k < 3; k++) {
-                    double x = a[k][p], y = a[k][q];
-                    a[k][p] = c * x - s * y;
-                    a[k][q] = s * x + c * y;
-                }
-                for (int k = 0; k < 3; k++) {
-                    double x = a[p][k], y = a[q][k];
-                    a[p][k] = c * x - s * y;
-                    a[q][k] = s * x + c * y;
-                    x = v[k][p], y = v[k][q];
-                    v[k][p] = c * x - s * y;
-                    v[k][q] = s * x + c * y;
-                }
+                for (int k = 0; k < 3; k++) rotate(&a[k][p], &a[k][q], c, s);
+                for (int k = 0; k < 3; k++) rotate(&a[p][k], &a[q][k], c, s);
+                for (int k = 0; k < 3; k++) rotate(&v[k][p], &v[k][q], c, s);
             }
     }
 }

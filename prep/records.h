@@ -166,9 +166,7 @@ static void source_open(Source *s, const char *path, const char *format, FILE **
 static void source_close(Source *s, int is_copy) {
     if (s->file != stdin && !is_copy) fclose(s->file);
     arena_free(&s->arena);
-    free(s->now.bytes);
-    free(s->next.bytes);
-    free(s->task_of_column);
+    FREE_ALL(s->now.bytes, s->next.bytes, s->task_of_column);
 }
 
 // The end of the line at p (just after its line break), or NULL if it is not there yet.

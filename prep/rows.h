@@ -102,6 +102,5 @@ static void table_open(Table *t, const char *path, int is_list) {
 static void table_close(Table *t) {
     file_release(t->bytes, t->size);
     arena_free(&t->arena);
-    free(t->row);
-    FREE_ALL(t->slot, t->key, t->task_of_column, t->used);
+    FREE_ALL(t->row, t->slot, t->key, t->task_of_column, t->used);
 }

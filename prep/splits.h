@@ -256,7 +256,5 @@ static void output_finish(Output *out, const Conversion *c, Summary *sum) {
     print_twins(sum->twins, n, part);
     write_parts(&out->pool, part, out->n_parts, opt->output, c, &out->writer);
     out_discard(&out->pool.file);
-    free(out->pool.key);
-    free(order);
-    free(part);
+    FREE_ALL(out->pool.key, order, part);
 }

@@ -1,6 +1,6 @@
 // prep/summary.h - what is said at the end: counts, reasons, labels, molecules that stand twice
 //
-//   count_fault(), has_reason()   records refused, or kept with a note, by reason
+//   count_fault(), find_reason()  records refused, or kept with a note, by reason
 //   describe_fault()              one of them in words
 //   print_summary(), print_labels(), print_twins()
 
@@ -40,22 +40,22 @@ static char *describe_fault(const Source *s, int64_t line, const Fault *f) {
     return xprintf("%s:%lld: %s", s->path, at, f->text);
 }
 
+// The place of a kind among the reasons, that behind the last if it is new.
+static int find_reason(const Summary *sum, const char *kind) {
+    int k = 0;
+    while (k < sum->n_reasons && strcmp(sum->reasons[k].kind, kind) != 0) k++;
+    return k;
+}
+
 // Counts a skipped record, or one of which there is something to note, and keeps the description if
 // it is one of the first of its kind.
 static void count_fault(Summary *sum, const Source *s, int64_t line, const Fault *f, int is_note) {
-    int k = 0;
-    while (k < sum->n_reasons && strcmp(sum->reasons[k].kind, f->kind) != 0) k++;
+    int k = find_reason(sum, f->kind);
     if (k == 32) return;
     if (k == sum->n_reasons) sum->reasons[sum->n_reasons++] = (Reason){f->kind, is_note, 0, {NULL}};
     Reason *r = &sum->reasons[k];
     if (r->count < EXAMPLES) r->example[r->count] = describe_fault(s, line, f);
     r->count++;
-}
-
-static int has_reason(const Summary *sum, const char *kind) {
-    for (int k = 0; k < sum->n_reasons; k++)
-        if (strcmp(sum->reasons[k].kind, kind) == 0) return 1;
-    return 0;
 }
 
 // Prints what was read, kept and skipped to stderr; frees the examples.

@@ -607,7 +607,8 @@ static void test_options(void) {
     test_check(memory[1] < 0.85 * memory[0], "%.0f MiB of activations in parts, %.0f without",
                memory[1], memory[0]);
     FREE_ALL(line, part);
-    test_command("./moleblend build/bites.bin" TINY "--batch-size 4 --steps 48 -o build/bites.safetensors", 0, "by chance");
+    test_command("./moleblend build/bites.bin" TINY "--batch-size 4 --steps 48 -o "
+                 "build/bites.safetensors", 0, "by chance");
     char *csv = file_text("build/bites.log.csv", NULL);
     int wrong = 0;
     for (int step = 0; step < 48; step++) {  // five steps up, 90 % of the rest at the peak
@@ -1223,8 +1224,7 @@ static int fake_steps(int n) {
 
 // Threads that are given up too early, too many of them, or never tried again.
 static void adapt_apart(void *argument) {
-    int *said = argument;
-    (void)said;
+    (void)argument;
     mb_threads = 4;
     mb_adapting = 1;
     omp_set_num_threads(4);

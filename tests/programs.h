@@ -41,8 +41,7 @@ static int same_files(const char *a, const char *b) {
     size_t n, m;
     char *x = file_text(a, &n), *y = file_text(b, &m);
     int same = n > 0 && n == m && memcmp(x, y, n) == 0;
-    free(x);
-    free(y);
+    FREE_ALL(x, y);
     return same;
 }
 

@@ -361,17 +361,13 @@ static void test_sgroups(void) {
     prep_convert(&w, FORMAT_SDF, V3_LIST, strlen(V3_LIST), &o);
     test_check(o.fault.kind && strstr(o.fault.kind, "query"), "NOT[...] is a query: %s",
                o.fault.text);
-    char *sdf = xprintf("%s", "");
+    Text sdf = {0};
     for (int k = 0; k < 4; k++) {
         const int *x = where[k].x;
-        char *one = xprintf(mol, where[k].name, at[x[0]], at[x[1]], at[x[2]]);
-        char *all = xprintf("%s%s", sdf, one);
-        free(one);
-        free(sdf);
-        sdf = all;
+        text_add(&sdf, mol, where[k].name, at[x[0]], at[x[1]], at[x[2]]);
     }
-    write_bytes("build/test_places.sdf", sdf, strlen(sdf));
-    free(sdf);
+    write_bytes("build/test_places.sdf", sdf.text, sdf.length);
+    free(sdf.text);
     test_command("./data_prep -o build/test_places.bin build/test_places.sdf", 0, "kept 4");
     test_command("./data_prep -o build/test_places.bin build/test_places.sdf", 0,
                  "note       3  positions left out: no geometry\n"
