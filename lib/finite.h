@@ -33,22 +33,13 @@ static Bad bad_array(const Step *s) {
     Bad bad = {0};
     DIMENSIONS(s);
 #define NOTE(field, ...) bad_note(&bad, #field, #__VA_ARGS__, all->field, SHAPE(__VA_ARGS__));
-    {
-        const struct bias *all = s->bias;
-        BIAS_ARRAYS(NOTE)
-    }
-    {
-        const struct enc *all = s->enc;
-        ENCODER_ARRAYS(NOTE)
-    }
-    if (!bad.name && Y > 0) {
-        const struct task_arrays *all = s->task_arrays;
-        TASK_ARRAYS(NOTE)
-    } else if (!bad.name) {
-        const struct heads *all = s->heads;
-        HEADS_ARRAYS(NOTE)
-    }
+#define NOTE_ALL(name, LIST) { const struct name *all = s->name; LIST(NOTE) }
+    NOTE_ALL(bias, BIAS_ARRAYS)
+    NOTE_ALL(enc, ENCODER_ARRAYS)
+    if (!bad.name && Y > 0) NOTE_ALL(task_arrays, TASK_ARRAYS)
+    else if (!bad.name) NOTE_ALL(heads, HEADS_ARRAYS)
 #undef NOTE
+#undef NOTE_ALL
     return bad;
 }
 

@@ -12,6 +12,7 @@ typedef struct {
     int64_t seed, max_atoms;
     double max_reject;
     int keep_hydrogens, largest_fragment, strict, help, version;
+    int principal, by_number;  // what --orient and --labels-by say
 } PrepOptions;
 
 // Place of --stereo in TAG_KINDS, N_TAG_KINDS if it is none of them; what is not given is RDKit's.
@@ -128,7 +129,7 @@ static void read_label(Worker *w, Outcome *o, int64_t line, Span cell, int decim
 static void read_side_labels(const Conversion *c, const Record *r, Worker *w, float *labels,
                              Outcome *o) {
     const Table *t = &c->labels;
-    int by_number = strcmp(c->opt->labels_by, "number") == 0;
+    int by_number = c->opt->by_number;
     size_t row = by_number ? (size_t)r->number : *table_slot(t, o->name);
     if (by_number ? row >= t->n_rows : row < 2) return;  // row 0 is the header
     o->side_row = row -= !by_number;
@@ -259,10 +260,9 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
         return fault_at(&o->fault, 0, 0, SKIP_LISTED, "%s names it", c->skips.path);
     if ((c->parts.n_rows || c->part_column) && read_part(c, &m->arena, r, part, o)) return -1;
     if (c->labels.n_rows) read_side_labels(c, r, w, labels, o);
-    int principal = c->opt->orient && strcmp(c->opt->orient, "principal") == 0;
     if (perceive(m, c->opt->keep_hydrogens, c->opt->largest_fragment, (int)c->opt->max_atoms,
                  &o->fault)) return -1;
-    if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, principal, &o->note,
+    if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, c->opt->principal, &o->note,
                       &o->fault)) return -1;
     memcpy(w->molecule.labels, labels, (size_t)c->n_tasks * sizeof *labels);
     if (store_molecule(w, o)) return -1;

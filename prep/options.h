@@ -68,11 +68,11 @@ static void print_help(void) {
 
 // Dies if the options make no sense together.
 static void check_options(int n_inputs) {
-    const PrepOptions *o = &prep_opt;
+    static const char *const frames[] = {"keep", "principal"}, *const keys[] = {"title", "number"};
+    PrepOptions *o = &prep_opt;
     CHECK(n_inputs > 0, "no input; see --help");
     CHECK(o->output, "-o: expected the dataset to write; see --help");
-    CHECK(strcmp(o->orient, "keep") == 0 || strcmp(o->orient, "principal") == 0,
-          "--orient: expected keep or principal, found \"%s\"", o->orient);
+    o->principal = choice("--orient", o->orient, frames, 2);
     CHECK(tag_kind(o) < N_TAG_KINDS,
           "--stereo: expected invariant, rdkit or none, found \"%s\"", o->stereo);
     int given = strncmp(o->split_by, "column:", 7) == 0 || strncmp(o->split_by, "file:", 5) == 0;
@@ -80,8 +80,7 @@ static void check_options(int n_inputs) {
           strcmp(o->split_by, "order") == 0, "--split-by: expected scaffold, random, order, "
           "column:NAME or file:PATH, found \"%s\"", o->split_by);
     CHECK(!given || !o->split, "--split: the parts are given by --split-by; leave it out");
-    CHECK(strcmp(o->labels_by, "title") == 0 || strcmp(o->labels_by, "number") == 0,
-          "--labels-by: expected title or number, found \"%s\"", o->labels_by);
+    o->by_number = choice("--labels-by", o->labels_by, keys, 2);
     CHECK(!o->labels_from || o->labels, "--labels-from: expected --labels too, columns or all");
     CHECK((!o->split && !given) || strcmp(o->output, "-") != 0,
           "-o: standard output has room for one dataset; leave out --split");

@@ -51,12 +51,11 @@ static inline void dataset_create(DatasetWriter *w, const char *path, int n_task
     w->offset = w->head_size;
 }
 
-// Notes a record that is skipped: its number in the input, name and why.
+// Notes a record that is skipped: its number in the input, name (of at most MAX_NAME) and why.
 static inline void dataset_skip(DatasetWriter *w, uint32_t number, const char *name,
                                 size_t name_length, const char *reason) {
     uint8_t head[8];
     size_t length = strlen(reason);
-    if (name_length > MAX_NAME) name_length = MAX_NAME;
     put_u32(head, number);
     put_u16(head + 4, (uint32_t)name_length);
     put_u16(head + 6, (uint32_t)length);
