@@ -725,8 +725,6 @@ static void rig_open(Rig *rig, int tasks, int dropout) {
     else heads_layout(rig);
 }
 
-static void rig_close(Rig *rig) { step_close(rig); }
-
 // =================================================================================================
 // Layer pairs: forward against a plain version, backward against central differences
 // =================================================================================================
@@ -807,7 +805,7 @@ static void test_linear(void) {
     test_parameter(&rig, run_linear, p->ffn1_b, "linear: bias");
     test_gradient(&rig, run_linear, rig.enc->x, rig.enc->dx, (size_t)T * C, STEP, "linear: input");
     free(dout);
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 static double run_norm(Rig *rig) {
@@ -856,7 +854,7 @@ static void test_norm(void) {
     test_gradient(&rig, run_norm, rig.enc->context, rig.enc->dbranch, n, STEP, "LayerNorm: branch");
     test_parameter(&rig, run_norm, rig.model.p.layer[1].norm1_w, "LayerNorm: weight");
     test_parameter(&rig, run_norm, rig.model.p.layer[1].norm1_b, "LayerNorm: bias");
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 static double run_gelu(Rig *rig) {
@@ -887,7 +885,7 @@ static void test_gelu(void) {
         worst = fmax(worst, fabs((double)rig.enc->ffn_hidden[k] - exact));
     }
     test_check(worst < 1e-6, "gelu: forward, error %.1e", worst);
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 static double run_attention(Rig *rig) {
@@ -942,7 +940,7 @@ static void test_attention(void) {
     run_attention(&rig);
     plain_attention(rig.enc->mid, &rig);
     test_close(rig.enc->context, rig.enc->mid, n, 1e-6, "attention: forward");
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 static double run_geometry(Rig *rig) {
@@ -994,7 +992,7 @@ static void test_geometry(void) {
     test_parameter(&rig, run_geometry, p->bias3d1_b, "3D bias: layer 1 bias");
     test_parameter(&rig, run_geometry, p->bias3d2_w, "3D bias: layer 2");
     test_parameter(&rig, run_geometry, p->structure3d_w, "3D structure");
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 static double run_bias(Rig *rig) {
@@ -1055,7 +1053,7 @@ static void test_bias(void) {
     test_parameter(&rig, run_bias, rig.model.p.path_maps, "bias: path maps");
     test_parameter(&rig, run_bias, rig.model.p.graph_bias, "bias: graph token");
     test_check(rig.model.g.spd_table[0] == 0 && rig.model.g.bond_table[0] == 0, "padding rows");
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 static double run_embedding(Rig *rig) {
@@ -1080,7 +1078,7 @@ static void test_embedding(void) {
     test_parameter(&rig, run_embedding, rig.model.p.graph_token, "embedding: graph token");
     test_parameter(&rig, run_embedding, rig.model.p.embed_norm_w, "embedding: LayerNorm");
     test_check(rig.model.g.atom_table[0] == 0 && rig.model.g.in_degree[0] == 0, "padding rows");
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 // All heads: the total loss as a function of the encoder's output and the head parameters.
@@ -1178,7 +1176,7 @@ static void test_heads(void) {
         snprintf(what, sizeof what, "heads: tensor %zu", k);
         test_parameter(&rig, run_heads, tensors[k], what);
     }
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 // The whole model: total loss against every tensor of the table, dropout and DropPath on.
@@ -1216,7 +1214,7 @@ static void test_model(void) {
     }
     test_check(count > 40, "only %d tensors compared", count);
     test_close(analytic, numeric, (size_t)count, 1e-2, "whole model against central differences");
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 // A molecule's result does not depend on what else is in the batch.
@@ -1240,7 +1238,7 @@ static void test_packing(void) {
                "alone and in a batch");
     free(together);
     molecule_free(&m);
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 // 500 atoms, all together with one atom and without positions: finite losses and gradients.
@@ -1265,7 +1263,7 @@ static void test_large(void) {
     test_check(isfinite(loss[LOSS_TOTAL]) && isfinite(norm) && norm > 0,
                "500 atoms: loss %g, gradient %g", loss[LOSS_TOTAL], norm);
     molecule_free(&m);
-    rig_close(&s);
+    step_close(&s);
 }
 
 static double run_task(Rig *rig) {
@@ -1285,7 +1283,7 @@ static void test_task_head(void) {
                   STEP, "fine-tuning head: input");
     test_parameter(&rig, run_task, rig.model.p.head1_w, "fine-tuning head: dense");
     test_parameter(&rig, run_task, rig.model.p.head2_b, "fine-tuning head: bias");
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 // Losses and gradients where float32 ends: nothing saturates, nothing becomes NaN.
@@ -1319,7 +1317,7 @@ static void test_edges(void) {
     test_check(fabs(loss - 0.49) < 1e-6 && d[0] == d[1], "tasks of any scale count alike");
     test_check(fabs(in_units / (0.49 * 2000002) - 1) < 1e-5 && unscaled[1] / unscaled[0] > 9e5f,
                "--loss-units labels: the release's loss");
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 // Without dropout, or in evaluation, a mask is one everywhere.

@@ -351,7 +351,7 @@ static void test_dropped_layers(void) {
     }
     test_check(dropped > 2 && kept > 10, "%d branches dropped, %d scaled", dropped, kept);
     FREE_ALL(undropped, plain, x0, mid, hidden, qkv, row);
-    rig_close(&rig);
+    step_close(&rig);
 }
 
 // ---- the optimiser
