@@ -1312,20 +1312,6 @@ static void test_machinery(void) {
     test_check(ended == 1000 + SIGTERM && strcmp(said, "still here\n") == 0,
                "two signals within 1.5 seconds are one: %d, %s", ended, said);
     free(said);
-    // of the limits of a group and those above it the least
-    static const char *const limits[2][2] = {{"400000 100000", "200000 100000"},
-                                             {"200000 100000", "400000 100000"}};
-    for (int k = 0; k < 2; k++) {
-        char *line = xprintf("rm -rf build/v3; mkdir -p build/v3/proc/self "
-                             "build/v3/sys/fs/cgroup/a/b; "
-                             "echo 0::/a/b > build/v3/proc/self/cgroup; echo %s > "
-                             "build/v3/sys/fs/cgroup/a/b/cpu.max; echo %s > "
-                             "build/v3/sys/fs/cgroup/a/cpu.max", limits[k][0], limits[k][1]);
-        run_command(line);
-        double least = group_limit("build/v3", "cpu.max", "cpu", "cpu.cfs_quota_us");
-        test_check(is_near(least, 2, 1e-9), "the least of 2 and 4 CPUs: %g", least);
-        free(line);
-    }
     // what is in a dataset
     Dataset counted;
     Molecule molecule = {0};
@@ -1472,7 +1458,7 @@ static void test_small_chemistry(void) {
         ScaffoldKey key[2];
         for (int x = 0; x < 2; x++) {
             const char *smiles = x ? scaffolds[k].b : scaffolds[k].a;
-            test_check(prep_convert(&w, FORMAT_SMI, smiles, strlen(smiles), &o), "%s", smiles);
+            test_check(prep_convert(&w, FORMAT_SMI, smiles, &o), "%s", smiles);
             key[x] = scaffold_key(m);
         }
         test_check((key[0].a == key[1].a && key[0].b == key[1].b) == scaffolds[k].same,
@@ -1490,7 +1476,7 @@ static void test_small_chemistry(void) {
             "M  V30 END BOND\nM  V30 END CTAB\nM  END\n"};
     int charge[3] = {0};
     for (int k = 0; k < 3; k++) {
-        test_check(prep_convert(&w, FORMAT_SDF, blocks[k], strlen(blocks[k]), &o), "block %d", k);
+        test_check(prep_convert(&w, FORMAT_SDF, blocks[k], &o), "block %d", k);
         charge[k] = w.molecule.atom_feat[3] - 5;
     }
     test_check(charge[0] == 1 && charge[1] == 0, "charges %d, %d", charge[0], charge[1]);
@@ -1503,7 +1489,7 @@ static void test_small_chemistry(void) {
         {"C1=CC2=CC=CC3=CC=CC(=C1)N23", 0, 0, 0}, {"C1=CC2=CC=C3C=CC4=C1C2=C34", 0, 12, 13},
         {"C1=CC2=C3C(=CC=C2)C=CC=C3C=C1", 0, 10, 11}, {"C1=CC2=CC=CC3=CC=CC1=C23", 0, 10, 11}};
     for (size_t k = 0; k < sizeof known / sizeof *known; k++) {
-        int kept = prep_convert(&w, FORMAT_SMI, known[k].smiles, strlen(known[k].smiles), &o);
+        int kept = prep_convert(&w, FORMAT_SMI, known[k].smiles, &o);
         int atoms = 0, bonds = 0, tag = w.molecule.atom_feat[ATOM_FEATURES + 1];
         for (int i = 0; i < w.molecule.n_atoms; i++)
             atoms += w.molecule.atom_feat[ATOM_FEATURES * i + 7];
@@ -1517,14 +1503,14 @@ static void test_small_chemistry(void) {
         {"C1CC[N@]2CCC[C@H]2C1", 0}, {"C1CC[N@@]2CCC[C@H]2C1", 0},
         {"C[C@H]1C[N@]2CC[C@@H]1CC2", 1}};
     for (size_t k = 0; k < sizeof nitrogen / sizeof *nitrogen; k++) {
-        prep_convert(&w, FORMAT_SMI, nitrogen[k].smiles, strlen(nitrogen[k].smiles), &o);
+        prep_convert(&w, FORMAT_SMI, nitrogen[k].smiles, &o);
         test_check((w.molecule.atom_feat[3 * ATOM_FEATURES + 1] > 0) == nitrogen[k].centre, "%s",
                    nitrogen[k].smiles);
     }
     static const struct { const char *smiles; int charge; } irons[] = {
         {"[Fe+5]", 10}, {"[Fe+6]", 11}, {"[Fe-5]", 0}, {"[Fe-6]", 11}};
     for (size_t k = 0; k < sizeof irons / sizeof *irons; k++) {
-        prep_convert(&w, FORMAT_SMI, irons[k].smiles, strlen(irons[k].smiles), &o);
+        prep_convert(&w, FORMAT_SMI, irons[k].smiles, &o);
         test_check(w.molecule.atom_feat[3] == irons[k].charge, "%s: %d", irons[k].smiles,
                    w.molecule.atom_feat[3]);
     }
@@ -1538,7 +1524,7 @@ static void test_small_chemistry(void) {
                               "   -0.9000    0.9000   -0.9000 Br  0  0\n"
                               "    1.0000   -1.0000   -1.0000 I   0  0\n"
                               "%s\n  1  3  1\n  1  4  1\n  1  5  1\nM  END\n", bond[k]);
-        int kept = prep_convert(&w, FORMAT_SDF, block, strlen(block), &o);
+        int kept = prep_convert(&w, FORMAT_SDF, block, &o);
         test_check(kept && w.molecule.atom_feat[1] == (k < 2), "%s: tag %d", bond[k],
                    w.molecule.atom_feat[1]);
         free(block);
@@ -1550,7 +1536,7 @@ static void test_small_chemistry(void) {
     for (size_t k = 0; k < sizeof ions / sizeof *ions; k++) {
         char *block = xprintf(HEAD COUNTS1 "    0.0000    0.0000    0.0000 %-3s 0  %d\nM  END\n",
                               ions[k].symbol, ions[k].field);
-        int kept = prep_convert(&w, FORMAT_SDF, block, strlen(block), &o);
+        int kept = prep_convert(&w, FORMAT_SDF, block, &o);
         test_check(kept && w.molecule.atom_feat[4] == ions[k].hydrogens, "%s of field %d: %d "
                    "hydrogens", ions[k].symbol, ions[k].field, w.molecule.atom_feat[4]);
         free(block);

@@ -4,14 +4,14 @@
 // bad input, splits, threads.
 
 // Converts one record of text. Returns 1 if it was kept: then w->molecule holds it.
-static int prep_convert(Worker *w, Format format, const char *text, size_t size, Outcome *o) {
+static int prep_convert(Worker *w, Format format, const char *text, Outcome *o) {
     static int columns[4] = {-1, -1, 0, -1};
     static PrepOptions opt = {.max_atoms = MAX_ATOMS};
     static Conversion c = {.opt = &opt};
     Source s = {.path = "test", .format = format, .n_columns = 4, .smiles_column = 0,
                 .name_column = format == FORMAT_CSV ? 1 : -1, .task_of_column = columns};
-    Record r = {text, size, 0, NULL, 1};
-    Lines in = {text, text + size, 0};
+    Record r = {text, strlen(text), 0, NULL, 1};
+    Lines in = {text, text + r.size, 0};
     *o = (Outcome){0};
     w->used = 0;
     add_task(&c, (Span){"y", 1});
@@ -41,7 +41,7 @@ static void prep_expect(Worker *w, Format format, const char *rule, const char *
                         const char *expected) {
     char got[4096];
     Outcome o;
-    int kept = prep_convert(w, format, text, strlen(text), &o);
+    int kept = prep_convert(w, format, text, &o);
     if (kept) prep_describe(&w->molecule, got, sizeof got);
     else snprintf(got, sizeof got, "refused");
     test_check(strcmp(got, expected) == 0, "%s: got %s%s%s, expected %s", rule, got,
@@ -929,7 +929,7 @@ static void test_perception(Worker *w) {
         prep_expect(w, FORMAT_SDF, "CRLF", crlf, PREP_MOLS[k].expected);
         if (!prep_mol_block(block, sizeof block, &PREP_MOLS[k], 1)) continue;
         prep_describe(&w->molecule, v2, sizeof v2);
-        int kept = prep_convert(w, FORMAT_SDF, block, strlen(block), &o);
+        int kept = prep_convert(w, FORMAT_SDF, block, &o);
         prep_describe(&w->molecule, v3, sizeof v3);
         test_check(kept && strcmp(v2, v3) == 0, "%s as V3000: got %s, expected %s",
                    PREP_MOLS[k].rule, kept ? v3 : o.fault.text, v2);

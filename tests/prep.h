@@ -5,7 +5,7 @@ static void test_faults(Worker *w) {
     Outcome o;
     for (size_t k = 0; k < sizeof PREP_FAULTS / sizeof *PREP_FAULTS; k++) {
         const char *text = PREP_FAULTS[k].text;
-        int kept = prep_convert(w, PREP_FAULTS[k].format, text, strlen(text), &o);
+        int kept = prep_convert(w, PREP_FAULTS[k].format, text, &o);
         test_check(!kept && o.fault.line == PREP_FAULTS[k].line &&
                    o.fault.column == PREP_FAULTS[k].column &&
                    strcmp(o.fault.text, PREP_FAULTS[k].message) == 0,
@@ -14,7 +14,7 @@ static void test_faults(Worker *w) {
                    PREP_FAULTS[k].message, PREP_FAULTS[k].line, PREP_FAULTS[k].column);
     }
     // Catches a record that the reader refuses being written: it would cost the whole dataset.
-    prep_convert(w, FORMAT_SMI, "CC", 2, &o);
+    prep_convert(w, FORMAT_SMI, "CC", &o);
     size_t used = w->used;
     w->molecule.bond_code[0] = BOND_CODES;
     store_molecule(w, &o);
@@ -72,14 +72,14 @@ static void test_hostile_records(void) {
 #if MB_POSIX
         alarm(120);  // ends the test if this one hangs
 #endif
-        int kept = prep_convert(&w, FORMAT_SMI, text, (size_t)(end - text), &o);
+        int kept = prep_convert(&w, FORMAT_SMI, text, &o);
         int64_t left = w.mol.arena.left;
         test_check(strcmp(kept ? "" : o.fault.kind, PREP_HOSTILE[k].kind) == 0, "%s: got \"%s\"",
                    PREP_HOSTILE[k].catches, kept ? "" : o.fault.kind);
         mol_clear(&w.mol);  // the base grows to what was needed
         test_check(w.mol.arena.room >> 20 < (size_t)PREP_HOSTILE[k].most, "%s: %zu bytes",
                    PREP_HOSTILE[k].catches, w.mol.arena.room);
-        if (kept) prep_convert(&w, FORMAT_SMI, text, (size_t)(end - text), &o);
+        if (kept) prep_convert(&w, FORMAT_SMI, text, &o);
         test_check(!kept || left == w.mol.arena.left, "%s: the steps depend on the arena",
                    PREP_HOSTILE[k].catches);
         worker_free(&w);
@@ -290,11 +290,11 @@ static void test_fields(Worker *w) {
     }
     Outcome o;
     const char *row = "CCO,\"the \"\"name\"\"\",3.5,x\r\n";
-    test_check(prep_convert(w, FORMAT_CSV, row, strlen(row), &o) && w->molecule.n_atoms == 3 &&
+    test_check(prep_convert(w, FORMAT_CSV, row, &o) && w->molecule.n_atoms == 3 &&
                w->molecule.labels[0] == 3.5f && strcmp(w->molecule.name, "the \"name\"") == 0,
                "a CSV row with quotes: %s", w->molecule.name);
     const char *line = "CC |c:0| ethane\n";
-    test_check(prep_convert(w, FORMAT_SMI, line, strlen(line), &o) &&
+    test_check(prep_convert(w, FORMAT_SMI, line, &o) &&
                strcmp(w->molecule.name, "ethane") == 0, "name behind a CXSMILES extension");
     Span name, value;
     const char *tags = "> <A>\n1\n2\n\n>  25 <B> (x)\n\n> <C>\n$$$$\n";
@@ -359,7 +359,7 @@ static void test_scaffolds(Worker *w) {
     Outcome o;
     for (int g = 0; g < 11; g++) {
         for (int k = 0; k < 4 && groups[g][k]; k++) {
-            prep_convert(w, FORMAT_SMI, groups[g][k], strlen(groups[g][k]), &o);
+            prep_convert(w, FORMAT_SMI, groups[g][k], &o);
             key[g][k] = scaffold_key(&w->mol);
             test_check(key[g][k].a == key[g][0].a && key[g][k].b == key[g][0].b,
                        "scaffolds of %s and %s", groups[g][0], groups[g][k]);
@@ -417,7 +417,7 @@ static void test_growth(void) {
         Worker w = {0};
         Outcome o;
         const char *record = k ? smiles : text;
-        int kept = prep_convert(&w, k ? FORMAT_SMI : FORMAT_SDF, record, strlen(record), &o);
+        int kept = prep_convert(&w, k ? FORMAT_SMI : FORMAT_SDF, record, &o);
         test_check(kept && w.molecule.n_atoms == N && w.molecule.n_bonds == N - 1,
                    "a chain of %d atoms from a %s", N, k ? "SMILES" : "mol block");
         worker_free(&w);

@@ -68,6 +68,13 @@ MB_PRINTF(3, 4) static void test_format(int code, const char *expected, const ch
     free(command.text);
 }
 
+// Writes a file, then test_command().
+static void test_table(const char *path, const char *content, const char *command, int code,
+                       const char *expected) {
+    write_bytes(path, content, strlen(content));
+    test_command(command, code, expected);
+}
+
 typedef struct { const char *command; int code; const char *expected; } CommandRow;
 
 // The same of a table.
@@ -149,7 +156,6 @@ static void test_messages(void) {
         {"./moleblend predict build/test_train.bin --model build/test_ft.safetensors --interval 0",
          0, "record,name,logP,logP label,\"with,comma\",\"with,comma label\",skipped\n1,mol ,"},
         // a task's name with what CSV and JSON must escape, and another set's tasks
-        {"./data_prep --labels all -o build/test_q.bin build/test_q.csv", 0, "3 molecules"},
         {"./moleblend finetune build/test_train.bin --valid build/test_q.bin", 1,
          "build/test_q.bin: expected the tasks of build/test_train.bin"},
         {"./moleblend finetune build/test_q.bin --valid build/test_q.bin --size tiny --epochs 1 -o "
@@ -183,8 +189,8 @@ static void test_messages(void) {
         {"./data_prep --help", 0, "--split"},
         {"./data_prep no_such.sdf -o build/x.bin", 1, "data_prep: no_such.sdf"},
     };
-    const char *rows = "smiles,\"a\"\"\\b\"\nC,0\nCC,1\nCCC,3\n";
-    write_bytes("build/test_q.csv", rows, strlen(rows));
+    test_table("build/test_q.csv", "smiles,\"a\"\"\\b\"\nC,0\nCC,1\nCCC,3\n",
+               "./data_prep --labels all -o build/test_q.bin build/test_q.csv", 0, "3 molecules");
     test_rows(table, sizeof table / sizeof *table);
 #if MB_POSIX  // catches a 32-bit program that cannot open files over 2 GiB
     test_command("dd if=/dev/zero of=build/big.bin bs=1 count=1 seek=2300000000 2> build/dd.out; "
@@ -583,9 +589,8 @@ static void test_dataset_fields(void) {
         {RECORD, 32, 2, 0, "molecule 1: bond to an atom that is not there"},
         {RECORD, 34, 1, 60, "molecule 1: bond feature out of range"},
         {RECORD, 35, 4, 0x7f800000, "molecule 1: label is infinite"}};
-    const char *rows = "smiles,a\nC,1\nC(,1\nCO,2\n";
-    write_bytes("build/test_h.csv", rows, strlen(rows));
-    test_command("./data_prep -o build/test_h.bin --labels a build/test_h.csv", 0, "2 molecules");
+    test_table("build/test_h.csv", "smiles,a\nC,1\nC(,1\nCO,2\n",
+               "./data_prep -o build/test_h.bin --labels a build/test_h.csv", 0, "2 molecules");
     size_t n, head = DATASET_HEADER + 3;
     uint8_t *bytes = (uint8_t *)file_text("build/test_h.bin", &n), copy[1024];
     size_t index = get_u64(bytes + 24), record = get_u64(bytes + index + 8) >> 16;
@@ -824,6 +829,11 @@ static void test_quota(void) {
         double limit = group_limit(root, "cpu.max", "cpu", "cpu.cfs_quota_us");
         test_check(fabs(limit - cpus[k]) < 1e-9, "quota of %s: %g", root, limit);
         free(root);
+    }
+    for (int own = 2; own < 5; own += 2) {  // the least of its own limit and the group's above
+        test_format(0, "", "echo %d00000 100000 > build/v2/sys/fs/cgroup/a/b/cpu.max", own);
+        double least = group_limit("build/v2", "cpu.max", "cpu", "cpu.cfs_quota_us");
+        test_check(fabs(least - min_int(own, 3)) < 1e-9, "the least of %d and 3: %g", own, least);
     }
     run_command("printf 'MemTotal: 9 kB\nMemAvailable: 3000 kB\n' > build/v2/proc/meminfo");
     test_check(memory_limit("build/v2") == 3072000, "memory: %g", memory_limit("build/v2"));

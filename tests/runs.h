@@ -5,9 +5,8 @@
 // Labels whose gradients are numbers though their squares are none: a run that ends at its first
 // step, or learns nothing.
 static void test_large_labels(void) {
-    const char *rows = "smiles,a\nC,6e11\nCC,-6e11\nCCC,3e11\nCCCC,-2e11\n";
-    write_bytes("build/test_r.csv", rows, strlen(rows));
-    test_command("./data_prep --labels a -o build/test_r.bin build/test_r.csv", 0, "4 molecules");
+    test_table("build/test_r.csv", "smiles,a\nC,6e11\nCC,-6e11\nCCC,3e11\nCCCC,-2e11\n",
+               "./data_prep --labels a -o build/test_r.bin build/test_r.csv", 0, "4 molecules");
     test_command(TUNE_R "--epochs 2 --loss-units labels -o build/test_r.safetensors", 0,
                  "best epoch 2");
     test_command(TUNE_R "--epochs 2 --loss-units labels --clip 0 -o build/test_r.safetensors", 1,
@@ -16,10 +15,9 @@ static void test_large_labels(void) {
 
 // Some molecules with two tasks, as build/test_r.bin; of classes.
 static void write_runs_data(void) {
-    const char *rows = "smiles,a,b\nC,0,1\nCC,1,0\nCCC,0,0\nCCCC,1,1\nCO,1,0\nCN,0,1\n"
-                       "CCO,1,1\nCCN,0,0\nc1ccccc1,1,0\n";
-    write_bytes("build/test_r.csv", rows, strlen(rows));
-    run_command("./data_prep --labels a,b -o build/test_r.bin build/test_r.csv");
+    test_table("build/test_r.csv", "smiles,a,b\nC,0,1\nCC,1,0\nCCC,0,0\nCCCC,1,1\nCO,1,0\nCN,0,1\n"
+               "CCO,1,1\nCCN,0,0\nc1ccccc1,1,0\n",
+               "./data_prep --labels a,b -o build/test_r.bin build/test_r.csv", 0, "9 molecules");
 }
 
 // Seeds that a resumed run forgets, reports wrongly or does not extend; states of an older run.

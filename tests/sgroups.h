@@ -354,11 +354,11 @@ static void test_sgroups(void) {
         {"CC |^1:0| ethyl", "ethyl"}, {"CC |$a|b;$| a name", "a name"}, {"CC |^1:0|", "CC"},
         {"CC ethane |^1:0|", "ethane |^1:0|"}};
     for (int k = 0; k < 4; k++) {
-        int kept = prep_convert(&w, FORMAT_SMI, named[k][0], strlen(named[k][0]), &o);
+        int kept = prep_convert(&w, FORMAT_SMI, named[k][0], &o);
         test_check(kept && span_is(o.name, named[k][1]), "%s: the name is \"%.*s\"", named[k][0],
                    o.name.n, o.name.p);
     }
-    prep_convert(&w, FORMAT_SDF, V3_LIST, strlen(V3_LIST), &o);
+    prep_convert(&w, FORMAT_SDF, V3_LIST, &o);
     test_check(o.fault.kind && strstr(o.fault.kind, "query"), "NOT[...] is a query: %s",
                o.fault.text);
     Text sdf = {0};
@@ -375,11 +375,10 @@ static void test_sgroups(void) {
     test_command("./data_prep --dump build/test_places.bin --range 1:3", 0, "\"pos\":null");
     test_command("./data_prep --dump build/test_places.bin --range 0:1", 0,
                  "\"pos\":[[0,0,0],[1.39");
-    const char *cx = "CC |$a;b$,^1:0| x\nCO |&1:0,SgD:0:a:b::::| y\nCO z\n";
-    write_bytes("build/test_cx.smi", cx, strlen(cx));
-    test_command("./data_prep -o build/test_cx.bin build/test_cx.smi", 0,
-                 "note       2  CXSMILES extensions not read as a whole\n"
-                 "          build/test_cx.smi:1: not read: atom labels\n"
-                 "          build/test_cx.smi:2: not read: stereo groups, S groups\n");
+    test_table("build/test_cx.smi", "CC |$a;b$,^1:0| x\nCO |&1:0,SgD:0:a:b::::| y\nCO z\n",
+               "./data_prep -o build/test_cx.bin build/test_cx.smi", 0,
+               "note       2  CXSMILES extensions not read as a whole\n"
+               "          build/test_cx.smi:1: not read: atom labels\n"
+               "          build/test_cx.smi:2: not read: stereo groups, S groups\n");
     worker_free(&w);
 }

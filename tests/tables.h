@@ -1,12 +1,5 @@
 // tests/tables.h - tables and labels as people have them: read whole, or what is left out is named
 
-// Writes a file ($'...' of printf: \n, \t, \r), runs a command, and looks for text in its output.
-static void test_table(const char *path, const char *content, const char *command, int code,
-                       const char *expected) {
-    write_bytes(path, content, strlen(content));
-    test_command(command, code, expected);
-}
-
 // Catches a dataset and a model that do not know how molecules were prepared.
 static void test_preparation(void) {
     test_table("build/t.csv", "smiles,y\nCCO.Cl,1\nCCN,0\nCCC,1\nCCCl,0\n",
