@@ -612,8 +612,7 @@ static inline void dataset_open(Dataset *d, const char *path) {
     d->split = get_u32(h + 52);
     const uint8_t *p = d->skips;
     Skipped skipped;
-    for (size_t k = 0; k < d->skipped; k++)
-        CHECK((p = dataset_skipped(&skipped, d, p)), "%s: damaged list of skipped records", path);
+    for (size_t k = 0; k < d->skipped && p; k++) p = dataset_skipped(&skipped, d, p);
     CHECK(p == d->index, "%s: damaged list of skipped records", path);
     for (size_t i = 0; i < d->count; i++) {
         uint64_t entry = get_u64(d->index + 8 * i), begin = entry >> 16, next = skips;

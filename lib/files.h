@@ -132,9 +132,9 @@ enum { BEGIN_BYTES = 1024 };  // that a pattern is held against
 static inline void check_file_ours(const char *path, const char *begins) {
     char bytes[BEGIN_BYTES];
     FILE *f = fopen(path, "rb");
-    CHECK(f || errno == ENOENT, "%s: cannot read what is there: %s", path, strerror(errno));
     size_t n = f ? fread(bytes, 1, sizeof bytes, f) : 0;
-    CHECK(!f || !ferror(f), "%s: cannot read what is there: %s", path, strerror(errno));
+    CHECK(f ? !ferror(f) : errno == ENOENT, "%s: cannot read what is there: %s", path,
+          strerror(errno));
     if (f) fclose(f);
     check_ours(path, bytes, n, begins);
 }

@@ -205,20 +205,25 @@ static Span *header_names(Arena *arena, const Record *header, char separator, in
     return names;
 }
 
+// Gives column k, of this name, a role that only one can have: *column, -1 as long as none has.
+static void claim_column(const char *path, int *column, Span name, int k) {
+    CHECK(*column < 0, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", path,
+          *column + 1, k + 1, min_int(name.n, 60), name.p);
+    *column = k;
+}
+
 // Which column of the names is which task: (n) in fresh memory, -1 for none. Those that are missing
 // end the program unless all labels are taken as they come.
 static int *columns_of_tasks(const Conversion *c, const char *path, const Span *names, int n) {
     int *task = xmalloc((size_t)n, sizeof *task);
-    int *column = xmalloc((size_t)c->n_tasks, sizeof *column);  // of each task, from 1 on
+    int *column = xmalloc((size_t)c->n_tasks, sizeof *column);  // of each task
+    for (int t = 0; t < c->n_tasks; t++) column[t] = -1;
     for (int k = 0; k < n; k++) {
         task[k] = find_task(c, names[k]);
-        int *there = task[k] < 0 ? NULL : &column[task[k]];
-        CHECK(!there || !*there, "%s:1: columns %d and %d are both named \"%.*s\"; rename one",
-              path, *there, k + 1, min_int(names[k].n, 60), names[k].p);
-        if (there) *there = k + 1;
+        if (task[k] >= 0) claim_column(path, &column[task[k]], names[k], k);
     }
     for (int t = 0; t < c->n_tasks && !wants_all(c->opt); t++)
-        if (!column[t]) no_column(path, names, n, c->task_names[t], "--labels");
+        if (column[t] < 0) no_column(path, names, n, c->task_names[t], "--labels");
     free(column);
     return task;
 }
@@ -282,13 +287,6 @@ static void check_tags(const Conversion *c, const Source *s, const Record *recor
     FREE_ALL(seen, there.text);
 }
 
-// Gives column k a role that only one can have.
-static void claim_column(const Source *s, int *column, int k) {
-    CHECK(*column < 0, "%s:1: columns %d and %d are both named \"%.*s\"; rename one", s->path,
-          *column + 1, k + 1, min_int(s->columns[k].n, 60), s->columns[k].p);
-    *column = k;
-}
-
 // Reads the header of a CSV source: which column is the SMILES, the name, the part. `row`: the one
 // that follows, NULL if none does.
 static void read_header(const Conversion *c, Source *s, const Record *header, const Record *row) {
@@ -299,11 +297,12 @@ static void read_header(const Conversion *c, Source *s, const Record *header, co
     s->columns = header_names(&s->arena, header, separator_of(s), &s->n_columns);
     s->smiles_column = s->name_column = s->part_column = -1;
     for (int k = 0; k < s->n_columns; k++) {
-        if (word_is(s->columns[k], smiles)) claim_column(s, &s->smiles_column, k);
-        if (c->opt->name && span_is(s->columns[k], c->opt->name))
-            claim_column(s, &s->name_column, k);
-        if (c->part_column && span_is(s->columns[k], c->part_column))
-            claim_column(s, &s->part_column, k);
+        Span name = s->columns[k];
+        if (word_is(name, smiles)) claim_column(s->path, &s->smiles_column, name, k);
+        if (c->opt->name && span_is(name, c->opt->name))
+            claim_column(s->path, &s->name_column, name, k);
+        if (c->part_column && span_is(name, c->part_column))
+            claim_column(s->path, &s->part_column, name, k);
     }
     if (s->smiles_column < 0) no_smiles_column(s, smiles, row);
     if (c->part_column && s->part_column < 0)
