@@ -80,15 +80,8 @@ static float *predict_all(float **labels, Step *s, const Task *task, const Datas
 // Says so if the predictions (n, Y) of a task hardly differ: a hundredth of what labels do.
 static void note_constant(const Task *task, const float *out, size_t n, size_t Y,
                           char *const *names) {
-    for (size_t y = 0; y < Y && n > 9; y++) {
-        double sum = 0, square = 0, unit = (double)task->std[y];
-        for (size_t i = 0; i < n; i++) {
-            double x = (double)(out[i * Y + y] - out[y]) / unit;
-            sum += x;
-            square += x * x;
-        }
-        if (square / (double)n - sum / (double)n * (sum / (double)n) < 1e-4)
+    for (size_t y = 0; y < Y && n > 9; y++)
+        if (label_summary(out, n, Y, y).deviation < 0.01 * (double)task->std[y])
             fprintf(stderr, "note    task %s: the predictions are all but the same; try more "
                     "--epochs or another --lr\n", names[y]);
-    }
 }

@@ -49,14 +49,15 @@ static inline void signals_catch(void) {
 #endif
 }
 
-// The number behind `key` at the begin of a line of FOLDER/FILE, or with key "" on its first line;
-// 0 if there is none.
+// The number behind `key` at the begin of a line of FOLDER/FILE, or with key "" on its first line,
+// divided by the next one, if another follows; 0 if there is none.
 static inline double read_number(const char *folder, const char *file, const char *key) {
     char line[256], *path = xprintf("%s/%s", folder, file);
     FILE *f = fopen(path, "r");
-    double number = 0;
+    double number = 0, period;
     while (f && number == 0 && fgets(line, sizeof line, f))
-        if (strncmp(line, key, strlen(key)) == 0) number = strtod(line + strlen(key), NULL);
+        if (strncmp(line, key, strlen(key)) == 0 &&
+            sscanf(line + strlen(key), "%lf %lf", &number, &period) == 2) number /= period;
     if (f) fclose(f);
     free(path);
     return number;
@@ -70,13 +71,13 @@ static inline double group_memory(const char *folder, int second) {
            read_number(folder, "memory.stat", second ? "active_file " : "total_active_file ");
 }
 
-// The least limit of our control group and the groups above it, 0: none. Version 2 has it in
-// `file` ("LIMIT" or "LIMIT PERIOD"), version 1 in the controller's file `old`, where a limit over
-// a period stands in two: old is "cpu.cfs_quota_us", the other cpu.cfs_period_us. Of memory: what
-// is left of it. root: "", or for tests a folder.
-static inline double group_limit(const char *root, const char *file, const char *controller,
-                                 const char *old) {
-    double least = 0, number[2];
+// The least limit of our control group and the groups above it, 0: none; of the controller "cpu" in
+// CPUs, of "memory" what is left of it. root: "", or for tests a folder.
+static inline double group_limit(const char *root, const char *controller) {
+    int cpu = strcmp(controller, "cpu") == 0;
+    const char *const files[] = {cpu ? "cpu.cfs_quota_us" : "memory.limit_in_bytes",
+                                 cpu ? "cpu.max" : "memory.max"};
+    double least = 0;
     char line[1024], *path = xprintf("%s/proc/self/cgroup", root);
     FILE *groups = fopen(path, "r");  // lines NUMBER:CONTROLLERS:GROUP; of version 2: 0::GROUP
     free(path);
@@ -87,20 +88,11 @@ static inline double group_limit(const char *root, const char *file, const char 
         if (!group || (!second && (!found || found > group || n != strlen(controller)))) continue;
         for (char *end = line + strcspn(line, "\n"); end > group; end = strrchr(line, '/')) {
             *end = 0;
-            double limit = 0;
             char *folder = xprintf("%s/sys/fs/cgroup/%s%s", root, second ? "" : controller,
                                    group + 1);
-            for (int k = 0; k < 1 + (!second && strstr(old, "quota")); k++) {
-                path = xprintf("%s/%s", folder, second ? file : k ? "cpu.cfs_period_us" : old);
-                FILE *f = fopen(path, "r");
-                int read = f ? fscanf(f, "%lf %lf", &number[0], &number[1]) : 0;
-                if (read > 0) limit = k ? limit / number[0] : number[0];
-                if (read > 1) limit /= number[1];
-                if (f) fclose(f);
-                free(path);
-            }
-            if (limit > 0 && strcmp(controller, "memory") == 0)
-                limit = fmax(limit - group_memory(folder, second), 1);
+            double limit = read_number(folder, files[second], "");
+            if (cpu && !second) limit /= read_number(folder, "cpu.cfs_period_us", "");
+            if (!cpu && limit > 0) limit = fmax(limit - group_memory(folder, second), 1);
             if (limit > 0 && (least == 0 || limit < least)) least = limit;
             free(folder);
         }
@@ -112,7 +104,7 @@ static inline double group_limit(const char *root, const char *file, const char 
 // Bytes that this process can still get, as far as the system says: memory that is free or can be
 // freed, what is left of our control group's and of the address space. root: see group_limit().
 static inline double memory_limit(const char *root) {
-    double least = group_limit(root, "memory.max", "memory", "memory.limit_in_bytes");
+    double least = group_limit(root, "memory");
     char *proc = xprintf("%s/proc", root);
     double kib = read_number(proc, "meminfo", "MemAvailable:");
     if (least == 0) least = (double)INFINITY;
@@ -120,8 +112,8 @@ static inline double memory_limit(const char *root) {
 #if MB_POSIX
     struct rlimit limit;
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
-        least = fmin(least, (double)limit.rlim_cur - (double)sysconf(_SC_PAGESIZE) *
-                                read_number(proc, "self/statm", ""));
+        least = fmin(least, (double)limit.rlim_cur -
+                            1024 * read_number(proc, "self/status", "VmSize:"));
 #endif
     free(proc);
     return fmax(least, 0);
@@ -179,7 +171,7 @@ static inline void program_begin(char **argv) {
 // Sets the number of threads: `wanted`, or if that is 0 what the environment says, or as many as
 // there are CPUs that we may use, by affinity and by quota.
 static inline void threads_set(int64_t wanted) {
-    double quota = group_limit("", "cpu.max", "cpu", "cpu.cfs_quota_us");
+    double quota = group_limit("", "cpu");
     mb_adapting = MB_POSIX && !wanted && getenv("MB_CALM") && !getenv("OMP_NUM_THREADS");
     if (!wanted && !getenv("OMP_NUM_THREADS") && quota > 0 && quota < omp_get_num_procs())
         wanted = quota < 1 ? 1 : (int64_t)(quota + 0.5);
