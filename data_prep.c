@@ -4128,7 +4128,7 @@ int main(int argc, char **argv) {
     for (int k = 0; k < n_inputs; k++) {
         input_open(&source, inputs[k], twice ? &copies[k] : NULL);
         char usual = source.format == FORMAT_TSV ? '\t' : ',';
-        if (is_table(&source) && separator_of(&source) != usual)
+        if (is_table(&source) && source.separator != usual)
             fprintf(stderr, source.separator == '\t' ? "note    %s: fields end at tabs\n"
                     : "note    %s: fields end at \"%c\"\n", inputs[k], source.separator);
         convert_source(&source, &c, &out, workers, records, outcomes, &sum);

@@ -160,13 +160,13 @@ static void no_smiles_column(const Source *s, const char *wanted, const Record *
     int n = 0, header = find_smiles(s->columns, s->n_columns), guess = -1;
     arena_reset(&arena);
     const char *p = row ? row->text : NULL;
-    while (n < s->n_columns && csv_field(&arena, &p, row ? row_end(row) : NULL, separator_of(s),
-                                         &cells[n])) n++;
+    while (n < s->n_columns &&
+           csv_field(&arena, &p, row ? row_end(row) : NULL, s->separator, &cells[n])) n++;
     guess = find_smiles(cells, n);
     if (header >= 0 && (!n || guess == header)) {
         Text names = {0};
         for (int k = 0; k < s->n_columns; k++)
-            text_add(&names, k == header ? "%csmiles" : "%cy%d", separator_of(s), k + 1);
+            text_add(&names, k == header ? "%csmiles" : "%cy%d", s->separator, k + 1);
         DIE("%s:1: expected a header, found the SMILES \"%.*s\"; put one in front: (echo '%s'; cat "
             "%s) | ./data_prep --format csv ... -", s->path, min_int(s->columns[header].n, 60),
             s->columns[header].p, names.text + 1, file);
@@ -294,7 +294,7 @@ static void read_header(const Conversion *c, Source *s, const Record *header, co
     CHECK(!header->quote && !header->kind, "%s:1: the header %s", s->path,
           header->quote ? "has a quote that is never closed" : "is too long");
     arena_reset(&s->arena);
-    s->columns = header_names(&s->arena, header, separator_of(s), &s->n_columns);
+    s->columns = header_names(&s->arena, header, s->separator, &s->n_columns);
     s->smiles_column = s->name_column = s->part_column = -1;
     for (int k = 0; k < s->n_columns; k++) {
         Span name = s->columns[k];
@@ -332,7 +332,7 @@ static void survey_source(Conversion *c, Survey *v, Source *s, Record *records) 
             Lines in = {r->text, r->text + r->size, 0};
             Span name, value;
             if (is_table(s) && !r->kind && !r->quote && trim((Span){r->text, (int)r->size}).n)
-                survey_row(v, r, separator_of(s), s->columns, s->n_columns, s->path, s->line,
+                survey_row(v, r, s->separator, s->columns, s->n_columns, s->path, s->line,
                            &arena);
             for (int j = 0; j < 3 && s->format == FORMAT_SDF; j++) next_line(&in, &name);  // titles
             while (s->format == FORMAT_SDF && next_tag(&in, &name, &value))

@@ -199,7 +199,7 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
     const char *p = r->text, *end = row_end(r);
     int column = 0, found = 0;
     Span field, rest;
-    for (; csv_field(&w->mol.arena, &p, end, separator_of(s), &field); column++) {
+    for (; csv_field(&w->mol.arena, &p, end, s->separator, &field); column++) {
         if (column >= s->n_columns) {
             o->surplus |= trim(field).n > 0;
             continue;

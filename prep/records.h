@@ -23,7 +23,7 @@ typedef struct {
     int skipping;            // what comes next is the rest of a record that was too long
     int64_t line;            // number of the line at now.begin, from 1
     int64_t bytes_done, bytes_total;  // total 0: unknown
-    char separator;          // CSV: between fields; 0: the format's own
+    char separator;          // of a table: between fields
     int n_columns;           // CSV: what the header says each column is
     Span *columns;           // their names, in `arena`
     Arena arena;
@@ -138,6 +138,7 @@ static void source_open(Source *s, const char *path, const char *format, FILE **
     int standard = strcmp(path, "-") == 0;
     const char *name = format ? format : path;
     *s = (Source){.path = path, .line = 1, .format = format_by_name(name, (int)strlen(name))};
+    s->separator = s->format == FORMAT_TSV ? '\t' : ',';
     s->file = copy && *copy ? *copy : standard ? stdin : fopen(path, "rb");
     CHECK(s->file || errno != ENOENT || path[strspn(path, SMILES_SIGNS)] || path[0] == '-',
           "%s: no such file; if it is a SMILES, type: echo '%s' | ./data_prep --format smi ... -",
@@ -206,16 +207,13 @@ static const char *csv_row_end(const char *p, const char *end, char separator, c
     return NULL;
 }
 
-// Whether records are rows of a table; what separates their fields.
+// Whether records are rows of a table.
 static int is_table(const Source *s) { return s->format == FORMAT_CSV || s->format == FORMAT_TSV; }
-static char separator_of(const Source *s) {
-    return s->separator ? s->separator : s->format == FORMAT_TSV ? '\t' : ',';
-}
 
 // End of the record at p, or of the rest of one that is skipped, or NULL if it is not there yet.
 static const char *record_end(const Source *s, const char *p, const char *end, const char **quote) {
     if (s->format == FORMAT_SDF) return sd_record_end(p, end);
-    if (is_table(s) && !s->skipping) return csv_row_end(p, end, separator_of(s), quote);
+    if (is_table(s) && !s->skipping) return csv_row_end(p, end, s->separator, quote);
     return line_end(p, end);
 }
 
@@ -371,7 +369,7 @@ static void begin_table(Source *s, const char *smiles) {
     next_line(&in, &line);
     if (line.n == 7 && line.p[0] == '"') line.p++, line.n -= 2;
     if (line.n != 5 || !starts_with_word(line, "sep=")) {
-        s->separator = find_separator(b->bytes + b->begin, in.end, separator_of(s), smiles);
+        s->separator = find_separator(b->bytes + b->begin, in.end, s->separator, smiles);
         return;
     }
     s->separator = line.p[4];

@@ -8,7 +8,7 @@ static int prep_convert(Worker *w, Format format, const char *text, Outcome *o) 
     static int columns[4] = {-1, -1, 0, -1};
     static PrepOptions opt = {.max_atoms = MAX_ATOMS};
     static Conversion c = {.opt = &opt};
-    Source s = {.path = "test", .format = format, .n_columns = 4, .smiles_column = 0,
+    Source s = {.path = "test", .format = format, .separator = ',', .n_columns = 4,
                 .name_column = format == FORMAT_CSV ? 1 : -1, .task_of_column = columns};
     Record r = {text, strlen(text), 0, NULL, 1};
     Lines in = {text, text + r.size, 0};
