@@ -220,14 +220,6 @@ static void tuning_open(Tuning *t, const char *train_path) {
     note_other_seeds();
 }
 
-static void tuning_close(Tuning *t) {
-    for (int64_t k = 0; k < opt.seeds; k++)
-        if (t->locks[k].file) out_discard(&t->locks[k]);
-    FREE_ALL(t->statistics, t->best, t->seed_best, t->locks, t->residuals);
-    step_close(&t->s);
-    run_free(&t->run);
-}
-
 // ---- a seed
 
 // Metrics of the test set (validation set without one): of several tasks, one by one on stdout;
@@ -375,6 +367,9 @@ static void command_finetune(const char *train_path) {
     printf("by chance (the training mean for all): %s", part);
     print_metrics(stdout, chance);
     printf("wrote %s, %s\n", opt.output, t.run.log_path);
-    free(parts.sum);
-    tuning_close(&t);
+    for (int64_t k = 0; k < opt.seeds; k++)
+        if (t.locks[k].file) out_discard(&t.locks[k]);
+    FREE_ALL(parts.sum, t.statistics, t.best, t.seed_best, t.locks, t.residuals);
+    step_close(&t.s);
+    run_free(&t.run);
 }

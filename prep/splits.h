@@ -18,11 +18,6 @@ typedef struct {
 
 #define POOL_BEGINS "records of data_prep\n"
 
-static void pool_open(Pool *p, const char *path) {
-    out_open(&p->file, path, POOL_BEGINS);
-    out_write(&p->file, POOL_BEGINS, sizeof POOL_BEGINS - 1);
-}
-
 // Appends a record and, for scaffold splits, its key.
 static void pool_append(Pool *p, const uint8_t *record, size_t size, uint32_t number,
                         const ScaffoldKey *key) {
@@ -204,9 +199,13 @@ typedef struct {
 
 // Opens the dataset, or the pool. The tasks are known.
 static void output_open(Output *out, const Conversion *c) {
+    if (out->n_parts == 1) {
+        dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
+        return;
+    }
     char *name = xprintf("%s.records", c->opt->output);
-    if (out->n_parts > 1) pool_open(&out->pool, name);
-    else dataset_create(&out->writer, c->opt->output, c->n_tasks, c->task_names);
+    out_open(&out->pool.file, name, POOL_BEGINS);
+    out_write(&out->pool.file, POOL_BEGINS, sizeof POOL_BEGINS - 1);
     free(name);
 }
 

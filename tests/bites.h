@@ -758,11 +758,6 @@ static void plain_tuning(Tuned *t, const Settings *o, int classes, Dataset data[
     molecule_free(&m);
 }
 
-static void tuned_free(Tuned *t) {
-    FREE_ALL(t->params, t->start);
-    step_close(&t->s);
-}
-
 #define BITES_TUNE "./moleblend finetune build/bites_%s0.bin --valid build/bites_%s1.bin --test " \
     "build/bites_%s2.bin "
 
@@ -864,8 +859,8 @@ static void test_tuning_options(void) {
             test_check(wrong == 0, "%s: %d of 60 predictions differ:\n%s", line, wrong, table);
             FREE_ALL(predict, rows_text);
         }
-        tuned_free(&t);
-        FREE_ALL(line, text, csv);
+        step_close(&t.s);
+        FREE_ALL(t.params, t.start, line, text, csv);
     }
     test_check(earlier > 2, "the best epoch is not the last in %d rows", earlier);
     for (int k = 0; k < 6; k++) dataset_close(&data[k / 3][k % 3]);
