@@ -893,32 +893,39 @@ static double run_attention(Rig *rig) {
     return weighted_sum(rig->enc->context, rig->batch.T * (size_t)rig->model.config.dim);
 }
 
-// softmax(q k^T / sqrt(D) + bias) v, in double, without dropout.
-static void plain_attention(float *context, const Rig *rig) {
+// Number k of row `row` of n numbers of a dropout mask: word k / blocks of block k mod blocks.
+static double plain_mask(const Draws *draws, uint32_t purpose, uint32_t slot, uint32_t row, int n,
+                         int k, double p) {
+    int blocks = (n + 3) / 4;
+    uint32_t index = row * (uint32_t)blocks + (uint32_t)(k % blocks);
+    Philox block = philox((Philox){{index, slot, draws->step, purpose}}, draws->seed);
+    return (double)block.word[k / blocks] < p * 4294967296.0 ? 0 : 1 / (1 - p);
+}
+
+// row (C) of token t = softmax(q k^T / sqrt(D) + bias) v in double, from qkv (T, 3 C), with the
+// dropout of layer l at this rate.
+static void plain_attention(double *row, const Rig *rig, const double *qkv, idx t, int l,
+                            double rate) {
     int C = rig->model.config.dim, H = rig->model.config.heads, D = C / H;
-    for (idx b = 0; b < rig->batch.B; b++) {
-        View v = batch_view(&rig->batch, b);
-        int S = (int)v.S;
-        size_t first = v.token;
-        const float *qkv = rig->enc->qkv + first * 3 * (size_t)C;
-        for (int h = 0; h < H; h++)
-            for (int s = 0; s < S; s++) {
-                const float *bias =
-                    rig->bias->attn_bias + H * v.square + (h * S + s) * S;
-                double e[64], sum = 0;
-                for (int t = 0; t < S; t++) {
-                    double score = 0;
-                    for (int d = h * D; d < (h + 1) * D; d++)
-                        score += (double)qkv[s * 3 * C + d] * (double)qkv[t * 3 * C + C + d];
-                    sum += e[t] = exp(score / sqrt(D) + (double)bias[t]);
-                }
-                for (int d = h * D; d < (h + 1) * D; d++) {
-                    double out = 0;
-                    for (int t = 0; t < S; t++)
-                        out += e[t] / sum * (double)qkv[t * 3 * C + 2 * C + d];
-                    context[(first + (size_t)s) * C + d] = (float)out;
-                }
-            }
+    View v = batch_view(&rig->batch, rig->batch.molecule[t]);
+    int S = (int)v.S, i = (int)(t - v.token);
+    for (int h = 0; h < H; h++) {
+        const float *bias = rig->bias->attn_bias + H * v.square + (h * S + i) * S;
+        double e[64], sum = 0;
+        for (int j = 0; j < S; j++) {
+            double score = 0;
+            for (int d = h * D; d < (h + 1) * D; d++)
+                score += qkv[t * 3 * C + d] * qkv[(v.token + j) * 3 * C + C + d];
+            sum += e[j] = exp(score / sqrt(D) + (double)bias[j]);
+        }
+        for (int d = h * D; d < (h + 1) * D; d++) {
+            row[d] = 0;
+            for (int j = 0; j < S; j++)
+                row[d] += e[j] / sum * qkv[(v.token + j) * 3 * C + 2 * C + d] *
+                          plain_mask(&rig->draws, 256 + (uint32_t)l,
+                                     rig->draws.first_slot + (uint32_t)v.b, (uint32_t)h, S * S,
+                                     i * S + j, rate);
+        }
     }
 }
 
@@ -938,8 +945,14 @@ static void test_attention(void) {
                   (size_t)rig.batch.SS * (size_t)H, STEP, "attention: bias");
     rig.draws.active = 0;
     run_attention(&rig);
-    plain_attention(rig.enc->mid, &rig);
+    double *qkv = xmalloc(3 * n, sizeof *qkv), *row = xmalloc((size_t)C, sizeof *row);
+    for (size_t k = 0; k < 3 * n; k++) qkv[k] = (double)rig.enc->qkv[k];
+    for (idx t = 0; t < rig.batch.T; t++) {
+        plain_attention(row, &rig, qkv, t, 0, 0);
+        for (int c = 0; c < C; c++) rig.enc->mid[t * C + c] = (float)row[c];
+    }
     test_close(rig.enc->context, rig.enc->mid, n, 1e-6, "attention: forward");
+    FREE_ALL(qkv, row);
     step_close(&rig);
 }
 

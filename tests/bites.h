@@ -16,15 +16,6 @@ static double plain_normal(uint64_t seed, uint32_t purpose, uint32_t step, uint3
     return sqrt(-2 * log(u)) * cos(2 * acos(-1.0) * v);
 }
 
-// Number k of row `row` of n numbers of a dropout mask: word k / blocks of block k mod blocks.
-static double plain_mask(uint64_t seed, uint32_t purpose, uint32_t step, uint32_t slot,
-                         uint32_t row, int n, int k, double p) {
-    int blocks = (n + 3) / 4;
-    uint32_t index = row * (uint32_t)blocks + (uint32_t)(k % blocks);
-    Philox block = philox((Philox){{index, slot, step, purpose}}, seed);
-    return (double)block.word[k / blocks] < p * 4294967296.0 ? 0 : 1 / (1 - p);
-}
-
 // A draw under the name of another, a probability that is not a part of the sum.
 static void test_draws(void) {
     static const uint8_t shuffled[8] = {1, 2, 0, 3, 4, 7, 6, 5};
@@ -253,7 +244,7 @@ static void test_dropped_layers(void) {
     enum { L = 4 };
     const double rates[4] = {0.2, 0.15, 0.3, 0.1};  // as in rig_open()
     Config c = rig.model.config;
-    int C = c.dim, F = c.ffn, H = c.heads, D = C / H, dropped = 0, kept = 0;
+    int C = c.dim, F = c.ffn, dropped = 0, kept = 0;
     model_free(&rig.model);
     c.layers = L;
     rig.draws.first_slot = 50;
@@ -271,12 +262,12 @@ static void test_dropped_layers(void) {
         View v = batch_view(&rig.batch, rig.batch.molecule[t]);
         for (int k = 0; k < C; k++)
             plain[t * C + k] =
-                (float)(plain_mask(seed, 7, step, 50 + (uint32_t)v.b, (uint32_t)(t - v.token), C, k,
+                (float)(plain_mask(&rig.draws, 7, 50 + (uint32_t)v.b, (uint32_t)(t - v.token), C, k,
                                    rates[3]) * (double)undropped[t * C + k]);
     }
     test_close(x0, plain, n, 1e-6, "embedding dropout");
     double *mid = xmalloc((size_t)C, sizeof *mid), *hidden = xmalloc((size_t)F, sizeof *hidden);
-    double *qkv = xmalloc(3 * n, sizeof *qkv), *row = xmalloc((size_t)C, sizeof *row);
+    double *qkv = xmalloc(3 * n, sizeof *qkv), *context = xmalloc((size_t)C, sizeof *context);
     for (int l = 0; l < L; l++) {
         const LayerTensors *p = &rig.model.p.layer[l];
         const float *x = x0 + l * n;
@@ -290,34 +281,16 @@ static void test_dropped_layers(void) {
             }
         for (idx t = 0; t < T; t++) {
             View v = batch_view(&rig.batch, rig.batch.molecule[t]);
-            int S = (int)v.S, i = (int)(t - v.token);
+            int i = (int)(t - v.token);
             uint32_t slot = 50 + (uint32_t)v.b;
-            double keep[2], mean, square, *context = row;
+            double keep[2], mean, square;
             for (uint32_t second = 0; second < 2; second++) {
                 double u = plain_uniform(seed, 768 + (uint32_t)l, step, slot, second);
                 keep[second] = rate <= 0 ? 1 : u < rate ? 0 : 1 / (1 - rate);
                 dropped += i == 0 && keep[second] < 0.5;
                 kept += i == 0 && keep[second] > 1;
             }
-            for (int h = 0; h < H; h++) {
-                const float *bias = rig.bias->attn_bias + H * v.square + h * S * S + i * S;
-                double e[64], sum = 0;
-                for (int j = 0; j < S; j++) {
-                    double score = 0;
-                    for (int d = h * D; d < (h + 1) * D; d++)
-                        score += qkv[t * 3 * C + d] *
-                                 qkv[(v.token + j) * 3 * C + C + d];
-                    sum += e[j] = exp(score / sqrt(D) + (double)bias[j]);
-                }
-                for (int d = h * D; d < (h + 1) * D; d++) {
-                    context[d] = 0;
-                    for (int j = 0; j < S; j++)
-                        context[d] += e[j] / sum *
-                                      plain_mask(seed, 256 + (uint32_t)l, step, slot, (uint32_t)h,
-                                                 S * S, i * S + j, rates[0]) *
-                                      qkv[(v.token + j) * 3 * C + 2 * C + d];
-                }
-            }
+            plain_attention(context, &rig, qkv, t, l, rates[0]);
             for (int half = 0; half < 2; half++) {  // attention, then the feed-forward layer
                 const float *w = half ? p->ffn2_w : p->out_w, *b = half ? p->ffn2_b : p->out_b;
                 const double *in = half ? hidden : context;
@@ -339,7 +312,7 @@ static void test_dropped_layers(void) {
                     double pre = (double)p->ffn1_b[o];
                     for (int k = 0; k < C; k++) pre += (double)p->ffn1_w[o * C + k] * mid[k];
                     hidden[o] = 0.5 * pre * (1 + erf(pre / sqrt(2.0))) *
-                                plain_mask(seed, 512 + (uint32_t)l, step, slot, (uint32_t)i, F, o,
+                                plain_mask(&rig.draws, 512 + (uint32_t)l, slot, (uint32_t)i, F, o,
                                            rates[1]);
                 }
             }
@@ -350,7 +323,7 @@ static void test_dropped_layers(void) {
         free(what);
     }
     test_check(dropped > 2 && kept > 10, "%d branches dropped, %d scaled", dropped, kept);
-    FREE_ALL(undropped, plain, x0, mid, hidden, qkv, row);
+    FREE_ALL(undropped, plain, x0, mid, hidden, qkv, context);
     step_close(&rig);
 }
 
