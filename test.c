@@ -691,6 +691,20 @@ typedef Step Rig;
 static const Blend TEST_BLEND = {0.2, 0.2, 0.6, 0.4, 0.6, 0.2, 0};
 #define TEST_WEIGHTS {{0, 6, 0.1, 0.1, 0.5}}
 
+// Puts B molecules into the batch of s, where they show what they draw, and frees them.
+static void batch_molecules(Step *s, Molecule *m, idx B) {
+    int n_atoms[16] = {0};
+    for (idx b = 0; b < B; b++) n_atoms[b] = m[b].n_atoms;
+    batch_layout(&s->batch, B, n_atoms);
+    for (idx b = 0; b < B; b++) {
+        batch_set(&s->batch, b, &m[b]);
+        batch_draw(&s->batch, b, &TEST_BLEND, &s->draws);
+        batch_pairs(&s->batch, b);
+        molecule_free(&m[b]);
+    }
+    batch_count(&s->batch);
+}
+
 static void rig_molecule(Molecule *m, size_t b) {
     static const int atoms[] = {1, 7, 3, 9, 20, 5, 49, 46}, parts[] = {1, 2, 3, 1, 1, 1, 1, 1};
     random_molecule(m, atoms[b], parts[b], b != 3, 100 + (uint32_t)b);
@@ -700,26 +714,14 @@ static void rig_molecule(Molecule *m, size_t b) {
 static void rig_open(Rig *rig, int tasks, int dropout) {
     enum { B = 8 };
     Config c = {2, 24, 20, 3, 12, tasks};
-    Molecule m = {0};
-    int n_atoms[B];
+    Molecule m[B] = {{0}};
     *rig = (Rig){.draws = {11, 4, 0, dropout}, .drop = {0.2, 0.15, 0.3, 0.1},
                  .weights = TEST_WEIGHTS};
     model_create(&rig->model, c, 1);
     formula_params(&rig->model);
-    for (size_t b = 0; b < B; b++) {
-        rig_molecule(&m, b);
-        n_atoms[b] = m.n_atoms;
-    }
+    for (size_t b = 0; b < B; b++) rig_molecule(&m[b], b);
     rig->batch.Y = tasks;
-    batch_layout(&rig->batch, B, n_atoms);
-    for (size_t b = 0; b < B; b++) {
-        rig_molecule(&m, b);
-        batch_set(&rig->batch, b, &m);
-        batch_draw(&rig->batch, b, &TEST_BLEND, &rig->draws);
-        batch_pairs(&rig->batch, b);
-    }
-    batch_count(&rig->batch);
-    molecule_free(&m);
+    batch_molecules(rig, m, B);
     encoder_forward(rig);
     if (tasks) task_arrays_layout(rig);
     else heads_layout(rig);
@@ -1240,42 +1242,31 @@ static void test_packing(void) {
     memcpy(together, encoder_output(&rig) + first * C, (N + 1) * C * sizeof *together);
     Molecule m = {0};
     rig_molecule(&m, b);
-    batch_layout(&rig.batch, 1, &m.n_atoms);
-    batch_set(&rig.batch, 0, &m);
     rig.draws.first_slot = (uint32_t)b;
-    batch_draw(&rig.batch, 0, &TEST_BLEND, &rig.draws);
-    batch_pairs(&rig.batch, 0);
-    batch_count(&rig.batch);
+    batch_molecules(&rig, &m, 1);
     encoder_forward(&rig);
     test_close(encoder_output(&rig), together, (N + 1) * C, 1e-6,
                "alone and in a batch");
     free(together);
-    molecule_free(&m);
     step_close(&rig);
 }
 
 // 500 atoms, all together with one atom and without positions: finite losses and gradients.
 static void test_large(void) {
     Config c = {1, 16, 16, 2, 4, 0};
-    Molecule m = {0};
+    Molecule m[3] = {{0}};
     Step s = {.draws = {3, 0, 0, 1}, .drop = {0.1, 0.1, 0.1, 0}, .weights = TEST_WEIGHTS};
     static const int atoms[] = {500, 1, 12}, parts[] = {1, 1, 2};
     model_create(&s.model, c, 1);
     model_init(&s.model, 5);
-    batch_layout(&s.batch, 3, atoms);
-    for (size_t b = 0; b < 3; b++) {
-        random_molecule(&m, atoms[b], parts[b], b != 2, (uint32_t)b);
-        batch_set(&s.batch, b, &m);
-        batch_draw(&s.batch, b, &TEST_BLEND, &s.draws);
-        batch_pairs(&s.batch, b);
-    }
-    batch_count(&s.batch);
+    for (size_t b = 0; b < 3; b++)
+        random_molecule(&m[b], atoms[b], parts[b], b != 2, (uint32_t)b);
+    batch_molecules(&s, m, 3);
     double loss[LOSSES];
     gradients(loss, &s);
     double norm = gradient_norm(&s.model);
     test_check(isfinite(loss[LOSS_TOTAL]) && isfinite(norm) && norm > 0,
                "500 atoms: loss %g, gradient %g", loss[LOSS_TOTAL], norm);
-    molecule_free(&m);
     step_close(&s);
 }
 

@@ -123,22 +123,11 @@ static void losses_molecule(Molecule *m, int b) {
 // A pair, slot, atom or molecule that counts where it should not, a mean over something else.
 static void test_plain_losses(void) {
     Step s = {.draws = {4, 2, 0, 0}, .weights = {{0, 5, 0.3, 0.2, 0.7}}};
-    Molecule m = {0};
-    int n_atoms[LOSS_MOLECULES];
-    for (int b = 0; b < LOSS_MOLECULES; b++) {
-        losses_molecule(&m, b);
-        n_atoms[b] = m.n_atoms;
-    }
+    Molecule m = {0}, all[LOSS_MOLECULES] = {{0}};
+    for (int b = 0; b < LOSS_MOLECULES; b++) losses_molecule(&all[b], b);
     model_create(&s.model, (Config){1, 12, 8, 2, 4, 0}, 1);
     formula_params(&s.model);
-    batch_layout(&s.batch, LOSS_MOLECULES, n_atoms);
-    for (int b = 0; b < LOSS_MOLECULES; b++) {
-        losses_molecule(&m, b);
-        batch_set(&s.batch, b, &m);
-        batch_draw(&s.batch, b, &TEST_BLEND, &s.draws);
-        batch_pairs(&s.batch, b);
-    }
-    batch_count(&s.batch);
+    batch_molecules(&s, all, LOSS_MOLECULES);
     idx P = s.batch.P, pair = 0;
     float *spd = s.logits[LOSS_SPD] = xmalloc(P * SPD_CLASSES, sizeof *spd);
     float *edge = s.logits[LOSS_EDGE] = xmalloc(P * EDGE_OUTPUTS, sizeof *edge);
