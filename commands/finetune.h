@@ -233,8 +233,8 @@ static void finetune_report(double mean[METRICS], double chance[METRICS], Tuning
     for (size_t k = 0; k < n * Y; k++) constant[k] = t->task.mean[k % Y];
     task_means(mean, kind, out, labels, n, Y);
     task_means(chance, kind, constant, labels, n, Y);
-    if (Y > 1)  // errors have the units of labels, which tasks need not share
-        mean[METRIC_RMSE] = mean[METRIC_MAE] = chance[METRIC_RMSE] = chance[METRIC_MAE] = NAN;
+    for (int k = METRIC_RMSE; k <= METRIC_MAE && Y > 1; k++)  // units that tasks need not share
+        mean[k] = chance[k] = (double)NAN;
     for (size_t y = 0; y < Y && Y > 1; y++) {
         double metric[METRICS];
         task_metrics(metric, kind, out, labels, n, Y, y);
