@@ -279,8 +279,9 @@ def table(options):
     classes = lambda task: TASKS[task][0] == "classification"
 
     def cell(task, one):
-        first, *more = [mean(scores[task, number, one]) for number in range(options.splits)]
-        return f"{first:.3f} / {mean(more):.3f} ± {spread(more):.3f}"
+        more = [mean(scores[task, number, one]) for number in range(1, options.splits)
+                if scores[task, number, one]]  # what is done so far
+        return f"{mean(scores[task, 0, one]):.3f} / {mean(more):.3f} ± {spread(more):.3f}"
 
     def gains(task, one, other):
         """By how much the first is better than the second, pair by pair."""
