@@ -1358,6 +1358,10 @@ static void test_metrics(void) {
     task_metrics(metric, TASK_REGRESSION, scores, constant, 7, 1, 0);
     test_check(isnan(metric[METRIC_R2]), "R2 of constant labels is undefined, not %g",
                metric[METRIC_R2]);
+    static const float two[] = {0, 0, 1, 0, 0, 0, 1, 0, 1, 0};  // tasks, of which one has one class
+    task_means(metric, TASK_CLASSIFICATION, scores, two, 5, 2);
+    test_check(fabs(metric[METRIC_AUC] - 5 / 6.0) < 1e-9, "mean ROC-AUC of one task of two %.9f",
+               metric[METRIC_AUC]);
 }
 
 // =================================================================================================

@@ -1368,6 +1368,12 @@ static void test_machinery(void) {
                      "0.0000    0.0000 C   0  0\\nM  END\\n$$$$\\n' > build/bites.sdf; cat "
                      "build/bites.sdf build/bites.sdf build/bites.sdf | ./data_prep --format sdf "
                      "-o - - | ./data_prep --range 2: --dump -", 0, "{\"name\":\"3\",");
+        test_command("sed 's/C   0  0/H   0  3/' build/bites.sdf | ./data_prep --format sdf -o - - "
+                     "| ./data_prep --dump -", 0, "[[0,0,0,6,0,0,5,0,0]]");  // a proton, no H
+        test_command("printf 'C a\\nCC b\\nCCC c\\n' | ./data_prep --format smi -o - - | "
+                     "./data_prep --range 1:2 --dump - | grep -c name", 0, "1\n");
+        test_command("printf 'C(\\nC(\\nC(\\nC(\\nC\\n' | ./data_prep --format smi --max-reject 1 "
+                     "-o build/bites_n.bin - 2>&1 | grep -c 'column 3'", 0, "3\n");
     }
     struct { const char *path, *ending, *other, *expected; } paths[] = {
         {"a/b.safetensors", ".safetensors", ".log.csv", "a/b.log.csv"},
