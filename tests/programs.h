@@ -729,8 +729,8 @@ static void test_reproducible(void) {
                 "%s --resume -o build/test_m.safetensors", base);
     // --resume takes the options from the state, names each that differs, and allows more steps
     test_format(1, "--lr: the run began with \"0.0003\", now it is \"0.5\"\n"
-                "--clip: the run began with \"5\", now it is \"3\"\nmoleblend: build/test_k",
-                "%s --lr 0.5 --clip 3 --resume -o build/test_k.safetensors", base);
+                "--clip: the run began with \"5\", now it is \"9\"\nmoleblend: build/test_k",
+                "%s --lr 0.5 --clip 9 --resume -o build/test_k.safetensors", base);
     test_command("./moleblend build/test_train.bin --resume -o build/test_k.safetensors", 0,
                  "2 layers, 32 wide");
     test_check(same_files("build/test_t0.safetensors", "build/test_k.safetensors"),
