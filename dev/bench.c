@@ -73,11 +73,11 @@ static double fma_peak(int threads) {
     return best;
 }
 
-// Shapes (M, N, K) of products: encoder layers of `base` and `small`, the edge head's.
+// Sizes (M, N, K) of products: encoder layers of `base` and `small`, the edge head's.
 static const int SIZES[][3] = {{1024, 768, 768}, {1024, 2304, 768}, {256, 768, 768},
                                 {64, 768, 768},   {16, 768, 768},    {960, 256, 256},
                                 {64, 256, 256},   {128, 4096, 32},   {128, 32, 4096}};
-enum { N_SHAPES = sizeof SIZES / sizeof SIZES[0], MODES = 3 };
+enum { N_SIZES = sizeof SIZES / sizeof SIZES[0], MODES = 3 };
 static const char *const MODE_NAMES[MODES] = {"X W^T", "dY W", "dY^T X"};
 
 // One product, by gemm() or (ours = 0) by OpenBLAS.
@@ -110,7 +110,7 @@ static void bench_gemm(double peak) {
     printf("  gemm  M    N    K    %-7s ", gemm_bf16 ? "bf16" : "float32");
     for (int mode = 0; mode < MODES; mode++) printf("  %8s GFLOP/s", MODE_NAMES[mode]);
     printf("\n");
-    for (int s = 0; s < N_SHAPES; s++) {
+    for (int s = 0; s < N_SIZES; s++) {
         printf("    %5d %4d %4d            ", SIZES[s][0], SIZES[s][1], SIZES[s][2]);
         for (int mode = 0; mode < MODES; mode++) {
             double rate = product_rate(1, mode, SIZES[s], A, B, C);
