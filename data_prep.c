@@ -437,7 +437,7 @@ static int is_query_symbol(Span s) {
                                         "R", "R#", "Pol", "Mod"};
     for (int k = 0; k < 14; k++)
         if (span_is(s, names[k])) return 1;
-    return s.n > 1 && (s.p[0] == '[' || starts_with_word(s, "NOT[") ||
+    return s.n > 1 && (s.p[0] == '[' || starts_with_word(s, "NOT") ||
                        (s.p[0] == 'R' && isdigit((unsigned char)s.p[1])));
 }
 
@@ -906,7 +906,6 @@ static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
 static int v3_atom_line(MolBlock *b, Span line) {
     int n = v3_tokens(b, line);
     const Span *token = b->tokens;
-    if (n > 1 && word_is(token[1], "NOT")) return not_supported(b, token[1]);
     if (n < 6)
         return MOL_FAULT(b, 0, "expected index, symbol, x, y, z and map number, found %d fields",
                          n);

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Writes an SD file of drug-like molecules with computed geometries, for pretraining.
+"""Writes an SD file of drug-like molecules with computed geometries, for pretraining; or, as a
+CSV file, their SMILES and RDKit's descriptors.
 
     python3 dev/make_geometries.py -o drugs.sdf hiv.csv muv.csv toxcast.csv tox21.csv
         [--without esol.test.bin ...] [--limit 30000] [--processes 2]        (RDKit; hours)
+    python3 dev/make_geometries.py -o descriptors.csv ...
 
 Every molecule of the CSV files (a column `smiles`; .gz too) is taken once, by its canonical SMILES
 without stereo marks, if it is one piece of at least 4 and at most --max-atoms heavy atoms. Left out
@@ -10,7 +12,9 @@ are the molecules of the datasets named by --without (made by data_prep from the
 fine-tuned; their names must be the SMILES), so that pretraining never sees a test molecule. The
 rest is shuffled with a seed: --limit takes a random sample. Geometries: ETKDGv3 with a fixed seed,
 then at most 500 steps of MMFF94; what fails is left out and counted. Heavy atoms only, as in
-data/sample.sdf.
+data/sample.sdf. Descriptors: all of Descriptors.descList but Ipc, which grows beyond any float, cut
+off below and above at the 0.1 % of the molecules that are furthest out, and without those that are
+the same for 99 of 100; a cell is empty where there is no number.
 Counts and the time go to stdout.
 """
 
@@ -18,6 +22,7 @@ import argparse
 import csv
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -25,6 +30,7 @@ import subprocess
 import time
 
 from rdkit import Chem, RDLogger
+from rdkit.Chem import Descriptors
 
 from make_sample import conformer
 
@@ -53,11 +59,39 @@ def record(smiles):
     return Chem.MolToMolBlock(Chem.RemoveHs(mol), includeStereo=False) + "$$$$\n"
 
 
+def descriptors(smiles):
+    """A row of the table: the descriptors by name."""
+    mol = Chem.MolFromSmiles(smiles)
+    values = {name: f(mol) for name, f in Descriptors.descList if name != "Ipc"}
+    return {"smiles": smiles, **{name: value if math.isfinite(value) else ""
+                                 for name, value in values.items()}}
+
+
+def write_descriptors(rows, path):
+    """The rows without outliers and without columns that are nearly constant."""
+    for name in list(rows[0])[1:]:
+        values = sorted(row[name] for row in rows if row[name] != "")
+        far = len(values) // 1000
+        if not values or values[len(values) // 200] == values[-1 - len(values) // 200]:
+            for row in rows:
+                del row[name]
+            continue
+        low, high = values[far], values[-1 - far]
+        for row in rows:
+            if row[name] != "":
+                row[name] = f"{min(max(row[name], low), high):.6g}"
+    with open(path, "w", newline="") as out:
+        table = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    print(f"{len(rows[0]) - 1} descriptors")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="+", metavar="FILE.csv")
-    parser.add_argument("-o", required=True, dest="out", metavar="FILE.sdf")
+    parser.add_argument("-o", required=True, dest="out", metavar="FILE.sdf|FILE.csv")
     parser.add_argument("--without", nargs="*", default=[], metavar="FILE.bin")
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--max-atoms", type=int, default=50)
@@ -88,6 +122,11 @@ def main():
           f"another size, {len(kept_back)} of the datasets --without", flush=True)
     if options.limit:
         chosen = chosen[:options.limit]
+    if options.out.endswith(".csv"):
+        with multiprocessing.Pool(options.processes) as pool:
+            write_descriptors(list(pool.imap(descriptors, chosen, chunksize=50)), options.out)
+        print(f"{len(chosen)} molecules; {time.time() - begin:.0f} s")
+        return
     good = 0
     with multiprocessing.Pool(options.processes) as pool, open(options.out, "w") as out:
         for text in pool.imap(record, chosen, chunksize=50):

@@ -1111,6 +1111,8 @@ static const struct {
      "NOT[N] is not supported"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 NOT [N] 0 0 0 0\n", 8, 0,
      "NOT is not supported"},
+    {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 \"NOT [N]\" 0 0 0 0\n", 8, 0,
+     "NOT [N] is not supported"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 0\nM  V30 BEGIN ATOM\nM  V30 1 C 0 0 0 0 HCOUNT=2\n", 8, 0,
      "HCOUNT=2 is not supported"},
     {FORMAT_SDF, V3HEAD "M  V30 COUNTS 1 1\n" V3ATOM "M  V30 BEGIN BOND\nM  V30 1 1 1\n", 11, 0,
