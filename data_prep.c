@@ -900,7 +900,6 @@ static int v3_atom_property(MolBlock *b, ChemAtom *a, Span token) {
     return 0;
 }
 
-
 // "index symbol x y z map NAME=value ...".
 // RDKit: ParseV3000AtomBlock
 static int v3_atom_line(MolBlock *b, Span line) {
@@ -4135,8 +4134,7 @@ int main(int argc, char **argv) {
     }
     print_summary(&sum, n_inputs);
     if (sum.n_kept) print_labels(&c, &sum);
-    if (c.labels.n_rows) note_unused_rows(&c.labels);
-    note_unused(&c, &sum, out.n_parts, given);
+    note_unused(&c, out.n_parts, given);
     if (sum.rejects.file) out_commit(&sum.rejects);
     check_result(&c, &sum, inputs[0]);
     output_finish(&out, &c, &sum);

@@ -2291,6 +2291,7 @@ static void run_meta(Text *t, const Run *run, Config c, int64_t seeds, int of_st
     text_add_meta(t, "stereo", "%s", run->train.stereo);
     text_add_meta(t, "largest_fragment", "%u",
                   (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
+    if (run->train.flags & PREP_HYDROGENS) text_add_meta(t, "keep_hydrogens", "1");
     if (of_state) {
         text_add_meta(t, "test_fingerprint", "%lld", (long long)data_print(&run->test));
         text_add_meta(t, "init_fingerprint", "%lld", (long long)run->init_print);

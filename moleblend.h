@@ -424,7 +424,8 @@ static inline void molecule_free(Molecule *m) {
 #define DATASET_BEGINS "MOLBLEND"
 enum { DATASET_VERSION = 2, DATASET_HEADER = 64, RECORD_HEADER = 12 };
 enum { PREP_LARGEST_FRAGMENT = 1 };  // flags: only the largest fragment of each record
-enum { PREP_STEREO = 2 };            // flags: it times the kind of the chiral tags
+enum { PREP_STEREO = 2 };            // flags: it times the kind of the chiral tags, below 4
+enum { PREP_HYDROGENS = 8 };         // flags: hydrogen atoms are atoms
 
 // What CW and CCW of a dataset refer to (data_prep --stereo): the order in which the file lists an
 // atom's neighbours, as in the release; ranks, so that order does not matter; there are none.
@@ -585,9 +586,9 @@ static inline void dataset_open(Dataset *d, const char *path) {
     d->max_atoms = (int)get_u32(h + 40);
     d->max_bonds = (int)get_u32(h + 44);
     d->flags = get_u32(h + 56);
-    CHECK(d->flags / PREP_STEREO < N_TAG_KINDS, "%s: flags %u: made by a newer data_prep", path,
-          (unsigned)d->flags);
-    d->stereo = TAG_KINDS[d->flags / PREP_STEREO];
+    CHECK(d->flags / PREP_STEREO % 4 < N_TAG_KINDS && d->flags < 2 * PREP_HYDROGENS,
+          "%s: flags %u: made by a newer data_prep", path, (unsigned)d->flags);
+    d->stereo = TAG_KINDS[d->flags / PREP_STEREO % 4];
     d->task_names = xmalloc((size_t)d->n_tasks, sizeof *d->task_names);
     size_t at = DATASET_HEADER;
     for (int t = 0; t < d->n_tasks; t++) {

@@ -193,6 +193,7 @@ static void tuning_open(Tuning *t, const char *train_path) {
     run->steps = epochs_steps(run, opt.epochs);
     run->log = rows_make(run->steps, LOG_COLUMNS);
     run->history = rows_make(opt.epochs, HISTORY_COLUMNS);
+    const Dataset *const sets[] = {&run->train, &run->valid, &run->test};
     size_t Y = (size_t)run->train.n_tasks;
     tasks_check(&run->train, &run->valid, &run->test, opt.valid);
     if (!opt.readout) opt.readout = DEFAULT_READOUT;
@@ -202,11 +203,9 @@ static void tuning_open(Tuning *t, const char *train_path) {
                      .use = modality_use(opt.modality),
                      .mean = t->statistics, .std = t->statistics + Y, .scale = 1,
                      .label_units = choice("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
-    t->task.kind = task_statistics(t->statistics, &run->train, &opt.task, 0);
+    t->task.kind = task_statistics(t->statistics, sets, &opt.task, 0);
     t->judged = can_judge(&run->valid, "the training loss chooses the epoch and when to stop");
-    check_positions(&run->train, t->task.use);
-    check_positions(&run->valid, t->task.use);
-    check_positions(&run->test, t->task.use);
+    for (int k = 0; k < 3; k++) check_positions(sets[k], t->task.use);
     Config c = start_config(run->resumed ? NULL : opt.init);
     c.tasks = run->train.n_tasks;
     model_create(&t->s.model, c, 1);

@@ -25,11 +25,16 @@ static void check_positions(const Dataset *data, int use) {
 
 // Says so if the dataset was prepared otherwise than what the model has learnt from.
 static void check_preparation(const Dataset *data, const TensorFile *model) {
-    const char *then = tensor_meta(model, "largest_fragment");
-    int now = (data->flags & PREP_LARGEST_FRAGMENT) != 0;
-    if (then && data->count && now != (*then == '1'))
-        fprintf(stderr, "note    %s: made with%s --largest-fragment, what the model learnt from %s "
-                "it\n", data->path, now ? "" : "out", now ? "without" : "with");
+    static const char *const keys[] = {"largest_fragment", "keep_hydrogens"};
+    static const char *const options[] = {"--largest-fragment", "--keep-hydrogens"};
+    int told = tensor_meta(model, keys[0]) != NULL;  // else it is from elsewhere
+    for (int k = 0; k < 2 && told && data->count; k++) {
+        const char *then = tensor_meta(model, keys[k]);
+        int now = (data->flags & (k ? PREP_HYDROGENS : PREP_LARGEST_FRAGMENT)) != 0;
+        if (now != (then && *then == '1'))
+            fprintf(stderr, "note    %s: made with%s %s, what the model learnt from %s it\n",
+                    data->path, now ? "" : "out", options[k], now ? "without" : "with");
+    }
     note_stereo(data, model->path, tensor_meta(model, "stereo"));
 }
 

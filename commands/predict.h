@@ -224,6 +224,11 @@ static void predict_metrics(const Predictions *all, size_t n) {
     for (size_t y = 0; y < Y; y++) {
         double held = 0, present = 0;
         if (all->column[y] < 0) continue;
+        if (all->kind == TASK_CLASSIFICATION && label_no_class(all->labels, n, Y, y) < n * Y) {
+            fprintf(stderr, "note    %s: task %s: labels are more than 0 and 1: they cannot judge "
+                    "classes\n", all->data.path, all->names[y]);
+            for (size_t k = y; k < n * Y; k += Y) all->labels[k] = NAN;
+        }
         task_metrics(metric, all->kind, all->out, all->labels, n, Y, y);
         fprintf(stderr, "%-24s", all->names[y]);
         print_metrics(stderr, metric);

@@ -131,20 +131,41 @@ static inline void tasks_check(const Dataset *train, const Dataset *valid, const
 
 static const char *const TASK_KINDS[] = {"classification", "regression"};
 
-// The kind of a training set's labels, *task, or if that is NULL by their values. Of task y = 0 to
+// The place of the first label that is neither 0 nor 1 nor missing among those of task y, or of all
+// tasks (y = Y); n Y if there is none.
+static inline size_t label_no_class(const float *labels, size_t n, size_t Y, size_t y) {
+    size_t k = 0;
+    while (k < n * Y && ((y < Y && k % Y != y) || isnan(labels[k]) || labels[k] == 0 ||
+                         labels[k] == 1)) k++;
+    return k;
+}
+
+// Dies if a label of a dataset (NULL: there is none) is no class.
+static inline void classes_check(const Dataset *d) {
+    size_t Y = (size_t)d->n_tasks, n = d->data ? d->count : 0;
+    float *labels = n ? dataset_labels(d) : NULL;
+    size_t k = label_no_class(labels, n, Y, Y);
+    CHECK(k == n * Y, "%s: molecule %zu: expected labels 0 and 1 for --task classification, found "
+          "%g; give --task regression, or leave it out", d->path, k / Y, (double)labels[k]);
+    free(labels);
+}
+
+// The kind of the labels of a training set, sets[0], *task, or if that is NULL by their values; the
+// sets beside it are open, or not. Of task y = 0 to
 // Y - 1, statistics (3, Y): mean and deviation (1 where all are equal; classes: 0 and 1), and the
 // bias that a head begins with, log(p / (1 - p)) of classes with p the share of ones; there must be
-// both classes unless `one_class` will do. Dies where there is nothing to learn.
-static inline TaskKind task_statistics(float *statistics, const Dataset *d, const char **task,
-                                       int one_class) {
-    size_t Y = (size_t)d->n_tasks, n = d->count * Y, other = n;
+// both classes unless `one_class` will do. Dies where there is nothing to learn, or
+// one of the sets has labels that are no classes.
+static inline TaskKind task_statistics(float *statistics, const Dataset *const sets[3],
+                                       const char **task, int one_class) {
+    const Dataset *d = sets[0];
+    size_t Y = (size_t)d->n_tasks, n = d->count * Y;
     float *labels = dataset_labels(d);
-    for (size_t k = 0; k < n; k++) {
+    for (size_t k = 0; k < n; k++)
         CHECK(!(fabsf(labels[k]) > (float)LABEL_MAX), "%s: molecule %zu: task %s: label %g is "
               "beyond range; expected at most %g", d->path, k / Y, d->task_names[k % Y],
               (double)labels[k], LABEL_MAX);
-        if (!isnan(labels[k]) && labels[k] != 0 && labels[k] != 1 && other == n) other = k;
-    }
+    size_t other = label_no_class(labels, d->count, Y, Y);
     if (!*task) {
         *task = TASK_KINDS[other < n ? TASK_REGRESSION : TASK_CLASSIFICATION];
         fprintf(stderr, "task    %s: the labels are %s 0 and 1 (--task overrules)\n", *task,
@@ -152,9 +173,7 @@ static inline TaskKind task_statistics(float *statistics, const Dataset *d, cons
     }
     TaskKind kind = (TaskKind)choice("--task", *task, TASK_KINDS, 2);
     int classes = kind == TASK_CLASSIFICATION;
-    CHECK(!classes || other == n,
-          "%s: molecule %zu: expected labels 0 and 1 for --task classification, found %g",
-          d->path, other / Y, (double)labels[other]);
+    for (int k = 0; k < 3 && classes; k++) classes_check(sets[k]);
     for (size_t y = 0; y < Y; y++) {
         LabelSummary s = label_summary(labels, d->count, Y, y);
         const char *name = d->task_names[y];

@@ -379,7 +379,7 @@ static void finetune_open(Job *t, const char *train_path) {
     tasks_check(&run->train, &run->valid, &run->test, opt.valid);
     t->statistics = xmalloc(3 * Y, sizeof *t->statistics);
     t->task = (Task){.mean = t->statistics, .std = t->statistics + Y};
-    t->task.kind = task_statistics(t->statistics, &run->train, &opt.task, 1);
+    t->task.kind = task_statistics(t->statistics, sets, &opt.task, 1);
     t->judged = can_judge(&run->valid, "the training loss chooses the epoch");
     const TensorFile *from = run->resumed ? &run->state : &t->file;
     Shape c = option_shape();

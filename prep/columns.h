@@ -236,10 +236,9 @@ static void read_side_header(Conversion *c) {
     Record row = {.text = t->row[0], .size = (size_t)(t->row[1] - t->row[0])};
     arena_reset(&arena);
     Span *names = header_names(&arena, &row, t->separator, &t->n_columns);
-    t->used = xmalloc(t->n_rows, 1);
     if (wants_all(c->opt)) {
         leave_out_unnamed(c, names, t->n_columns);
-        names[0].n = 0;  // the records' names
+        if (!c->opt->by_number) names[0].n = 0;  // the records' names
         for (size_t k = 1; k < t->n_rows; k++) {
             row = (Record){.text = t->row[k], .size = (size_t)(t->row[k + 1] - t->row[k])};
             survey_row(&v, &row, t->separator, names, t->n_columns, t->path, (int64_t)k + 1,
@@ -250,20 +249,6 @@ static void read_side_header(Conversion *c) {
     t->task_of_column = columns_of_tasks(c, t->path, names, t->n_columns);
     arena_free(&arena);
     arena_free(&cells);
-}
-
-// Says which rows of --labels-from no record has taken, or cannot take.
-static void note_unused_rows(const Table *t) {
-    size_t unused = 0, first = 0;
-    for (size_t k = t->n_rows - 1; k > 0; k--)
-        if (!t->used[k]) unused++, first = k;
-    if (unused)
-        fprintf(stderr, "note    %s: %zu rows belong to no record, the first is row %zu, "
-                "\"%.*s\"\n", t->path, unused, first + 1, min_int(t->key[first].n, 60),
-                t->key[first].p);
-    if (t->repeated)
-        fprintf(stderr, "note    %s: %zu rows begin as an earlier one does; by title, the first "
-                "counts\n", t->path, t->repeated);
 }
 
 // Says at once, not after the run, if none of the first records of an SD file has a tag that is

@@ -59,8 +59,9 @@ static void worker_free(Worker *w) {
 typedef struct {
     int worker, ok, none, n_atoms;  // none: it is not a record after all
     int first_odd, n_odd;    // unusual cells, of the worker's
-    int mixture, surplus;    // several fragments; fields that the header does not name
+    int mixture;             // several fragments
     size_t side_row;         // of --labels-from; 0: there is none
+    size_t skip, in_part;    // 1 + place of its key in --skip-list, in file:PATH; 0: there is none
     uint64_t molecule;       // equal for equal molecules, see graph_key()
     size_t offset, size;     // of the record, or of its name if it is refused, in worker's bytes
     Span name;
@@ -124,22 +125,33 @@ static void read_label(Worker *w, Outcome *o, int64_t line, Span cell, int decim
     w->n_odd++;
 }
 
+// A field behind those that the header names: which of them is which cannot be told.
+static int surplus_field(Outcome *o, int columns, Span field) {
+    return fault_at(&o->fault, 1, 0, "more fields than the header", "expected %d fields as in the "
+                    "header, found another, \"%.*s\": is a comma not in quotes?", columns,
+                    min_int(field.n, 40), field.p);
+}
+
 // Reads the labels of a record from --labels-from: of the row that begins with its title, or
 // (--labels-by number) of the row of its number.
-static void read_side_labels(const Conversion *c, const Record *r, Worker *w, float *labels,
-                             Outcome *o) {
+static int read_side_labels(const Conversion *c, const Record *r, Worker *w, float *labels,
+                            Outcome *o) {
     const Table *t = &c->labels;
     int by_number = c->opt->by_number;
-    size_t row = by_number ? (size_t)r->number : *table_slot(t, o->name);
-    if (by_number ? row >= t->n_rows : row < 2) return;  // row 0 is the header
-    o->side_row = row -= !by_number;
+    size_t key = by_number ? 0 : table_key(t, o->name);
+    size_t row = by_number ? (size_t)r->number : key ? (key - 1) % t->n_rows : 0;
+    if (row == 0 || row >= t->n_rows) return 0;  // row 0 is the header
+    o->side_row = row;
     Record text = {.text = t->row[row], .size = (size_t)(t->row[row + 1] - t->row[row])};
     const char *p = text.text, *end = row_end(&text);
     Span field;
-    for (int k = 0; csv_field(&w->mol.arena, &p, end, t->separator, &field); k++)
+    for (int k = 0; csv_field(&w->mol.arena, &p, end, t->separator, &field); k++) {
+        if (k >= t->n_columns && trim(field).n) return surplus_field(o, t->n_columns, field);
         if (k < t->n_columns && t->task_of_column[k] >= 0)
             read_label(w, o, (int64_t)row + 1, field, is_within(&text, field),
                        t->task_of_column[k], labels);
+    }
+    return 0;
 }
 
 // The part that a word names, or the end of the record.
@@ -147,11 +159,12 @@ static int read_part(const Conversion *c, Arena *arena, const Record *r, Span wo
     static const char *const names[] = {"train", "valid", "test", "training", "validation", "test",
                                         "train", "val", "test"};
     if (c->parts.n_rows) {
-        size_t row = table_find(&c->parts, o->name, r->number);
-        if (!row)
+        o->in_part = table_find(&c->parts, o->name, r->number);
+        if (!o->in_part)
             return fault_at(&o->fault, 0, 0, "in no part", "%s does not name it", c->parts.path);
-        const char *begin, *end = c->parts.row[row];
-        first_field(arena, c->parts.separator, c->parts.row[row - 1], end, &begin);
+        const char *const *row = c->parts.row + (o->in_part - 1) % c->parts.n_rows;
+        const char *begin, *end = row[1];
+        first_field(arena, c->parts.separator, row[0], end, &begin);
         if (!begin) begin = end;
         while (begin < end && strchr("\", \t", *begin)) begin++;
         word = trim((Span){begin, (int)(end - begin)});
@@ -180,7 +193,7 @@ static void read_tags(const Conversion *c, Worker *w, Lines in, float *labels, S
 // Splits "SMILES |extension| name" of a .smi line or a CSV cell. The extension goes on to the end
 // of the line: where it ends read_smiles() finds out.
 static void split_smiles(Span line, Span *smiles, Span *extension, Span *name) {
-    Span text = trim(line);
+    Span text = line.n && line.p[0] == '\t' ? trim_right(line) : trim(line);  // a tab: it is empty
     int k = 0;
     while (k < text.n && text.p[k] != ' ' && text.p[k] != '\t') k++;
     *smiles = (Span){text.p, k};
@@ -201,12 +214,12 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
     Span field, rest;
     for (; csv_field(&w->mol.arena, &p, end, s->separator, &field); column++) {
         if (column >= s->n_columns) {
-            o->surplus |= trim(field).n > 0;
+            if (trim(field).n) return surplus_field(o, s->n_columns, field);
             continue;
         }
         if (column == s->smiles_column) {
             found = 1;
-            split_smiles(field, smiles, extension, &rest);
+            split_smiles(trim(field), smiles, extension, &rest);
         }
         if (column == s->name_column) o->name = trim(field);
         if (column == s->part_column) *part = trim(field);
@@ -256,10 +269,11 @@ static int build_record(const Conversion *c, const Source *s, const Record *r, W
         if (read_smiles(m, smiles, &extension, &o->fault)) return -1;
         if (extended && trim(extension).n) o->name = trim(extension);
     }
-    if (table_find(&c->skips, o->name, r->number))
+    o->skip = table_find(&c->skips, o->name, r->number);
+    if (o->skip)
         return fault_at(&o->fault, 0, 0, SKIP_LISTED, "%s names it", c->skips.path);
     if ((c->parts.n_rows || c->part_column) && read_part(c, &m->arena, r, part, o)) return -1;
-    if (c->labels.n_rows) read_side_labels(c, r, w, labels, o);
+    if (c->labels.n_rows && read_side_labels(c, r, w, labels, o)) return -1;
     if (perceive(m, c->opt->keep_hydrogens, c->opt->largest_fragment, (int)c->opt->max_atoms,
                  &o->fault)) return -1;
     if (fill_molecule(m, &w->molecule, c->n_tasks, o->name, c->opt->principal, &o->note,
@@ -287,6 +301,7 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
 static int is_no_record(const Source *s, const Record *r, int first) {
     if (r->kind == RECORD_REST || s->format == FORMAT_SDF) return r->kind == RECORD_REST;
     Span text = trim((Span){r->text, (int)r->size});
+    if (text.n == 0 && is_table(s)) return !memchr(r->text, s->separator, r->size);
     if (text.n == 0 || s->format != FORMAT_SMI) return text.n == 0;
     return r->text[0] == '#' || (first && starts_with_word(text, "SMILES"));
 }
@@ -317,8 +332,8 @@ static void convert_records(const Conversion *c, Source *s, Record *records, int
             Lines in = {r->text, r->text + r->size, 0};
             o->worker = thread_id();
             o->first_odd = workers[o->worker].n_odd;
-            o->n_odd = o->surplus = 0;
-            o->side_row = 0;
+            o->n_odd = 0;
+            o->side_row = o->skip = o->in_part = 0;
             o->none = r->number == 0;
             o->ok = !o->none && convert_record(c, s, r, &workers[o->worker], &in, o) == 0;
             if (!o->ok && !o->none) keep_name(&workers[o->worker], o);

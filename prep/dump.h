@@ -2,19 +2,6 @@
 //
 //   dump_dataset()   prints it, or a range of it
 
-// Length of the UTF-8 sequence at p (at most n bytes), 0 if it is not one.
-static int utf8_length(const unsigned char *p, int n) {
-    int more = p[0] < 0x80 ? 0 : p[0] >= 0xC2 && p[0] < 0xE0 ? 1 : p[0] >= 0xE0 && p[0] < 0xF0 ? 2
-             : p[0] >= 0xF0 && p[0] < 0xF5 ? 3 : -1;
-    if (more < 0 || more >= n) return 0;
-    for (int k = 1; k <= more; k++)
-        if ((p[k] & 0xC0) != 0x80) return 0;
-    if ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F) ||
-        (p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] > 0x8F))
-        return 0;
-    return more + 1;
-}
-
 // A JSON string. Bytes that are not UTF-8 are taken for Latin-1.
 static void print_json_string(const char *text, int n) {
     const unsigned char *p = (const unsigned char *)text;

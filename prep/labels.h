@@ -113,6 +113,7 @@ typedef struct {
     int64_t present, missing, censored, bad, fractions;  // fractions: neither 0 nor 1
     int form;
     Example example[2][EXAMPLES];  // of censored and of bad cells: the first few texts
+    Example odd[FORMS];      // the first cell that is written so, and read
 } Tally;
 
 static void tally_value(Tally *t, float label) {
@@ -125,6 +126,10 @@ static void tally_value(Tally *t, float label) {
 static void tally_odd(Tally *t, const OddCell *odd, const char *path, int64_t line) {
     Example *e = t->example[odd->kind == CELL_BAD], *end = e + EXAMPLES;
     t->form |= odd->form;
+    for (int k = 0; k < FORMS && odd->kind < CELL_CENSORED; k++)
+        if (odd->form >> k & 1 && !t->odd[k].text)
+            t->odd[k] = (Example){xprintf("%s", odd->text),
+                                  xprintf("%s:%lld", path, (long long)line), 1};
     if (odd->kind < CELL_CENSORED) return;
     t->censored += odd->kind == CELL_CENSORED;
     t->bad += odd->kind == CELL_BAD;
@@ -154,4 +159,5 @@ static void tally_free(Tally *t) {
     for (int k = 0; k < 2 * EXAMPLES; k++)
         FREE_ALL(t->example[k / EXAMPLES][k % EXAMPLES].text,
                  t->example[k / EXAMPLES][k % EXAMPLES].place);
+    for (int k = 0; k < FORMS; k++) FREE_ALL(t->odd[k].text, t->odd[k].place);
 }

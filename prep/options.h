@@ -20,7 +20,7 @@ static const Option PREP_OPTION_TABLE[] = {
     TEXT("-o", output, "FILE", "the dataset to write; {} becomes the part's name"),
     TEXT("--format", format, "FORMAT", "sdf, smi, csv or tsv, if the file name does not say it"),
     FLAG("--strict", strict, "stop at the first record that cannot be used"),
-    TEXT("--skip-list", skip_list, "FILE", "leave out records whose name or number begins a line"),
+    TEXT("--skip-list", skip_list, "FILE", "leave out records whose name begins a line, or their number"),
     TEXT("--rejects", rejects, "FILE", "a CSV of the records and labels that are refused, and why"),
     {"--max-reject", OPT_NUMBER, &prep_opt.max_reject, 0, 100, "P",
      "fail if more than P percent are refused", 0},
@@ -124,9 +124,10 @@ static void conversion_begin(Conversion *c, Output *out) {
 }
 
 // Notes what was given and has no effect.
-static void note_unused(const Conversion *c, const Summary *sum, int n_parts, const char *given) {
-    if (c->skips.n_rows && find_reason(sum, SKIP_LISTED) == sum->n_reasons)
-        fprintf(stderr, "note    %s: names no record\n", c->skips.path);
+static void note_unused(const Conversion *c, int n_parts, const char *given) {
+    table_notes(&c->labels);
+    table_notes(&c->skips);
+    table_notes(&c->parts);
     int seeded = n_parts > 1 && strcmp(prep_opt.split_by, "random") == 0;
     for (int k = 0; k < N_PREP_OPTIONS && !seeded; k++)
         if (given[k] && PREP_OPTION_TABLE[k].value == &prep_opt.seed)

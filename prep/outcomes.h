@@ -30,11 +30,13 @@ static void count_odd(const Conversion *c, const Source *s, Summary *sum, const 
 
 // Counts the outcomes of a chunk and writes what was kept. In a record, labels and name come last.
 static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *workers, Output *out,
-                           const Conversion *c, Summary *sum) {
+                           Conversion *c, Summary *sum) {
     for (int k = 0; k < n; k++) {
         const Outcome *o = &outcomes[k];
         const uint8_t *record = o->none ? NULL : workers[o->worker].bytes + o->offset;
         sum->n_read += !o->none;
+        table_use(&c->skips, o->skip);
+        table_use(&c->parts, o->in_part);
         uint32_t number = (uint32_t)sum->n_read;
         if (o->ok) {
             if (sum->n_kept == (int64_t)sum->twin_room)
@@ -46,7 +48,6 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
             sum->n_kept++;
             sum->n_atoms += o->n_atoms;
             sum->unmatched += c->labels.n_rows && !o->side_row;
-            sum->surplus += o->surplus;
             sum->mixtures += o->mixture;
             if (c->labels.n_rows) c->labels.used[o->side_row] = 1;
             if (o->note.kind) count_fault(sum, s, s->line, &o->note, 1);

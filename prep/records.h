@@ -90,29 +90,37 @@ static void source_read_ahead(Source *s) {
     s->ready = 1;
 }
 
-// Looks at the first bytes. Dies if they are no text, saying what makes text of them; passes over
-// the byte order mark of UTF-8.
-static void check_first_bytes(Source *s, const char *format) {
+// Looks at the first n bytes of a file. Dies if they are no text, saying what makes text of them and
+// what to do `then`; returns the size of the byte order mark of UTF-8, if there is one.
+static size_t check_first_bytes(const char *path, const char *bytes, size_t n, const char *then) {
     static const struct { const char *bytes; size_t n; const char *what, *command; } known[] = {
         {"\xEF\xBB\xBF", 3, NULL, NULL}, {"\x1F\x8B", 2, "compressed by gzip", "gzip -dc"},
         {"\xFD" "7zXZ", 5, "compressed by xz", "xz -dc"},
         {"PK\3\4", 4, "a zip archive", "unzip -p"},
         {"\xFF\xFE", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"},
         {"\xFE\xFF", 2, "UTF-16 text", "iconv -f UTF-16 -t UTF-8"}};
+    const char lfs[] = "version https://git-lfs";
+    CHECK(n < sizeof lfs || memcmp(bytes, lfs, sizeof lfs - 1) != 0,
+          "%s: is a pointer of git-lfs, not the file itself; type: git lfs pull --include %s",
+          path, path);
+    for (int k = 0; k < 6; k++) {
+        if (n < known[k].n || memcmp(bytes, known[k].bytes, known[k].n) != 0) continue;
+        CHECK(k == 0, "%s: is %s; type: %s %s%s", path, known[k].what, known[k].command,
+              strcmp(path, "-") == 0 ? "FILE" : path, then);
+        return known[k].n;
+    }
+    return 0;
+}
+
+// The same of a source.
+static void check_source(Source *s, const char *format) {
     static const char *const names[] = {"FORMAT", "sdf", "smi", "csv", "tsv"};
     const char *dot = strrchr(s->path, '.');
-    const char lfs[] = "version https://git-lfs";
-    CHECK(s->next.end < sizeof lfs || memcmp(s->next.bytes, lfs, sizeof lfs - 1) != 0,
-          "%s: is a pointer of git-lfs, not the file itself; type: git lfs pull --include %s",
-          s->path, s->path);
     Format guess = s->format ? s->format : format_by_name(s->path, dot ? (int)(dot - s->path) : 0);
-    for (int k = 0; k < 6; k++) {
-        if (s->next.end < known[k].n || memcmp(s->next.bytes, known[k].bytes, known[k].n)) continue;
-        CHECK(k == 0, "%s: is %s; type: %s %s | ./data_prep --format %s ... -", s->path,
-              known[k].what, known[k].command, s->file == stdin ? "FILE" : s->path,
-              format ? format : names[guess]);
-        if (s->format != FORMAT_SDF) s->next.begin = 3;  // there it becomes part of the name
-    }
+    char *then = xprintf(" | ./data_prep --format %s ... -", format ? format : names[guess]);
+    size_t mark = check_first_bytes(s->path, s->next.bytes, s->next.end, then);
+    if (s->format != FORMAT_SDF) s->next.begin = mark;  // there it becomes part of the name
+    free(then);
 }
 
 // A temporary file with all that follows in `from`, which is closed unless it is standard input.
@@ -158,7 +166,7 @@ static void source_open(Source *s, const char *path, const char *format, FILE **
     s->now = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
     s->next = (Buffer){xmalloc(CHUNK_BYTES, 1), 0, 0, CHUNK_BYTES};
     source_read_ahead(s);
-    check_first_bytes(s, format);
+    check_source(s, format);
     CHECK(s->format, "%s: cannot tell the format%s%s; give --format sdf, smi, csv or tsv", path,
           format ? " from --format " : "", format ? format : "");
 }
@@ -186,7 +194,8 @@ static const char *sd_record_end(const char *p, const char *end) {
 }
 
 // End of the CSV row at p: the first line break outside quotes. A quote opens only at the start
-// of a field. *quote: the one that is open at the end, if that is not there.
+// of a field. *quote: the one that is open at the end, if that is not there; or that seems to close
+// lines further on, but before other text: there another one opens.
 static const char *csv_row_end(const char *p, const char *end, char separator, const char **quote) {
     const char *stop = line_end(p, end);
     if (!stop || !memchr(p, '"', (size_t)(stop - p))) return stop;
@@ -194,7 +203,12 @@ static const char *csv_row_end(const char *p, const char *end, char separator, c
     for (const char *q = p; q < end; q++) {
         if (quoted) {
             quoted = *q != '"';
-            if (!quoted && q + 1 < end && q[1] == '"') quoted = 1, q++;
+            const char *next = q + 1;
+            if (quoted || next == end) continue;
+            if (*next == '"') quoted = 1, q++;
+            while (next < end && *next == ' ') next++;
+            if (!quoted && next < end && !memchr("\r\n", *next, 2) && *next != separator &&
+                line_end(*quote, q)) return NULL;
         } else if (*q == '\n') {
             return q + 1;
         } else if (*q == '"' && start) {

@@ -110,7 +110,8 @@ static char *part_path(const char *pattern, const char *part) {
 
 // What the header of a dataset says of how its molecules were prepared.
 static uint32_t prep_flags(const PrepOptions *opt) {
-    return (opt->largest_fragment ? PREP_LARGEST_FRAGMENT : 0u) + PREP_STEREO * tag_kind(opt);
+    return (opt->largest_fragment ? PREP_LARGEST_FRAGMENT : 0u) +
+           (opt->keep_hydrogens ? PREP_HYDROGENS : 0u) + PREP_STEREO * tag_kind(opt);
 }
 
 // Copies the pooled records to their parts, which get one identity: the checksum of all records and

@@ -25,7 +25,7 @@ typedef struct {
 typedef struct {
     Reason reasons[32];
     int n_reasons;
-    int64_t n_read, n_kept, n_atoms, unmatched, mixtures, surplus;
+    int64_t n_read, n_kept, n_atoms, unmatched, mixtures;
     OutFile rejects;         // open if asked for
     Tally *tally;            // (n_tasks) of the labels of what is kept
     Twin *twins;             // (n_kept)
@@ -77,9 +77,6 @@ static void print_summary(Summary *sum, int n_sources) {
     if (sum->unmatched)
         fprintf(stderr, "records of which --labels-from says nothing: %lld\n",
                 (long long)sum->unmatched);
-    if (sum->surplus)
-        fprintf(stderr, "rows with more fields than the header, which are left out: %lld\n",
-                (long long)sum->surplus);
     if (sum->mixtures)
         fprintf(stderr, "records of several fragments, such as salts: %lld (--largest-fragment "
                 "keeps one of each)\n", (long long)sum->mixtures);
@@ -104,10 +101,14 @@ static void print_labels(const Conversion *c, const Summary *sum) {
                         k ? "unusable" : "censored", cells);
             free(cells);
         }
-        for (int k = 0; k < FORMS; k++)
-            if (y->form >> k & 1)
-                fprintf(stderr, "          %s%s\n", FORM_NAMES[k],
-                        k == 0 && y->fractions ? ", beside other numbers" : "");
+        for (int k = 0; k < FORMS; k++) {
+            if (!(y->form >> k & 1)) continue;
+            fprintf(stderr, "          %s%s", FORM_NAMES[k],
+                    k == 0 && y->fractions ? ", beside other numbers" : "");
+            if (y->odd[k].text)
+                fprintf(stderr, ", the first \"%s\" (%s)", y->odd[k].text, y->odd[k].place);
+            fputc('\n', stderr);
+        }
         bad += y->bad;
     }
     if (unsaid) fprintf(stderr, "label   ... and %lld more\n", (long long)unsaid);

@@ -5,6 +5,7 @@
 //   next_line()               the lines of a record, by a cursor
 //   trim(), trim_right(), span_is(), starts_with()   and without capitals word_is(),
 //                             starts_with_word(): small things to do with a Span
+//   utf8_length()             of a sequence of bytes
 //   parse_decimal()           what atof() reads, exactly rounded
 //   leading_int(), loose_int(), parse_whole()   whole numbers, from careless to strict
 
@@ -85,6 +86,19 @@ static int word_is(Span s, const char *word) {
 static int starts_with_word(Span s, const char *word) {
     int n = (int)strlen(word);
     return s.n >= n && word_is((Span){s.p, n}, word);
+}
+
+// Length of the UTF-8 sequence at p (at most n bytes), 0 if it is not one.
+static int utf8_length(const unsigned char *p, int n) {
+    int more = p[0] < 0x80 ? 0 : p[0] >= 0xC2 && p[0] < 0xE0 ? 1 : p[0] >= 0xE0 && p[0] < 0xF0 ? 2
+             : p[0] >= 0xF0 && p[0] < 0xF5 ? 3 : -1;
+    if (more < 0 || more >= n) return 0;
+    for (int k = 1; k <= more; k++)
+        if ((p[k] & 0xC0) != 0x80) return 0;
+    if ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F) ||
+        (p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] > 0x8F))
+        return 0;
+    return more + 1;
 }
 
 // Number at the start of s after blanks (what atof reads), exactly rounded. Up to 15 digits are an

@@ -34,16 +34,32 @@ typedef struct {
     int n_tasks;
 } DatasetWriter;
 
+// Text as UTF-8, in fresh memory: bytes that are not are taken for Latin-1.
+static inline char *utf8_text(const char *text) {
+    const unsigned char *p = (const unsigned char *)text;
+    Text out = {0};
+    text_add(&out, "%s", "");
+    for (int n = (int)strlen(text), length; n > 0; n -= length, p += length) {
+        length = utf8_length(p, n);
+        const uint8_t two[2] = {(uint8_t)(0xC0 | *p >> 6), (uint8_t)(0x80 | (*p & 63))};
+        text_bytes(&out, length ? p : two, length ? (size_t)length : 2);
+        if (!length) length = 1;
+    }
+    return out.text;
+}
+
 // Starts a dataset file with these tasks (task_names may be NULL if n_tasks is 0).
 static inline void dataset_create(DatasetWriter *w, const char *path, int n_tasks,
                                   char *const *task_names) {
     *w = (DatasetWriter){.n_tasks = n_tasks, .head_size = DATASET_HEADER};
     w->head = xmalloc(DATASET_HEADER, 1);
     for (int t = 0; t < n_tasks; t++) {
-        size_t length = strlen(task_names[t]), at = w->head_size;
+        char *name = utf8_text(task_names[t]);
+        size_t length = strlen(name), at = w->head_size;
         CHECK(length <= MAX_NAME, "%s: a task name is too long", path);
         w->head = xrealloc(w->head, w->head_size += 2 + length, 1);
-        memcpy(put_u16(w->head + at, (uint32_t)length), task_names[t], length);
+        memcpy(put_u16(w->head + at, (uint32_t)length), name, length);
+        free(name);
     }
     out_open(&w->out, path, DATASET_BEGINS);
     memcpy(w->head, DATASET_BEGINS, 8);

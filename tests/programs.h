@@ -229,7 +229,7 @@ static void test_files_people_have(void) {
         {"printf '3,054 molecules:\n 2 CC\n' > build/l.txt; ./data_prep -o build/g.bin --skip-list "
          "build/l.txt build/g.sdf", 0, "1  in --skip-list\n          build/g.sdf:8: build/l.txt"},
         {"echo none > build/l.txt; ./data_prep -o build/g.bin --skip-list build/l.txt build/g.sdf",
-         0, "build/l.txt: names no record"},
+         0, "build/l.txt: 1 rows belong to no record"},
         {"./data_prep -o build/g.bin --skip-list build/g.txt --max-reject 20 build/g.sdf", 1,
          "50.00 % of the records are refused, more than 20 %; nothing is written"},
         {"./data_prep -o 'build/g.{}.bin' --split 2,1,rest --split-by order build/g.sdf", 0,

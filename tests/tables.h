@@ -1,5 +1,7 @@
 // tests/tables.h - tables and labels as people have them: read whole, or what is left out is named
 
+#define T_DUMP " && ./data_prep --dump build/t.bin | sed 's/.*labels...//' | tr -d '\\n'"
+
 // Catches a dataset and a model that do not know how molecules were prepared.
 static void test_preparation(void) {
     test_table("build/t.csv", "smiles,y\nCCO.Cl,1\nCCN,0\nCCC,1\nCCCl,0\n",
@@ -11,10 +13,76 @@ static void test_preparation(void) {
     test_command("./moleblend embed build/t.bin --model build/l.safetensors -o build/tv.npy", 0,
                  "made without --largest-fragment, what the model learnt from with it");
     test_command("./moleblend predict build/l.bin --model build/l.safetensors 2> build/t.err; "
-    "grep -c largest build/t.err; echo", 0, "0\n");
+    "grep -c 'made with' build/t.err; echo", 0, "0\n");
+    test_command("./data_prep -o build/t.bin --labels y --largest-fragment --keep-hydrogens "
+                 "build/t.csv && ./moleblend predict build/t.bin --model build/l.safetensors", 0,
+                 "made with --keep-hydrogens, what the model learnt from without it");
+    test_command("./moleblend finetune build/t.bin --valid build/t.bin --size tiny --epochs 1 -o "
+                 "build/h.safetensors && ./moleblend predict build/l.bin --model "
+                 "build/h.safetensors", 0,
+                 "made without --keep-hydrogens, what the model learnt from with it");
 }
 
-#define T_DUMP " && ./data_prep --dump build/t.bin | sed 's/.*labels...//' | tr -d '\\n'"
+// Catches labels that are no classes beside a training part that has only such: they were judged.
+static void test_odd_classes(void) {
+    static const char *const prep = "./data_prep -o 'build/k.{}.bin' --labels y --split-by "
+                                    "column:part build/k.csv && ";
+    char *csv = xprintf("%s", "smiles,part,y\nC,train,0\nCC,train,1\nCO,valid,0\nCN,valid,2\n");
+    write_bytes("build/k.csv", csv, strlen(csv));
+    test_format(1, "k.valid.bin: molecule 1: expected labels 0 and 1 for --task classification, "
+                "found 2; give --task regression", "%s./moleblend finetune build/k.train.bin --size "
+                "tiny --epochs 1 -o build/k.safetensors", prep);
+    test_command("./moleblend finetune build/k.train.bin --task regression --size tiny --epochs 1 "
+                 "-o build/k.safetensors", 0, "RMSE");
+    test_command("./moleblend finetune build/k.train.bin --valid build/k.train.bin --size tiny "
+                 "--epochs 1 -o build/k.safetensors && ./moleblend predict build/k.valid.bin "
+                 "--model build/k.safetensors 2> build/k.txt; grep -c Brier build/k.txt; cat "
+                 "build/k.txt", 0, "0\n");
+    test_command("cat build/k.txt", 0, "k.valid.bin: task y: labels are more than 0 and 1: they "
+                 "cannot judge classes\n");
+    free(csv);
+}
+
+// Catches lists that name records by their numbers though the names are numbers; names with blanks
+// that are cut; marks of UTF-8 that become part of a name; rows that belong to nobody, unsaid.
+static void test_lists(void) {
+    write_bytes("build/t.smi", "CCO 12\nCCN 1\nCCC 7\nCCCl 3\n", 30);
+    test_table("build/t.txt", "3\n", "./data_prep -o build/t.bin --skip-list build/t.txt "
+               "build/t.smi && ./data_prep --dump build/t.bin", 0, "{\"name\":\"7\"");
+    test_table("build/t.txt", "12 train\n1 valid\n3 test\n4 test\n", "./data_prep -o "
+               "'build/t.{}.bin' --split-by file:build/t.txt build/t.smi", 0,
+               "t.smi:3: build/t.txt does not name it");
+    write_bytes("build/t.smi", "C aspirin\nCC sodium acetate\nCCC sodium\nCCCC\n", 44);
+    test_table("build/t.txt", "\xEF\xBB\xBF" "aspirin\nsodium acetate\nnot there\n", "./data_prep "
+               "-o build/t.bin --skip-list build/t.txt build/t.smi", 0, "3  in --skip-list");
+    test_command("./data_prep -o build/t.bin --skip-list build/t.txt build/t.smi", 0, "note    "
+                 "build/t.txt: 1 rows belong to no record, the first is row 3, \"not\"\nnote    "
+                 "build/t.txt: 1 rows name one record as a whole and another by their first word, "
+                 "the first is row 2, \"sodium\"; put names in quotes");
+    test_table("build/t.txt", "aspirin\ttrain\nsodium acetate\tvalid\nsodium\ttest\n4\ttrain\n",
+               "./data_prep -o 'build/t.{}.bin' --split-by file:build/t.txt build/t.smi && "
+               "./data_prep --dump build/t.valid.bin", 0, "{\"name\":\"sodium acetate\"");
+    test_table("build/t.txt", "\x1F\x8B\x08\n", "./data_prep -o build/t.bin --skip-list "
+               "build/t.txt build/t.smi", 1, "is compressed by gzip; type: gzip -dc build/t.txt > "
+               "FILE");
+    static const char head[] = SD_HEAD;
+    char *sdf = xprintf("%s$$$$\n%s$$$$\n", head + 1, head + 1);  // they have no titles
+    write_bytes("build/t.sdf", sdf, strlen(sdf));
+    free(sdf);
+    test_table("build/t.txt", "name,y\na,1.5\n,9.5\n", "./data_prep -o build/t.bin --labels y "
+               "--labels-from build/t.txt build/t.sdf", 1, "--labels-from says nothing: 2\n");
+    test_table("build/t.txt", "y,z\n1.5,2\n2.5,3\n", "./data_prep -o build/t.bin --labels all "
+               "--labels-by number --labels-from build/t.txt build/t.sdf" T_DUMP, 0,
+               "1.5,2]}2.5,3]}");
+    test_table("build/t.txt", "y\n\n3.5\n\n", "./data_prep -o build/t.bin --labels y --labels-by "
+               "number --labels-from build/t.txt build/t.sdf" T_DUMP, 0, "null]}3.5]}");
+    test_table("build/t.txt", "y,z\n\n3.5,1\n,\n", "./data_prep -o build/t.bin --labels y "
+               "--labels-by number --labels-from build/t.txt build/t.sdf" T_DUMP, 0,
+               "3.5]}null]}");
+    test_table("build/t.txt", "y,z\n1,5,2\n2.5,3\n", "./data_prep -o build/t.bin --labels y "
+               "--labels-by number --labels-from build/t.txt build/t.sdf", 0,
+               "1  more fields than the header");
+}
 
 // Tables, what data_prep is given with them, its exit code, and what it says or makes of them.
 static const struct { const char *ending, *text, *options; int code; const char *expected;
@@ -96,7 +164,25 @@ static const struct { const char *ending, *text, *options; int code; const char 
      "mean \"logp\"?"},
     {"smi", "smiles\ta\nC\t1\nCC\t2\n", "--labels a", 1, "if its first line names columns, give "
      "--format"},
-    {"csv", "smiles,a\nC,1,x\nC,2,\n", "--labels a", 0, "which are left out: 1\n"},
+    // a comma that is not in quotes shifted the labels of its row
+    {"csv", "smiles,a\nC,1,x\nC,2,\n", "--labels a", 0, "1  more fields than the header\n"
+     "          build/t.csv:2: expected 2 fields as in the header, found another, \"x\""},
+    {"csv", "smiles,a\nC,1,x\nC,2,\n", "--labels a" T_DUMP, 0, "2]}"},
+    // the name of a record without a structure became one
+    {"smi", "CCO\tethanol\n\tCNS\nCCC\tprop\n", "", 0, "t.smi:2: column 1: the SMILES is empty"},
+    // a row of nothing but separators was no row
+    {"tsv", "smiles\ty\nCCO\t1\n\t\nCCC\t0\n", "--labels y", 0, "read 3 records from 1 file, kept 2"},
+    // a quote that opens before a name took the rows up to the next one
+    {"tsv", "smiles\tn\ty\nCCO\t\"5-prime\t1.5\nCCN\tb\t2.5\nCCC\t\"c\"\t3\nCO\td\"\t4\n",
+     "--labels y", 0, "t.tsv:2: column 5: the quote that opens here is never closed"},
+    {"tsv", "smiles\tn\ty\nCCO\t\"5-prime\t1.5\nCCN\tb\t2.5\nCCC\t\"c\"\t3\nCO\td\"\t4\n",
+     "--labels y" T_DUMP, 0, "2.5]}3]}4]}"},
+    {"csv", "smiles,n,y\nC,\"a\nb\" ,5\nCC,\"c\"d,6\n", "--labels y" T_DUMP, 0, "5]}6]}"},
+    {"csv", "smiles,a\nC,12.5\nCC,inactive\n", "--labels a", 0,
+     "beside other numbers, the first \"inactive\" (build/t.csv:3)\n"},
+    // a checkpoint that no other program could read
+    {"csv", "smiles,temp\xE9r\nC,1\n", "--labels all && ./moleblend info build/t.bin", 0,
+     "task       temp\xC3\xA9r: 1 labels"},
     // parts and their molecules
     {"csv", "smiles,a\nOCC,0\nCCO,1\nC[C@H](F)O,2\nC[C@@H](F)O,2\nCCO.Cl,4\n", "--labels a", 0,
      "note    2 records repeat the molecule of another, stereo aside; of 1 molecules the labels "
@@ -185,4 +271,6 @@ static void test_tables(void) {
     test_table_shapes();
     test_table_pipes();
     test_quoted_names();
+    test_odd_classes();
+    test_lists();
 }
