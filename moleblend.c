@@ -2360,7 +2360,7 @@ static void pretrain_save(Run *run, const Step *s) {
     run_meta(&meta, run, s->model.config, 0, 0);
     text_add(&meta, "}");
     if (my_rank == 0) model_write(run->output, &s->model, params, NULL, 0, meta.text);
-    csv_log(run, LOG_HEADING);  // this and the state: by rank 0 alone, too
+    csv_write(run, LOG_HEADING, 0, 1);  // this and the state: by rank 0 alone, too
     free(meta.text);
 }
 
@@ -2503,7 +2503,7 @@ int main(int argc, char **argv) {
         double norm = adamw_step(&s.model, &adam, t + 1);  // behind a clip of the gradients
         log_update(&run, &s, loss, &adam, norm, start);  // run.done is t + 1 then
         if (line_due(mean, &run)) pretrain_line(&run, mean);
-        csv_log(&run, LOG_HEADING);
+        csv_write(&run, LOG_HEADING, 0, 1);
         if (save_due(&run, opt.save_every)) pretrain_save(&run, &s);
         run_progress(&run, "", 0);
     }

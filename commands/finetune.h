@@ -75,7 +75,7 @@ static void epoch_end(Tuning *t, int64_t epoch, const double mean[LOG_COLUMNS]) 
 // Adds the epochs to the CSV that it has not yet.
 static void csv_epochs(Tuning *t) {
     char *heading = xprintf("seed,epoch,loss,valid %s,best_epoch", selection_name(t));
-    csv_history(&t->run, heading, 1, shown_metric(t, 1));
+    csv_write(&t->run, heading, 1, shown_metric(t, 1));
     free(heading);
 }
 

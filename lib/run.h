@@ -10,7 +10,7 @@
 //   log_add(), line_due(), epoch_ended()   rows of the log, and when they are summed up
 //   log_ends()                   the losses of the start and the end
 //   history_add(), best_row(), enough()     fine-tuning's choice of an epoch
-//   csv_log(), csv_history()    the one or the other as CSV
+//   csv_write()                  the one or the other as CSV
 //   save_due(), run_progress()
 //   required_meta(), meta_whole(), data_print(), file_print()
 
@@ -296,48 +296,33 @@ static inline int enough(const struct Run *run, int64_t patience) {
     return best && patience && run->history.n - (int64_t)best[HISTORY_BEST] >= patience;
 }
 
-// The CSV, begun with its heading; NULL: it is another rank's. To it go the rows that it has not
-// yet, counted in run->shown.
-static inline FILE *csv_open(struct Run *run, const char *heading) {
-    if (my_rank > 0) return NULL;
-    if (run->csv) return run->csv;
-    run->csv = fopen(run->log_path, "w");
-    CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
-    fprintf(run->csv, "%s\n", heading);
-    return run->csv;
-}
-
-static inline void csv_flush(struct Run *run) {
-    CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
-          strerror(errno));
-}
-
-// Adds the log's rows to the CSV, behind the number of their update.
-static inline void csv_log(struct Run *run, const char *heading) {
-    if (!csv_open(run, heading)) return;
-    for (; run->shown < run->log.n; run->shown++) {
-        const float *row = run->log.x + run->shown * run->log.columns;
+// Adds the rows that it has not yet to the CSV, begun with its heading: of the log, each behind the
+// number of its update; of the history, if there is one, behind the seed, if that is asked for, and
+// the number of the epoch, with the size of what the validation set says in such units (NaN: it
+// says nothing). Rank 0 does it alone.
+static inline void csv_write(struct Run *run, const char *heading, int seed, double unit) {
+    const Rows *rows = run->history.x ? &run->history : &run->log;
+    if (my_rank > 0) return;
+    if (!run->csv) {
+        run->csv = fopen(run->log_path, "w");
+        CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
+        fprintf(run->csv, "%s\n", heading);
+    }
+    for (; run->shown < rows->n; run->shown++) {
+        const float *row = rows->x + run->shown * rows->columns;
+        if (seed) fprintf(run->csv, "%lld,", (long long)run->seed);
         fprintf(run->csv, "%lld", (long long)run->shown + 1);
-        for (int k = 0; k < run->log.columns; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
+        if (rows == &run->history) {
+            fprintf(run->csv, ",%.6g,", (double)row[HISTORY_LOSS]);
+            if (!isnan(unit)) fprintf(run->csv, "%.6g", fabs((double)row[HISTORY_VALID]) * unit);
+            fprintf(run->csv, ",%.0f\n", (double)row[HISTORY_BEST]);
+            continue;
+        }
+        for (int k = 0; k < rows->columns; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
         fprintf(run->csv, "\n");
     }
-    csv_flush(run);
-}
-
-// Adds the history's rows to the CSV, behind the seed, if that is asked for, and the number of the
-// epoch; of what the validation set says the size in such units, NaN: it says nothing.
-static inline void csv_history(struct Run *run, const char *heading, int seed, double unit) {
-    FILE *csv = csv_open(run, heading);
-    for (; csv && run->shown < run->history.n; run->shown++) {
-        const float *row = run->history.x + run->shown * run->history.columns;
-        char valid[32] = "";
-        double size = fabs((double)row[HISTORY_VALID]) * unit;
-        if (!isnan(unit)) snprintf(valid, sizeof valid, "%.6g", size);
-        if (seed) fprintf(csv, "%lld,", (long long)run->seed);
-        fprintf(csv, "%lld,%.6g,%s,%.0f\n", (long long)run->shown + 1, (double)row[HISTORY_LOSS],
-                valid, (double)row[HISTORY_BEST]);
-    }
-    if (csv) csv_flush(run);
+    CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
+          strerror(errno));
 }
 
 // The line on stderr; of: what the steps are of; last: it stays.

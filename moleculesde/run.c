@@ -254,9 +254,9 @@ static char *training_meta(const Job *t, int of_state) {
 }
 
 // The log, or of fine-tuning the history, as CSV.
-static void csv_write(Job *t) {
-    if (!t->run.history.x) csv_log(&t->run, LOG_HEADING);
-    else csv_history(&t->run, HISTORY_HEADING, 0, t->judged ? 1 : (double)NAN);
+static void training_csv(Job *t) {
+    const char *heading = t->run.history.x ? HISTORY_HEADING : LOG_HEADING;
+    csv_write(&t->run, heading, 0, t->judged ? 1 : (double)NAN);
 }
 
 // First the state, so that a run killed between two renames resumes from it; then the checkpoint.
@@ -265,7 +265,7 @@ static void training_save(Job *t) {
     char *meta = training_meta(t, 0);
     model_state_write(&t->run, &t->s.model, t->best, training_meta(t, 1));
     model_write(opt.output, &t->s.model, one, NULL, 0, meta);
-    csv_write(t);
+    training_csv(t);
     free(meta);
 }
 
@@ -359,7 +359,7 @@ static void command_pretrain(Job *t, const char *train_path) {
                    mean[LOG_RATE]);
             fflush(stdout);
         }
-        csv_write(t);
+        training_csv(t);
         if (save_due(run, opt.save_every)) training_save(t);
         run_progress(run, "", 0);
     }
@@ -463,7 +463,7 @@ static void command_finetune(Job *t, const char *train_path) {
         double norm = update(s, &adam, 1, run->done + 1);
         log_update(run, loss, adam.lr, norm, start);
         if (epoch_ended(mean, run)) finetune_epoch(t, mean[TERM_TOTAL]);
-        csv_write(t);
+        training_csv(t);
         if (save_due(run, opt.save_every)) training_save(t);
         run_progress(run, "", run->done == run->steps);
     }
