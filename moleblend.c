@@ -2279,8 +2279,8 @@ static void train_open(Run *run, Step *s, const char *train_path, int64_t usual)
     s->weights = opt.weights;
 }
 
-// Metadata of a checkpoint or state, without the closing brace: sizes, where the run is, its
-// options. seeds: those that are done.
+// Metadata of a checkpoint or state: sizes, where the run is, its options. seeds: those that are
+// done.
 static void run_meta(Text *t, const Run *run, Config c, int64_t seeds, int of_state) {
     const char *const keys[] = {"layers", "dim", "ffn", "heads", "kernels", "step", "molecules",
                                 "fingerprint", "valid_fingerprint", "seeds_done"};
@@ -2348,7 +2348,6 @@ static void pretrain_open(Run *run, Step *s, const char *train_path) {
 static void pretrain_state(const Run *run, const Step *s) {
     Text meta = {0};
     run_meta(&meta, run, s->model.config, 0, 1);
-    text_add(&meta, "}");
     model_state_write(run, &s->model, NULL, meta.text);
 }
 
@@ -2358,7 +2357,6 @@ static void pretrain_save(Run *run, const Step *s) {
     Text meta = {0};
     pretrain_state(run, s);
     run_meta(&meta, run, s->model.config, 0, 0);
-    text_add(&meta, "}");
     if (my_rank == 0) model_write(run->output, &s->model, params, NULL, 0, meta.text);
     csv_write(run, LOG_HEADING, 0, 1);  // this and the state: by rank 0 alone, too
     free(meta.text);

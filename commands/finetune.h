@@ -92,7 +92,6 @@ static char *tuning_meta(const Tuning *t, int of_state) {
     text_add_tasks(&text, t->run.train.n_tasks, t->run.train.task_names, t->task.mean,
                    t->task.std);
     if (best) text_add_meta(&text, "logit_scale", "%.9g", (double)best[HISTORY_SCALE]);
-    text_add(&text, "}");
     return text.text;
 }
 

@@ -48,7 +48,6 @@ static void run_open(struct Run *run, const char *train_path, const char *log_be
 static void text_add_run(Text *t, const char *const *keys, const long long *values, int n,
                          unsigned options) {
     char *run = options_describe(OPTIONS, N_OPTIONS, options);
-    text_add(t, "{");
     text_add_meta(t, "format", "pt");
     for (int k = 0; k < n; k++) text_add_meta(t, keys[k], "%lld", values[k]);
     text_add_meta(t, "run", "%s", run);

@@ -248,7 +248,6 @@ static char *training_meta(const Job *t, int of_state) {
         text_add_meta(&text, "task", "%s", TASK_KINDS[t->task.kind]);
         text_add_tasks(&text, t->s.shape.tasks, run->train.task_names, t->task.mean, t->task.std);
     }
-    text_add(&text, "}");
     free(method);
     return text.text;
 }
