@@ -2357,7 +2357,7 @@ static void pretrain_save(Run *run, const Step *s) {
     Text meta = {0};
     pretrain_state(run, s);
     run_meta(&meta, run, s->model.config, 0, 0);
-    if (my_rank == 0) model_write(run->output, &s->model, params, NULL, 0, meta.text);
+    if (my_rank == 0) model_write(opt.output, &s->model, params, NULL, 0, meta.text);
     csv_write(run, LOG_HEADING, 0, 1);  // this and the state: by rank 0 alone, too
     free(meta.text);
 }

@@ -33,8 +33,8 @@ static void command_files(const Command *command, const char *path) {
 static void run_open(struct Run *run, const char *train_path, const char *log_begins,
                      int64_t usual, const int64_t *part) {
     const char *asked = opt.init;
-    run_begin(run, train_path, opt.output, log_begins);
-    if (opt.resume && state_find(run))
+    run_begin(run, train_path, opt.output, log_begins, opt.resume);
+    if (run->resumed)
         options_from_state(required_meta(&run->state, "run", "the state of a run"),
                            run->state_path);
     run_data(run, opt.valid, opt.test, opt.init, asked);

@@ -1,8 +1,8 @@
 // lib/run.h - Runs: what training has in common, whatever is trained. A program's loop calls these
 // functions, which call nothing back and know no model
 //
-//   run_begin(), run_free()      training set, names of the outputs, the claim on them
-//   state_find(), same_init()   is there a state to go on from, and of the same --init?
+//   run_begin(), run_free()      training set, names of the outputs, the claim on them, the state
+//   same_init()                  is --init what the run began with?
 //   run_data()                   validation and test set; a resumed run's are the same as before
 //   run_plan()                   molecules and number of the updates, room for their log
 //   run_start(), run_stopped(), run_end()   signals: the loop ends, and saved, so does the program
@@ -23,8 +23,7 @@ enum { HISTORY_LOSS, HISTORY_VALID, HISTORY_BEST, HISTORY_SCALE };
 
 struct Run {
     Dataset train, valid, test;   // opened if they have a path
-    const char *output;           // the checkpoint; beside it the state and the log as CSV
-    char *state_path, *log_path;
+    char *state_path, *log_path;  // beside the checkpoint: the state, and the log as CSV
     OutFile lock;                 // held from start to end: two runs may not write the same files
     TensorFile state;             // to go on from; closed when it has been loaded
     int resumed;                  // is there one?
@@ -105,31 +104,24 @@ static inline void same_print(const char *state_path, int64_t then, uint32_t now
 static const char *const DATA_KEYS[] = {"fingerprint", "valid_fingerprint", "test_fingerprint"};
 
 // Opens the training set and claims the outputs: now, not after hours of work, it is found out
-// whether they can be written.
+// whether they can be written. A run that is to be resumed has its state opened, or it is said that
+// there is none. Its options, metadata "run", are for the caller to take over before run_data().
 static inline void run_begin(struct Run *run, const char *train_path, const char *output,
-                             const char *log_begins) {
+                             const char *log_begins, int resume) {
     dataset_open(&run->train, train_path);
     CHECK(run->train.count > 0, "%s: the dataset is empty", train_path);
-    run->output = output;
     run->state_path = xprintf("%s.state", output);
     run->log_path = path_with(output, ".safetensors", ".log.csv");
     if (my_rank == 0) run_claim(&run->lock, output, log_begins);
     run->begun = (int64_t)time(NULL) * 1000000 + (int64_t)(1e6 * now_seconds()) % 1000000;
-}
-
-// Opens the state of the run to be resumed; says so and returns 0 if there is none. Its options,
-// metadata "run", are for the caller to take over before run_data().
-static inline int state_find(struct Run *run) {
+    if (!resume) return;
     double there = my_rank == 0 && access(run->state_path, F_OK) == 0;
     ranks_sum(&there, 1, sizeof there);  // one answer for all
     run->resumed = there > 0;
-    if (!run->resumed) {
+    if (run->resumed) tensor_file_open(&run->state, run->state_path);
+    else
         fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
                 run->state_path);
-        return 0;
-    }
-    tensor_file_open(&run->state, run->state_path);
-    return 1;
 }
 
 // Dies unless this is the checkpoint that the run began with.
