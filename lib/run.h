@@ -12,7 +12,7 @@
 //   history_add(), best_row(), enough()     fine-tuning's choice of an epoch
 //   csv_write()                  the one or the other as CSV
 //   save_due(), run_progress()
-//   required_meta(), meta_whole(), data_print(), file_print()
+//   required_meta(), meta_whole(), file_print()
 
 // Rows of `columns` numbers.
 typedef struct { float *x; int64_t n; int columns; } Rows;
@@ -80,9 +80,6 @@ static inline int64_t meta_whole(const TensorFile *f, const char *key) {
           "%s: metadata %s: expected a whole number, found \"%s\"", f->path, key, text);
     return number;
 }
-
-// The fingerprint of a dataset; 0 if none is open.
-static inline uint32_t data_print(const Dataset *d) { return d->data ? dataset_fingerprint(d) : 0; }
 
 // The checksum of a file; 0 without one.
 static inline uint32_t file_print(const char *path) {
