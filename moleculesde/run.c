@@ -578,7 +578,7 @@ static void command_generate(Job *t, const char *path, const char *index_text) {
     }
     for (size_t k = 0; k < n; k++)
         CHECK(isfinite(mean[k]), "the sampler left the numbers: is the model trained?");
-    for (size_t b = 0; b < s->mols.B; b++) sd_write(&out, m, mean + b * row, (int)b + 1);
+    for (size_t b = 0; b < s->mols.B; b++) sd_write(out.file, m, mean + b * row, (int)b + 1);
     out_commit(&out);
     free(z);
 }
