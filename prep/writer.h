@@ -54,12 +54,9 @@ static inline void dataset_create(DatasetWriter *w, const char *path, int n_task
 // Notes a record that is skipped: its number in the input, name (of at most MAX_NAME) and why.
 static inline void dataset_skip(DatasetWriter *w, uint32_t number, const char *name,
                                 size_t name_length, const char *reason) {
-    uint8_t head[8];
     size_t length = strlen(reason);
-    put_u32(head, number);
-    put_u16(head + 4, (uint32_t)name_length);
-    put_u16(head + 6, (uint32_t)length);
-    text_bytes(&w->skips, head, 8);
+    uint8_t *head = (uint8_t *)text_room(&w->skips, 8);
+    put_u16(put_u16(put_u32(head, number), (uint32_t)name_length), (uint32_t)length);
     text_bytes(&w->skips, name, name_length);
     text_bytes(&w->skips, reason, length);
     w->skipped++;
