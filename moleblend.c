@@ -2279,8 +2279,8 @@ static void train_open(Run *run, Step *s, const char *train_path, int64_t usual)
     s->weights = opt.weights;
 }
 
-// Metadata of a checkpoint or state, without the closing brace: sizes, where the run is, its
-// options. seeds: those that are done.
+// Metadata of a checkpoint or state: sizes, where the run is, its options. seeds: those that are
+// done.
 static void run_meta(Text *t, const Run *run, Config c, int64_t seeds, int of_state) {
     const char *const keys[] = {"layers", "dim", "ffn", "heads", "kernels", "step", "molecules",
                                 "fingerprint", "valid_fingerprint", "seeds_done"};
@@ -2349,7 +2349,6 @@ static void pretrain_open(Run *run, Step *s, const char *train_path) {
 static void pretrain_state(const Run *run, const Step *s) {
     Text meta = {0};
     run_meta(&meta, run, s->model.config, 0, 1);
-    text_add(&meta, "}");
     model_state_write(run, &s->model, NULL, meta.text);
 }
 
@@ -2359,9 +2358,8 @@ static void pretrain_save(Run *run, const Step *s) {
     Text meta = {0};
     pretrain_state(run, s);
     run_meta(&meta, run, s->model.config, 0, 0);
-    text_add(&meta, "}");
-    if (my_rank == 0) model_write(run->output, &s->model, params, NULL, 0, meta.text);
-    csv_log(run, LOG_HEADING);  // this and the state: by rank 0 alone, too
+    if (my_rank == 0) model_write(opt.output, &s->model, params, NULL, 0, meta.text);
+    csv_write(run, LOG_HEADING, 0, 1);  // this and the state: by rank 0 alone, too
     free(meta.text);
 }
 
@@ -2504,7 +2502,7 @@ int main(int argc, char **argv) {
         double norm = adamw_step(&s.model, &adam, t + 1);  // behind a clip of the gradients
         log_update(&run, &s, loss, &adam, norm, start);  // run.done is t + 1 then
         if (line_due(mean, &run)) pretrain_line(&run, mean);
-        csv_log(&run, LOG_HEADING);
+        csv_write(&run, LOG_HEADING, 0, 1);
         if (save_due(&run, opt.save_every)) pretrain_save(&run, &s);
         run_progress(&run, "", 0);
     }

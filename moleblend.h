@@ -654,9 +654,9 @@ static inline int dataset_has_pos(const Dataset *d, size_t i) {
     return get_u16(d->data + (get_u64(d->index + 8 * i) >> 16) + 8) & 1;
 }
 
-// A number that tells datasets apart: of the index, and the checksums of up to 4096 records.
-static inline uint32_t dataset_fingerprint(const Dataset *d) {
-    uint32_t crc = get_u32(d->index + 12 * d->count + 8);
+// A dataset's fingerprint: of its index, and the checksums of up to 4096 records; 0: none is open.
+static inline uint32_t data_print(const Dataset *d) {
+    uint32_t crc = d->data ? get_u32(d->index + 12 * d->count + 8) : 0;
     for (size_t i = 0; i < d->count; i += d->count / 4096 + 1)
         crc = crc32_add(crc, d->data + (get_u64(d->index + 8 * i) >> 16), 4);
     return crc;

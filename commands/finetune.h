@@ -75,7 +75,7 @@ static void epoch_end(Tuning *t, int64_t epoch, const double mean[LOG_COLUMNS]) 
 // Adds the epochs to the CSV that it has not yet.
 static void csv_epochs(Tuning *t) {
     char *heading = xprintf("seed,epoch,loss,valid %s,best_epoch", selection_name(t));
-    csv_history(&t->run, heading, 1, shown_metric(t, 1));
+    csv_write(&t->run, heading, 1, shown_metric(t, 1));
     free(heading);
 }
 
@@ -92,7 +92,6 @@ static char *tuning_meta(const Tuning *t, int of_state) {
     text_add_tasks(&text, t->run.train.n_tasks, t->run.train.task_names, t->task.mean,
                    t->task.std);
     if (best) text_add_meta(&text, "logit_scale", "%.9g", (double)best[HISTORY_SCALE]);
-    text_add(&text, "}");
     return text.text;
 }
 
@@ -123,13 +122,9 @@ static void tuning_checkpoint(const Tuning *t) {
     FREE_ALL(meta, own);
 }
 
-static void tuning_state(const Tuning *t) {
-    model_state_write(&t->run, &t->s.model, t->best, tuning_meta(t, 1));
-}
-
 // First the state, so that a run killed between two renames resumes from it; then the checkpoint.
 static void tuning_save(Tuning *t) {
-    tuning_state(t);
+    model_state_write(&t->run, &t->s.model, t->best, tuning_meta(t, 1));
     tuning_checkpoint(t);
     csv_epochs(t);
 }
@@ -289,7 +284,8 @@ static void tune(Tuning *t, Parts *parts) {
     int64_t warmup = opt.warmup >= 0 ? opt.warmup : run->steps / 10 + 1, epoch;
     double loss[LOSSES], mean[LOG_COLUMNS];
     run_start(run);
-    if (run->done == 0) tuning_state(t);  // from here on --resume means this run
+    if (run->done == 0)  // from here on --resume means this run
+        model_state_write(run, &s->model, t->best, tuning_meta(t, 1));
     for (int64_t k = run->done;
          k < run->steps && !enough(run, opt.patience) && !run_stopped(run); k++) {
         double start = now_seconds();

@@ -33,8 +33,8 @@ static void command_files(const Command *command, const char *path) {
 static void run_open(struct Run *run, const char *train_path, const char *log_begins,
                      int64_t usual, const int64_t *part) {
     const char *asked = opt.init;
-    run_begin(run, train_path, opt.output, log_begins);
-    if (opt.resume && state_find(run))
+    run_begin(run, train_path, opt.output, log_begins, opt.resume);
+    if (run->resumed)
         options_from_state(required_meta(&run->state, "run", "the state of a run"),
                            run->state_path);
     run_data(run, opt.valid, opt.test, opt.init, asked);
@@ -48,7 +48,6 @@ static void run_open(struct Run *run, const char *train_path, const char *log_be
 static void text_add_run(Text *t, const char *const *keys, const long long *values, int n,
                          unsigned options) {
     char *run = options_describe(OPTIONS, N_OPTIONS, options);
-    text_add(t, "{");
     text_add_meta(t, "format", "pt");
     for (int k = 0; k < n; k++) text_add_meta(t, keys[k], "%lld", values[k]);
     text_add_meta(t, "run", "%s", run);

@@ -381,12 +381,9 @@ static void small_product(float *out, idx ldo, const float *a, idx a_row, idx a_
                           idx ldb, idx m, idx n, idx K) {
     idx i = 0;
     for (; i + 8 <= m; i += 8)
-        small_rows(8, out + i * ldo, ldo, a + i * a_row, a_row, a_col, b, ldb, n,
-                   K);
+        small_rows(8, out + i * ldo, ldo, a + i * a_row, a_row, a_col, b, ldb, n, K);
     for (; i + 4 <= m; i += 4)
-        small_rows(4, out + i * ldo, ldo, a + i * a_row, a_row, a_col, b, ldb, n,
-                   K);
+        small_rows(4, out + i * ldo, ldo, a + i * a_row, a_row, a_col, b, ldb, n, K);
     for (; i < m; i++)
-        small_rows(1, out + i * ldo, ldo, a + i * a_row, a_row, a_col, b, ldb, n,
-                   K);
+        small_rows(1, out + i * ldo, ldo, a + i * a_row, a_row, a_col, b, ldb, n, K);
 }

@@ -270,15 +270,12 @@ static inline void out_commit(OutFile *out) {
 // Begins an array in NumPy's format: (rows, columns), or (rows) if columns is 0.
 static inline void npy_begin(OutFile *out, const char *path, const char *type, size_t rows,
                              size_t columns) {
-    char shape[96], header[128], second[32] = "";
+    char header[96], second[32] = "";
     if (columns) snprintf(second, sizeof second, " %zu", columns);
-    snprintf(shape, sizeof shape, "{'descr': '%s', 'fortran_order': False, 'shape': (%zu,%s), }",
+    snprintf(header, sizeof header, "{'descr': '%s', 'fortran_order': False, 'shape': (%zu,%s), }",
              type, rows, second);
-    int length = snprintf(header, sizeof header, "%-117s\n", shape);  // 10 + 118 = 128 bytes
-    const uint8_t magic[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (uint8_t)length, 0};
     out_open(out, path, "\x93NUMPY????{'descr': '<?4', 'fortran_order': False, 'shape': (");
-    out_write(out, magic, 10);
-    out_write(out, header, (size_t)length);
+    fprintf(out->file, "\x93NUMPY%c%c%c%c%-117s\n", 1, 0, 118, 0, header);  // of 128 bytes
 }
 
 // ---- files that are read

@@ -1,8 +1,8 @@
 // lib/run.h - Runs: what training has in common, whatever is trained. A program's loop calls these
 // functions, which call nothing back and know no model
 //
-//   run_begin(), run_free()      training set, names of the outputs, the claim on them
-//   state_find(), same_init()   is there a state to go on from, and of the same --init?
+//   run_begin(), run_free()      training set, names of the outputs, the claim on them, the state
+//   same_init()                  is --init what the run began with?
 //   run_data()                   validation and test set; a resumed run's are the same as before
 //   run_plan()                   molecules and number of the updates, room for their log
 //   run_start(), run_stopped(), run_end()   signals: the loop ends, and saved, so does the program
@@ -10,9 +10,9 @@
 //   log_add(), line_due(), epoch_ended()   rows of the log, and when they are summed up
 //   log_ends()                   the losses of the start and the end
 //   history_add(), best_row(), enough()     fine-tuning's choice of an epoch
-//   csv_log(), csv_history()    the one or the other as CSV
+//   csv_write()                  the one or the other as CSV
 //   save_due(), run_progress()
-//   required_meta(), meta_whole(), data_print(), file_print()
+//   required_meta(), meta_whole(), file_print()
 
 // Rows of `columns` numbers.
 typedef struct { float *x; int64_t n; int columns; } Rows;
@@ -23,8 +23,7 @@ enum { HISTORY_LOSS, HISTORY_VALID, HISTORY_BEST, HISTORY_SCALE };
 
 struct Run {
     Dataset train, valid, test;   // opened if they have a path
-    const char *output;           // the checkpoint; beside it the state and the log as CSV
-    char *state_path, *log_path;
+    char *state_path, *log_path;  // beside the checkpoint: the state, and the log as CSV
     OutFile lock;                 // held from start to end: two runs may not write the same files
     TensorFile state;             // to go on from; closed when it has been loaded
     int resumed;                  // is there one?
@@ -82,9 +81,6 @@ static inline int64_t meta_whole(const TensorFile *f, const char *key) {
     return number;
 }
 
-// The fingerprint of a dataset; 0 if none is open.
-static inline uint32_t data_print(const Dataset *d) { return d->data ? dataset_fingerprint(d) : 0; }
-
 // The checksum of a file; 0 without one.
 static inline uint32_t file_print(const char *path) {
     size_t size;
@@ -105,31 +101,24 @@ static inline void same_print(const char *state_path, int64_t then, uint32_t now
 static const char *const DATA_KEYS[] = {"fingerprint", "valid_fingerprint", "test_fingerprint"};
 
 // Opens the training set and claims the outputs: now, not after hours of work, it is found out
-// whether they can be written.
+// whether they can be written. A run that is to be resumed has its state opened, or it is said that
+// there is none. Its options, metadata "run", are for the caller to take over before run_data().
 static inline void run_begin(struct Run *run, const char *train_path, const char *output,
-                             const char *log_begins) {
+                             const char *log_begins, int resume) {
     dataset_open(&run->train, train_path);
     CHECK(run->train.count > 0, "%s: the dataset is empty", train_path);
-    run->output = output;
     run->state_path = xprintf("%s.state", output);
     run->log_path = path_with(output, ".safetensors", ".log.csv");
     if (my_rank == 0) run_claim(&run->lock, output, log_begins);
     run->begun = (int64_t)time(NULL) * 1000000 + (int64_t)(1e6 * now_seconds()) % 1000000;
-}
-
-// Opens the state of the run to be resumed; says so and returns 0 if there is none. Its options,
-// metadata "run", are for the caller to take over before run_data().
-static inline int state_find(struct Run *run) {
+    if (!resume) return;
     double there = my_rank == 0 && access(run->state_path, F_OK) == 0;
     ranks_sum(&there, 1, sizeof there);  // one answer for all
     run->resumed = there > 0;
-    if (!run->resumed) {
+    if (run->resumed) tensor_file_open(&run->state, run->state_path);
+    else
         fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
                 run->state_path);
-        return 0;
-    }
-    tensor_file_open(&run->state, run->state_path);
-    return 1;
 }
 
 // Dies unless this is the checkpoint that the run began with.
@@ -296,48 +285,33 @@ static inline int enough(const struct Run *run, int64_t patience) {
     return best && patience && run->history.n - (int64_t)best[HISTORY_BEST] >= patience;
 }
 
-// The CSV, begun with its heading; NULL: it is another rank's. To it go the rows that it has not
-// yet, counted in run->shown.
-static inline FILE *csv_open(struct Run *run, const char *heading) {
-    if (my_rank > 0) return NULL;
-    if (run->csv) return run->csv;
-    run->csv = fopen(run->log_path, "w");
-    CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
-    fprintf(run->csv, "%s\n", heading);
-    return run->csv;
-}
-
-static inline void csv_flush(struct Run *run) {
-    CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
-          strerror(errno));
-}
-
-// Adds the log's rows to the CSV, behind the number of their update.
-static inline void csv_log(struct Run *run, const char *heading) {
-    if (!csv_open(run, heading)) return;
-    for (; run->shown < run->log.n; run->shown++) {
-        const float *row = run->log.x + run->shown * run->log.columns;
+// Adds the rows that it has not yet to the CSV, begun with its heading: of the log, each behind the
+// number of its update; of the history, if there is one, behind the seed, if that is asked for, and
+// the number of the epoch, with the size of what the validation set says in such units (NaN: it
+// says nothing). Rank 0 does it alone.
+static inline void csv_write(struct Run *run, const char *heading, int seed, double unit) {
+    const Rows *rows = run->history.x ? &run->history : &run->log;
+    if (my_rank > 0) return;
+    if (!run->csv) {
+        run->csv = fopen(run->log_path, "w");
+        CHECK(run->csv, "%s: cannot write: %s", run->log_path, strerror(errno));
+        fprintf(run->csv, "%s\n", heading);
+    }
+    for (; run->shown < rows->n; run->shown++) {
+        const float *row = rows->x + run->shown * rows->columns;
+        if (seed) fprintf(run->csv, "%lld,", (long long)run->seed);
         fprintf(run->csv, "%lld", (long long)run->shown + 1);
-        for (int k = 0; k < run->log.columns; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
+        if (rows == &run->history) {
+            fprintf(run->csv, ",%.6g,", (double)row[HISTORY_LOSS]);
+            if (!isnan(unit)) fprintf(run->csv, "%.6g", fabs((double)row[HISTORY_VALID]) * unit);
+            fprintf(run->csv, ",%.0f\n", (double)row[HISTORY_BEST]);
+            continue;
+        }
+        for (int k = 0; k < rows->columns; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
         fprintf(run->csv, "\n");
     }
-    csv_flush(run);
-}
-
-// Adds the history's rows to the CSV, behind the seed, if that is asked for, and the number of the
-// epoch; of what the validation set says the size in such units, NaN: it says nothing.
-static inline void csv_history(struct Run *run, const char *heading, int seed, double unit) {
-    FILE *csv = csv_open(run, heading);
-    for (; csv && run->shown < run->history.n; run->shown++) {
-        const float *row = run->history.x + run->shown * run->history.columns;
-        char valid[32] = "";
-        double size = fabs((double)row[HISTORY_VALID]) * unit;
-        if (!isnan(unit)) snprintf(valid, sizeof valid, "%.6g", size);
-        if (seed) fprintf(csv, "%lld,", (long long)run->seed);
-        fprintf(csv, "%lld,%.6g,%s,%.0f\n", (long long)run->shown + 1, (double)row[HISTORY_LOSS],
-                valid, (double)row[HISTORY_BEST]);
-    }
-    if (csv) csv_flush(run);
+    CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,
+          strerror(errno));
 }
 
 // The line on stderr; of: what the steps are of; last: it stays.

@@ -257,14 +257,14 @@ static inline int64_t tensor_rows(float *rows, int64_t most, size_t columns, con
 
 // ---- writing
 
-// "key": "value", a printf text, with what JSON needs escaped.
+// Adds "key": "value", a printf text with what JSON needs escaped, to the members of an object.
 MB_PRINTF(3, 4) static inline void text_add_meta(Text *t, const char *key, const char *fmt, ...) {
     Text value = {0};
     va_list args;
     va_start(args, fmt);
     text_add_list(&value, fmt, args);
     va_end(args);
-    text_add(t, "%s\"%s\":\"", t->text[t->length - 1] == '{' ? "" : ",", key);
+    text_add(t, "%s\"%s\":\"", t->length ? "," : "", key);
     for (const char *c = value.text; *c; c++) {
         if ((unsigned char)*c < 32) text_add(t, "\\u%04x", (unsigned)*c);
         else text_add(t, "%s%c", *c == '"' || *c == '\\' ? "\\" : "", *c);
@@ -295,14 +295,14 @@ typedef struct {
 // How files of tensor_file_write() begin, see check_ours().
 #define TENSORS_BEGIN "????????{\"__metadata__\":{\"moleblend"
 
-// Writes n float32 tensors. meta: a JSON object, not empty, of the metadata.
+// Writes n float32 tensors. meta: the metadata by text_add_meta(), not empty.
 static inline void tensor_file_write(const char *path, const TensorOut *tensors, size_t n,
                                      const char *meta) {
     Text head = {0};
     size_t offset = 0;
     text_add(&head, "{\"__metadata__\":{\"" TENSOR_CRC "\":\"");
     size_t crc_at = 8 + head.length;
-    text_add(&head, "00000000\",%s", meta + 1);
+    text_add(&head, "00000000\",%s}", meta);
     for (const TensorOut *t = tensors; t < tensors + n; t++) {
         size_t end = offset + 4 * max_size(t->rows, 1) * t->columns;
         text_add(&head, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t->name);

@@ -4,7 +4,6 @@
 #ifndef MOLECULESDE_TEST
 
 #include "../lib/commands.h"  // TEXT(), WHOLE() ...: rows of OPTIONS; command_find()
-#include "../lib/sdfile.h"    // sd_write(): a molecule as a record of an SD file
 
 // =================================================================================================
 // 14 Options
@@ -248,15 +247,14 @@ static char *training_meta(const Job *t, int of_state) {
         text_add_meta(&text, "task", "%s", TASK_KINDS[t->task.kind]);
         text_add_tasks(&text, t->s.shape.tasks, run->train.task_names, t->task.mean, t->task.std);
     }
-    text_add(&text, "}");
     free(method);
     return text.text;
 }
 
 // The log, or of fine-tuning the history, as CSV.
-static void csv_write(Job *t) {
-    if (!t->run.history.x) csv_log(&t->run, LOG_HEADING);
-    else csv_history(&t->run, HISTORY_HEADING, 0, t->judged ? 1 : (double)NAN);
+static void training_csv(Job *t) {
+    const char *heading = t->run.history.x ? HISTORY_HEADING : LOG_HEADING;
+    csv_write(&t->run, heading, 0, t->judged ? 1 : (double)NAN);
 }
 
 // First the state, so that a run killed between two renames resumes from it; then the checkpoint.
@@ -265,7 +263,7 @@ static void training_save(Job *t) {
     char *meta = training_meta(t, 0);
     model_state_write(&t->run, &t->s.model, t->best, training_meta(t, 1));
     model_write(opt.output, &t->s.model, one, NULL, 0, meta);
-    csv_write(t);
+    training_csv(t);
     free(meta);
 }
 
@@ -359,7 +357,7 @@ static void command_pretrain(Job *t, const char *train_path) {
                    mean[LOG_RATE]);
             fflush(stdout);
         }
-        csv_write(t);
+        training_csv(t);
         if (save_due(run, opt.save_every)) training_save(t);
         run_progress(run, "", 0);
     }
@@ -463,7 +461,7 @@ static void command_finetune(Job *t, const char *train_path) {
         double norm = update(s, &adam, 1, run->done + 1);
         log_update(run, loss, adam.lr, norm, start);
         if (epoch_ended(mean, run)) finetune_epoch(t, mean[TERM_TOTAL]);
-        csv_write(t);
+        training_csv(t);
         if (save_due(run, opt.save_every)) training_save(t);
         run_progress(run, "", run->done == run->steps);
     }
@@ -540,6 +538,32 @@ static void command_embed(Job *t, const char *path) {
     out_commit(&out);
 }
 
+// One record of a V2000 SD file: molecule m, of at most 999 atoms and bonds, at positions (N, 3),
+// centred. Its first line is the name, in which signs that end a line or a record become spaces;
+// the second has the conformer's number.
+static void sd_write(FILE *out, const Molecule *m, const float *pos, int number) {
+    double mean[3] = {0};
+    for (int k = 0; k < 3 * m->n_atoms; k++) mean[k % 3] += (double)pos[k] / m->n_atoms;
+    for (int k = 0; k < m->name_length; k++) {
+        char c = m->name[k];
+        fputc(iscntrl((unsigned char)c) || (k == 0 && c == '$') ? ' ' : c, out);
+    }
+    fprintf(out, "\n  " MB_PROGRAM " conformer %d, heavy atoms\n\n%3d%3d  0  0  0  0  0  0  0  "
+            "0999 V2000\n", number, m->n_atoms, m->n_bonds);
+    for (int i = 0; i < m->n_atoms; i++)
+        fprintf(out, "%10.4f%10.4f%10.4f %.3s 0  0  0  0  0  0  0  0  0  0  0  0\n",
+                (double)pos[3 * i] - mean[0], (double)pos[3 * i + 1] - mean[1],
+                (double)pos[3 * i + 2] - mean[2], SYMBOLS + 3 * m->atom_feat[i * ATOM_FEATURES]);
+    for (int k = 0; k < m->n_bonds; k++)
+        fprintf(out, "%3d%3d%3d  0\n", m->bonds[2 * k] + 1, m->bonds[2 * k + 1] + 1,
+                min_int(m->bond_code[k] / (2 * BOND_STEREOS) + 1, 4));
+    for (int i = 0; i < m->n_atoms; i++) {
+        int charge = m->atom_feat[i * ATOM_FEATURES + 3] - 5;
+        if (charge) fprintf(out, "M  CHG  1 %3d %3d\n", i + 1, charge);
+    }
+    fprintf(out, "M  END\n$$$$\n");
+}
+
 // Conformers of one molecule, of which only the graph is looked at, as an SD file.
 static void command_generate(Job *t, const char *path, const char *index_text) {
     Sde *s = &t->s;
@@ -579,7 +603,7 @@ static void command_generate(Job *t, const char *path, const char *index_text) {
     }
     for (size_t k = 0; k < n; k++)
         CHECK(isfinite(mean[k]), "the sampler left the numbers: is the model trained?");
-    for (size_t b = 0; b < s->mols.B; b++) sd_write(&out, m, mean + b * row, (int)b + 1);
+    for (size_t b = 0; b < s->mols.B; b++) sd_write(out.file, m, mean + b * row, (int)b + 1);
     out_commit(&out);
     free(z);
 }

@@ -1431,7 +1431,7 @@ static void test_messages(void) {
     TensorOut tensors[2] = {{"model_2D.gnns.0.mlp.0.weight", 1, 1, wide},
                             {"model_2D.atom_encoder.atom_embedding_list.0.weight", 1, 1 << 16,
                              wide}};
-    tensor_file_write("build/sdew.safetensors", tensors, 2, "{\"format\":\"pt\"}");
+    tensor_file_write("build/sdew.safetensors", tensors, 2, "\"format\":\"pt\"");
     free(wide);
     for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
         int code = run_command(SDE " %s > build/sde.out 2> build/sde.err", rows[k].args);

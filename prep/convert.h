@@ -41,8 +41,7 @@ typedef struct {
     ChemMol mol;
     Molecule molecule;
     Molecule check;          // what a reader makes of the encoded record
-    uint8_t *bytes;          // encoded records of the chunk
-    size_t used, room;
+    Text bytes;              // encoded records of the chunk, and names of those that are refused
     OddCell *odd;            // unusual cells of the chunk
     int n_odd, odd_room;
 } Worker;
@@ -52,7 +51,7 @@ static void worker_free(Worker *w) {
     mol_free(&w->mol);
     molecule_free(&w->molecule);
     molecule_free(&w->check);
-    FREE_ALL(w->bytes, w->odd);
+    FREE_ALL(w->bytes.text, w->odd);
 }
 
 // What became of a record.
@@ -77,25 +76,18 @@ static int64_t count_lines(const char *p, const char *end) {
     return n;
 }
 
-// Room for `size` more bytes, and one more.
-static void worker_room(Worker *w, size_t size) {
-    if (w->room - w->used > size) return;
-    w->room = 2 * w->room + size + 1;
-    w->bytes = xrealloc(w->bytes, w->room, 1);
-}
-
 // Encodes the molecule at the end of the worker's bytes. One record that a reader refuses would
 // make the whole dataset useless, so the reader's own checks decide whether this one is kept.
 static int store_molecule(Worker *w, Outcome *o) {
     const Molecule *m = &w->molecule;
     size_t size = record_size(m->n_atoms, m->n_bonds, m->n_tasks, m->name_length, m->has_pos);
-    worker_room(w, size);
-    o->offset = w->used;
-    o->size = record_encode(w->bytes + w->used, m);
-    const char *wrong = record_content(&w->check, w->bytes + w->used, o->size, m->n_tasks);
+    o->offset = w->bytes.length;
+    uint8_t *record = (uint8_t *)text_room(&w->bytes, size);
+    o->size = record_encode(record, m);
+    const char *wrong = record_content(&w->check, record, o->size, m->n_tasks);
+    if (wrong) w->bytes.length = o->offset;
     if (wrong) return fault_at(&o->fault, 0, 0, "cannot be written", "%s", wrong);
     o->n_atoms = m->n_atoms;
-    w->used += o->size;
     return 0;
 }
 
@@ -309,10 +301,8 @@ static int is_no_record(const Source *s, const Record *r, int first) {
 // Keeps the name of a record that is refused; what it points to ends with the next record.
 static void keep_name(Worker *w, Outcome *o) {
     o->size = (size_t)min_int(o->name.n, MAX_NAME);
-    worker_room(w, o->size);
-    memcpy(w->bytes + w->used, o->name.p, o->size);
-    o->offset = w->used;
-    w->used += o->size;
+    o->offset = w->bytes.length;
+    text_bytes(&w->bytes, o->name.p, o->size);
 }
 
 // Converts n records with all threads; one of them first reads the bytes that follow.

@@ -33,7 +33,8 @@ static void write_outcomes(Source *s, const Outcome *outcomes, int n, Worker *wo
                            Conversion *c, Summary *sum) {
     for (int k = 0; k < n; k++) {
         const Outcome *o = &outcomes[k];
-        const uint8_t *record = o->none ? NULL : workers[o->worker].bytes + o->offset;
+        const char *bytes = workers[o->worker].bytes.text;
+        const uint8_t *record = o->none ? NULL : (const uint8_t *)bytes + o->offset;
         sum->n_read += !o->none;
         table_use(&c->skips, o->skip);
         table_use(&c->parts, o->in_part);
@@ -90,7 +91,7 @@ static void convert_source(Source *s, Conversion *c, Output *out, Worker *worker
             fprintf(stderr, "note    %s: a .smi file has no labels; if its first line names "
                     "columns, give --format csv\n", s->path);
         }
-        for (int t = 0; t < thread_count(); t++) workers[t].used = 0, workers[t].n_odd = 0;
+        for (int t = 0; t < thread_count(); t++) workers[t].bytes.length = 0, workers[t].n_odd = 0;
         convert_records(c, s, records + skip, n - skip, workers, outcomes);
         write_outcomes(s, outcomes, n - skip, workers, out, c, sum);
         progress_show(&progress, (double)s->bytes_done, (double)s->bytes_total, (double)sum->n_read,

@@ -25,10 +25,9 @@ static inline size_t record_encode(uint8_t *buf, const Molecule *m) {
 
 typedef struct {
     OutFile out;
-    uint8_t *head, *index;  // header and task names; 8 bytes a molecule
-    uint32_t *number;       // (count) of the molecules' records in the input
-    Text skips;             // records that were skipped, as they will be in the file
-    size_t head_size, count, room, skipped;
+    uint8_t *head;          // header and task names
+    Text index, numbers, skips;  // the rest, as it will be in the file: see moleblend.h
+    size_t head_size, count, skipped;
     uint64_t offset;
     uint32_t max_atoms, max_bonds, flags, split;  // the last two: 0, or set before dataset_finish()
     int n_tasks;
@@ -70,12 +69,9 @@ static inline void dataset_create(DatasetWriter *w, const char *path, int n_task
 // Notes a record that is skipped: its number in the input, name (of at most MAX_NAME) and why.
 static inline void dataset_skip(DatasetWriter *w, uint32_t number, const char *name,
                                 size_t name_length, const char *reason) {
-    uint8_t head[8];
     size_t length = strlen(reason);
-    put_u32(head, number);
-    put_u16(head + 4, (uint32_t)name_length);
-    put_u16(head + 6, (uint32_t)length);
-    text_bytes(&w->skips, head, 8);
+    uint8_t *head = (uint8_t *)text_room(&w->skips, 8);
+    put_u16(put_u16(put_u32(head, number), (uint32_t)name_length), (uint32_t)length);
     text_bytes(&w->skips, name, name_length);
     text_bytes(&w->skips, reason, length);
     w->skipped++;
@@ -85,14 +81,11 @@ static inline void dataset_skip(DatasetWriter *w, uint32_t number, const char *n
 static inline void dataset_append(DatasetWriter *w, const uint8_t *record, size_t size,
                                   uint32_t number) {
     uint32_t n_atoms = get_u16(record + 4), n_bonds = get_u16(record + 6);
-    if (w->count == w->room) {
-        w->index = xrealloc(w->index, w->room = 2 * w->room + 1024, 8);
-        w->number = xrealloc(w->number, w->room, sizeof *w->number);
-    }
-    w->number[w->count] = number;
     CHECK(w->offset < (uint64_t)1 << 47 && w->count < UINT32_MAX, "%s: dataset is too large",
           w->out.path);
-    put_u64(w->index + 8 * w->count++, w->offset << 16 | n_atoms);
+    put_u64((uint8_t *)text_room(&w->index, 8), w->offset << 16 | n_atoms);
+    put_u32((uint8_t *)text_room(&w->numbers, 4), number);
+    w->count++;
     w->offset += size;
     if (n_atoms > w->max_atoms) w->max_atoms = n_atoms;
     if (n_bonds > w->max_bonds) w->max_bonds = n_bonds;
@@ -101,16 +94,16 @@ static inline void dataset_append(DatasetWriter *w, const uint8_t *record, size_
 
 // Writes index and header, and gives the file its name. Frees everything w owns.
 static inline void dataset_finish(DatasetWriter *w) {
+    const Text *const checked[] = {&w->index, &w->numbers, &w->skips};
     uint64_t index = w->offset + w->skips.length;
-    uint8_t end[12];
-    w->index = xrealloc(w->index, w->count, 12);
-    for (size_t i = 0; i < w->count; i++) put_u32(w->index + 8 * w->count + 4 * i, w->number[i]);
-    put_u64(end, w->offset);
-    uint32_t crc = crc32_add(crc32_add(0, w->index, 12 * w->count), end, 8);
-    put_u32(end + 8, crc32_add(crc, (const uint8_t *)w->skips.text, w->skips.length));
+    uint32_t crc = 0;
+    put_u64((uint8_t *)text_room(&w->numbers, 8), w->offset);
+    for (int k = 0; k < 3; k++)
+        crc = crc32_add(crc, (const uint8_t *)checked[k]->text, checked[k]->length);
+    put_u32((uint8_t *)text_room(&w->numbers, 4), crc);
     out_write(&w->out, w->skips.text, w->skips.length);
-    out_write(&w->out, w->index, 12 * w->count);
-    out_write(&w->out, end, 12);
+    out_write(&w->out, w->index.text, w->index.length);
+    out_write(&w->out, w->numbers.text, w->numbers.length);
     put_u32(w->head + 8, DATASET_VERSION);
     put_u32(w->head + 12, (uint32_t)w->n_tasks);
     put_u64(w->head + 16, w->count);
@@ -124,5 +117,5 @@ static inline void dataset_finish(DatasetWriter *w) {
     put_u32(w->head + 60, crc32_add(0, w->head, w->head_size));
     out_rewrite(&w->out, 0, w->head, w->head_size);
     out_commit(&w->out);
-    FREE_ALL(w->head, w->index, w->number, w->skips.text);
+    FREE_ALL(w->head, w->index.text, w->numbers.text, w->skips.text);
 }

@@ -530,7 +530,7 @@ static void test_options(void) {
         if (r == 0) {
             float *const arenas[ARENAS] = {start};
             model_write("build/bites_start.safetensors", &s.model, arenas, NULL, 0,
-                        "{\"a\":\"b\"}");
+                        "\"a\":\"b\"");
         }
         for (int step = 0; step < 3; step++)
             plain_update(log + step * OUT, &s, NULL, &data, &o, step, 3);
@@ -787,7 +787,7 @@ static void test_tuning_options(void) {
     model_create(&init, shape, 0);
     formula_params(&init);
     float *const arenas[ARENAS] = {init.params};
-    model_write("build/bites_init.safetensors", &init, arenas, NULL, 0, "{\"format\":\"pt\"}");
+    model_write("build/bites_init.safetensors", &init, arenas, NULL, 0, "\"format\":\"pt\"");
     model_free(&init);
     for (int r = 0; r < ROWS; r++) {
         Settings o = TUNING;
@@ -974,7 +974,7 @@ static void test_embedding_rows(void) {
     model_create(&s.model, BITES_CONFIG, 1);
     formula_params(&s.model);
     float *const arenas[ARENAS] = {s.model.params};
-    model_write("build/bites_m.safetensors", &s.model, arenas, NULL, 0, "{\"format\":\"pt\"}");
+    model_write("build/bites_m.safetensors", &s.model, arenas, NULL, 0, "\"format\":\"pt\"");
     uint32_t ids[40];
     for (uint32_t i = 0; i < 40; i++) ids[i] = i;
     for (size_t r = 0; r < sizeof runs / sizeof *runs; r++) {
@@ -1060,9 +1060,9 @@ static void test_ensembles(void) {
             formula_params(&s.model);
             for (idx i = 0; i < s.model.count; i++)
                 s.model.params[i] += 0.05f * test_number((size_t)(i + 17 * k));
-            char *meta = xprintf("{\"task\":\"%s\",\"readout\":\"sum\",\"modality\":\"2d\","
+            char *meta = xprintf("\"task\":\"%s\",\"readout\":\"sum\",\"modality\":\"2d\","
                                  "\"task_names\":\"big\\nsmall\",\"label_mean\":\"3 -1\","
-                                 "\"label_std\":\"20 0.5\",\"logit_scale\":\"%g\"}",
+                                 "\"label_std\":\"20 0.5\",\"logit_scale\":\"%g\"",
                                  classes ? "classification" : "regression", (double)scales[k]);
             char *path = xprintf("build/bites_p%d.safetensors", k);
             float *const arenas[ARENAS] = {s.model.params};
@@ -1388,7 +1388,7 @@ static void test_machinery(void) {
     size_t size;
     const float numbers[] = {1, 2, 3, 4, 5, 6};
     tensor_file_write("build/bites.safetensors", &(TensorOut){"x", 2, 3, numbers}, 1,
-                      "{\"format\":\"pt\"}");
+                      "\"format\":\"pt\"");
     char *bytes = file_text("build/bites.safetensors", &size);
     bytes[size - 2] = (char)(bytes[size - 2] ^ 1);
     write_bytes("build/bites_bad.safetensors", bytes, size);

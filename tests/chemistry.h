@@ -13,7 +13,7 @@ static int prep_convert(Worker *w, Format format, const char *text, Outcome *o) 
     Record r = {text, strlen(text), 0, NULL, 1};
     Lines in = {text, text + r.size, 0};
     *o = (Outcome){0};
-    w->used = 0;
+    w->bytes.length = 0;
     add_task(&c, (Span){"y", 1});
     return convert_record(&c, &s, &r, w, &in, o) == 0;
 }

@@ -77,7 +77,7 @@ static void test_checkpoint(void) {
     model_create(&model, c, 1);
     model_init(&model, 9);
     float *const arenas[ARENAS] = {model.params};
-    model_write(path, &model, arenas, NULL, 0, "{\"format\":\"pt\",\"quote\\\"d\":\"a\\\\b\"}");
+    model_write(path, &model, arenas, NULL, 0, "\"format\":\"pt\",\"quote\\\"d\":\"a\\\\b\"");
     tensor_file_open(&f, path);
     Config read = tensor_file_config(&f);
     test_check(memcmp(&c, &read, sizeof c) == 0, "sizes from a checkpoint's shapes");
@@ -96,7 +96,7 @@ static void test_checkpoint(void) {
                              model.params + t->offset};
     }
     tensor_file_close(&f);
-    tensor_file_write(path, out, (size_t)model.n_tensors, "{\"format\":\"pt\"}");
+    tensor_file_write(path, out, (size_t)model.n_tensors, "\"format\":\"pt\"");
     for (int i = 0; i < model.n_tensors; i++) free(out[i].name);
     free(out);
     tensor_file_open(&f, path);
@@ -114,7 +114,7 @@ static void test_checkpoint(void) {
                    tensor_value(&bf16, 0) == -2.5f && tensor_value(&f64, 0) == -2.5f,
                "F16, BF16 and F64 are converted");
     tensor_file_close(&f);
-    model_write(path, &model, arenas, NULL, 0, "{\"format\":\"pt\"}");
+    model_write(path, &model, arenas, NULL, 0, "\"format\":\"pt\"");
     tensor_file_open(&f, path);
     test_check(tensor_find(&f, "encoder.molecule_encoder.layers.1.self_attn.q_proj.weight") != NULL,
                "official names");

@@ -217,8 +217,8 @@ static void test_predict(void) {
          "done; cp build/test_train.bin build/pr.new.bin; mv build/pr.new.bin build/pr.now.bin; "
          "wait $!; } && cmp build/pr.right.csv build/pr.got.csv", 0, ""},
     };
-    const char *meta = "{\"task\":\"regression\",\"task_names\":\"logP\\nwith,comma\","
-                       "\"label_mean\":\"0 0\",\"label_std\":\"1 2\"}";
+    const char *meta = "\"task\":\"regression\",\"task_names\":\"logP\\nwith,comma\","
+                       "\"label_mean\":\"0 0\",\"label_std\":\"1 2\"";
     Model model;
     model_create(&model, (Config){2, 24, 20, 3, 12, 2}, 1);
     model_init(&model, 9);

@@ -15,10 +15,10 @@ static void test_faults(Worker *w) {
     }
     // Catches a record that the reader refuses being written: it would cost the whole dataset.
     prep_convert(w, FORMAT_SMI, "CC", &o);
-    size_t used = w->used;
+    size_t used = w->bytes.length;
     w->molecule.bond_code[0] = BOND_CODES;
     store_molecule(w, &o);
-    test_check(w->used == used && strcmp(o.fault.text, "bond feature out of range") == 0,
+    test_check(w->bytes.length == used && strcmp(o.fault.text, "bond feature out of range") == 0,
                "an unreadable record was kept: \"%s\"", o.fault.text);
 }
 
@@ -447,8 +447,8 @@ static void test_threads(void) {
         crc[t] = 0;
         for (int k = 0; k < 20 * N; k++)
             if (outcomes[k].ok)
-                crc[t] = crc32_add(crc[t], workers[outcomes[k].worker].bytes + outcomes[k].offset,
-                                   outcomes[k].size);
+                crc[t] = crc32_add(crc[t], (uint8_t *)workers[outcomes[k].worker].bytes.text +
+                                               outcomes[k].offset, outcomes[k].size);
         for (int k = 0; k < 8; k++) worker_free(&workers[k]);
         free(workers);
 #ifdef _OPENMP

@@ -435,7 +435,7 @@ static void test_flips(void) {
     float *const arenas[ARENAS] = {model.params, model.m, model.v};
     remove("build/test_flip.bin");  // damaged by an earlier test
     model_write("build/test_flip.bin", &model, arenas, &(TensorOut){"log", 2, 2, log}, 1,
-                "{\"step\":\"2\"}");
+                "\"step\":\"2\"");
     test_check(run_apart(load_damaged, &model) == 0, "the state without damage is read");
     char *bytes = file_text("build/test_flip.bin", &n);
     for (size_t k = 0; k < 560; k++, tried++) {
@@ -508,8 +508,8 @@ static void test_machine(void) {
         {"./moleblend predict build/test_train.bin --model build/test_meta.safetensors", 1,
          "build/test_meta.safetensors: metadata label_std: expected 2 numbers"},
     };
-    const char *meta = "{\"task\":\"regression\",\"task_names\":\"a\\nb\",\"label_mean\":"
-                       "\"0 0\",\"label_std\":\"1 2x\"}";
+    const char *meta = "\"task\":\"regression\",\"task_names\":\"a\\nb\",\"label_mean\":"
+                       "\"0 0\",\"label_std\":\"1 2x\"";
     Model model;
     Dataset d;
     model_create(&model, (Config){2, 24, 20, 3, 12, 2}, 1);
