@@ -2272,8 +2272,8 @@ static Pass pass_over(const Dataset *data, size_t most, const Blend *blend, int 
 }
 
 // run_open(), and what a step needs of the options.
-static void train_open(Run *run, Step *s, const char *train_path, int64_t usual) {
-    run_open(run, train_path, LOG_BEGINS, usual, &opt.part);
+static void train_open(Run *run, Step *s, const char *train_path, int64_t usual, int tuning) {
+    run_open(run, train_path, LOG_BEGINS, usual, &opt.part, tuning);
     if (run->resumed) run->begun = meta_whole(&run->state, "begun");
     s->drop = opt.drop;
     s->weights = opt.weights;
@@ -2285,15 +2285,15 @@ static void run_meta(Text *t, const Run *run, Config c, int64_t seeds, int of_st
     const char *const keys[] = {"layers", "dim", "ffn", "heads", "kernels", "step", "molecules",
                                 "fingerprint", "valid_fingerprint", "seeds_done"};
     const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
-                                (long long)run->train.count, data_print(&run->train),
-                                of_state || c.tasks ? data_print(&run->valid) : 0, seeds};
+                                (long long)run->train.count, run->prints[0],
+                                of_state || c.tasks ? run->prints[1] : 0, seeds};
     text_add_run(t, keys, values, 10, of_state ? SHAPES | FILES : SHAPES);
     text_add_meta(t, "stereo", "%s", run->train.stereo);
     text_add_meta(t, "largest_fragment", "%u",
                   (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
     if (run->train.flags & PREP_HYDROGENS) text_add_meta(t, "keep_hydrogens", "1");
     if (of_state) {
-        text_add_meta(t, "test_fingerprint", "%lld", (long long)data_print(&run->test));
+        text_add_meta(t, "test_fingerprint", "%lld", (long long)run->prints[2]);
         text_add_meta(t, "init_fingerprint", "%lld", (long long)run->init_print);
         text_add_meta(t, "begun", "%lld", (long long)run->begun);
     }
@@ -2315,7 +2315,7 @@ static void log_update(Run *run, const Step *s, const double loss[LOSSES], const
 
 // Opens what pretraining needs, and says what will be done.
 static void pretrain_open(Run *run, Step *s, const char *train_path) {
-    train_open(run, s, train_path, PRETRAIN_BATCH);
+    train_open(run, s, train_path, PRETRAIN_BATCH, 0);
     run->steps = opt.steps;
     run->log = rows_make(run->steps, LOG_COLUMNS);
     model_create(&s->model, start_config(run->resumed ? NULL : opt.init), 1);

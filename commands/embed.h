@@ -63,6 +63,7 @@ static void command_embed(const char *path) {
     int files = strcmp(opt.output, "-") != 0;
     CHECK(files || !atoms, "--level atom: expected -o FILE.npy, beside which FILE.index.npy says "
           "whose an atom is");
+    CHECK(!atoms || !opt.readout, "--level atom: atoms are not read out; leave out --readout");
     dataset_open(&data, path);
     model_open(&model, opt.model);
     check_positions(&data, model.task.use);
@@ -105,9 +106,9 @@ static void command_embed(const char *path) {
         progress_show(&progress, done, (double)data.count, done, "molecules", "embedded",
                       done == (double)data.count);
     }
-    if (atoms) out_commit(&index);
+    out_commit(&out);  // the largest first: if the disk is full, none is there
     if (files) out_commit(&names);
-    out_commit(&out);
+    if (atoms) out_commit(&index);
     FREE_ALL(names_path, index_path);
     molecule_free(&m);
     dataset_close(&data);

@@ -184,7 +184,7 @@ static void note_other_seeds(void) {
 // Opens what fine-tuning needs, and says what will be done.
 static void tuning_open(Tuning *t, const char *train_path) {
     Run *run = &t->run;
-    train_open(run, &t->s, train_path, DEFAULT_BATCH);
+    train_open(run, &t->s, train_path, DEFAULT_BATCH, 1);
     run->steps = epochs_steps(run, opt.epochs);
     run->log = rows_make(run->steps, LOG_COLUMNS);
     run->history = rows_make(opt.epochs, HISTORY_COLUMNS);
@@ -199,6 +199,8 @@ static void tuning_open(Tuning *t, const char *train_path) {
                      .mean = t->statistics, .std = t->statistics + Y, .scale = 1,
                      .label_units = choice("--loss-units", opt.loss_units, UNIT_NAMES, 2)};
     t->task.kind = task_statistics(t->statistics, sets, &opt.task, 0);
+    if (t->task.kind == TASK_CLASSIFICATION && was_given(&opt.loss_units))
+        fprintf(stderr, "note    --loss-units has no effect on classes\n");
     t->judged = can_judge(&run->valid, "the training loss chooses the epoch and when to stop");
     for (int k = 0; k < 3; k++) check_positions(sets[k], t->task.use);
     Config c = start_config(run->resumed ? NULL : opt.init);

@@ -25,6 +25,8 @@ static double interval_part(void) { return opt.interval / (opt.interval < 1 ? 1 
 // The intervals' widths, or why there are none.
 static void intervals_make(Predictions *all) {
     size_t Y = (size_t)all->tasks;
+    if (all->kind == TASK_CLASSIFICATION && was_given(&opt.interval))
+        fprintf(stderr, "note    --interval has no effect on classes\n");
     if (all->kind == TASK_CLASSIFICATION || opt.interval == 0) return;
     if (!all->other) all->half = xmalloc(Y, sizeof *all->half);
     else

@@ -2,6 +2,7 @@
 //
 //   help_print()        the text of --help
 //   command_files()     the files of a command line
+//   was_given()         an option
 //   run_open()          opens what training needs
 //   text_add_run()      how the metadata of what it writes begin
 
@@ -27,16 +28,33 @@ static void command_files(const Command *command, const char *path) {
     for (size_t k = 0; k < sizeof files / sizeof files[0]; k++) files_input(files[k]);
 }
 
+// Was the option with this value given?
+static int was_given(const void *value) {
+    int k = 0;
+    while (OPTIONS[k].value != value) k++;
+    return option_given[k];
+}
+
+// A size that the model of --init has becomes the option's, which may not say otherwise.
+static void size_take(int64_t *option, int there, const char *init) {
+    CHECK(!was_given(option) || *option == there, "%s: has %d where an option says %lld; leave out "
+          "the sizes", init, there, (long long)*option);
+    *option = there;
+}
+
 // Opens what a run needs, its model apart. If it is resumed, its options are those of its state.
 // The molecules of a batch are `usual` if nobody says, in parts of *part (NULL: all at once); how
-// its logs begin: see run_claim().
+// its logs begin: see run_claim(). tuning: it is no pretraining.
 static void run_open(struct Run *run, const char *train_path, const char *log_begins,
-                     int64_t usual, const int64_t *part) {
+                     int64_t usual, const int64_t *part, int tuning) {
     const char *asked = opt.init;
     run_begin(run, train_path, opt.output, log_begins, opt.resume);
-    if (run->resumed)
-        options_from_state(required_meta(&run->state, "run", "the state of a run"),
-                           run->state_path);
+    if (run->resumed) {
+        const char *options = required_meta(&run->state, "run", "the state of a run");
+        CHECK(tuning == (tensor_meta(&run->state, "task") != NULL), "%s: is the state of %s; give "
+              "the command that began it", run->state_path, tuning ? "pretraining" : "fine-tuning");
+        options_from_state(options, run->state_path);
+    }
     run_data(run, opt.valid, opt.test, opt.init, asked);
     run_plan(run, &opt.batch, usual, part ? *part : 0);
     precision_begin(opt.precision);

@@ -113,8 +113,8 @@ static void print_direction(const float d[3], const char *around) {
 }
 
 // What the model of --model says of the pairs (0, j) of the molecule in its batch, beside the
-// truth: the class of the path's length that it holds most likely and its probability, the bonds'
-// classes, the direction, a vector of length 1.
+// truth: the length of the path (11: or more) that it holds most likely and its probability, the
+// bonds' classes, the direction, a vector of length 1.
 static void show_model(Trained *model) {
     Step *s = &model->s;
     const Batch *batch = &s->batch;
@@ -135,7 +135,10 @@ static void show_model(Trained *model) {
         float *p = spd + j * SPD_CLASSES;
         softmax_row(p, SPD_CLASSES);
         int best = argmax(p, SPD_CLASSES);
-        printf("0 %-5d %7d %9d %15.2f   ", j, best, batch->spd_target[j], (double)p[best]);
+        int length = batch->spd_target[j] + 1;  // the first class is a path of one bond
+        char beside[16] = "-";
+        if (length > 0) snprintf(beside, sizeof beside, "%d", length);
+        printf("0 %-5d %7d %9s %15.2f   ", j, best + 1, beside, (double)p[best]);
         for (int t = 0; t < PATH_BONDS; t++) {
             int class = argmax(edge + j * EDGE_OUTPUTS + t * EDGE_CLASSES, EDGE_CLASSES);
             int truth = batch->edge_target[j * PATH_BONDS + t];

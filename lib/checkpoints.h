@@ -81,7 +81,7 @@ static const TensorEntry *tensor_load(float *arena, const TensorInfo *info, cons
     const char *name = info->name;
     const TensorEntry *t = tensor_find_official(f, prefix, name);
     if (!t) return NULL;
-    CHECK(strchr(t->dtype, 'F'), "%s: tensor %s: expected type F32, F16, BF16 or F64, found %s",
+    CHECK(tensor_is_float(t), "%s: tensor %s: expected type F32, F16, BF16 or F64, found %s",
           f->path, name, t->dtype);
     size_t rows = t->rank == 2 ? t->shape[0] : 0, columns = t->rank ? t->shape[t->rank - 1] : 1;
     CHECK(t->rank == (info->rows ? 2 : 1) && rows == info->rows && columns == info->columns,

@@ -189,7 +189,8 @@ static inline void out_open(OutFile *out, const char *path, const char *begins) 
     }
     out->path = xprintf("%s", path);
     out->target = link_target(path);
-    out->tmp = is_stdout ? xprintf("standard output") : xprintf("%s.tmp", out->target);
+    out->tmp = is_stdout ? xprintf("standard output, by a temporary file")
+                         : xprintf("%s.tmp", out->target);
     out->file = is_stdout ? tmpfile() : out_lock(out->tmp, begins);
     CHECK(out->file, "%s: cannot write: %s", out->tmp, strerror(errno));
     setvbuf(out->file, NULL, _IOFBF, 1 << 16);

@@ -85,6 +85,8 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
         }
         CHECK(least > 4 || least == 0, "unknown option %s; did you mean %s?", arg, nearest->name);
         CHECK(least == 0, "unknown option %s; see --help", arg);
+        if (given[nearest - table] && nearest->kind != OPT_FLAG)
+            fprintf(stderr, "note    %s is given twice: the last counts\n", arg);
         given[nearest - table] = 1;
         if (nearest->kind == OPT_FLAG) {
             CHECK(!value, "%s: expected no value", arg);
@@ -119,12 +121,27 @@ static inline char *option_value(const Option *o) {
     return xprintf("%.17g", number);
 }
 
-// "--name value", a line each, of all rows that belong to `commands`, in fresh memory.
+// A path that means the same file in any folder, in the place of `path`, which is freed.
+static inline char *path_anywhere(char *path) {
+#if MB_POSIX
+    char folder[4096];
+    if (*path && *path != '/' && getcwd(folder, sizeof folder)) {
+        char *whole = xprintf("%s/%s", folder, path);
+        free(path);
+        return whole;
+    }
+#endif
+    return path;
+}
+
+// "--name value", a line each, of all rows that belong to `commands`, in fresh memory. Files are
+// named as from any folder.
 static inline char *options_describe(const Option *table, int n, unsigned commands) {
     Text all = {0};
     for (const Option *o = table; o < table + n; o++) {
         if (!o->name || !(o->commands & commands)) continue;
         char *value = option_value(o);
+        if (o->kind == OPT_TEXT && strcmp(o->argument, "FILE") == 0) value = path_anywhere(value);
         CHECK(!strchr(value, '\n'), "%s: expected no line break in \"%s\"", o->name, value);
         text_add(&all, "%s %s\n", o->name, value);
         free(value);

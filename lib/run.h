@@ -28,6 +28,7 @@ struct Run {
     TensorFile state;             // to go on from; closed when it has been loaded
     int resumed;                  // is there one?
     int64_t begun;                // when, in microseconds
+    uint32_t prints[3];           // data_print() of training, validation and test set
     uint32_t init_print;          // file_print() of --init then
     uint64_t seed;                // names the draws
     int64_t batch, steps, done;   // molecules of an update; updates in all, and so far
@@ -116,7 +117,10 @@ static inline void run_begin(struct Run *run, const char *train_path, const char
     ranks_sum(&there, 1, sizeof there);  // one answer for all
     run->resumed = there > 0;
     if (run->resumed) tensor_file_open(&run->state, run->state_path);
-    else
+    CHECK(run->resumed || my_rank > 0 || access(output, F_OK) != 0, "%s: is there, but not its "
+          "state %s: there is nothing to resume; leave out --resume, or give another -o", output,
+          run->state_path);
+    if (!run->resumed)
         fprintf(stderr, "resume  nothing is saved in %s: this run starts afresh\n",
                 run->state_path);
 }
@@ -138,9 +142,12 @@ static inline void run_data(struct Run *run, const char *valid, const char *test
     if (run->resumed && asked) same_init(run, asked);
     dataset_open_part(&run->valid, valid, &run->train);
     dataset_open_part(&run->test, test, &run->train);
-    for (int k = 0; k < 3 && run->resumed; k++)
-        same_print(state->path, meta_whole(state, DATA_KEYS[k]), data_print(data[k]), names[k],
-                   data[k]->path);
+    for (int k = 0; k < 3; k++) {
+        run->prints[k] = data_print(data[k]);
+        if (run->resumed)
+            same_print(state->path, meta_whole(state, DATA_KEYS[k]), run->prints[k], names[k],
+                       data[k]->path);
+    }
 }
 
 // Molecules of an update: *batch, or if that is 0 as many as are usual and there are; they are
@@ -173,6 +180,8 @@ static inline int64_t epochs_steps(const struct Run *run, int64_t epochs) {
 
 // An empty table with room for `most` rows.
 static inline Rows rows_make(int64_t most, int columns) {
+    memory_check(sizeof(float) * (uint64_t)most * (uint64_t)columns, "the log of all updates",
+                 "fewer --steps or --epochs");
     return (Rows){xmalloc(mul_size((size_t)most, (size_t)columns), sizeof(float)), 0, columns};
 }
 

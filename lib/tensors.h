@@ -15,7 +15,7 @@ typedef struct {
     char *name;
     char dtype[8];
     int rank;
-    size_t shape[4], count;
+    size_t shape[8], count;
     const uint8_t *data;  // in the file; count elements
 } TensorEntry;
 
@@ -117,7 +117,8 @@ static inline int json_sizes(JsonReader *r, size_t *values, int max) {
 static inline size_t dtype_size(const char *dtype) {
     static const struct { const char *name; size_t size; } types[] = {
         {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4},
-        {"I16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}};
+        {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BOOL", 1},
+        {"F8_E4M3", 1}, {"F8_E5M2", 1}};
     for (size_t k = 0; k < sizeof types / sizeof types[0]; k++)
         if (strcmp(dtype, types[k].name) == 0) return types[k].size;
     return 0;
@@ -134,7 +135,7 @@ static inline void json_tensor(JsonReader *r, TensorEntry *t, const uint8_t *dat
             snprintf(t->dtype, sizeof t->dtype, "%.7s", dtype);
             free(dtype);
         } else if (strcmp(key, "shape") == 0) {
-            t->rank = json_sizes(r, t->shape, 4);
+            t->rank = json_sizes(r, t->shape, 8);
         } else if (strcmp(key, "data_offsets") == 0) {
             if (json_sizes(r, range, 2) != 2) json_fail(r, "two offsets");
         } else {
@@ -142,7 +143,11 @@ static inline void json_tensor(JsonReader *r, TensorEntry *t, const uint8_t *dat
         }
     }
     t->count = 1;
-    for (int k = 0; k < t->rank; k++) t->count = mul_size(t->count, t->shape[k]);
+    for (int k = 0; k < t->rank; k++) {
+        CHECK(!t->shape[k] || t->count <= SIZE_MAX / 8 / t->shape[k], "%s: damaged tensor file: "
+              "tensor %s: its shape is beyond any memory", r->path, t->name);
+        t->count *= t->shape[k];
+    }
     size_t size = dtype_size(t->dtype);
     CHECK(size, "%s: tensor %s: unknown type \"%s\"", r->path, t->name, t->dtype);
     CHECK(range[0] <= range[1] && range[1] <= data_size &&
@@ -214,6 +219,11 @@ static inline const TensorEntry *tensor_find(const TensorFile *f, const char *na
     return NULL;
 }
 
+// Does it hold floating-point numbers that tensor_value() can read?
+static inline int tensor_is_float(const TensorEntry *t) {
+    return strchr(t->dtype, 'F') && t->dtype[1] != '8';
+}
+
 // Element k of a tensor of floating-point numbers, as float32.
 static inline float tensor_value(const TensorEntry *t, size_t k) {
     uint32_t bits = t->dtype[0] == 'B' ? get_u16(t->data + 2 * k) << 16 : 0;
@@ -242,13 +252,13 @@ static inline const char *tensor_meta(const TensorFile *f, const char *key) {
     return NULL;
 }
 
-// Reads the tensor of this name, a float32 matrix, into rows (most, columns); returns how many rows
-// it has, 0 if it is not there: an empty one is not written.
+// Reads the tensor of this name, a matrix of numbers, into rows (most, columns); returns how many
+// rows it has, 0 if it is not there: an empty one is not written.
 static inline int64_t tensor_rows(float *rows, int64_t most, size_t columns, const TensorFile *f,
                                   const char *name) {
     const TensorEntry *t = tensor_find(f, name);
     if (!t) return 0;
-    CHECK(strcmp(t->dtype, "F32") == 0 && t->rank == 2 && t->shape[1] == columns &&
+    CHECK(tensor_is_float(t) && t->rank == 2 && t->shape[1] == columns &&
           t->shape[0] <= (size_t)most, "%s: damaged state: expected a table %s of at most %lld "
           "rows", f->path, name, (long long)most);
     for (size_t k = 0; k < t->count; k++) rows[k] = tensor_value(t, k);

@@ -355,6 +355,8 @@ static Shape file_shape(const TensorFile *f, Shape c, int encoder) {
     int blocks = file_layers(f, "model_3D.interactions.%d.lin.weight");
     CHECK(layers + blocks > 0, "%s: not a MoleculeSDE model: expected tensors model_2D.* or "
           "model_3D.*", f->path);
+    CHECK(encoder < 0 || (encoder ? blocks : layers), "%s: has no encoder of --encoder %s", f->path,
+          encoder ? "3d" : "2d");
     if (layers) c.layers = layers;
     if (blocks) c.blocks = blocks;
     if (file_size(f, "SDE_2Dto3D_model.node_emb.layers.0.weight", 0))
@@ -375,7 +377,7 @@ static Shape file_shape(const TensorFile *f, Shape c, int encoder) {
 static void sde_transfer(const Sde *s, const TensorFile *f) {
     for (int i = 0; i < s->model.n_tensors; i++) {
         const TensorInfo *t = &s->model.info[i];
-        CHECK(tensor_load(s->model.params, t, f, "") || strstr(t->name, "graph_pred"),
+        CHECK(strstr(t->name, "graph_pred") || tensor_load(s->model.params, t, f, ""),
               "%s: tensor %s is missing", f->path, t->name);
     }
 }

@@ -238,10 +238,10 @@ static char *training_meta(const Job *t, int of_state) {
     const struct Run *run = &t->run;
     const char *const keys[] = {"step", "molecules", DATA_KEYS[0], DATA_KEYS[1], DATA_KEYS[2],
                                 "init_fingerprint"};
-    const long long values[] = {run->done, (long long)run->train.count, data_print(&run->train),
-                                data_print(&run->valid), data_print(&run->test), run->init_print};
+    const long long values[] = {run->done, (long long)run->train.count, run->prints[0],
+                                run->prints[1], run->prints[2], run->init_print};
     char *method = options_describe(OPTIONS, N_OPTIONS, METHOD);
-    text_add_run(&text, keys, values, of_state ? 6 : 3, SHAPES | FILES);
+    text_add_run(&text, keys, values, of_state ? 6 : 3, of_state ? SHAPES | FILES : SHAPES);
     text_add_meta(&text, "method", "%s", method);
     text_add_meta(&text, "stereo", "%s", run->train.stereo);
     if (t->s.shape.tasks) {
@@ -268,10 +268,11 @@ static void training_save(Job *t) {
     free(meta);
 }
 
-// Continues from the state that is open; epochs: room in the history.
-static void training_resume(Job *t, int64_t epochs) {
-    model_state_load(&t->run, &t->s.model, t->best, -1, epochs);
-    fprintf(stderr, "resumed after step %lld\n", (long long)t->run.done);
+// From here on a signal ends the loop, and --resume means this run.
+static void training_begin(Job *t) {
+    run_start(&t->run);
+    if (t->run.done) fprintf(stderr, "resumed after step %lld\n", (long long)t->run.done);
+    else model_state_write(&t->run, &t->s.model, t->best, training_meta(t, 1));
 }
 
 static void job_close(Job *t) {
@@ -298,14 +299,14 @@ static void log_update(struct Run *run, const double loss[TERMS], double lr, dou
 static void pretrain_open(Job *t, const char *train_path) {
     struct Run *run = &t->run;
     Shape c;
-    run_open(run, train_path, LOG_BEGINS, 64, NULL);
+    run_open(run, train_path, LOG_BEGINS, 64, NULL, 0);
     check_positions(&run->train);
     check_positions(&run->valid);
     run->steps = opt.steps;
     run->log = rows_make(run->steps, LOG_COLUMNS);
     t->s.method = option_method(0);
     sde_create(&t->s, c = option_shape(), 1);
-    if (run->resumed) training_resume(t, 0);
+    if (run->resumed) model_state_load(run, &t->s.model, NULL, -1, 0);
     else model_init(&t->s.model, run->seed);
     if (opt.init && !run->resumed) init_load(&t->s.model, opt.init, &run->train);
     fprintf(stderr, "model   %d wide, GIN of %d layers, SchNet of %d blocks, %s, %s edges: %.2f M "
@@ -339,9 +340,7 @@ static void command_pretrain(Job *t, const char *train_path) {
     struct Run *run = &t->run;
     pretrain_open(t, train_path);
     printf("   step     total  contrast   2d->3d elements    bonds  accuracy gradient   mol/s\n");
-    run_start(run);
-    if (!run->done)  // from here on --resume means this run
-        model_state_write(run, &t->s.model, t->best, training_meta(t, 1));
+    training_begin(t);
     while (run->done < run->steps && !run_stopped(run)) {
         double start = now_seconds(), loss[TERMS] = {0}, mean[LOG_COLUMNS];
         Draws draws = {run->seed, (uint32_t)run->done, 0, 1};
@@ -373,7 +372,7 @@ static void command_pretrain(Job *t, const char *train_path) {
 static void finetune_open(Job *t, const char *train_path) {
     struct Run *run = &t->run;
     const Dataset *const sets[] = {&run->train, &run->valid, &run->test};
-    run_open(run, train_path, LOG_BEGINS, 128, NULL);
+    run_open(run, train_path, LOG_BEGINS, 128, NULL, 1);
     size_t Y = (size_t)run->train.n_tasks;
     tasks_check(&run->train, &run->valid, &run->test, opt.valid);
     t->statistics = xmalloc(3 * Y, sizeof *t->statistics);
@@ -385,6 +384,11 @@ static void finetune_open(Job *t, const char *train_path) {
     if (opt.init && !run->resumed) tensor_file_open(&t->file, opt.init);
     c.use_3d = choice("--encoder", opt.encoder, ENCODER_NAMES, 2);
     if (from->path) c = file_shape(from, c, c.use_3d);
+    size_take(&opt.dim, c.dim, opt.init);
+    size_take(&opt.layers, c.layers, opt.init);
+    size_take(&opt.blocks, c.blocks, opt.init);
+    size_take(&opt.filters, c.filters, opt.init);
+    size_take(&opt.gaussians, c.gaussians, opt.init);
     if (t->file.path) note_stereo(&run->train, opt.init, tensor_meta(from, "stereo"));
     c.tasks = run->train.n_tasks;
     for (int k = 0; k < 3 && c.use_3d; k++) check_positions(sets[k]);
@@ -395,7 +399,7 @@ static void finetune_open(Job *t, const char *train_path) {
     run->history = rows_make(opt.epochs, HISTORY_COLUMNS);
     t->best = xmalloc(t->s.model.count, sizeof *t->best);
     if (run->resumed) {
-        training_resume(t, opt.epochs);
+        model_state_load(run, &t->s.model, t->best, -1, opt.epochs);
     } else {
         model_init(&t->s.model, run->seed);
         if (opt.init) sde_transfer(&t->s, &t->file);
@@ -443,9 +447,7 @@ static void command_finetune(Job *t, const char *train_path) {
     finetune_open(t, train_path);
     printf(" epoch      loss      valid (%s)\n", t->task.kind == TASK_CLASSIFICATION ? "ROC-AUC"
            : run->train.n_tasks > 1 ? "MAE in deviations" : "MAE");
-    run_start(run);
-    if (!run->done)  // from here on --resume means this run
-        model_state_write(run, &t->s.model, t->best, training_meta(t, 1));
+    training_begin(t);
     while (run->done < run->steps && !run_stopped(run)) {
         double start = now_seconds(), loss[TERMS] = {0}, mean[LOG_COLUMNS];
         double epoch = floor((double)(run->done * run->batch) / (double)run->train.count);
@@ -525,7 +527,10 @@ static void command_embed(Job *t, const char *path) {
     Sde *s = &t->s;
     OutFile out;
     model_open(t, path);
-    if (!s->shape.tasks) s->shape.use_3d = choice("--encoder", opt.encoder, ENCODER_NAMES, 2);
+    int use_3d = choice("--encoder", opt.encoder, ENCODER_NAMES, 2);
+    CHECK(!s->shape.tasks || !was_given(&opt.encoder) || use_3d == s->shape.use_3d,
+          "%s: was fine-tuned with --encoder %s", opt.model, ENCODER_NAMES[!use_3d]);
+    if (!s->shape.tasks) s->shape.use_3d = use_3d;
     if (s->shape.use_3d) check_positions(&t->data);
     s->no_pairs = !s->shape.use_3d;
     s->no_edges = 1;

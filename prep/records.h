@@ -90,8 +90,8 @@ static void source_read_ahead(Source *s) {
     s->ready = 1;
 }
 
-// Looks at the first n bytes of a file. Dies if they are no text, saying what makes text of them and
-// what to do `then`; returns the size of the byte order mark of UTF-8, if there is one.
+// Looks at the first n bytes of a file. Dies if they are no text, saying what makes text of them
+// and what to do `then`; returns the size of the byte order mark of UTF-8, if there is one.
 static size_t check_first_bytes(const char *path, const char *bytes, size_t n, const char *then) {
     static const struct { const char *bytes; size_t n; const char *what, *command; } known[] = {
         {"\xEF\xBB\xBF", 3, NULL, NULL}, {"\x1F\x8B", 2, "compressed by gzip", "gzip -dc"},

@@ -146,8 +146,8 @@ static void table_notes(const Table *t) {
         fprintf(stderr, "note    %s: %zu rows belong to no record, the first is row %zu, "
                 "\"%.*s\"\n", t->path, unused, first + 1, min_int(a->n, 60), a->p);
     if (both)
-        fprintf(stderr, "note    %s: %zu rows name one record as a whole and another by their first "
-                "word, the first is row %zu, \"%.*s\"; put names in quotes\n", t->path, both,
+        fprintf(stderr, "note    %s: %zu rows name one record as a whole and another by their "
+                "first word, the first is row %zu, \"%.*s\"; put names in quotes\n", t->path, both,
                 twofold + 1, min_int(b->n, 60), b->p);
     if (t->repeated && !t->is_list)
         fprintf(stderr, "note    %s: %zu rows begin as an earlier one does; by title, the first "

@@ -636,7 +636,7 @@ static void test_tensor_headers(void) {
         {"{\"a\"", 1, "expected ':' at byte"}, {"{\"a\":{\"dtype\":\"F32\"", 1, "at byte 19"},
         {"{\"a\":{\"type\":\"F32\"}}", 1, "expected dtype, shape or data_offsets"},
         {"{\"a\":{\"dtype\":\"F31\",\"shape\":[1],\"data_offsets\":[0,4]}}", 1, "unknown type"},
-        {F32 "[1,1,1,1,1]", 1, "expected a shorter list"}, {F32 "[x]", 1, "expected a number"},
+        {F32 "[1,1,1,1,1,1,1,1,1]", 1, "expected a shorter list"}, {F32 "[x]", 1, "expected a number"},
         {F32 "[1", 1, "expected ']'"},
         {F32 "[99999999999999999999]", 1, "expected a smaller number"},
         {F32 "[1],\"data_offsets\":[0]}}", 1, "expected two offsets"},

@@ -30,8 +30,8 @@ static void test_odd_classes(void) {
     char *csv = xprintf("%s", "smiles,part,y\nC,train,0\nCC,train,1\nCO,valid,0\nCN,valid,2\n");
     write_bytes("build/k.csv", csv, strlen(csv));
     test_format(1, "k.valid.bin: molecule 1: expected labels 0 and 1 for --task classification, "
-                "found 2; give --task regression", "%s./moleblend finetune build/k.train.bin --size "
-                "tiny --epochs 1 -o build/k.safetensors", prep);
+                "found 2; give --task regression", "%s./moleblend finetune build/k.train.bin "
+                "--size tiny --epochs 1 -o build/k.safetensors", prep);
     test_command("./moleblend finetune build/k.train.bin --task regression --size tiny --epochs 1 "
                  "-o build/k.safetensors", 0, "RMSE");
     test_command("./moleblend finetune build/k.train.bin --valid build/k.train.bin --size tiny "
@@ -171,7 +171,8 @@ static const struct { const char *ending, *text, *options; int code; const char 
     // the name of a record without a structure became one
     {"smi", "CCO\tethanol\n\tCNS\nCCC\tprop\n", "", 0, "t.smi:2: column 1: the SMILES is empty"},
     // a row of nothing but separators was no row
-    {"tsv", "smiles\ty\nCCO\t1\n\t\nCCC\t0\n", "--labels y", 0, "read 3 records from 1 file, kept 2"},
+    {"tsv", "smiles\ty\nCCO\t1\n\t\nCCC\t0\n", "--labels y", 0,
+     "read 3 records from 1 file, kept 2"},
     // a quote that opens before a name took the rows up to the next one
     {"tsv", "smiles\tn\ty\nCCO\t\"5-prime\t1.5\nCCN\tb\t2.5\nCCC\t\"c\"\t3\nCO\td\"\t4\n",
      "--labels y", 0, "t.tsv:2: column 5: the quote that opens here is never closed"},
