@@ -89,8 +89,7 @@ static char *tuning_meta(const Tuning *t, int of_state) {
     text_add_meta(&text, "task", "%s", TASK_KINDS[t->task.kind]);
     text_add_meta(&text, "readout", "%s", READOUT_NAMES[t->task.readout]);
     text_add_meta(&text, "modality", "%s", opt.modality);
-    text_add_tasks(&text, t->run.train.n_tasks, t->run.train.task_names, t->task.mean,
-                   t->task.std);
+    text_add_tasks(&text, t->run.train.n_tasks, t->run.train.task_names, t->task.mean, t->task.std);
     if (best) text_add_meta(&text, "logit_scale", "%.9g", (double)best[HISTORY_SCALE]);
     return text.text;
 }

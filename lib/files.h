@@ -238,16 +238,16 @@ static inline void out_probe(const char *path, const char *begins) {
 
 // Makes the file durable and gives it its name, before its lock ends with the file.
 static inline void out_commit(OutFile *out) {
+    int bad = fflush(out->file) != 0 || ferror(out->file);
     if (strcmp(out->path, "-") == 0) {
         char bytes[4096];
-        CHECK(fflush(out->file) == 0 && fseek(out->file, 0, SEEK_SET) == 0, "%s: write failed: %s",
-              out->tmp, strerror(errno));
+        CHECK(!bad && fseek(out->file, 0, SEEK_SET) == 0, "%s: write failed: %s", out->tmp,
+              strerror(errno));
         for (size_t n; (n = fread(bytes, 1, sizeof bytes, out->file)) > 0;)
             fwrite(bytes, 1, n, stdout);  // mb_exit() will see whether it came through
         out_close(out);
         return;
     }
-    int bad = fflush(out->file) != 0 || ferror(out->file);
 #if MB_POSIX
     bad = bad || (fsync(fileno(out->file)) != 0 && errno != EINVAL);  // EINVAL: not a disk file
 #else

@@ -38,8 +38,7 @@ static void name_tasks(Conversion *c) {
         }
         p += strcspn(p, ",");
         Span text = trim((Span){name, n});
-        CHECK(text.n, "--labels: expected names separated by commas, found \"%s\"",
-              c->opt->labels);
+        CHECK(text.n, "--labels: expected names separated by commas, found \"%s\"", c->opt->labels);
         add_task(c, text);
     }
     free(name);
@@ -102,8 +101,7 @@ static void survey_finish(Conversion *c, Survey *v) {
         } else if (t->bad || t->censored) {
             const Example *first = t->example[t->bad > 0];
             text_add(&c->left_out, "--labels all leaves out \"%.60s\": %lld of %lld cells are %s, "
-                     "the first is \"%s\" (%s)\n", name,
-                     (long long)(t->bad ? t->bad : t->censored),
+                     "the first is \"%s\" (%s)\n", name, (long long)(t->bad ? t->bad : t->censored),
                      (long long)(t->present + t->bad + t->censored),
                      t->bad ? "no numbers" : "censored", first->text, first->place);
         } else {
@@ -317,8 +315,7 @@ static void survey_source(Conversion *c, Survey *v, Source *s, Record *records) 
             Lines in = {r->text, r->text + r->size, 0};
             Span name, value;
             if (is_table(s) && !r->kind && !r->quote && trim((Span){r->text, (int)r->size}).n)
-                survey_row(v, r, s->separator, s->columns, s->n_columns, s->path, s->line,
-                           &arena);
+                survey_row(v, r, s->separator, s->columns, s->n_columns, s->path, s->line, &arena);
             for (int j = 0; j < 3 && s->format == FORMAT_SDF; j++) next_line(&in, &name);  // titles
             while (s->format == FORMAT_SDF && next_tag(&in, &name, &value))
                 if (!(c->opt->name && span_is(name, c->opt->name)) &&

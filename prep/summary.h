@@ -92,8 +92,7 @@ static void print_labels(const Conversion *c, const Summary *sum) {
             continue;
         }
         fprintf(stderr, "label   %s: %s, %lld present, %lld missing\n", c->task_names[t],
-                y->fractions ? "numbers" : "classes", (long long)y->present,
-                (long long)y->missing);
+                y->fractions ? "numbers" : "classes", (long long)y->present, (long long)y->missing);
         for (int k = 0; k < 2; k++) {
             char *cells = tally_examples(y, k);
             if (cells)
