@@ -265,7 +265,7 @@ static CommandLine command_line(int argc, char **argv) {
                                 argc, option_given), n_models = opt.model != NULL;
     if (opt.version) printf("moleblend %s, vectors of %d floats\n", MB_VERSION, VEC);
     if (opt.help) help_print(TITLE, "./moleblend", 23, 0, named ? command->bit : 0);
-    if (opt.version || opt.help) mb_exit(EXIT_SUCCESS);
+    if (opt.version) mb_exit(EXIT_SUCCESS);
     if (command->bit == PREDICT) n_models = words_models(models, words, &n_words);
     CHECK(n_words == command->words, "expected ./moleblend %s%s; see --help",
           named ? xprintf("%s ", command->name) : "", command->usage);

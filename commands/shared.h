@@ -7,7 +7,7 @@
 //   text_add_run()      how the metadata of what it writes begin
 
 // What the program is, its commands, with usages of such width (anonymous: the first goes without
-// its name), and the options of one of them, or of all (0).
+// its name), and the options of one of them, or of all (0). Ends the program.
 static void help_print(const char *title, const char *program, int width, int anonymous,
                        unsigned command) {
     printf("%s\n", title);
@@ -16,6 +16,7 @@ static void help_print(const char *title, const char *program, int width, int an
                COMMANDS[k].usage, COMMANDS[k].help);
     printf("\nDatasets (.bin) are made by ./data_prep from SDF, SMILES or CSV files.\n");
     options_print(OPTIONS, N_OPTIONS, command);
+    mb_exit(EXIT_SUCCESS);
 }
 
 // Notes the files that a command reads: `path`, those of options, and of training by default what
@@ -35,11 +36,13 @@ static int was_given(const void *value) {
     return option_given[k];
 }
 
-// A size that the model of --init has becomes the option's, which may not say otherwise.
-static void size_take(int64_t *option, int there, const char *init) {
-    CHECK(!was_given(option) || *option == there, "%s: has %d where an option says %lld; leave out "
-          "the sizes", init, there, (long long)*option);
-    *option = there;
+// The n sizes of the model of --init become those of the options, of which none may say otherwise.
+static inline void sizes_take(const char *init, int n, const int *there, int64_t *const *option) {
+    for (int k = 0; k < n; k++) {
+        CHECK(!was_given(option[k]) || *option[k] == there[k], "%s: has %d where an option says "
+              "%lld; leave out the sizes", init, there[k], (long long)*option[k]);
+        *option[k] = there[k];
+    }
 }
 
 // Opens what a run needs, its model apart. If it is resumed, its options are those of its state.

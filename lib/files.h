@@ -245,6 +245,7 @@ static inline void out_commit(OutFile *out) {
               strerror(errno));
         for (size_t n; (n = fread(bytes, 1, sizeof bytes, out->file)) > 0;)
             fwrite(bytes, 1, n, stdout);  // mb_exit() will see whether it came through
+        CHECK(!ferror(out->file), "%s: read failed: %s", out->tmp, strerror(errno));
         out_close(out);
         return;
     }

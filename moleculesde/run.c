@@ -2,7 +2,6 @@
 // data, the two training loops, commands
 
 #ifndef MOLECULESDE_TEST
-
 #include "../lib/commands.h"  // TEXT(), WHOLE() ...: rows of OPTIONS; command_find()
 #include "../lib/sdfile.h"    // sd_write(): a molecule as a record of an SD file
 
@@ -384,11 +383,9 @@ static void finetune_open(Job *t, const char *train_path) {
     if (opt.init && !run->resumed) tensor_file_open(&t->file, opt.init);
     c.use_3d = choice("--encoder", opt.encoder, ENCODER_NAMES, 2);
     if (from->path) c = file_shape(from, c, c.use_3d);
-    size_take(&opt.dim, c.dim, opt.init);
-    size_take(&opt.layers, c.layers, opt.init);
-    size_take(&opt.blocks, c.blocks, opt.init);
-    size_take(&opt.filters, c.filters, opt.init);
-    size_take(&opt.gaussians, c.gaussians, opt.init);
+    const int there[] = {c.dim, c.layers, c.blocks, c.filters, c.gaussians};
+    sizes_take(opt.init, 5, there, (int64_t *const[]){&opt.dim, &opt.layers, &opt.blocks,
+                                                      &opt.filters, &opt.gaussians});
     if (t->file.path) note_stereo(&run->train, opt.init, tensor_meta(from, "stereo"));
     c.tasks = run->train.n_tasks;
     for (int k = 0; k < 3 && c.use_3d; k++) check_positions(sets[k]);
@@ -597,11 +594,9 @@ int main(int argc, char **argv) {
     const char *words[2] = {NULL, NULL};
     int n_words = options_parse(OPTIONS, N_OPTIONS, bit, argc - named, argv + named, words, 2,
                                 option_given);
-    if (opt.help) {
+    if (opt.help)
         help_print("MoleculeSDE: pretrain encoders of molecules by generating 3D from 2D and 2D "
                    "from 3D (ICML 2023)\n", "./moleculesde/moleculesde", 27, 1, named ? bit : 0);
-        mb_exit(EXIT_SUCCESS);
-    }
     CHECK(n_words == command->words, "expected ./moleculesde/moleculesde %s%s; see --help",
           named ? xprintf("%s ", command->name) : "", command->usage);
     if (!opt.output) opt.output = command->output;
@@ -619,5 +614,4 @@ int main(int argc, char **argv) {
     job_close(&job);
     mb_exit(EXIT_SUCCESS);
 }
-
 #endif  // MOLECULESDE_TEST

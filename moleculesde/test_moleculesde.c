@@ -1113,6 +1113,17 @@ static void test_judging(void) {
          "+= $2 > 8e-9 && $2 < 12e-9 } END { print s \" within\" }'", "8 within"},
         {SDE " finetune build/sdek.train.bin --test build/sdej.test.bin --epochs 1 --dim 16 -o "
          "build/sdej.safetensors", "build/sdej.test.bin: the dataset is empty and is left out"},
+        // from a fine-tuned model of other tasks: its head stays behind; its sizes are said
+        {SDE " finetune build/sdej.train.bin --init build/sdej.safetensors --epochs 1 -o "
+         "build/sdei.safetensors && ./moleblend info build/sdei.safetensors", "--dim 16"},
+        {"! " SDE " finetune build/sdej.train.bin --init build/sdej.safetensors --dim 300 "
+         "--epochs 1 -o build/sdei.safetensors", "has 16 where an option says 300; leave out"},
+        {"! " SDE " finetune build/sdej.train.bin --init build/sdej.safetensors --encoder 3d -o "
+         "build/sdei.safetensors", "build/sdej.safetensors: has no encoder of --encoder 3d"},
+        {"! " SDE " embed build/sdek.train.bin --model build/sdej.safetensors --encoder 3d -o "
+         "build/sdei.npy", "build/sdej.safetensors: was fine-tuned with --encoder 2d"},
+        {"! " SDE " build/sdek.train.bin --resume -o build/sdej.safetensors", "is the state of "
+         "fine-tuning; give the command"},
     };
     for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
         int code = run_command("{ %s; } > build/sde.out 2>&1", rows[k].command);

@@ -334,6 +334,9 @@ static void test_using(void) {
         // what the model says of a pair; a picture
         {"./moleblend show build/test_e.bin 0 --model build/test_model.safetensors", 0,
          "path length (truth)  probability"},
+        {"./moleblend show build/test_e.bin 0 --model build/test_model.safetensors | awk '/^pair  "
+         ".*truth/ { on = 1 } on && /^0 [012]/ { printf \"%s;\", $4 } END { print \"\" }'", 0,
+         "-;1;2;\n"},
         {"./moleblend show build/test_e.bin 0 --model build/test_ft.safetensors", 1,
          "expected a pretrained one"},
         {"./moleblend show build/test_e.bin 0 --svg build/e.svg && grep -c rect build/e.svg", 0,
@@ -636,7 +639,11 @@ static void test_tensor_headers(void) {
         {"{\"a\"", 1, "expected ':' at byte"}, {"{\"a\":{\"dtype\":\"F32\"", 1, "at byte 19"},
         {"{\"a\":{\"type\":\"F32\"}}", 1, "expected dtype, shape or data_offsets"},
         {"{\"a\":{\"dtype\":\"F31\",\"shape\":[1],\"data_offsets\":[0,4]}}", 1, "unknown type"},
-        {F32 "[1,1,1,1,1,1,1,1,1]", 1, "expected a shorter list"}, {F32 "[x]", 1, "expected a number"},
+        {F32 "[1,1,1,1,1,1,1,1,1]", 1, "a shorter list"}, {F32 "[x]", 1, "expected a number"},
+        {F32 "[1,2,1,1,1],\"data_offsets\":[0,8]}}", 0, "F32 (1, 2, 1, 1, 1)"},
+        {"{\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[8],\"data_offsets\":[0,8]}}", 0, "F8_E4M3 (8)"},
+        {F32 "[4294967296,4294967296],\"data_offsets\":[0,8]}}", 1,
+         "test_h.safetensors: damaged tensor file: tensor a: its shape is beyond any memory"},
         {F32 "[1", 1, "expected ']'"},
         {F32 "[99999999999999999999]", 1, "expected a smaller number"},
         {F32 "[1],\"data_offsets\":[0]}}", 1, "expected two offsets"},
@@ -651,6 +658,19 @@ static void test_tensor_headers(void) {
         write_bytes("build/test_h.safetensors", bytes, length + 16);
         test_command("./moleblend info build/test_h.safetensors", table[k].code, table[k].expected);
     }
+    // tables that another program has made smaller
+    const char half[] = "{\"a\":{\"dtype\":\"F16\",\"shape\":[1,2],\"data_offsets\":[0,4]}}";
+    uint8_t bytes[128] = {0}, data[4] = {0, 0x3C, 0, 0xC0};
+    float rows[2] = {0};
+    put_u64(bytes, strlen(half));
+    memcpy(bytes + 8, half, strlen(half));
+    memcpy(bytes + 8 + strlen(half), data, 4);
+    write_bytes("build/test_h.safetensors", bytes, strlen(half) + 12);
+    TensorFile f;
+    tensor_file_open(&f, "build/test_h.safetensors");
+    test_check(tensor_rows(rows, 1, 2, &f, "a") == 1 && rows[0] == 1 && rows[1] == -2,
+               "a table of float16: (%g, %g)", (double)rows[0], (double)rows[1]);
+    tensor_file_close(&f);
 }
 
 // Records damaged side by side, read by several threads: one message, about the first of them.

@@ -106,6 +106,26 @@ static void test_resumed_data(void) {
         {"cp build/test_rp.safetensors build/test_rq.safetensors; ./moleblend finetune "
          "build/test_rn/train.bin --resume --seeds 2 -o build/test_r1.safetensors", 0,
          "over 2 seeds"},
+        // the fingerprint left out every second record of more than 4,096
+        {"for k in 1 2; do awk -v k=$k 'BEGIN { print \"smiles,y\"; for (i = 0; i < 4200; i++) "
+         "print \"C,\" i % 9 - (k == 2 && i == 4001) }' > build/test_rd.csv; ./data_prep --labels "
+         "y -o build/test_rd$k.bin build/test_rd.csv; done", 0, "4200 molecules"},
+        {"./moleblend finetune build/test_rd1.bin --valid build/test_rd1.bin " TINY "--epochs 1 -o "
+         "build/test_rd.safetensors && ./moleblend finetune build/test_rd2.bin --epochs 2 "
+         "--resume -o build/test_rd.safetensors", 1,
+         "expected the training set that the run began with, found build/test_rd2.bin"},
+        // another folder's sets of the same names; the run of another command; without its state
+        {"rm -rf build/test_rf; mkdir -p build/test_rf/a build/test_rf/b; cd build/test_rf/a; cp "
+         "../../test_r.bin train.bin; cp ../../test_rv.bin valid.bin; cp ../../test_r.bin "
+         "../b/valid.bin; ../../../moleblend train.bin " TINY "--steps 2 -o m.safetensors && cd "
+         "../b && ../../../moleblend ../a/train.bin --resume -o ../a/m.safetensors", 0, "wrote"},
+        {"./moleblend finetune build/test_rf/a/train.bin --resume -o "
+         "build/test_rf/a/m.safetensors", 1,
+         "m.safetensors.state: is the state of pretraining; give the command that began it"},
+        {"rm build/test_rf/a/m.safetensors.state; ./moleblend build/test_rf/a/train.bin --resume "
+         "-o build/test_rf/a/m.safetensors", 1, "m.safetensors: is there, but not its state"},
+        {"./moleblend build/test_r.bin " TINY "--steps 1 --steps 2 -o build/test_rg.safetensors",
+         0, "note    --steps is given twice: the last counts"},
         // a path that a line of the state cannot hold
         {"cp build/test_rv.bin 'build/test_r\nv.bin'; ./moleblend build/test_rn/train.bin --valid "
          "'build/test_r\nv.bin' " TINY "--steps 1 -o build/test_ry.safetensors", 1,
