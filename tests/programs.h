@@ -48,9 +48,10 @@ static int same_files(const char *a, const char *b) {
 // The command must end with this code, and its output contain this text. Not run where there is no
 // Unix shell and it needs one.
 static void test_command(const char *command, int code, const char *expected) {
-    if (!MB_POSIX && strpbrk(command, "|&;'")) return;
+    if (!MB_POSIX && (strpbrk(command, "|&;'") || strncmp(command, "./", 2) != 0)) return;
     int got = run_command(command);
-    char *text = file_text("build/test.out", NULL);
+    char *text = file_text("build/test.out", NULL), *to = text;
+    for (const char *c = text; !MB_POSIX && (*to = *c); c++) to += *c != '\r';
     test_check(got == code && strstr(text, expected),
                "%s\n  exit code %d (expected %d), expected \"%s\" in:\n%s", command, got, code,
                expected, text);
