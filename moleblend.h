@@ -15,6 +15,7 @@
 #define _POSIX_C_SOURCE 200809L  // fsync, mmap, isatty; harmless where they do not exist
 #endif
 #define _ISOC11_SOURCE 1         // aligned_alloc, for compilers that say C99 (tcc)
+#define _DARWIN_C_SOURCE 1       // O_NOFOLLOW on a Mac
 #ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64     // files over 2 GiB on 32-bit machines
 #endif

@@ -14,8 +14,9 @@
 #if defined(__GNUC__) || defined(__clang__)
 #pragma GCC diagnostic ignored "-Wunused-function"  // not every function has a test of its own
 #endif
-#define _POSIX_C_SOURCE 200809L  // these three as in moleblend.h, for the headers here
+#define _POSIX_C_SOURCE 200809L  // these four as in moleblend.h, for the headers here
 #define _ISOC11_SOURCE 1
+#define _DARWIN_C_SOURCE 1
 #define _FILE_OFFSET_BITS 64
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/stat.h>

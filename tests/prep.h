@@ -163,7 +163,7 @@ static const struct { const char *ending, *pattern, *options; int code; const ch
      "--labels all --name id" DUMP, 0, "\"pos\":null,\"labels\":[1,null,null]}\n{\"name\":\"y\""},
     {"csv", "smiles,a\nC,1234567890123456789012345678901234567890123456789012345678901234567\n"
      "CC,1\nC\n", "--labels a", 0, "taken as missing: 1"},
-    {"csv", "a,smiles,b\n1,C\n2\n3,CC,4,5\n", "--labels b" DUMP, 0,
+    {"csv", "a,smiles,b\n1,C\n2\n3,CC,4\n", "--labels b" DUMP, 0,
      "expected a SMILES in field 2, found 1 fields"},
     {"csv", "smiles,a\nC,1\n", "--labels a,b", 1, NAMED "csv:1: expected a column \"b\""},
     {"csv", "smiles,a\nC,1\n", "--name id", 1, "expected a column \"id\" (--name)"},

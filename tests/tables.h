@@ -76,9 +76,9 @@ static void test_lists(void) {
                "1.5,2]}2.5,3]}");
     test_table("build/t.txt", "y\n\n3.5\n\n", "./data_prep -o build/t.bin --labels y --labels-by "
                "number --labels-from build/t.txt build/t.sdf" T_DUMP, 0, "null]}3.5]}");
-    test_table("build/t.txt", "y,z\n\n3.5,1\n,\n", "./data_prep -o build/t.bin --labels y "
+    test_table("build/t.txt", "y\tz\n\n\t\n3.5\t1\n", "./data_prep -o build/t.bin --labels y "
                "--labels-by number --labels-from build/t.txt build/t.sdf" T_DUMP, 0,
-               "3.5]}null]}");
+               "null]}3.5]}");
     test_table("build/t.txt", "y,z\n1,5,2\n2.5,3\n", "./data_prep -o build/t.bin --labels y "
                "--labels-by number --labels-from build/t.txt build/t.sdf", 0,
                "1  more fields than the header");
