@@ -27,7 +27,8 @@ tedious=(stereo optimiser "pretraining report" judging notes seeds "seeds alone"
          precision)  # by an emulator these take an hour
 alone=(functions "random numbers" "matrix products" relations linear gelu attention geometry bias embedding
        heads model packing "500 atoms" "numbers at edges" masks metrics dataset checkpoint data_prep
-       "golden files")
+       "golden files" molecules draws "plain losses" "task loss" scales LayerNorm "parameter table"
+       rounding "bf16 products" "dropped layers" "fine-tuning head" optimiser)
 programs=(program messages)  # groups of moleculesde's tests that start programs, and the slow ones
 sde_slow=("${programs[@]}" "2D -> 3D" "3D -> 2D" model "fine-tuning head")
 sde_tedious=(outputs runs options "tuning options")
@@ -155,10 +156,10 @@ try() {  # COMPILER: sets $passed, $same, $error
     case $end in .wasm | .exe) sde_without=("${programs[@]}") ;; esac
     [ "$tests" = all ] || sde_without=("${sde_slow[@]}")
     [ "$tests" = all ] || [[ $run != qemu* ]] || sde_without+=("${sde_tedious[@]}")
-    if [ "$end" = .exe ]; then  # their commands build on files that a Unix shell makes
-        without+=(stereo tables options)
-        sde_without+=(judging outputs runs options "tuning options")
-    fi
+    case $end in .wasm | .exe)  # these build on files that a Unix shell makes
+        without+=(stereo tables options precision)
+        sde_without+=(judging outputs runs options "tuning options") ;;
+    esac
     compare
     if [ "$end" = .wasm ]; then  # where no program can start another
         run_tests test "${alone[@]}"

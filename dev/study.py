@@ -3,6 +3,7 @@
 the table.
 
     python3 dev/study.py prepare  --work DIR --qm9 FOLDER --moleculenet FOLDER [--more drugs.sdf]
+                                  [--descriptors descriptors.csv]
     python3 dev/study.py pretrain --work DIR [--size small --steps 4000 --starts blend,sum,sde]
     python3 dev/study.py finetune --work DIR [--tasks esol,bbbp --starts scratch,blend --seeds 3]
     python3 dev/study.py forest   --work DIR [--tasks ...]          (RDKit and scikit-learn)
@@ -20,7 +21,8 @@ and sde MoleculeSDE's GIN. Each learning rate is tried with seed 1; the one with
 result is repeated with the other seeds: the same number of trials for every start, and the test
 part decides nothing. NAME@2 is the same start, pretrained with seed 2; the table takes both
 together. The ablation: `pretrain`, `finetune` and `table --valid` with --starts blend,blend@2,
-equal,equal@2 and so on (STARTS has the names), which compares on the validation parts. Every run
+equal,equal@2 and so on (STARTS has the names), which compares on the validation parts. desc is a
+network fine-tuned on --descriptors of molecules of no task, desc-blend the same from `blend`. Every run
 appends a line to results.jsonl; what is there already is not run again, so it can be stopped and
 continued. `forest` does the same with a random forest of 500 trees on ECFP4 (Morgan fingerprints of
 radius 2, 2,048 bits), tried with two shares of features a split. The table shows mean and standard
@@ -66,7 +68,10 @@ STARTS = {
     "no-denoise": (MOLEBLEND, ["--weight-denoise", "0"]),
     "no-spd": (MOLEBLEND, ["--weight-spd", "0"]), "no-edge": (MOLEBLEND, ["--weight-edge", "0"]),
     "no-3d": (MOLEBLEND, ["--weight-3d", "0"]),
+    # no pretraining by blending: fine-tuned on descriptors, from scratch or from `blend`
+    "desc": (MOLEBLEND, []), "desc-blend": (MOLEBLEND, []),
 }
+DESCRIPTORS = "--epochs 4 --batch-size 64 --lr 5e-4".split()
 
 
 def base(start):
@@ -119,6 +124,9 @@ def prepare(options):
         for part in PARTS:
             call([DATA_PREP, "-o", at(f"qm9.{part}.bin"), "--labels", ",".join(QUANTUM),
                   "--orient", "principal", "--stereo", options.stereo, source(part)])
+    if options.descriptors:
+        call([DATA_PREP, "-o", at("descriptors.{}.bin"), "--labels", "all", "--split", "0.96,0.04",
+              "--split-by", "random", "--stereo", options.stereo, options.descriptors])
     for task in TASKS:
         if task == "qm9" or not options.moleculenet:
             continue
@@ -142,7 +150,13 @@ def pretrain(options):
         command = [program, at("pretrain.train.bin"), "--valid", at("pretrain.valid.bin"),
                    "--threads", "1", "--seed", seed, *extra, "-o",
                    at(name + ".unfinished.safetensors")]
-        if program == MOLEBLEND:
+        if base(name).startswith("desc"):
+            begin_at = ["--init", at("blend.safetensors")] if base(name) == "desc-blend" \
+                else size_options(options.size)
+            command = [program, "finetune", at("descriptors.train.bin"), "--valid",
+                       at("descriptors.valid.bin"), "--threads", "1", "--seed", seed, *begin_at,
+                       *DESCRIPTORS, "-o", at(name + ".unfinished.safetensors")]
+        elif program == MOLEBLEND:
             command += [*size_options(options.size), "--steps", str(options.steps), "--batch-size",
                         str(options.pretrain_batch), "--lr", str(options.pretrain_lr), "--hold",
                         "0", "--beta2", "0.999"]
@@ -346,6 +360,7 @@ def main():
     parser.add_argument("--qm9", metavar="FOLDER", help="what make_qm9.py wrote")
     parser.add_argument("--more", metavar="FILE", help="further molecules to pretrain on")
     parser.add_argument("--moleculenet", metavar="FOLDER", help="esol.csv and so on")
+    parser.add_argument("--descriptors", metavar="FILE", help="what make_geometries.py -o wrote")
     parser.add_argument("--stereo", default="rdkit", help="chiral tags; the tables have RDKit's")
     parser.add_argument("--size", default="small",
                         help="a name, or layers,dim,ffn,heads,kernels (default small)")
