@@ -46,13 +46,15 @@ static void test_odd_classes(void) {
 // Catches lists that name records by their numbers though the names are numbers; names with blanks
 // that are cut; marks of UTF-8 that become part of a name; rows that belong to nobody, unsaid.
 static void test_lists(void) {
-    write_bytes("build/t.smi", "CCO 12\nCCN 1\nCCC 7\nCCCl 3\n", 30);
+    static const char numbers[] = "CCO 12\nCCN 1\nCCC 7\nCCCl 3\n";
+    static const char blanks[] = "C aspirin\nCC sodium acetate\nCCC sodium\nCCCC\n";
+    write_bytes("build/t.smi", numbers, sizeof numbers - 1);
     test_table("build/t.txt", "3\n", "./data_prep -o build/t.bin --skip-list build/t.txt "
                "build/t.smi && ./data_prep --dump build/t.bin", 0, "{\"name\":\"7\"");
     test_table("build/t.txt", "12 train\n1 valid\n3 test\n4 test\n", "./data_prep -o "
                "'build/t.{}.bin' --split-by file:build/t.txt build/t.smi", 0,
                "t.smi:3: build/t.txt does not name it");
-    write_bytes("build/t.smi", "C aspirin\nCC sodium acetate\nCCC sodium\nCCCC\n", 44);
+    write_bytes("build/t.smi", blanks, sizeof blanks - 1);
     test_table("build/t.txt", "\xEF\xBB\xBF" "aspirin\nsodium acetate\nnot there\n", "./data_prep "
                "-o build/t.bin --skip-list build/t.txt build/t.smi", 0, "3  in --skip-list");
     test_command("./data_prep -o build/t.bin --skip-list build/t.txt build/t.smi", 0, "note    "
