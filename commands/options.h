@@ -263,6 +263,7 @@ static CommandLine command_line(int argc, char **argv) {
     const char **words = xmalloc(2 * (size_t)argc + 2, sizeof *words), **models = words + argc + 1;
     int n_words = options_parse(OPTIONS, N_OPTIONS, command->bit, argc - named, argv + named, words,
                                 argc, option_given), n_models = opt.model != NULL;
+    if (opt.version || opt.help) free(words);
     if (opt.version) printf("moleblend %s, vectors of %d floats\n", MB_VERSION, VEC);
     if (opt.help) help_print(TITLE, "./moleblend", 23, 0, named ? command->bit : 0);
     if (opt.version) mb_exit(EXIT_SUCCESS);
