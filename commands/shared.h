@@ -2,7 +2,8 @@
 //
 //   help_print()        the text of --help
 //   command_files()     the files of a command line
-//   was_given()         an option
+//   was_given()         is an option on the command line?
+//   sizes_take()        those of --init
 //   run_open()          opens what training needs
 //   text_add_run()      how the metadata of what it writes begin
 

@@ -32,6 +32,8 @@ alone=(functions "random numbers" "matrix products" relations linear gelu attent
 programs=(program messages)  # groups of moleculesde's tests that start programs, and the slow ones
 sde_slow=("${programs[@]}" "2D -> 3D" "3D -> 2D" model "fine-tuning head")
 sde_tedious=(outputs runs options "tuning options")
+shell=(stereo tables options precision)  # rows of these build on files that a Unix shell makes
+sde_shell=(judging outputs runs options "tuning options")
 fast="-ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd"
 m32="gcc -m32 -I/usr/include/x86_64-linux-gnu"  # Debian's gcc-12-multilib leaves the path to us
 
@@ -156,10 +158,7 @@ try() {  # COMPILER: sets $passed, $same, $error
     case $end in .wasm | .exe) sde_without=("${programs[@]}") ;; esac
     [ "$tests" = all ] || sde_without=("${sde_slow[@]}")
     [ "$tests" = all ] || [[ $run != qemu* ]] || sde_without+=("${sde_tedious[@]}")
-    case $end in .wasm | .exe)  # these build on files that a Unix shell makes
-        without+=(stereo tables options precision)
-        sde_without+=(judging outputs runs options "tuning options") ;;
-    esac
+    case $end in .wasm | .exe) without+=("${shell[@]}") sde_without+=("${sde_shell[@]}") ;; esac
     compare
     if [ "$end" = .wasm ]; then  # where no program can start another
         run_tests test "${alone[@]}"
@@ -221,6 +220,6 @@ done
 echo
 echo "tests passed: moleblend's and data_prep's + moleculesde's"
 echo "quick: without the groups $(printf '%s, ' "${slow[@]}")and on WASI only $(printf '%s, ' "${alone[@]}")which start no programs;"
-echo "by an emulator also without $(printf '%s, ' "${tedious[@]}")"
-echo "of moleculesde's without $(printf '%s, ' "${sde_slow[@]}")by an emulator $(printf '%s, ' "${sde_tedious[@]}")on WASI and Windows without $(printf '%s, ' "${programs[@]}")"
+echo "by an emulator also without $(printf '%s, ' "${tedious[@]}")on Windows $(printf '%s, ' "${shell[@]}")"
+echo "of moleculesde's without $(printf '%s, ' "${sde_slow[@]}")by an emulator $(printf '%s, ' "${sde_tedious[@]}")on WASI and Windows without $(printf '%s, ' "${programs[@]}" "${sde_shell[@]}")"
 exit $failed

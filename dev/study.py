@@ -22,9 +22,9 @@ result is repeated with the other seeds: the same number of trials for every sta
 part decides nothing. NAME@2 is the same start, pretrained with seed 2; the table takes both
 together. The ablation: `pretrain`, `finetune` and `table --valid` with --starts blend,blend@2,
 equal,equal@2 and so on (STARTS has the names), which compares on the validation parts. desc is a
-network fine-tuned on --descriptors of molecules of no task, desc-blend the same from `blend`. Every run
-appends a line to results.jsonl; what is there already is not run again, so it can be stopped and
-continued. `forest` does the same with a random forest of 500 trees on ECFP4 (Morgan fingerprints of
+network fine-tuned on --descriptors of molecules of no task, desc-blend the same from `blend`. Every
+run appends a line to results.jsonl; what is there already is not run again, so it can be stopped
+and continued. `forest` does the same with a random forest of 500 trees on ECFP4 (Morgan fingerprints of
 radius 2, 2,048 bits), tried with two shares of features a split. The table shows mean and standard
 deviation over the seeds, in brackets how many runs these are and the learning rate. qm9 is one
 network for three labels and gives three lines, from MoleBLEND's starts only.
@@ -71,7 +71,7 @@ STARTS = {
     # no pretraining by blending: fine-tuned on descriptors, from scratch or from `blend`
     "desc": (MOLEBLEND, []), "desc-blend": (MOLEBLEND, []),
 }
-DESCRIPTORS = "--epochs 4 --batch-size 64 --lr 5e-4".split()
+DESCRIPTORS = "--epochs 4 --batch-size 64 --lr 5e-4 --precision bf16".split()
 
 
 def base(start):

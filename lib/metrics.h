@@ -140,22 +140,22 @@ static inline size_t label_no_class(const float *labels, size_t n, size_t Y, siz
     return k;
 }
 
-// Dies if a label of a dataset (NULL: there is none) is no class.
+// Dies if a label of a dataset, which may not be open, is no class.
 static inline void classes_check(const Dataset *d) {
     size_t Y = (size_t)d->n_tasks, n = d->data ? d->count : 0;
     float *labels = n ? dataset_labels(d) : NULL;
     size_t k = label_no_class(labels, n, Y, Y);
     CHECK(k == n * Y, "%s: molecule %zu: expected labels 0 and 1 for --task classification, found "
-          "%g; give --task regression, or leave it out", d->path, k / Y, (double)labels[k]);
+          "%g; give --task regression, or leave out %s", d->path, k / Y, (double)labels[k],
+          d->task_names[k % Y]);
     free(labels);
 }
 
 // The kind of the labels of a training set, sets[0], *task, or if that is NULL by their values; the
-// sets beside it are open, or not. Of task y = 0 to
-// Y - 1, statistics (3, Y): mean and deviation (1 where all are equal; classes: 0 and 1), and the
-// bias that a head begins with, log(p / (1 - p)) of classes with p the share of ones; there must be
-// both classes unless `one_class` will do. Dies where there is nothing to learn, or
-// one of the sets has labels that are no classes.
+// sets beside it are open, or not. Of task y = 0 to Y - 1, statistics (3, Y): mean and deviation (1
+// where all are equal; classes: 0 and 1), and the bias that a head begins with, log(p / (1 - p)) of
+// classes with p the share of ones; there must be both classes unless `one_class` will do. Dies
+// where there is nothing to learn, or one of the sets has labels that are no classes.
 static inline TaskKind task_statistics(float *statistics, const Dataset *const sets[3],
                                        const char **task, int one_class) {
     const Dataset *d = sets[0];

@@ -117,11 +117,12 @@ static void read_label(Worker *w, Outcome *o, int64_t line, Span cell, int decim
     w->n_odd++;
 }
 
-// A field behind those that the header names: which of them is which cannot be told.
-static int surplus_field(Outcome *o, int columns, Span field) {
-    return fault_at(&o->fault, 1, 0, "more fields than the header", "expected %d fields as in the "
-                    "header, found another, \"%.*s\": is a comma not in quotes?", columns,
-                    min_int(field.n, 40), field.p);
+// A field behind those that the header names: which of them is which cannot be told. place: of a
+// row that is not the record itself.
+static int surplus_field(Outcome *o, const char *place, int columns, Span field) {
+    return fault_at(&o->fault, 1, 0, "more fields than the header", "%.60sexpected %d fields as in "
+                    "the header, found another, \"%.*s\": is a comma not in quotes?", place,
+                    columns, min_int(field.n, 30), field.p);
 }
 
 // Reads the labels of a record from --labels-from: of the row that begins with its title, or
@@ -138,7 +139,11 @@ static int read_side_labels(const Conversion *c, const Record *r, Worker *w, flo
     const char *p = text.text, *end = row_end(&text);
     Span field;
     for (int k = 0; csv_field(&w->mol.arena, &p, end, t->separator, &field); k++) {
-        if (k >= t->n_columns && trim(field).n) return surplus_field(o, t->n_columns, field);
+        if (k >= t->n_columns && trim(field).n) {
+            char place[64];
+            snprintf(place, sizeof place, "row %zu of --labels-from: ", row + 1);
+            return surplus_field(o, place, t->n_columns, field);
+        }
         if (k < t->n_columns && t->task_of_column[k] >= 0)
             read_label(w, o, (int64_t)row + 1, field, is_within(&text, field),
                        t->task_of_column[k], labels);
@@ -206,7 +211,7 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
     Span field, rest;
     for (; csv_field(&w->mol.arena, &p, end, s->separator, &field); column++) {
         if (column >= s->n_columns) {
-            if (trim(field).n) return surplus_field(o, s->n_columns, field);
+            if (trim(field).n) return surplus_field(o, "", s->n_columns, field);
             continue;
         }
         if (column == s->smiles_column) {
@@ -288,7 +293,8 @@ static int convert_record(const Conversion *c, const Source *s, const Record *r,
                     w->mol.n_atoms, w->mol.n_bonds);
 }
 
-// Records that are not molecules: rests of others, empty lines, comments and the header line of a
+// Records that are not molecules: rests of others, empty lines (but a row of separators is one, of
+// empty cells), comments and the header line of a
 // .smi file. `first`: it is the first of its file.
 static int is_no_record(const Source *s, const Record *r, int first) {
     if (r->kind == RECORD_REST || s->format == FORMAT_SDF) return r->kind == RECORD_REST;

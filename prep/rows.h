@@ -3,7 +3,7 @@
 //
 //   table_open(), table_close()     a file
 //   table_find(), table_key()       the row of a record, of a key
-//   table_notes()                   rows of no record, and of two
+//   table_use(), table_notes()      which rows records have taken; rows of none, and of two
 //   first_field()                   a row's key, and where the rest of it begins
 
 // A file of rows that say something of records, each by its name or number: labels (a CSV file with
@@ -17,8 +17,8 @@ typedef struct {
     int is_list;
     size_t size, n_rows, n_slots;
     const char **row;        // (n_rows + 1) where each begins; the last: the end
-    Span *key;               // (2, n_rows) the line, of lists; the first field: in the file or in
-    Arena arena;             //   `arena`; n = 0: none
+    Span *key;               // (2, n_rows) of lists the lines; the first fields; n = 0: none
+    Arena arena;             // holds the keys whose quotes are undone
     uint32_t *slot;          // (n_slots) hash table: 1 + the place of a key
     int *task_of_column, n_columns;  // labels: what each column is
     uint8_t *used;           // (n_rows) bits: a record has taken it by its line, by its first field

@@ -1,6 +1,7 @@
 // prep/writer.h - writes dataset files, whose format stands in moleblend.h
 //
 //   record_encode()                      a molecule as a record
+//   utf8_text()                          a task's name, whatever its encoding was
 //   dataset_create(), dataset_append(), dataset_skip(), dataset_finish()   a file of them
 
 // Writes the record of m to buf, which has room for record_size() bytes; returns the size.

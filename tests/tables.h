@@ -83,7 +83,7 @@ static void test_lists(void) {
                "null]}3.5]}");
     test_table("build/t.txt", "y,z\n1,5,2\n2.5,3\n", "./data_prep -o build/t.bin --labels y "
                "--labels-by number --labels-from build/t.txt build/t.sdf", 0,
-               "1  more fields than the header");
+               "row 2 of --labels-from: expected 2 fields as in the header, found another, \"2\"");
 }
 
 // Tables, what data_prep is given with them, its exit code, and what it says or makes of them.
