@@ -398,7 +398,7 @@ typedef struct {
     Fault *fault;
     int n_atoms, n_bonds;
     LabelTable labels[2];  // V3000: of atoms, of bonds
-    int data_group;      // whose S group data are not complete
+    int data_group, data_lines;  // whose S group data are not complete, and how many there are
     Span *tokens;        // of a V3000 line
     int token_room;
 } MolBlock;
@@ -564,9 +564,9 @@ static int v2_bond_line(MolBlock *b, Span line) {
     bond->direction = directions[stereo];
     if (stereo == 3) bond->stereo = STEREO_ANY;
     if (stereo && stereo != 4) b->m->wedged |= bond->direction != DIR_NONE;
-    if (column_int(line, 15, 3, &topology) && topology)
-        return not_supported(b, (Span){"a bond topology", 15});
-    return 0;
+    if (column_int(line, 15, 3, &topology) && (topology < 0 || topology > 2))
+        return MOL_FAULT(b, 16, "expected a bond topology of 0 to 2, found %d", topology);
+    return 0;  // in a ring or not is for searches, and what exporters say of every bond
 }
 
 // Integer of a property or counts line in [at, at + width); blanks give 0 and signs are taken
@@ -701,6 +701,8 @@ static int v2_sgroup(MolBlock *b, Span line) {
     if (k >= SMT) return line.n > 11 ? 0 : sgroup_bad(b, line);
     if (b->data_group && b->data_group != id) return sgroup_bad(b, line);
     b->data_group = k == SED ? 0 : id;
+    b->data_lines = k == SED ? 0 : b->data_lines + 1;
+    if (b->data_lines > 3) return sgroup_bad(b, line);
     if (k == SED && line.n > 11) sgroup_data(g, field);
     return 0;
 }
@@ -939,7 +941,8 @@ static int v3_bond_line(MolBlock *b, Span line) {
     v3_labelled(b, 1, leading_int(token[0], 0), b->m->n_bonds - 1);
     for (int k = 4; k < n; k++) {
         if (!v3_assignment(token[k], &name, &value)) return v3_bad(b, token[k], "NAME=value");
-        if (word_is(name, "TOPO") && !span_is(value, "0")) return not_supported(b, token[k]);
+        if (word_is(name, "TOPO") && (value.n != 1 || value.p[0] < '0' || value.p[0] > '2'))
+            return v3_bad(b, token[k], "a topology of 0 to 2");
         if (!word_is(name, "CFG")) continue;
         int cfg = leading_int(value, 0);
         if (cfg > 3) return v3_bad(b, token[k], "a configuration of 0 to 3");
@@ -3946,15 +3949,20 @@ static int mark_fragments(ChemMol *m, int *mark) {
     return fragments;
 }
 
-// Of these parts, keeps the one with most heavy atoms, of equals the first.
-// RDKit: rdMolStandardize::LargestFragmentChooser, which breaks ties by mass
+// Of these parts, keeps the one with most atoms, hydrogens too; of equals the heaviest, by mass
+// numbers; of these the first.
+// RDKit: rdMolStandardize::LargestFragmentChooser, which has masses and breaks ties by SMILES
 static void keep_largest_fragment(ChemMol *m) {
     int n = m->n_atoms, best = 0, kept = 0, *mark = arena_ints(&m->arena, n);
-    int *to = arena_ints(&m->arena, n), *heavy = arena_ints(&m->arena, n + 1);
-    int fragments = mark_fragments(m, mark);
-    for (int i = 0; i < n; i++) heavy[mark[i]] += m->atoms[i].z > 1;
-    for (int f = fragments; f > 0; f--)
-        if (heavy[f] >= heavy[best]) best = f;
+    int *to = arena_ints(&m->arena, n), *atoms = arena_ints(&m->arena, n + 1);
+    int *mass = arena_ints(&m->arena, n + 1), fragments = mark_fragments(m, mark);
+    for (int i = 0; i < n; i++) {
+        const ChemAtom *a = &m->atoms[i];
+        atoms[mark[i]] += 1 + atom_hydrogens(a);
+        mass[mark[i]] += (a->isotope ? a->isotope : ELEMENTS[a->z].isotope) + atom_hydrogens(a);
+    }
+    for (int f = 1; f <= fragments; f++)
+        if (atoms[f] > atoms[best] || (atoms[f] == atoms[best] && mass[f] > mass[best])) best = f;
     for (int i = 0; i < n; i++) to[i] = mark[i] == best ? kept++ : -1;
     for (int b = 0; b < m->n_bonds; b++) m->bonds[b].dead = mark[m->bonds[b].begin] != best;
     compact(m, to);

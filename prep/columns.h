@@ -77,16 +77,23 @@ static void survey_row(Survey *v, const Record *row, char separator, const Span 
     Span cell;
     arena_reset(arena);
     for (int k = 0; k < n && csv_field(arena, &p, end, separator, &cell); k++)
-        if (names[k].n) survey_cell(v, names[k], cell, is_within(row, cell), path, line);
+        if (names[k].n) survey_cell(v, names[k], cell, separator == ';', path, line);
 }
 
-// Says which columns have no name, for they are a table's own numbering. pandas reads and writes
-// these as "Unnamed: 0".
+// Says which columns have no name, for they are a table's own numbering (pandas reads and writes
+// these as "Unnamed: 0"), and which one that stands for another column.
 static void leave_out_unnamed(Conversion *c, Span *names, int n) {
-    for (int k = 0; k < n; k++) {
+    for (int k = 0, first; k < n; k++) {
+        int before = min_int(k, 4096);  // as many are looked at
         if (starts_with(names[k], "Unnamed: ")) names[k].n = 0;
-        if (names[k].n) continue;
-        text_add(&c->left_out, "--labels all leaves out column %d: it has no name\n", k + 1);
+        for (first = 0; first < before; first++)
+            if (names[first].n == names[k].n &&
+                memcmp(names[first].p, names[k].p, (size_t)names[k].n) == 0) break;
+        if (names[k].n && first == before) continue;
+        text_add(&c->left_out, "--labels all leaves out column %d: ", k + 1);
+        if (names[k].n) text_add(&c->left_out, "column %d has its name\n", first + 1);
+        else text_add(&c->left_out, "it has no name\n");
+        names[k].n = 0;
     }
 }
 
@@ -154,7 +161,7 @@ static int find_smiles(const Span *cells, int n) {
 static void no_smiles_column(const Source *s, const char *wanted, const Record *row) {
     Arena arena = {0};
     Span *cells = xmalloc((size_t)s->n_columns, sizeof *cells);
-    const char *file = strcmp(s->path, "-") ? s->path : "FILE";
+    const char *file = strcmp(s->path, "-") ? shell_path(s->path) : "FILE";
     int n = 0, header = find_smiles(s->columns, s->n_columns), guess = -1;
     arena_reset(&arena);
     const char *p = row ? row->text : NULL;
@@ -171,6 +178,10 @@ static void no_smiles_column(const Source *s, const char *wanted, const Record *
     }
     CHECK(!starts_with(s->columns[0], "#"), "%s:1: expected a column \"%s\", found a comment; type:"
           " grep -v '^#' %s | ./data_prep --format csv ... -", s->path, wanted, file);
+    for (int k = 0; k < n; k++)
+        CHECK(!word_is(trim(cells[k]), wanted), "%s:1: expected a column \"%s\", which the row "
+              "below names; type: tail -n +2 %s | ./data_prep --format csv ... -", s->path, wanted,
+              file);
     CHECK(s->n_columns > 1 || !memchr(s->columns->p, ' ', (size_t)s->columns->n),
           "%s:1: expected a column \"%s\"; if its fields end at blanks, type: tr -s ' ' , < %s | "
           "./data_prep --format csv ... -", s->path, wanted, file);
@@ -211,13 +222,14 @@ static void claim_column(const char *path, int *column, Span name, int k) {
 }
 
 // Which column of the names is which task: (n) in fresh memory, -1 for none. Those that are missing
-// end the program unless all labels are taken as they come.
+// or there twice end the program unless all labels are taken as they come.
 static int *columns_of_tasks(const Conversion *c, const char *path, const Span *names, int n) {
     int *task = xmalloc((size_t)n, sizeof *task);
     int *column = xmalloc((size_t)c->n_tasks, sizeof *column);  // of each task
     for (int t = 0; t < c->n_tasks; t++) column[t] = -1;
     for (int k = 0; k < n; k++) {
         task[k] = find_task(c, names[k]);
+        if (task[k] >= 0 && wants_all(c->opt) && column[task[k]] >= 0) task[k] = -1;
         if (task[k] >= 0) claim_column(path, &column[task[k]], names[k], k);
     }
     for (int t = 0; t < c->n_tasks && !wants_all(c->opt); t++)
@@ -253,20 +265,22 @@ static void read_side_header(Conversion *c) {
 // asked for, and what they have.
 static void check_tags(const Conversion *c, const Source *s, const Record *records, int n) {
     char *seen = xmalloc((size_t)c->n_tasks, 1);
+    const char *name = c->opt->name;
     Text there = {0};
     for (int k = 0; k < n; k++) {
         Lines in = {records[k].text, records[k].text + records[k].size, 0};
         Span tag, value;
         while (next_tag(&in, &tag, &value)) {
             if (find_task(c, tag) >= 0) seen[find_task(c, tag)] = 1;
+            if (name && span_is(tag, name)) name = NULL;
             if (k == 0) text_add(&there, "%s%.*s", there.length ? ", " : "", tag.n, tag.p);
         }
     }
-    for (int t = 0; t < c->n_tasks; t++)
-        if (!seen[t])
-            fprintf(stderr, "note    %s: none of the first %d records has an SD tag \"%s\" "
-                    "(--labels); the first has: %.300s\n", s->path, n, c->task_names[t],
-                    there.length ? there.text : "none");
+    for (int t = name ? -1 : 0; t < c->n_tasks; t++)
+        if (t < 0 || !seen[t])
+            fprintf(stderr, "note    %s: none of the first %d records has an SD tag \"%s\" (%s); "
+                    "the first has: %.300s\n", s->path, n, t < 0 ? name : c->task_names[t],
+                    t < 0 ? "--name" : "--labels", there.length ? there.text : "none");
     FREE_ALL(seen, there.text);
 }
 
@@ -279,11 +293,14 @@ static void read_header(const Conversion *c, Source *s, const Record *header, co
     arena_reset(&s->arena);
     s->columns = header_names(&s->arena, header, s->separator, &s->n_columns);
     s->smiles_column = s->name_column = s->part_column = -1;
+    int exact = 0, names = 0;
+    for (int k = 0; k < s->n_columns && c->opt->smiles; k++)
+        exact += span_is(s->columns[k], smiles);
     for (int k = 0; k < s->n_columns; k++) {
         Span name = s->columns[k];
-        if (word_is(name, smiles)) claim_column(s->path, &s->smiles_column, name, k);
-        if (c->opt->name && span_is(name, c->opt->name))
-            claim_column(s->path, &s->name_column, name, k);
+        if (exact ? span_is(name, smiles) : word_is(name, smiles))
+            claim_column(s->path, &s->smiles_column, name, k);
+        if (c->opt->name && span_is(name, c->opt->name) && names++ == 0) s->name_column = k;
         if (c->part_column && span_is(name, c->part_column))
             claim_column(s->path, &s->part_column, name, k);
     }
@@ -292,6 +309,9 @@ static void read_header(const Conversion *c, Source *s, const Record *header, co
         no_column(s->path, s->columns, s->n_columns, c->part_column, "--split-by");
     if (c->opt->name && s->name_column < 0)
         no_column(s->path, s->columns, s->n_columns, c->opt->name, "--name");
+    if (names > 1 && (c->n_tasks || !wants_all(c->opt)))  // once, not in the survey too
+        fprintf(stderr, "note    %s: %d columns are named \"%s\": the first is taken\n", s->path,
+                names, c->opt->name);
     s->line += count_lines(header->text, header->text + header->size);
 }
 

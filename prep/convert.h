@@ -121,8 +121,9 @@ static void read_label(Worker *w, Outcome *o, int64_t line, Span cell, int decim
 // row that is not the record itself.
 static int surplus_field(Outcome *o, const char *place, int columns, Span field) {
     return fault_at(&o->fault, 1, 0, "more fields than the header", "%.60sexpected %d fields as in "
-                    "the header, found another, \"%.*s\": is a comma not in quotes?", place,
-                    columns, min_int(field.n, 30), field.p);
+                    "the header, found another, \"%.*s\": is a comma not in quotes, or has the "
+                    "header no name for row numbers?", place, columns, min_int(field.n, 30),
+                    field.p);
 }
 
 // Reads the labels of a record from --labels-from: of the row that begins with its title, or
@@ -145,8 +146,8 @@ static int read_side_labels(const Conversion *c, const Record *r, Worker *w, flo
             return surplus_field(o, place, t->n_columns, field);
         }
         if (k < t->n_columns && t->task_of_column[k] >= 0)
-            read_label(w, o, (int64_t)row + 1, field, is_within(&text, field),
-                       t->task_of_column[k], labels);
+            read_label(w, o, (int64_t)row + 1, field, t->separator == ';', t->task_of_column[k],
+                       labels);
     }
     return 0;
 }
@@ -188,12 +189,16 @@ static void read_tags(const Conversion *c, Worker *w, Lines in, float *labels, S
 }
 
 // Splits "SMILES |extension| name" of a .smi line or a CSV cell. The extension goes on to the end
-// of the line: where it ends read_smiles() finds out.
+// of the line: where it ends read_smiles() finds out. Control signs and signs that are no ASCII
+// (blanks of Unicode, mostly) are left off the ends of a SMILES.
+// RDKit: SmilesToMol
 static void split_smiles(Span line, Span *smiles, Span *extension, Span *name) {
     Span text = line.n && line.p[0] == '\t' ? trim_right(line) : trim(line);  // a tab: it is empty
-    int k = 0;
-    while (k < text.n && text.p[k] != ' ' && text.p[k] != '\t') k++;
-    *smiles = (Span){text.p, k};
+    int k = 0, end;
+    while (text.n && (signed char)text.p[0] <= 32 && text.p[0] != '\t') text.p++, text.n--;
+    while (k < text.n && !memchr(" \t\n", text.p[k], 3)) k++;
+    for (end = k; end > 0 && (signed char)text.p[end - 1] <= 32;) end--;
+    *smiles = (Span){text.p, end};
     *name = trim((Span){text.p + k, text.n - k});
     *extension = name->n && name->p[0] == '|' ? *name : (Span){name->p, 0};
     if (extension->n) {
@@ -221,7 +226,7 @@ static int read_row(const Source *s, const Record *r, Worker *w, float *labels, 
         if (column == s->name_column) o->name = trim(field);
         if (column == s->part_column) *part = trim(field);
         int task = s->task_of_column[column];
-        if (task >= 0) read_label(w, o, 0, field, is_within(r, field), task, labels);
+        if (task >= 0) read_label(w, o, 0, field, s->separator == ';', task, labels);
     }
     if (found) return 0;
     return fault_at(&o->fault, 1, 0, "no SMILES field",

@@ -7,10 +7,13 @@
 typedef enum { CELL_NUMBER, CELL_MISSING, CELL_CENSORED, CELL_BAD } CellKind;
 
 // How a cell is written, if not in the ordinary way: bits.
-enum { FORM_WORD = 1, FORM_COMMA = 2, FORM_MINUS = 4, FORM_EITHER = 8, FORMS = 4 };
+enum { FORM_WORD = 1, FORM_COMMA = 2, FORM_MINUS = 4, FORM_EITHER = 8, FORM_GROUPS = 16,
+       FORM_TINY = 32, FORMS = 6 };
 static const char *const FORM_NAMES[FORMS] = {
     "words (true, yes, active, ...) are read as 1 and 0", "decimal commas are read as points",
-    "the Unicode minus is read as -", "\"1,234\" may be 1.234 or 1234: it is taken as missing"};
+    "the Unicode minus is read as -", "\"1,234\" may be 1.234 or 1234: it is taken as missing",
+    "commas and points between groups of three digits are left out",
+    "numbers nearer to 0 than 1.2e-38 are read as 0"};
 
 // Whether s is one of the words (the last is NULL), capitals aside.
 static int is_one_of(Span s, const char *const *words) {
@@ -18,23 +21,53 @@ static int is_one_of(Span s, const char *const *words) {
     return *words != NULL;
 }
 
-// Makes a number's comma a point. "1,234" may be 1234 or 1.234: 0, unless `decimal` says which.
+// Length of the digits at the start of text if they stand in groups of three, as in "12,345"; 0 if
+// they do not.
+static size_t digit_groups(const char *text, char sign) {
+    size_t first = strspn(text, "0123456789"), n = first;
+    while (text[n] == sign && strspn(text + n + 1, "0123456789") == 3) n += 4;
+    return first > 0 && first < 4 && text[0] != '0' ? n - first ? n : 0 : 0;
+}
+
+// Takes the sign between groups out of the first n characters of a text.
+static void drop_sign(char *text, size_t n, char sign) {
+    char *to = text;
+    for (size_t k = 0; text[k]; k++)
+        if (k >= n || text[k] != sign) *to++ = text[k];
+    *to = 0;
+}
+
+// Makes a number's comma a point, and takes out what stands between groups of three digits. "1,234"
+// may be 1234 or 1.234: 0, unless `decimal` says that commas are decimal ones.
 static int undo_comma(char *text, int decimal, int *form) {
     char *comma = strchr(text, ',');
     if (!comma) return 1;
-    int either = !decimal && strspn(comma + 1, "0123456789") == 3;
+    char *number = text + strspn(text, "+-");
+    size_t commas = digit_groups(number, ','), points = digit_groups(number, '.');
+    if (commas && (number[commas] == '.' || (!number[commas] && commas > 7))) {  // not 1,234
+        drop_sign(number, commas, ',');
+        *form |= FORM_GROUPS;
+        return 1;
+    }
+    if (points && number[points] == ',') {  // 1.234,5
+        drop_sign(number, points, '.');
+        *form |= FORM_GROUPS;
+        comma = strchr(text, ',');
+    }
+    int either = !decimal && commas && !number[commas];
     *form |= either ? FORM_EITHER : FORM_COMMA;
     *comma = '.';
     return !either;
 }
 
-// A decimal number of a size from FLT_MIN (or 0) to LABEL_MAX; 0 if the text is anything else.
-static int parse_number(const char *text, float *label) {
+// A decimal number of at most LABEL_MAX, 0 if it is below FLT_MIN; 0 if the text is anything else.
+static int parse_number(const char *text, float *label, int *form) {
     char *end;
     float v = strtof(text, &end);
     if (!*text || *end || text[strspn(text, "+-.0123456789eE")]) return 0;  // no hexadecimal, "inf"
+    if (fabs((double)v) > LABEL_MAX) return 0;
     int zero = !isdigit((unsigned char)text[strcspn(text, "123456789eE")]);
-    if (fabs((double)v) > LABEL_MAX || (fabsf(v) < FLT_MIN && !zero)) return 0;
+    if (fabsf(v) < FLT_MIN && !zero) v = 0, *form |= FORM_TINY;
     *label = v;
     return 1;
 }
@@ -79,7 +112,7 @@ static CellKind parse_label(Span s, int decimal_comma, float *label, int *form) 
     }
     size_t bound = strspn(text.p, "<>~= "), censored = strcspn(text.p, "<>~") < bound;
     char *number = copy + (text.p - copy) + (censored ? bound : 0);
-    int good = undo_comma(number, decimal_comma, form) && parse_number(number, label);
+    int good = undo_comma(number, decimal_comma, form) && parse_number(number, label, form);
     if (!good || censored) *form &= FORM_EITHER, *label = NAN;
     return !good ? CELL_BAD : censored ? CELL_CENSORED : CELL_NUMBER;
 }

@@ -33,7 +33,7 @@ static const Option PREP_OPTION_TABLE[] = {
     TEXT("--name", name, "COLUMN", "CSV column or SD tag of the name (default SD title, SMILES)"),
     HEADING("What becomes of a molecule"),
     {"--max-atoms", OPT_INT, &prep_opt.max_atoms, 1, MAX_ATOMS, "N", "skip larger molecules", 0},
-    FLAG("--largest-fragment", largest_fragment, "keep only the largest part: no salts, solvents"),
+    FLAG("--largest-fragment", largest_fragment, "keep only the part of most atoms: no salts"),
     FLAG("--keep-hydrogens", keep_hydrogens, "keep explicit hydrogen atoms as atoms"),
     TEXT("--orient", orient, "HOW", "keep the frame of the file, or principal: turn to its axes"),
     TEXT("--stereo", stereo, "HOW", "of chiral tags: invariant, rdkit (the release's), none"),

@@ -102,11 +102,12 @@ static size_t check_first_bytes(const char *path, const char *bytes, size_t n, c
     const char lfs[] = "version https://git-lfs";
     CHECK(n < sizeof lfs || memcmp(bytes, lfs, sizeof lfs - 1) != 0,
           "%s: is a pointer of git-lfs, not the file itself; type: git lfs pull --include %s",
-          path, path);
+          path, shell_path(path));
     for (int k = 0; k < 6; k++) {
         if (n < known[k].n || memcmp(bytes, known[k].bytes, known[k].n) != 0) continue;
+        CHECK(k != 3 || !strstr(path, ".xls"), "%s: is a workbook; save it as CSV", path);
         CHECK(k == 0, "%s: is %s; type: %s %s%s", path, known[k].what, known[k].command,
-              strcmp(path, "-") == 0 ? "FILE" : path, then);
+              strcmp(path, "-") == 0 ? "FILE" : shell_path(path), then);
         return known[k].n;
     }
     return 0;
@@ -279,9 +280,9 @@ static int tag_head(Span line, Span *name) {
     if (!line.n || line.p[0] != '>') return 0;
     const char *open = memchr(line.p + 1, '<', (size_t)line.n - 1);
     const char *close = open ? memchr(open, '>', (size_t)(end - open)) : NULL;
-    if (!close || close == open + 1) return 0;
-    *name = (Span){open + 1, (int)(close - open) - 1};
-    return 1;
+    if (!close) return 0;
+    *name = trim((Span){open + 1, (int)(close - open) - 1});
+    return name->n > 0;
 }
 
 // The next data item of an SD record: its name and its lines, up to an empty one. 0 at the end.
@@ -347,25 +348,39 @@ static const char *row_end(const Record *r) {
     return end;
 }
 
-// Does the field stand in the row as it is, not quoted? Then a comma in it groups no digits.
-static int is_within(const Record *r, Span field) {
-    return field.p >= r->text && field.p <= r->text + r->size;
+// How many fields the row at *p has if they end at this sign, 0 if text follows a closing quote;
+// *named: is one of them called `name`? Moves *p to the next row, NULL if there is none.
+static int count_fields(Arena *arena, const char **p, const char *end, char sign, const char *name,
+                        int *named) {
+    const char *quote = NULL, *stop = *p ? csv_row_end(*p, end, sign, &quote) : NULL, *q = *p;
+    Record row = {.text = *p, .size = *p ? (size_t)((stop ? stop : end) - *p) : 0};
+    int n = 0, bad = 0;
+    Span field;
+    arena_reset(arena);
+    for (const char *from = q; q && csv_field(arena, &q, row_end(&row), sign, &field); n++) {
+        *named |= word_is(trim(field), name);
+        Span raw = trim((Span){from, (int)(q - from) - 1});
+        int quotes = 0;
+        for (int k = 0; k < raw.n; k++) quotes += raw.p[k] == '"';
+        bad |= starts_with(raw, "\"") && quotes % 2 == 0 && raw.p[raw.n - 1] != '"';
+        from = q;
+    }
+    if (bad) n = *named = 0;
+    *p = stop && stop < end ? stop : NULL;
+    return n;
 }
 
 // What separates the fields of the row at p: the first of `own` and the usual signs by which one of
-// them is called `name`, or else the one that makes the most fields.
+// them is called `name`; or else the one that makes the most fields, of the next row as many.
 static char find_separator(const char *p, const char *end, char own, const char *name) {
-    const char signs[] = {own, ',', ';', '\t', '|', 0}, *quote = NULL;
+    const char signs[] = {own, ',', ';', '\t', '|', 0};
     char best = own;
     Arena arena = {0};
     for (int k = 0, most = 0, named = 0; signs[k] && !named; k++) {
-        const char *stop = csv_row_end(p, end, signs[k], &quote), *q = p;
-        Record row = {.text = p, .size = (size_t)((stop ? stop : end) - p)};
-        int n = 0;
-        Span field;
-        arena_reset(&arena);
-        for (; csv_field(&arena, &q, row_end(&row), signs[k], &field); n++)
-            named |= word_is(trim(field), name);
+        const char *at = p;
+        int other = 0, n = count_fields(&arena, &at, end, signs[k], name, &named);
+        int next = count_fields(&arena, &at, end, signs[k], "", &other);
+        if (n > 1 && next == n) n += 1 << 24;
         if (n > most || named) most = n, best = signs[k];
     }
     arena_free(&arena);

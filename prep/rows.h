@@ -82,7 +82,8 @@ static void table_rows(Table *t, const char *p, const char *end) {
     const char *quote, *next = p < end ? line_end(p, end) : NULL, *rest;
     size_t room = 0, commas = 0, tabs = 0, last = 0;
     int one;
-    if (!t->is_list) t->separator = find_separator(p, end, ',', "");
+    char own = format_by_name(t->path, (int)strlen(t->path)) == FORMAT_TSV ? '\t' : ',';
+    if (!t->is_list) t->separator = find_separator(p, end, own, "");
     one = !t->is_list && !memchr(p, t->separator, (size_t)((next ? next : end) - p));
     for (; p < end; p = next) {
         quote = NULL;
@@ -113,7 +114,8 @@ static void table_open(Table *t, const char *path, int is_list) {
     const char *p = (const char *)t->bytes, *end = p + t->size, *rest;
     p += check_first_bytes(path, p, t->size, " > FILE");
     CHECK(!t->size || memchr(p, '\n', (size_t)(end - p)) || !memchr(p, '\r', (size_t)(end - p)),
-          "%s: its lines end in CR alone; type: tr '\\r' '\\n' < %s > FILE", path, path);
+          "%s: its lines end in CR alone; type: tr '\\r' '\\n' < %s > FILE", path,
+          shell_path(path));
     arena_reset(&t->arena);
     table_rows(t, p, end);
     CHECK(t->n_rows > 0 && t->n_rows < UINT32_MAX / 4, "%s: expected rows, found none", path);

@@ -56,6 +56,11 @@ static int next_line(Lines *in, Span *line) {
 // Small things to do with spans: blanks, equality, prefixes.
 static int is_blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
+// A path as the word of a command that we propose; lives as long as the program.
+static const char *shell_path(const char *path) {
+    return path[strcspn(path, " \t\"$&;()<>|*?[#~`\\!{")] ? xprintf("'%s'", path) : path;
+}
+
 static Span trim_right(Span s) {
     while (s.n > 0 && is_blank(s.p[s.n - 1])) s.n--;
     return s;

@@ -117,6 +117,23 @@ static const struct { const char *ending, *pattern, *options; int code; const ch
     // the last of two columns was taken
     {"csv", "smiles,y,y\nC,1,2\n", "--labels y", 1, "columns 2 and 3 are both named \"y\"; rename"},
     {"csv", "smiles,SMILES\nC,C\n", "", 1, "columns 1 and 2 are both named \"SMILES\"; rename"},
+    {"csv", "smiles,SMILES\nC,CCC\n", "--smiles SMILES", 0, "kept 1 (3 atoms)"},
+    {"csv", "smiles,y,y\nC,1,2\n", "--labels all", 0, "leaves out column 3: column 2 has its name"},
+    {"csv", "smiles,n,n\nC,a,b\n", "--name n", 0, "2 columns are named \"n\": the first is taken"},
+    {"csv", "My table\nsmiles,y\nC,1\n", "", 1, "which the row below names; type: tail -n +2 "
+     NAMED "csv |"},
+    // a header with other separators in its names
+    {"csv", "\"Name\",\"Structure\",\"a;b;c;d\"\n\"x\",\"CCO\",\"19.4\"\n", "--labels all --smiles "
+     "Structure", 0, "label   a;b;c;d: numbers, 1 present"},
+    {"csv", "\"Name\",\"Structure\",\"a;b;c;d\"\n\"x\",\"CCO\",\"19.4\"\n", "", 1,
+     "it has \"Name\", \"Structure\", \"a;b;c;d\""},
+    // signs at the ends of a SMILES that nobody sees
+    {"csv", "smiles\n\"CCO\nCCO\"\nCCO\xC2\xA0\n\xE2\x80\x8B" "CCO\nCCO\x1A\n", "", 0,
+     "kept 4 (12 atoms)"},
+    {"sdf", SD_HEAD "> < y >\n1.5\n\n$$$$\n", "--labels y --name z", 0,
+     "has an SD tag \"z\" (--name); the first has: y\n"},
+    {"sdf", SD_HEAD "> < y >\n1.5\n\n$$$$\n", "--labels y", 0, "label   y: numbers, 1 present"},
+    {"xlsx", "PK\3\4", "", 1, NAMED "xlsx: is a workbook; save it as CSV"},
     // a line break in a task's name shifted the columns of `predict`
     {"csv", "smiles,\"a\nb\"\nC,1\n", "--labels 'a b'", 0, "1 molecules"},
     // columns and labels went without a word

@@ -81,6 +81,9 @@ static void test_lists(void) {
     test_table("build/t.txt", "y\tz\n\n\t\n3.5\t1\n", "./data_prep -o build/t.bin --labels y "
                "--labels-by number --labels-from build/t.txt build/t.sdf" T_DUMP, 0,
                "null]}3.5]}");
+    test_table("build/t.txt", "id\tIC50, nM\nx\t5\n", "./data_prep -o build/t.bin --labels all "
+               "--labels-by number --labels-from build/t.txt build/t.sdf", 0,
+               "label   IC50, nM: numbers, 1 present");
     test_table("build/t.txt", "y,z\n1,5,2\n2.5,3\n", "./data_prep -o build/t.bin --labels y "
                "--labels-by number --labels-from build/t.txt build/t.sdf", 0,
                "row 2 of --labels-from: expected 2 fields as in the header, found another, \"2\"");
@@ -128,10 +131,15 @@ static const struct { const char *ending, *text, *options; int code; const char 
     {"csv", "smiles;a\nC;0,5\nCC;1,250\nCC;\xE2\x88\x92" "2\n", "--labels a" T_DUMP, 0,
      "0.5]}1.25]}-2]}"},
     {"csv", "smiles,a\nC,\"0,5\"\nCC,\"1,23\"\n", "--labels a" T_DUMP, 0, "0.5]}1.23000002]}"},
-    {"csv", "smiles,a\nC,\"0,5\"\nCC,\"1,234.5\"\n", "--labels a", 0, "1 unusable: \"1,234.5\""},
+    {"csv", "smiles,a\nC,\"0,5\"\nCC,\"1,234.5\"\n", "--labels a" T_DUMP, 0, "0.5]}1234.5]}"},
+    {"tsv", "smiles\ta\nC\t950\nC\t1,234\nC\t1,234,567\n", "--labels a" T_DUMP, 0,
+     "950]}null]}1234567]}"},
+    {"csv", "smiles;a\nC;2,5\nC;\"1,234\"\n", "--labels a" T_DUMP, 0, "2.5]}1.23399997]}"},
+    {"csv", "smiles,a\nC,\"0,123\"\nC,\"1234,567\"\nC,\"1.234,5\"\n", "--labels a" T_DUMP, 0,
+     "0.123000003]}1234.56702]}1234.5]}"},
     {"csv", "smiles,a\nC,\"1,234\"\nC,2\n", "--labels a", 0, "\"1,234\" may be 1.234 or 1234"},
     {"csv", "smiles,a\nC,1e-9\nC,3.9e-30\nC,1e-42\n", "--labels a" T_DUMP, 0,
-     "9.99999972e-10]}3.89999986e-30]}null]}"},
+     "9.99999972e-10]}3.89999986e-30]}0]}"},
     {"csv", "smiles,a\nC,1e15\nC,-2e15\n", "--labels a", 0, "1 unusable: \"-2e15\" "
      "(build/t.csv:3)"},
     {"csv", "smiles,a\nC,{50|x}\nC,2\n", "--labels a", 0, "xxxxxx...\" (build/t.csv:2)"},
