@@ -2287,11 +2287,7 @@ static void run_meta(Text *t, const Run *run, Config c, int64_t seeds, int of_st
     const long long values[] = {c.layers, c.dim, c.ffn, c.heads, c.kernels, run->done,
                                 (long long)run->train.count, run->prints[0],
                                 of_state || c.tasks ? run->prints[1] : 0, seeds};
-    text_add_run(t, keys, values, 10, of_state ? SHAPES | FILES : SHAPES);
-    text_add_meta(t, "stereo", "%s", run->train.stereo);
-    text_add_meta(t, "largest_fragment", "%u",
-                  (unsigned)(run->train.flags & PREP_LARGEST_FRAGMENT));
-    if (run->train.flags & PREP_HYDROGENS) text_add_meta(t, "keep_hydrogens", "1");
+    text_add_run(t, keys, values, 10, of_state ? SHAPES | FILES : SHAPES, &run->train);
     if (of_state) {
         text_add_meta(t, "test_fingerprint", "%lld", (long long)run->prints[2]);
         text_add_meta(t, "init_fingerprint", "%lld", (long long)run->init_print);
@@ -2366,8 +2362,16 @@ static void pretrain_save(Run *run, const Step *s) {
 // A mean loss for people: "-" if nothing reached it.
 static const char *loss_text(double x) { return number_text(x == 0 ? (double)NAN : x, 4); }
 
+// The total of mean losses of the log: not every row has each of them.
+static void total_mean(double mean[LOG_COLUMNS]) {
+    mean[LOSS_TOTAL] = 0;
+    for (int k = 1; k < LOSSES; k++)
+        mean[LOSS_TOTAL] += isnan(mean[k]) ? 0 : opt.weights.weight[k] * mean[k];
+}
+
 // A line on stdout: the mean of the log's rows since the one before.
-static void pretrain_line(const Run *run, const double mean[LOG_COLUMNS]) {
+static void pretrain_line(const Run *run, double mean[LOG_COLUMNS]) {
+    total_mean(mean);
     progress_clear(&run->progress);
     printf("%7lld  %7s  %7s %7s %7s %7s  %8.2e %8.3f %7.0f\n", (long long)run->done,
            loss_text(mean[LOSS_TOTAL]), loss_text(mean[LOSS_NOISE]), loss_text(mean[LOSS_SPD]),
@@ -2436,6 +2440,8 @@ static void chance_losses(double chance[LOSSES], Step *s, const Dataset *train,
 static void pretrain_report(const Run *run, Step *s) {
     double start[LOG_COLUMNS], end[LOG_COLUMNS], valid[LOSSES], chance[LOSSES];
     log_ends(start, end, run);
+    total_mean(start);
+    total_mean(end);
     mean_losses(valid, s, &run->valid);
     chance_losses(chance, s, &run->train, run->valid.count ? &run->valid : &run->train);
     printf("\nloss        start     end   valid  by chance\n");
@@ -2444,6 +2450,9 @@ static void pretrain_report(const Run *run, Step *s) {
         printf("%-8s %8s%8s%8s%11s\n", LOSS_NAMES[loss], loss_text(start[loss]),
                loss_text(end[loss]), loss_text(valid[loss]), loss_text(chance[loss]));
     }
+    if (chance[LOSS_TOTAL] == 0)
+        fprintf(stderr, "note    no loss had anything to count: nothing was learnt; molecules of "
+                "one atom have no relations\n");
     if (end[LOSS_TOTAL] > 1.2 * chance[LOSS_TOTAL])
         fprintf(stderr, "note    the losses are far above those of chance: try a lower --lr\n");
     printf("wrote %s, %s\n", opt.output, run->log_path);

@@ -575,7 +575,8 @@ static inline void dataset_open(Dataset *d, const char *path) {
           "%s: not a dataset file (expected one made by data_prep)", path);
     CHECK(get_u32(h + 8) == DATASET_VERSION, "%s: expected format version %d, found %u; make it "
           "again with data_prep", path, DATASET_VERSION, (unsigned)get_u32(h + 8));
-    CHECK(get_u64(h + 32) == d->size, "%s: truncated: expected %llu bytes, found %zu", path,
+    CHECK(get_u64(h + 32) == d->size, "%s: %s: expected %llu bytes, found %zu", path,
+          get_u64(h + 32) > d->size ? "truncated" : "has bytes behind its end",
           (unsigned long long)get_u64(h + 32), d->size);
     uint64_t count = get_u64(h + 16), index = get_u64(h + 24);
     CHECK(count <= UINT32_MAX && index <= d->size && d->size - index == 12 * count + 12 &&

@@ -86,6 +86,7 @@ static char *tuning_meta(const Tuning *t, int of_state) {
     Text text = {0};
     const float *best = best_row(&t->run);
     run_meta(&text, &t->run, t->s.model.config, t->nth, of_state);
+    text_add_meta(&text, "seed", "%llu", (unsigned long long)t->run.seed);
     text_add_meta(&text, "task", "%s", TASK_KINDS[t->task.kind]);
     text_add_meta(&text, "readout", "%s", READOUT_NAMES[t->task.readout]);
     text_add_meta(&text, "modality", "%s", opt.modality);
@@ -304,6 +305,10 @@ static void tune(Tuning *t, Parts *parts) {
         run_progress(run, " of this seed", run->done == run->steps);
     }
     progress_clear(&run->progress);
+    if (!run->stopped && run->done < run->steps)
+        fprintf(stderr, "seed %llu: no gain for %lld epochs (--patience), ended after %lld of %lld "
+                "steps\n", (unsigned long long)run->seed, (long long)opt.patience,
+                (long long)run->done, (long long)run->steps);
     tuning_save(t);
     run_end(run);
 }

@@ -2,7 +2,7 @@
 //
 //   model_open(), model_close()   a checkpoint
 //   predict_batch(), predict_all()  predictions of a fine-tuned model; note_constant()
-//   check_positions(), check_preparation()  are these molecules what it expects?
+//   check_positions()            are these molecules what it expects?
 
 typedef struct {
     Step s;
@@ -23,21 +23,6 @@ static void check_positions(const Dataset *data, int use) {
                 "only\n", data->path, without, data->count);
 }
 
-// Says so if the dataset was prepared otherwise than what the model has learnt from.
-static void check_preparation(const Dataset *data, const TensorFile *model) {
-    static const char *const keys[] = {"largest_fragment", "keep_hydrogens"};
-    static const char *const options[] = {"--largest-fragment", "--keep-hydrogens"};
-    int told = tensor_meta(model, keys[0]) != NULL;  // else it is from elsewhere
-    for (int k = 0; k < 2 && told && data->count; k++) {
-        const char *then = tensor_meta(model, keys[k]);
-        int now = (data->flags & (k ? PREP_HYDROGENS : PREP_LARGEST_FRAGMENT)) != 0;
-        if (now != (then && *then == '1'))
-            fprintf(stderr, "note    %s: made with%s %s, what the model learnt from %s it\n",
-                    data->path, now ? "" : "out", options[k], now ? "without" : "with");
-    }
-    note_stereo(data, model->path, tensor_meta(model, "stereo"));
-}
-
 // Model and settings of a checkpoint, whose file may be open already.
 static void model_open(Trained *m, const char *path) {
     TensorFile *f = &m->file;
@@ -47,6 +32,8 @@ static void model_open(Trained *m, const char *path) {
     model_load(&m->s.model, m->s.model.params, f, "");
     if (!opt.batch) opt.batch = DEFAULT_BATCH;
     const char *readout = tensor_meta(f, "readout"), *modality = tensor_meta(f, "modality");
+    if (readout) meta_choice(f, "readout", readout, READOUT_NAMES, 3);
+    if (modality) meta_choice(f, "modality", modality, MODALITY_NAMES, 3);
     if (opt.readout || !readout) readout = opt.readout ? opt.readout : DEFAULT_READOUT;
     if (opt.modality || !modality) modality = opt.modality ? opt.modality : DEFAULT_MODALITY;
     m->task.use = modality_use(modality);  // as it was fine-tuned, unless told otherwise

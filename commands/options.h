@@ -70,7 +70,7 @@ static const Option OPTIONS[] = {
     WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAIN | SHAPES | GROWS),
     WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", FINETUNE | SHAPES | GROWS),
     WHOLE("--patience", patience, 0, 1e6, "stop after N epochs without gain; 0: never",
-          FINETUNE | SHAPES),
+          FINETUNE | SHAPES | GROWS),
     WHOLE("--seeds", seeds, 1, 1000,
           "repeat with N seeds: mean, deviation; each keeps FILE.seedN.safetensors, an ensemble",
           FINETUNE | SHAPES | GROWS),
@@ -85,7 +85,8 @@ static const Option OPTIONS[] = {
     NUMBER("--hold", hold, 0, 1, "part of the steps at the peak, before the cosine to 0",
            TRAIN | SHAPES),
     WHOLE("--seed", seed, 0, 9e15, "names every random draw", TRAIN | SHOW | SHAPES),
-    WHOLE("--threads", threads, 0, 1024, "0: all we may use; results are the same", TRAIN | READ),
+    WHOLE("--threads", threads, 0, MAX_THREADS, "0: all we may use; results are the same",
+          TRAIN | READ),
     TEXT("--precision", precision, "NAME", "of matrix products, also of a model trained otherwise: "
          "float32, or bf16 (operands of 8 bits, sums are float32)", TRAIN | READ | SHAPES),
     NUMBER("--beta1", adam.beta1, 0, 0.999999, "AdamW", TRAIN | SHAPES),
@@ -224,6 +225,7 @@ static void check_options(void) {
         CHECK(!option_given[k] || !is_between(&OPTIONS[k], &opt.blend.pair_spd, &opt.blend.atom_3d),
               "--no-blend shows everything of every pair; expected no --pair-* or --atom-* beside "
               "it");
+    if (opt.resume) return;  // what counts are the options of the state
     note_parts("--pair-spd, --pair-edge and --pair-3d",
                opt.blend.pair_spd + opt.blend.pair_edge + opt.blend.pair_3d);
     note_parts("--atom-2d and --atom-3d", opt.blend.atom_2d + opt.blend.atom_3d);

@@ -7,8 +7,9 @@ typedef struct {
     TaskKind kind;
     char **names;         // (Y)
     int *column;          // (Y) where a task's labels stand in the dataset; -1: it has none
-    double *sum, *square; // (n, Y) over the models
-    float *out, *labels;  // (n, Y) of a model, at last the mean; NaN where there is none
+    double *sum, *square; // (n, Y) over the models; of classes probabilities
+    double *rest;         // (n, Y) of classes the sum of 1 - p, which near 1 tells more than p
+    float *out, *labels;  // (n, Y) what metrics see: the mean, or its log odds; NaN: no label
     float *residuals;     // (n_residuals, Y) sums over the models of residuals_keep()
     int64_t n_residuals;
     const char *other;    // a model without residuals, or with those of other molecules; or NULL
@@ -49,7 +50,11 @@ static void predict_open(Predictions *all, Trained *models, const char *path) {
     TensorFile *f = &m->file;
     tensor_file_open(f, path);
     check_preparation(&all->data, f);
+    const char *print = tensor_meta(f, DATA_KEYS[0]);
     if (all->near.data && all->models == 0) check_preparation(&all->near, f);
+    if (all->near.data && print && strtoull(print, NULL, 10) != data_print(&all->near))
+        fprintf(stderr, "note    %s: is not, by its fingerprint, what %s was trained on\n",
+                all->near.path, path);
     size_t Y = (size_t)tensor_file_config(f).tasks, n = mul_size(all->data.count, Y);
     m->statistics = xmalloc(2 * Y, sizeof *m->statistics);
     m->task.kind = tasks_load(m->statistics, &names, Y, f);
@@ -62,8 +67,9 @@ static void predict_open(Predictions *all, Trained *models, const char *path) {
         all->kind = m->task.kind;
         all->names = xmalloc(Y, sizeof *all->names);
         all->column = xmalloc(Y, sizeof *all->column);
-        all->sum = xmalloc(mul_size(2, n), sizeof *all->sum);
+        all->sum = xmalloc(mul_size(3, n), sizeof *all->sum);
         all->square = all->sum + n;
+        all->rest = all->square + n;
         all->out = xmalloc(mul_size(2, n), sizeof *all->out);
         all->labels = all->out + n;
         all->residuals = xmalloc(mul_size(RESIDUALS, Y), sizeof *all->residuals);
@@ -172,10 +178,15 @@ static void predict_add(Predictions *all, Trained *m, int nth) {
     }
     note_constant(&m->task, all->out, n, Y, all->names);
     for (size_t k = 0; k < n * Y; k++) {
-        if (all->kind == TASK_CLASSIFICATION) all->out[k] = sigmoid(all->out[k]);
-        all->sum[k] += (double)all->out[k];
-        all->square[k] += (double)all->out[k] * (double)all->out[k];
-        all->out[k] = (float)(all->sum[k] / (nth + 1));
+        double x = (double)all->out[k], p = 1 / (1 + exp(-x));
+        CHECK(isfinite(x), "%s: molecule %zu of %s: the prediction is no number", m->file.path,
+              k / Y, all->data.path);
+        if (all->kind == TASK_REGRESSION) p = x;
+        all->sum[k] += p;
+        all->square[k] += p * p;
+        all->rest[k] += 1 / (1 + exp(x));
+        all->out[k] = (float)(all->kind == TASK_REGRESSION ? all->sum[k] / (nth + 1)
+                                                           : log(all->sum[k] / all->rest[k]));
     }
     model_close(m);
 }
@@ -201,8 +212,10 @@ static void predict_row(FILE *out, const Predictions *all, const Skipped *record
             char *name = record ? NULL : xprintf("%s%s", all->names[y], what[c]);
             fputc(',', out);
             if (name) print_csv(out, name, strlen(name));
-            else if (i && (c == 0 || isfinite(number[c])))
-                fprintf(out, c == 3 ? "%.3g" : "%.6g", number[c]);
+            else if (i && c == 3) fprintf(out, "%.3g", number[c]);
+            else if (i && (c == 0 || isfinite(number[c])))  // as many digits as a float32 has
+                print_digits(out, number[c], 3e-8 * (c == 0 && all->kind == TASK_CLASSIFICATION
+                             ? fmin(mean, all->rest[k] / n) : fabs(number[c])));
             free(name);
         }
     }
@@ -243,7 +256,9 @@ static void predict_metrics(const Predictions *all, size_t n) {
             fprintf(stderr, "%24s  interval of %g %%: holds %.0f %% of %.0f labels, width %.4g\n",
                     "", 100 * interval_part(), 100 * held / present, present, 2 * all->half[y]);
     }
-    if (all->kind == TASK_CLASSIFICATION) print_reliability(stderr, all->out, all->labels, n * Y);
+    if (all->kind != TASK_CLASSIFICATION) return;
+    for (size_t k = 0; k < n * Y; k++) all->out[k] = (float)(all->sum[k] / all->models);
+    print_reliability(stderr, all->out, all->labels, n * Y);
 }
 
 static void command_predict(const char *path, const char *const *paths, int n_models) {

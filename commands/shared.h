@@ -6,6 +6,8 @@
 //   sizes_take()        those of --init
 //   run_open()          opens what training needs
 //   text_add_run()      how the metadata of what it writes begin
+//   check_preparation() are these molecules made as those that a model learnt from?
+//   note_skipped()      records that a dataset does not have
 
 // What the program is, its commands, with usages of such width (anonymous: the first goes without
 // its name), and the options of one of them, or of all (0). Ends the program.
@@ -65,14 +67,43 @@ static void run_open(struct Run *run, const char *train_path, const char *log_be
     run->seed = (uint64_t)opt.seed;
 }
 
-// Metadata of a checkpoint or state begin with n numbers, the options of such bits, and what
-// computes the products.
+static const char *const PREP_KEYS[] = {"largest_fragment", "keep_hydrogens"};
+static const unsigned PREP_BITS[] = {PREP_LARGEST_FRAGMENT, PREP_HYDROGENS};
+
+// Metadata of a checkpoint or state begin with n numbers, the options of such bits, what computes
+// the products, and how the training set was prepared.
 static void text_add_run(Text *t, const char *const *keys, const long long *values, int n,
-                         unsigned options) {
+                         unsigned options, const Dataset *train) {
     char *run = options_describe(OPTIONS, N_OPTIONS, options);
     text_add_meta(t, "format", "pt");
     for (int k = 0; k < n; k++) text_add_meta(t, keys[k], "%lld", values[k]);
     text_add_meta(t, "run", "%s", run);
     text_add_meta(t, "products", "%s", precision_text());
+    text_add_meta(t, "stereo", "%s", train->stereo);
+    for (int k = 0; k < 2; k++)
+        text_add_meta(t, PREP_KEYS[k], "%d", (train->flags & PREP_BITS[k]) != 0);
     free(run);
+}
+
+// Says so if the dataset was prepared otherwise than what the model has learnt from.
+static void check_preparation(const Dataset *data, const TensorFile *model) {
+    static const char *const options[] = {"--largest-fragment", "--keep-hydrogens"};
+    int told = tensor_meta(model, PREP_KEYS[0]) != NULL;  // else it is from elsewhere
+    for (int k = 0; k < 2 && told && data->count; k++) {
+        const char *then = tensor_meta(model, PREP_KEYS[k]);
+        int now = (data->flags & PREP_BITS[k]) != 0;
+        if (now != (then && *then == '1'))
+            fprintf(stderr, "note    %s: made with%s %s, what the model learnt from %s it\n",
+                    data->path, now ? "" : "out", options[k], now ? "without" : "with");
+    }
+    note_stereo(data, model->path, tensor_meta(model, "stereo"));
+}
+
+// Says how many records have no row in what is made of a dataset.
+static inline void note_skipped(const Dataset *data) {
+    Skipped record;
+    size_t n = 0;
+    for (const uint8_t *next = data->skips; (next = dataset_skipped(&record, data, next));) n++;
+    if (n) fprintf(stderr, "note    %s: %zu records were skipped when it was made, and have no "
+                   "row\n", data->path, n);
 }

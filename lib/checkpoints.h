@@ -3,7 +3,7 @@
 //   model_write()            a checkpoint
 //   tensor_file_config()     the size of the model in a file
 //   model_state_write(), model_state_load()   a run's state, with Adam's moments and the log
-//   model_load(), init_load()  every parameter of a model, from a file of that size
+//   model_load(), init_load()  every parameter of a model, from a file of that size; no_state()
 //   transfer_load()          those of a pretrained model for another task
 //   text_add_tasks(), tasks_load()   what the metadata of a fine-tuned model say of its tasks
 
@@ -56,10 +56,20 @@ static int tensor_dimension(const TensorFile *f, const char *official, int axis)
     return (int)t->shape[axis];
 }
 
+// Dies if a file that is to be a model is a run's state, whose parameters are the last, not the
+// best.
+static inline void no_state(const TensorFile *f) {
+    for (int k = 0; k < f->count; k++)
+        CHECK(strncmp(f->entries[k].name, ARENA_PREFIXES[1], strlen(ARENA_PREFIXES[1])) != 0,
+              "%s: is the state of a run; expected its checkpoint, which has the name without "
+              ".state", f->path);
+}
+
 // The sizes of the model in a file, from the shapes of its tensors.
 static Config tensor_file_config(const TensorFile *f) {
     Config c = {.kernels = 1};
     char name[64];
+    no_state(f);
     c.dim = tensor_dimension(f, "atom_feature.atom_encoder.weight", 1);
     c.heads = tensor_dimension(f, "molecule_attn_bias.spatial_pos_encoder.weight", 1);
     c.ffn = tensor_dimension(f, "layers.0.fc1.weight", 0);
@@ -106,6 +116,7 @@ static void model_load(const Model *model, float *arena, const TensorFile *f, co
 static inline void init_load(const Model *model, const char *path, const Dataset *data) {
     TensorFile f;
     tensor_file_open(&f, path);
+    no_state(&f);
     model_load(model, model->params, &f, "");
     note_stereo(data, path, tensor_meta(&f, "stereo"));
     tensor_file_close(&f);
@@ -175,6 +186,15 @@ static void meta_numbers(float *out, size_t Y, const TensorFile *f, const char *
     }
 }
 
+// choice() of what a file's metadata say.
+static inline int meta_choice(const TensorFile *f, const char *key, const char *text,
+                              const char *const *names, int n) {
+    char *where = xprintf("%s: metadata %s", f->path, key);
+    int found = choice(where, text, names, n);
+    free(where);
+    return found;
+}
+
 // The kind of a fine-tuned model's Y tasks, their names, a line each, and statistics (2, Y): mean
 // and deviation of their training labels.
 static inline TaskKind tasks_load(float *statistics, const char **names, size_t Y,
@@ -183,7 +203,12 @@ static inline TaskKind tasks_load(float *statistics, const char **names, size_t 
     *names = required_meta(f, "task_names", kind);
     meta_numbers(statistics, Y, f, "label_mean");
     meta_numbers(statistics + Y, Y, f, "label_std");
-    return (TaskKind)choice("task", required_meta(f, "task", kind), TASK_KINDS, 2);
+    size_t lines = 1, above = 0;
+    for (const char *c = *names; *c; c++) lines += *c == '\n';
+    while (above < Y && statistics[Y + above] > 0) above++;
+    CHECK(lines == Y && above == Y, "%s: damaged metadata: expected %zu task_names, and label_std "
+          "above 0", f->path, Y);
+    return (TaskKind)meta_choice(f, "task", required_meta(f, "task", kind), TASK_KINDS, 2);
 }
 
 // Is this tensor of a checkpoint part of a head, or its errors, which fine-tuning leaves behind?

@@ -133,6 +133,7 @@ static inline void memory_check(uint64_t bytes, const char *what, const char *hi
 //   is short, and steps that do not get the CPUs they ask for are done with fewer threads. That
 //   changes no result: threads share out results, never a sum.
 
+enum { MAX_THREADS = 1024 };
 static int mb_threads;   // most threads that we use; 0: threads_set() was not called
 static int mb_adapting;  // may that number be lowered?
 
@@ -177,6 +178,8 @@ static inline void threads_set(int64_t wanted) {
         wanted = quota < 1 ? 1 : (int64_t)(quota + 0.5);
     if (wanted) omp_set_num_threads((int)wanted);
     mb_threads = omp_get_max_threads();
+    CHECK(mb_threads <= MAX_THREADS, "OMP_NUM_THREADS: expected at most %d threads, found %d",
+          MAX_THREADS, mb_threads);
 }
 
 // To be called between steps. After two steps in which we got less than 0.6 CPUs a thread, the next

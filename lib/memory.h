@@ -27,7 +27,8 @@ static void store_begin(Store *store, int pass) {
     if (pass && store->used > store->room) {
         free(store->memory);
         store->room = store->used;
-        memory_check(store->room, "this batch", "a lower --batch-size, or data_prep --max-atoms");
+        memory_check(store->room, "this batch", "a lower --batch-size (generate: --copies), or "
+                     "data_prep --max-atoms");
         store->memory = (char *)floats_alloc(store->room / sizeof(float), "a lower --batch-size");
     }
     store->used = 0;
@@ -58,11 +59,10 @@ static void store_begin(Store *store, int pass) {
 // Scratch memory of a thread: as many arrays as its task takes, from the first one on again in the
 // next task. They grow on demand; their content is left over from the task before.
 typedef struct { int taken; struct { float *x; idx room; } array[16]; } Scratch;
-static Scratch thread_scratch[1024];
+static Scratch thread_scratch[MAX_THREADS];
 
 // This thread's, nothing taken.
 static Scratch *scratch_begin(void) {
-    CHECK(thread_id() < 1024, "expected at most 1024 threads (--threads)");
     Scratch *scratch = &thread_scratch[thread_id()];
     scratch->taken = 0;
     return scratch;

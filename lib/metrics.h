@@ -4,7 +4,7 @@
 //   tasks_check(), can_judge(), task_statistics()       what fine-tuning needs of its datasets
 //   task_metrics(), task_means(), print_metrics()       ROC-AUC, AP, or RMSE, MAE, R2
 //   interval_half(), print_reliability()                how sure predictions are
-//   number_text(), rows_mean()                          numbers for people; means of log rows
+//   number_text(), print_digits(), rows_mean()          numbers as text; means of log rows
 
 typedef enum { TASK_CLASSIFICATION, TASK_REGRESSION } TaskKind;
 
@@ -47,6 +47,15 @@ static inline const char *number_text(double x, int decimals) {
         snprintf(out, sizeof *text, "%#.*g", size < 1 ? decimals - 1 : decimals + 2, x);
     else snprintf(out, sizeof *text, "%.*f", decimals, x);
     return out;
+}
+
+// x in the fewest digits, from six on, that are off by at most `slack`.
+static inline void print_digits(FILE *out, double x, double slack) {
+    char text[40];
+    int digits = 6;
+    do snprintf(text, sizeof text, "%.*g", digits, x);
+    while (fabs(strtod(text, NULL) - x) > slack && digits++ < 17);
+    fputs(text, out);
 }
 
 // The labels (n, tasks) of a dataset, in fresh memory.
@@ -272,13 +281,17 @@ static inline void task_means(double mean[METRICS], TaskKind kind, const float *
     for (int k = 0; k < METRICS; k++) mean[k] = count[k] > 0 ? sum[k] / count[k] : (double)NAN;
 }
 
-// mean (columns) of the rows first..last-1 of a table.
+// mean (columns) of what is there in the rows first..last-1 of a table; NaN where nothing is.
 static inline void rows_mean(double *mean, const float *rows, int columns, int64_t first,
                              int64_t last) {
     for (int k = 0; k < columns; k++) {
-        mean[k] = 0;
-        for (int64_t i = first; i < last; i++)
-            mean[k] += (double)rows[i * columns + k] / (double)(last - first);
+        double sum = 0, n = 0;
+        for (int64_t i = first; i < last; i++) {
+            float x = rows[i * columns + k];
+            sum += isnan(x) ? 0 : (double)x;
+            n += !isnan(x);
+        }
+        mean[k] = n > 0 ? sum / n : (double)NAN;
     }
 }
 

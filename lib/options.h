@@ -100,12 +100,12 @@ static inline int options_parse(const Option *table, int n, unsigned command, in
     return n_words;
 }
 
-// Index of `text` among n names, or the end of the program.
+// Index of `text` (NULL: none) among n names, or the end of the program.
 static inline int choice(const char *option, const char *text, const char *const *names, int n) {
-    for (int k = 0; k < n; k++)
+    for (int k = 0; k < n && text; k++)
         if (strcmp(text, names[k]) == 0) return k;
     DIE("%s: expected %s%s%s%s%s, found \"%s\"", option, names[0], n > 2 ? ", " : " or ", names[1],
-        n > 2 ? " or " : "", n > 2 ? names[2] : "", text);
+        n > 2 ? " or " : "", n > 2 ? names[2] : "", text ? text : "");
 }
 
 // The value of an option as text, in fresh memory.
@@ -161,7 +161,7 @@ static inline void options_resume(const Option *table, int n, unsigned grows, un
         const Option *o = table;
         while (o < table + n && !(o->name && strlen(o->name) == name && line[name] == ' ' &&
                                   memcmp(o->name, line, name) == 0)) o++;
-        CHECK(o < table + n, "%s: unknown option %.*s; it is of another version", path,
+        CHECK(o < table + n, "%s: unknown option %.*s; it is of another program or version", path,
               (int)(end - line), line);
         char *then = xprintf("%.*s", (int)(end - line - name - 1), line + name + 1);
         char *now = option_value(o);

@@ -189,11 +189,12 @@ static inline Rows rows_make(int64_t most, int columns) {
 static inline float *rows_add(Rows *t) { return t->x + t->n++ * t->columns; }
 
 // An update is done: adds a row to the log, n losses, learning rate, norm of the gradients,
-// molecules a second since `start`.
+// molecules a second since `start`. A loss (the first five are) of exactly 0 had nothing to count
+// and is not there: a mean would take it for learnt.
 static inline void log_add(struct Run *run, const double *loss, int n, double lr, double norm,
                            double start) {
     float *row = rows_add(&run->log);
-    for (int k = 0; k < n; k++) row[k] = (float)loss[k];
+    for (int k = 0; k < n; k++) row[k] = loss[k] == 0 && k < 5 ? NAN : (float)loss[k];
     row[n] = (float)lr;
     row[n + 1] = (float)norm;
     row[n + 2] = (float)((double)run->batch / fmax(now_seconds() - start, 1e-6));
@@ -297,7 +298,7 @@ static inline int enough(const struct Run *run, int64_t patience) {
 // Adds the rows that it has not yet to the CSV, begun with its heading: of the log, each behind the
 // number of its update; of the history, if there is one, behind the seed, if that is asked for, and
 // the number of the epoch, with the size of what the validation set says in such units (NaN: it
-// says nothing). Rank 0 does it alone.
+// says nothing). A number that is not there is an empty field. Rank 0 does it alone.
 static inline void csv_write(struct Run *run, const char *heading, int seed, double unit) {
     const Rows *rows = run->history.x ? &run->history : &run->log;
     if (my_rank > 0) return;
@@ -310,13 +311,12 @@ static inline void csv_write(struct Run *run, const char *heading, int seed, dou
         const float *row = rows->x + run->shown * rows->columns;
         if (seed) fprintf(run->csv, "%lld,", (long long)run->seed);
         fprintf(run->csv, "%lld", (long long)run->shown + 1);
-        if (rows == &run->history) {
-            fprintf(run->csv, ",%.6g,", (double)row[HISTORY_LOSS]);
-            if (!isnan(unit)) fprintf(run->csv, "%.6g", fabs((double)row[HISTORY_VALID]) * unit);
-            fprintf(run->csv, ",%.0f\n", (double)row[HISTORY_BEST]);
-            continue;
+        for (int k = 0; k < rows->columns && (rows == &run->log || k <= HISTORY_BEST); k++) {
+            double x = (double)row[k];
+            if (rows == &run->history && k == HISTORY_VALID) x = fabs(x) * unit;
+            fputc(',', run->csv);
+            if (!isnan(x)) fprintf(run->csv, "%.6g", x);
         }
-        for (int k = 0; k < rows->columns; k++) fprintf(run->csv, ",%.6g", (double)row[k]);
         fprintf(run->csv, "\n");
     }
     CHECK(fflush(run->csv) == 0 && !ferror(run->csv), "%s: write failed: %s", run->log_path,

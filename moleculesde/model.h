@@ -375,6 +375,7 @@ static Shape file_shape(const TensorFile *f, Shape c, int encoder) {
 
 // Copies the encoder that a checkpoint shares with a fine-tuning model.
 static void sde_transfer(const Sde *s, const TensorFile *f) {
+    no_state(f);
     for (int i = 0; i < s->model.n_tensors; i++) {
         const TensorInfo *t = &s->model.info[i];
         CHECK(strstr(t->name, "graph_pred") || tensor_load(s->model.params, t, f, ""),

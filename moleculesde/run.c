@@ -1,5 +1,4 @@
-// run.c - what trains and uses the model, included by moleculesde.c: options, losses and metrics on
-// data, the two training loops, commands
+// run.c - options, losses and metrics on data, training loops, commands; part of moleculesde.c
 
 #ifndef MOLECULESDE_TEST
 #include "../lib/commands.h"  // TEXT(), WHOLE() ...: rows of OPTIONS; command_find()
@@ -24,9 +23,8 @@ static Options opt = {
     .encoder = "2d", .sde = "ve", .edges = "gated", .precision = "float32",
     .dim = 300, .layers = 5, .filters = 128, .gaussians = 51, .blocks = 6, .hidden = 32,
     .width = 16, .channels = 8, .last_channels = 4,
-    .steps = 600, .epochs = 100, .batch = 0, .seed = 1, .save_every = 100,
-    .copies = 10, .sample_steps = 1000, .scale_3d = 1,
-    .method = {0, {0.2, 1}, {0.1, 1}, {0.2, 1}, 0, 0.1, 0.5, 1, 1, 1},
+    .steps = 600, .epochs = 100, .seed = 1, .save_every = 100, .copies = 10, .sample_steps = 1000,
+    .scale_3d = 1, .method = {0, {0.2, 1}, {0.1, 1}, {0.2, 1}, 0, 0.1, 0.5, 1, 1, 1},
     .adam = {5e-4, 0.9, 0.999, 1e-8, 0, 0},
 };
 
@@ -55,8 +53,7 @@ static const Option OPTIONS[] = {
     WHOLE("--width", width, 4, 1024, "of the 3D -> 2D network", PRETRAINING),
     WHOLE("--channels", channels, 1, MAX_CHANNELS, "of its edge layers", PRETRAINING),
     WHOLE("--last-channels", last_channels, 1, MAX_CHANNELS, "of the last of them", PRETRAINING),
-    TEXT("--edges", edges, "NAME", "of 2D -> 3D: gated by their length (_02) or plain (_01)",
-         PRETRAINING),
+    TEXT("--edges", edges, "NAME", "of 2D -> 3D: gated (_02) or plain (_01)", PRETRAINING),
     HEADING("Training", TRAIN | READ),
     WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAINING | GROWS),
     WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", TUNING),
@@ -65,7 +62,7 @@ static const Option OPTIONS[] = {
     NUMBER("--lr", adam.lr, 0, 10, "learning rate", TRAINING),
     NUMBER("--scale-3d", scale_3d, 0, 100, "times that: rate of SchNet and 3D -> 2D", PRETRAINING),
     WHOLE("--seed", seed, 0, 9e15, "names every random draw", TRAINING | GENERATE),
-    WHOLE("--threads", threads, 0, 1024, "0: all we may use; results are the same", TRAIN | READ),
+    WHOLE("--threads", threads, 0, MAX_THREADS, "0: all; results are the same", TRAIN | READ),
     TEXT("--precision", precision, "NAME", "of matrix products, also of a model trained otherwise: "
          "float32, or bf16 (operands of 8 bits, sums are float32)", TRAINING | READ),
     HEADING("Method", PRETRAIN),
@@ -76,13 +73,11 @@ static const Option OPTIONS[] = {
     NUMBER("--sigma-2d-high", method.ve2d.high, 1e-4, 100, "most", NOISE),
     NUMBER("--beta-low", method.beta.low, 1e-4, 100, "VP: rate of noising at t = 0", NOISE),
     NUMBER("--beta-high", method.beta.high, 1e-4, 100, "at t = 1", NOISE),
-    NUMBER("--anneal", method.anneal, 0, 10, "losses of generation weigh sigma to this power",
-           PRETRAINING),
+    NUMBER("--anneal", method.anneal, 0, 10, "losses weigh sigma to this power", PRETRAINING),
     NUMBER("--weight-contrast", method.contrast, 0, 1e6, "of a loss", PRETRAINING),
     NUMBER("--weight-3d", method.to3d, 0, 1e6, "of a loss", PRETRAINING),
     NUMBER("--weight-2d", method.to2d, 0, 1e6, "of a loss", PRETRAINING),
-    NUMBER("--attention-dropout", method.attention_dropout, 0, 0.99, "in the 2D -> 3D network",
-           PRETRAINING),
+    NUMBER("--attention-dropout", method.attention_dropout, 0, 0.99, "in 2D -> 3D", PRETRAINING),
     HEADING("Task", FINETUNE | EMBED),
     TEXT("--task", task, "NAME", "classification or regression (default: by the labels)", TUNING),
     TEXT("--encoder", encoder, "NAME", "2d or 3d: GIN or SchNet", TUNING | EMBED),
@@ -107,8 +102,7 @@ static const Command COMMANDS[] = {
 enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
 
 static char option_given[N_OPTIONS];
-static const char *const SDE_NAMES[] = {"ve", "vp"};
-static const char *const EDGE_NAMES[] = {"plain", "gated"};
+static const char *const SDE_NAMES[] = {"ve", "vp"}, *const EDGE_NAMES[] = {"plain", "gated"};
 static const char *const ENCODER_NAMES[] = {"2d", "3d"};
 
 // Takes the options of a state or checkpoint where the command line is silent.
@@ -121,6 +115,8 @@ static void options_from_state(const char *text, const char *path) {
 static Method option_method(int dropout) {
     Method m = opt.method;
     m.vp = choice("--sde", opt.sde, SDE_NAMES, 2);
+    CHECK(m.ve3d.low <= m.ve3d.high && m.ve2d.low <= m.ve2d.high && m.beta.low <= m.beta.high,
+          "--sigma-3d-low, --sigma-2d-low, --beta-low: expected no more than --...-high");
     if (!dropout) m.dropout = 0;
     return m;
 }
@@ -193,7 +189,8 @@ static void mean_losses(double mean[TERMS], Sde *s, const Dataset *data, size_t 
     for (int k = 0; k < TERMS; k++) mean[k] = sum[k] / (double)n;
 }
 
-// Predictions (n, Y) of a dataset in the labels' units, or logits, in fresh memory.
+// Predictions (n, Y) of a dataset in the labels' units, or logits, in fresh memory. Of classes mean
+// and std are 0 and 1.
 static float *predict_all(Job *t, const Dataset *data) {
     const Task *task = &t->task;
     Sde *s = &t->s;
@@ -202,9 +199,7 @@ static float *predict_all(Job *t, const Dataset *data) {
     for (size_t i = 0, B; (B = load_next(s, data, i, SIZE_MAX)) > 0; i += B) {
         task_forward(s);
         for (size_t k = 0; k < B * Y; k++)
-            out[i * Y + k] = task->kind == TASK_REGRESSION
-                                 ? s->a.logits[k] * task->std[k % Y] + task->mean[k % Y]
-                                 : s->a.logits[k];
+            out[i * Y + k] = s->a.logits[k] * task->std[k % Y] + task->mean[k % Y];
     }
     return out;
 }
@@ -240,9 +235,9 @@ static char *training_meta(const Job *t, int of_state) {
     const long long values[] = {run->done, (long long)run->train.count, run->prints[0],
                                 run->prints[1], run->prints[2], run->init_print};
     char *method = options_describe(OPTIONS, N_OPTIONS, METHOD);
-    text_add_run(&text, keys, values, of_state ? 6 : 3, of_state ? SHAPES | FILES : SHAPES);
+    text_add_run(&text, keys, values, of_state ? 6 : 3, of_state ? SHAPES | FILES : SHAPES,
+                 &run->train);
     text_add_meta(&text, "method", "%s", method);
-    text_add_meta(&text, "stereo", "%s", run->train.stereo);
     if (t->s.shape.tasks) {
         text_add_meta(&text, "task", "%s", TASK_KINDS[t->task.kind]);
         text_add_tasks(&text, t->s.shape.tasks, run->train.task_names, t->task.mean, t->task.std);
@@ -282,7 +277,7 @@ static void job_close(Job *t) {
     FREE_ALL(t->statistics, t->best);
 }
 
-// Adds the row of an update to the log, see log_add(). Dies if training has left the numbers.
+// The row of an update in the log, see log_add(). Dies if training has left the numbers.
 static void log_update(struct Run *run, const double loss[TERMS], double lr, double norm,
                        double start) {
     CHECK(isfinite(loss[TERM_TOTAL]) && norm < 1e18, "step %lld: the loss is no longer a number. "
@@ -327,9 +322,8 @@ static void pretrain_report(Job *t) {
     printf("\nloss        start     end   valid  by chance\n");
     for (int k = 1; k <= TERMS; k++) {
         int term = k % TERMS;  // the total last
-        char shown[16] = "-";
-        if (valid) snprintf(shown, sizeof shown, "%.4f", held[term]);
-        printf("%-8s %8.4f%8.4f%8s%11.4f\n", TERM_NAMES[term], start[term], end[term], shown,
+        printf("%-8s %8s%8s%8s%11.4f\n", TERM_NAMES[term], number_text(start[term], 4),
+               number_text(end[term], 4), number_text(valid ? held[term] : (double)NAN, 4),
                chance[term]);
     }
     printf("wrote %s, %s\n", opt.output, t->run.log_path);
@@ -338,7 +332,7 @@ static void pretrain_report(Job *t) {
 static void command_pretrain(Job *t, const char *train_path) {
     struct Run *run = &t->run;
     pretrain_open(t, train_path);
-    printf("   step     total  contrast   2d->3d elements    bonds  accuracy gradient   mol/s\n");
+    printf("   step    total contrast   2d->3d elements    bonds  accuracy gradient   mol/s\n");
     training_begin(t);
     while (run->done < run->steps && !run_stopped(run)) {
         double start = now_seconds(), loss[TERMS] = {0}, mean[LOG_COLUMNS];
@@ -350,10 +344,9 @@ static void command_pretrain(Job *t, const char *train_path) {
         log_update(run, loss, opt.adam.lr, norm, start);
         if (line_due(mean, run)) {
             progress_clear(&run->progress);
-            printf("%7lld  %8.4f  %8.4f %8.4f %8.4f %8.4f  %8.3f %8.3f %7.0f\n",
-                   (long long)run->done, mean[TERM_TOTAL], mean[TERM_CONTRAST], mean[TERM_3D],
-                   mean[TERM_ELEMENTS], mean[TERM_BONDS], mean[TERM_ACCURACY], mean[LOG_NORM],
-                   mean[LOG_RATE]);
+            printf("%7lld ", (long long)run->done);
+            for (int k = 0; k < TERM_ACCURACY; k++) printf(" %8s", number_text(mean[k], 4));
+            printf("  %8.3f %8.3f %7.0f\n", mean[TERM_ACCURACY], mean[LOG_NORM], mean[LOG_RATE]);
             fflush(stdout);
         }
         training_csv(t);
@@ -408,8 +401,7 @@ static void finetune_open(Job *t, const char *train_path) {
             run->train.count, run->valid.count, run->test.count);
 }
 
-// The end of an epoch of mean loss `loss`: a row of the history, a line on stdout; parameters are
-// kept if they are the best on the validation set.
+// The end of an epoch: a row of the history, a line on stdout; the best parameters are kept.
 static void finetune_epoch(Job *t, double loss) {
     struct Run *run = &t->run;
     double metric[METRICS];
@@ -477,13 +469,14 @@ static void model_open(Job *t, const char *path) {
     CHECK(opt.model, "--model: expected a checkpoint");
     dataset_open(&t->data, path);
     tensor_file_open(f, opt.model);
+    no_state(f);
     const char *method = tensor_meta(f, "method");
     if (method) options_from_state(method, opt.model);
     Shape c = file_shape(f, option_shape(), -1);
     t->s.method = option_method(1);
     sde_create(&t->s, c, 0);
     model_load(&t->s.model, t->s.model.params, f, "");
-    note_stereo(&t->data, opt.model, tensor_meta(f, "stereo"));
+    check_preparation(&t->data, f);
     if (!opt.batch) opt.batch = 64;
 }
 
@@ -512,9 +505,13 @@ static void command_predict(Job *t, const char *path) {
             printf("\n");
             print_csv(stdout, m.name, (size_t)m.name_length);
         }
-        printf(",%.6g", t->task.kind == TASK_CLASSIFICATION ? sigmoid_of(x) : x);
+        int classes = t->task.kind == TASK_CLASSIFICATION;
+        putchar(',');
+        print_digits(stdout, classes ? sigmoid_of(x) : x,
+                     3e-8 * (classes ? sigmoid_of(-fabs(x)) : fabs(x)));
     }
     printf("\n");
+    note_skipped(&t->data);
     free(out);
     molecule_free(&m);
 }
@@ -549,6 +546,8 @@ static void command_generate(Job *t, const char *path, const char *index_text) {
     size_t index = dataset_find(&t->data, index_text);
     CHECK(!s->shape.tasks, "%s: has no network that generates: expected a pretrained model",
           opt.model);
+    CHECK(!s->method.vp || s->method.beta.high < (double)opt.sample_steps, "--sample-steps: "
+          "expected more than %g, the model's --beta-high", s->method.beta.high);
     uint32_t *ids = xmalloc((size_t)opt.copies, sizeof *ids);
     for (int64_t k = 0; k < opt.copies; k++) ids[k] = (uint32_t)index;
     mols_load(&s->mols, &t->data, ids, (size_t)opt.copies, 0);
@@ -557,7 +556,7 @@ static void command_generate(Job *t, const char *path, const char *index_text) {
     CHECK(m->n_atoms <= 999 && m->n_bonds <= 999, "molecule %zu: too large for an SD file", index);
     size_t n = 3 * s->mols.A, row = 3 * (size_t)m->n_atoms;
     float *z = xmalloc(3 * n, sizeof *z), *mean = z + 2 * n;
-    out_open(&out, opt.output, "*\n  moleculesde conformer ");
+    out_open(&out, opt.output, "*\n  moleculesde ");
     signals_catch();
     s->no_pairs = 1;
     buffers_layout(s);

@@ -1097,11 +1097,30 @@ static void test_program(void) {
                same_files("build/sdeg0.txt", "build/sdeg1.txt"), "conformers follow positions");
     test_check(run_command("./data_prep -o build/sde0.bin build/sde0.sdf %s", quiet) == 0,
                "conformers are no SD file");
+    // read again they are the same molecules: Kekule structures, hydrogens, radicals, dative bonds
+    static const char graph[] = "./data_prep --dump build/sdek.%s.bin | sed 's/.*.atom_feat.//; "
+                                "s/.pos.*//' > build/sdek.%s.txt";
+    char *before = xprintf(graph, "a", "a"), *after = xprintf(graph, "b", "b");
+    test_check(run_command("printf 'c1cc[nH]c1\nC[CH2]\nC#N->[Fe]\nN->B\nC[SnH3]\nC[N+](=O)[O-]\n"
+                           "c1ccc2cccc2cc1\nO=c1cc[nH]cc1\n[cH-]1cccc1.[Na+]\nC[S+](C)[O-]\nO\n"
+                           "c1cc[o+]cc1\nCS(=O)(=O)C\nc1ccc2c(c1)ccc1ccc3ccc4ccc5ccccc5c4c3c12\n' "
+                           "> build/sdek.smi; ./data_prep -o build/sdek.a.bin build/sdek.smi %s && "
+                           "%s", quiet, before) == 0, "graphs to make conformers of");
+    for (int k = 0; k < 14; k++)
+        test_check(run_command(SDE " generate build/sdek.a.bin %d --model build/sde1.safetensors "
+                               "--copies 1 --sample-steps 2 -o build/sdek.%c.sdf %s", k, 'a' + k,
+                               quiet) == 0, "a conformer of graph %d", k);
+    test_check(run_command("./data_prep -o build/sdek.b.bin build/sdek.?.sdf %s && %s && cmp "
+                           "build/sdek.a.txt build/sdek.b.txt", quiet, after) == 0,
+               "conformers are other molecules than those that they were made of");
+    FREE_ALL(before, after);
 }
 
 // Labels of any scale, validation sets that cannot judge, parts that are empty.
 static void test_judging(void) {
     static const struct { const char *command, *expected; } rows[] = {
+        {SDE " train.bin --sde vp --steps 1 --batch-size 2 --dim 16 -o build/sdevp.safetensors",
+         "wrote build/sdevp.safetensors"},
         {"{ echo smiles,a,b,kd,set; i=0; for s in C CC CCC CCO CCN CCCC CCCO CCCN; do i=$((i+1)); "
          "echo $s,$((i%2)),$((i/2%2)),$((i%3+9))e-9,train; echo $s,1,,9e-9,valid; done; } > "
          "build/sdej.csv; ./data_prep --labels a,b --split-by column:set -o 'build/sdej.{}.bin' "
@@ -1128,6 +1147,25 @@ static void test_judging(void) {
          "build/sdei.npy", "build/sdej.safetensors: was fine-tuned with --encoder 2d"},
         {"! " SDE " build/sdek.train.bin --resume -o build/sdej.safetensors", "is the state of "
          "fine-tuning; give the command"},
+        {"! " SDE " predict build/sdek.train.bin --model build/sdej.safetensors.state",
+         "build/sdej.safetensors.state: is the state of a run; expected its checkpoint"},
+        {"! " SDE " train.bin --sigma-3d-low 5 -o build/sdei.safetensors", "expected no more than"},
+        {"! " SDE " generate valid.bin 0 --model build/sdevp.safetensors --sample-steps 1",
+         "--sample-steps: expected more than 1, the model"},
+        // a fifth of the labels, one molecule at a time: updates without a label do not count
+        {"{ echo smiles,a,set; i=0; for s in C CC CCC CCO CCN CCCC CCCO CCCN CF CCF; do "
+         "i=$((i+1)); l=; [ $i = 2 ] && l=0; [ $i = 7 ] && l=1; echo $s,$l,train; echo "
+         "$s,$((i%2)),valid; done; } > build/sdel.csv; ./data_prep --labels a --largest-fragment "
+         "--split-by column:set -o "
+         "'build/sdel.{}.bin' build/sdel.csv && " SDE " finetune build/sdel.train.bin --lr 0 "
+         "--dropout 0 --batch-size 1 --epochs 1 --dim 16 -o build/sdel.safetensors | awk '$1 == "
+         "1 { print \"loss\", ($2 > 0.5) }'", "loss 1"},
+        // records that were skipped, and data that were prepared otherwise, are said
+        {"printf 'C\\nC(\\nCC.O\\n' | ./data_prep --format smi -o build/sdem.bin - && " SDE
+         " predict build/sdem.bin --model build/sdel.safetensors", "note    build/sdem.bin: 1 "
+         "records were skipped when it was made, and have no row"},
+        {SDE " predict build/sdem.bin --model build/sdel.safetensors", "made without "
+         "--largest-fragment, what the model learnt from with it"},
     };
     for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
         int code = run_command("{ %s; } > build/sde.out 2>&1", rows[k].command);

@@ -1399,6 +1399,9 @@ static void test_machinery(void) {
     const float rows[] = {1, 10, 2, 20, 4, 60};
     rows_mean(mean, rows, 2, 1, 3);
     test_check(mean[0] == 3 && mean[1] == 40, "means of rows: %g, %g", mean[0], mean[1]);
+    const float gaps[] = {NAN, NAN, 2, NAN, 4, NAN};
+    rows_mean(mean, gaps, 2, 0, 3);
+    test_check(mean[0] == 3 && isnan(mean[1]), "means of what is there: %g, %g", mean[0], mean[1]);
     double metric[METRICS];  // of two tasks one has both classes
     const float scores[] = {1, 0, 2, 0, 3, 0, 0, 0}, classes[] = {0, 1, 1, 1, 1, 1, 0, 1};
     task_means(metric, TASK_CLASSIFICATION, scores, classes, 4, 2);

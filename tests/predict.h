@@ -148,6 +148,31 @@ static void test_predict(void) {
          "build/pr.copy.safetensors: the same model as build/pr.seed1.safetensors"},
         {"./moleblend predict build/test_train.bin --model build/pr.seed1.safetensors "
          "./build/pr.seed1.safetensors", 1, "the same model as"},
+        // a state is no model: its parameters are the last, not the best
+        {"./moleblend predict build/test_train.bin --model build/pr.safetensors.state", 1,
+         "build/pr.safetensors.state: is the state of a run; expected its checkpoint"},
+        {"./moleblend info build/pr.seed2.safetensors", 0, "seed: 2"},
+        // labels of nine digits, probabilities near 1: finetune and predict say the same
+        {"awk -F, 'NR == 1 { print \"smiles,y\" } NR > 1 && NR < 41 { print $1 \",\" 1000000 + NR "
+         "}' data/sample.csv > build/pr9.csv; ./data_prep --labels y -o build/pr9.bin "
+         "build/pr9.csv && ./moleblend finetune build/pr9.bin --valid build/pr9.bin --size tiny "
+         "--epochs 1 -o build/pr9.safetensors && ./moleblend predict build/pr9.bin --model "
+         "build/pr9.safetensors | awk -F, 'NR > 1 && $6 > 1000001 && !had[$6]++' | wc -l", 0,
+         "\n39\n"},
+        {"awk -F, 'NR == 1 { print \"smiles,n\" } NR > 1 && NR < 401 { print $1 \",\" ($1 ~ "
+         "/[Nn]/) }' data/sample.csv > build/prn.csv; ./data_prep --labels n --split 0.6,0.2,0.2 "
+         "--split-by random -o 'build/prn.{}.bin' build/prn.csv && ./moleblend finetune "
+         "build/prn.train.bin --layers 1 --dim 16 --ffn 16 --heads 2 --kernels 4 --lr 1e-2 --epochs "
+         "40 -o "
+         "build/prn.safetensors | sed -n 's/.*; test *//p' > build/prn.a.txt && ./moleblend "
+         "predict build/prn.test.bin --model build/prn.safetensors 2>&1 > build/prn.out.csv | sed "
+         "-n '1s/^n *//p' > build/prn.b.txt; grep -q AUC build/prn.a.txt && cmp build/prn.a.txt "
+         "build/prn.b.txt && awk -F, 'NR > 1 { n += $3 == 1 } END { print n + 0, \"of 1\" }' "
+         "build/prn.out.csv", 0, "0 of 1"},
+        // --near another set
+        {"./moleblend predict build/pr.many.bin --model build/pr.seed1.safetensors --near "
+         "build/pr.many.bin", 0, "note    build/pr.many.bin: is not, by its fingerprint, what "
+         "build/pr.seed1.safetensors was trained on"},
         // -o is the best seed
         {"./moleblend predict build/test_train.bin --model build/pr.safetensors "
          "build/pr.seed[12].safetensors", 1, "the same model as build/pr.safetensors"},
