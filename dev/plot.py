@@ -42,11 +42,11 @@ def panels(count):
 
 
 def moving_mean(values, width):
-    """Means of the last `width` values, fewer at the beginning."""
-    out, total = [], 0.0
-    for k, value in enumerate(values):
-        total += value - (values[k - width] if k >= width else 0)
-        out.append(total / min(k + 1, width))
+    """Means of the last `width` values, fewer at the beginning, without those that are missing."""
+    out = []
+    for k in range(len(values)):
+        there = [value for value in values[max(0, k + 1 - width):k + 1] if not math.isnan(value)]
+        out.append(sum(there) / len(there) if there else math.nan)
     return out
 
 
@@ -65,11 +65,12 @@ def draw_pretraining(columns):
 
 
 def draw_finetuning(columns):
-    """A line a seed: its training loss, and its metric on the validation set."""
+    """A line a seed (MoleculeSDE has one): its training loss, its metric on the validation set."""
     figure, axes = panels(2)
     valid = next(name for name in columns if name.startswith("valid"))
-    for seed in dict.fromkeys(columns["seed"]):
-        rows = [k for k, s in enumerate(columns["seed"]) if s == seed]
+    seeds = columns.get("seed", ["1"] * len(columns["epoch"]))
+    for seed in dict.fromkeys(seeds):
+        rows = [k for k, s in enumerate(seeds) if s == seed]
         epochs = [int(columns["epoch"][k]) for k in rows]
         for axis, name in zip(axes, ("loss", valid)):
             axis.plot(epochs, [number(columns[name][k]) for k in rows], label=f"seed {seed}",
