@@ -1542,11 +1542,13 @@ static void test_small_chemistry(void) {
     test_check(first == 29, "a scaffold of 29 of 100 fits a share of 0.29: %d", first);
     if (!MB_POSIX) return;
     static const CommandRow table[] = {
-        // of equal fragments the first, by heavy atoms
+        // the fragment of most atoms, with hydrogens; of equals the heaviest, of these the first
         {"echo 'CCO.CCN a' | ./data_prep --format smi --largest-fragment -o - - | ./data_prep "
-         "--dump -", 0, ",[7,0,"},
-        {"echo '[2H]C([2H])([2H])[2H].OO' | ./data_prep --format smi --largest-fragment -o - - | "
-         "./data_prep --dump -", 0, "\"atom_feat\":[[7,0,2,5,1,0,2,0,0],[7,0,2,5,1,0,2,0,0]]"},
+         "--dump -", 0, "[6,0,3,5,2,0,2,0,0]]"},
+        {"echo '[Cl-].[K+]' | ./data_prep --format smi --largest-fragment -o - - | ./data_prep "
+         "--dump -", 0, "[[18,0,"},
+        {"echo 'OCC.CCO a' | ./data_prep --format smi --largest-fragment -o - - | ./data_prep "
+         "--dump -", 0, "\"atom_feat\":[[7,0,"},
         {"echo 'O.CC.[Na+].CCC.C' | ./data_prep --format smi --largest-fragment -o - - | "
          "./data_prep --dump -", 0, "\"bonds\":[[0,1,0,0,0],[1,2,0,0,0]]"},
         // limits that are just kept
