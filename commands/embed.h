@@ -44,6 +44,8 @@ static idx embed_molecule(OutFile *out, OutFile *index, const Trained *m, const 
     for (idx end = token + count; token < end; token += count / rows) {
         for (idx k = 0; k < n; k++) {
             readout_row(row, m->s.enc->x + layer[k] * T * C, C, token, count / rows, weight);
+            CHECK(all_finite(row, C), "%s: molecule %lu: the vector has what is no number",
+                  m->file.path, (unsigned long)place);
             out_floats(out, row, C, 0);
         }
         if (index) out_write(index, number, 4);

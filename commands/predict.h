@@ -185,8 +185,8 @@ static void predict_add(Predictions *all, Trained *m, int nth) {
         all->sum[k] += p;
         all->square[k] += p * p;
         all->rest[k] += 1 / (1 + exp(x));
-        all->out[k] = (float)(all->kind == TASK_REGRESSION ? all->sum[k] / (nth + 1)
-                                                           : log(all->sum[k] / all->rest[k]));
+        if (all->kind == TASK_REGRESSION) all->out[k] = (float)(all->sum[k] / (nth + 1));
+        else if (all->models > 1) all->out[k] = (float)log(all->sum[k] / all->rest[k]);
     }
     model_close(m);
 }

@@ -42,6 +42,12 @@ static inline int find_partner(Alternation *a, int i) {
     return 0;
 }
 
+// Is bond k, of another kind than the usual ones, given by its second atom? Metals and boron take.
+static inline int is_turned(const Molecule *m, int k) {
+    int z = m->atom_feat[m->bonds[2 * k] * ATOM_FEATURES] + 1;
+    return z == 5 || !usual_valence(z);
+}
+
 // One record of a V2000 SD file: molecule m, of at most 999 atoms and bonds, at positions (N, 3),
 // centred. Its first line is the name, in which signs that end a line or a record become spaces;
 // the third has the conformer's number. Bonds are those of a Kekule structure (aromatic ones, if
@@ -57,8 +63,9 @@ static inline void sd_write(FILE *out, const Molecule *m, const float *pos, int 
     for (int k = 0; k < 3 * N; k++) mean[k % 3] += (double)pos[k] / N;
     for (int k = 0; k < m->n_bonds; k++) {
         order[k] = m->bond_code[k] / (2 * BOND_STEREOS) + 1;
-        for (int end = 0; end < 2; end++)
-            valence[m->bonds[2 * k + end]] += order[k] == 4 || order[k] == 5 ? 1 : order[k];
+        for (int end = 0; end < 2; end++)  // of a dative bond the giver's does not count
+            valence[m->bonds[2 * k + end]] += order[k] < 4 ? order[k] : order[k] == 4 ? 1 :
+                                              end != is_turned(m, k);
     }
     for (int i = 0; i < N; i++) {
         const uint8_t *feat = m->atom_feat + i * ATOM_FEATURES;
@@ -94,8 +101,7 @@ static inline void sd_write(FILE *out, const Molecule *m, const float *pos, int 
     }
     for (int k = 0; k < m->n_bonds; k++) {
         int from = m->bonds[2 * k], to = m->bonds[2 * k + 1];
-        int z = m->atom_feat[from * ATOM_FEATURES] + 1;
-        int turn = order[k] == 5 && (z == 5 || !usual_valence(z));
+        int turn = order[k] == 5 && is_turned(m, k);
         fprintf(out, "%3d%3d%3d  0\n", (turn ? to : from) + 1, (turn ? from : to) + 1,
                 order[k] == 5 ? 8 : order[k]);
     }

@@ -83,18 +83,19 @@ static void survey_row(Survey *v, const Record *row, char separator, const Span 
 // Says which columns have no name, for they are a table's own numbering (pandas reads and writes
 // these as "Unnamed: 0"), and which one that stands for another column.
 static void leave_out_unnamed(Conversion *c, Span *names, int n) {
-    for (int k = 0, first; k < n; k++) {
-        int before = min_int(k, 4096);  // as many are looked at
+    Conversion seen = {0};  // its tasks
+    int left = 0;
+    for (int k = 0; k < n; k++) {
         if (starts_with(names[k], "Unnamed: ")) names[k].n = 0;
-        for (first = 0; first < before; first++)
-            if (names[first].n == names[k].n &&
-                memcmp(names[first].p, names[k].p, (size_t)names[k].n) == 0) break;
-        if (names[k].n && first == before) continue;
-        text_add(&c->left_out, "--labels all leaves out column %d: ", k + 1);
-        if (names[k].n) text_add(&c->left_out, "column %d has its name\n", first + 1);
-        else text_add(&c->left_out, "it has no name\n");
-        names[k].n = 0;
+        int again = names[k].n && find_task(&seen, names[k]) >= 0;
+        if (names[k].n && !again) add_task(&seen, names[k]);
+        else if (left++ < 20)
+            text_add(&c->left_out, "--labels all leaves out column %d: %s\n", k + 1,
+                     again ? "another has its name" : "it has no name");
+        if (again) names[k].n = 0;
     }
+    if (left > 20) text_add(&c->left_out, "--labels all leaves out %d more such\n", left - 20);
+    free_tasks(&seen);
 }
 
 // Makes tasks of the columns and tags that have usable values, and no more others, those that are

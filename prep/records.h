@@ -348,8 +348,9 @@ static const char *row_end(const Record *r) {
     return end;
 }
 
-// How many fields the row at *p has if they end at this sign, 0 if text follows a closing quote;
-// *named: is one of them called `name`? Moves *p to the next row, NULL if there is none.
+// How many fields the row at *p has if they end at this sign, 0 if a quote would close lines further
+// on but end no field; *named: is one of them called `name`? Moves *p to the next row, NULL if there
+// is none.
 static int count_fields(Arena *arena, const char **p, const char *end, char sign, const char *name,
                         int *named) {
     const char *quote = NULL, *stop = *p ? csv_row_end(*p, end, sign, &quote) : NULL, *q = *p;
@@ -362,7 +363,8 @@ static int count_fields(Arena *arena, const char **p, const char *end, char sign
         Span raw = trim((Span){from, (int)(q - from) - 1});
         int quotes = 0;
         for (int k = 0; k < raw.n; k++) quotes += raw.p[k] == '"';
-        bad |= starts_with(raw, "\"") && quotes % 2 == 0 && raw.p[raw.n - 1] != '"';
+        bad |= starts_with(raw, "\"") && quotes % 2 == 0 && raw.p[raw.n - 1] != '"' &&
+               memchr(raw.p, '\n', (size_t)raw.n);
         from = q;
     }
     if (bad) n = *named = 0;
@@ -371,17 +373,19 @@ static int count_fields(Arena *arena, const char **p, const char *end, char sign
 }
 
 // What separates the fields of the row at p: the first of `own` and the usual signs by which one of
-// them is called `name`; or else the one that makes the most fields, of the next row as many.
+// them is called `name`; or else the one that makes the most fields of this row and the next, best
+// of all as many of both; or else of this one.
 static char find_separator(const char *p, const char *end, char own, const char *name) {
     const char signs[] = {own, ',', ';', '\t', '|', 0};
     char best = own;
     Arena arena = {0};
-    for (int k = 0, most = 0, named = 0; signs[k] && !named; k++) {
+    int64_t most = 0;
+    for (int k = 0, named = 0; signs[k] && !named; k++) {
         const char *at = p;
         int other = 0, n = count_fields(&arena, &at, end, signs[k], name, &named);
         int next = count_fields(&arena, &at, end, signs[k], "", &other);
-        if (n > 1 && next == n) n += 1 << 24;
-        if (n > most || named) most = n, best = signs[k];
+        int64_t rank = n > 1 ? ((int64_t)2 * min_int(n, next) + (next == n)) << 32 | n : n;
+        if (rank > most || named) most = rank, best = signs[k];
     }
     arena_free(&arena);
     return best;

@@ -84,7 +84,7 @@ static void table_rows(Table *t, const char *p, const char *end) {
     int one;
     char own = format_by_name(t->path, (int)strlen(t->path)) == FORMAT_TSV ? '\t' : ',';
     if (!t->is_list) t->separator = find_separator(p, end, own, "");
-    one = !t->is_list && !memchr(p, t->separator, (size_t)((next ? next : end) - p));
+    one = !t->is_list && p < end && !memchr(p, t->separator, (size_t)((next ? next : end) - p));
     for (; p < end; p = next) {
         quote = NULL;
         next = t->is_list ? line_end(p, end) : csv_row_end(p, end, t->separator, &quote);

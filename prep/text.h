@@ -58,7 +58,10 @@ static int is_blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == 
 
 // A path as the word of a command that we propose; lives as long as the program.
 static const char *shell_path(const char *path) {
-    return path[strcspn(path, " \t\"$&;()<>|*?[#~`\\!{")] ? xprintf("'%s'", path) : path;
+    Text word = {0};
+    if (!path[strcspn(path, " \t\"'$&;()<>|*?[#~`\\!{")]) return path;
+    for (const char *c = path; *c; c++) text_add(&word, *c == '\'' ? "'\\''" : "%c", *c);
+    return xprintf("'%s'", word.text);
 }
 
 static Span trim_right(Span s) {

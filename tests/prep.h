@@ -118,7 +118,7 @@ static const struct { const char *ending, *pattern, *options; int code; const ch
     {"csv", "smiles,y,y\nC,1,2\n", "--labels y", 1, "columns 2 and 3 are both named \"y\"; rename"},
     {"csv", "smiles,SMILES\nC,C\n", "", 1, "columns 1 and 2 are both named \"SMILES\"; rename"},
     {"csv", "smiles,SMILES\nC,CCC\n", "--smiles SMILES", 0, "kept 1 (3 atoms)"},
-    {"csv", "smiles,y,y\nC,1,2\n", "--labels all", 0, "leaves out column 3: column 2 has its name"},
+    {"csv", "smiles,y,y\nC,1,2\n", "--labels all", 0, "leaves out column 3: another has its name"},
     {"csv", "smiles,n,n\nC,a,b\n", "--name n", 0, "2 columns are named \"n\": the first is taken"},
     {"csv", "My table\nsmiles,y\nC,1\n", "", 1, "which the row below names; type: tail -n +2 "
      NAMED "csv |"},
@@ -127,6 +127,10 @@ static const struct { const char *ending, *pattern, *options; int code; const ch
      "Structure", 0, "label   a;b;c;d: numbers, 1 present"},
     {"csv", "\"Name\",\"Structure\",\"a;b;c;d\"\n\"x\",\"CCO\",\"19.4\"\n", "", 1,
      "it has \"Name\", \"Structure\", \"a;b;c;d\""},
+    {"csv", "smiles,\"sol\" (mg/L),y\nCC,1,2\n", "--labels y", 0, "label   y: numbers, 1 present"},
+    {"csv", "smiles{5000|,c#},x,x\nC{5000|,1},,2\nC{5000|,1},,3\n", "--labels all", 0,
+     "leaves out column 5003: another has its name"},
+    {"csv", "smiles{30|,}\nC\n", "--labels all", 1, "leaves out 10 more such"},
     // signs at the ends of a SMILES that nobody sees
     {"csv", "smiles\n\"CCO\nCCO\"\nCCO\xC2\xA0\n\xE2\x80\x8B" "CCO\nCCO\x1A\n", "", 0,
      "kept 4 (12 atoms)"},

@@ -84,6 +84,9 @@ static void test_lists(void) {
     test_table("build/t.txt", "id\tIC50, nM\nx\t5\n", "./data_prep -o build/t.bin --labels all "
                "--labels-by number --labels-from build/t.txt build/t.sdf", 0,
                "label   IC50, nM: numbers, 1 present");
+    test_table("build/t.txt", "id,y,comment (a; b)\nx,1,foo; bar,\nz,2,baz; q,\n", "./data_prep "
+               "-o build/t.bin --labels y --labels-by number --labels-from build/t.txt build/t.sdf"
+               T_DUMP, 0, "1]}2]}");
     test_table("build/t.txt", "y,z\n1,5,2\n2.5,3\n", "./data_prep -o build/t.bin --labels y "
                "--labels-by number --labels-from build/t.txt build/t.sdf", 0,
                "row 2 of --labels-from: expected 2 fields as in the header, found another, \"2\"");
