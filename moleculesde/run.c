@@ -170,7 +170,7 @@ static size_t load_next(Sde *s, const Dataset *data, size_t first, size_t end) {
     threads_adapt();
     s->training = 0;
     s->draws = (Draws){(uint64_t)opt.seed, UINT32_MAX, (uint32_t)first, 0};
-    if (B) mols_load(&s->mols, data, ids, B, s->shape.tasks);
+    if (B) mols_load(&s->mols, data, ids, B, 0);  // labels are for training alone
     free(ids);
     return B;
 }
