@@ -31,9 +31,10 @@ static idx embed_layers(idx layer[MAX_LAYERS + 1], const char *text, int L) {
 
 // Writes the row of molecule b of the batch, or those of its atoms: what readout_tokens() names of
 // the tokens (T, C) of each of n layers, summed or one by one. index: of --level atom, else NULL;
-// place: of the molecule in the dataset. Returns how many rows.
+// place: of the molecule in the dataset. Counts vectors that are no numbers in *bad. Returns how many
+// rows.
 static idx embed_molecule(OutFile *out, OutFile *index, const Trained *m, const idx *layer, idx n,
-                          idx b, uint32_t place) {
+                          idx b, uint32_t place, size_t *bad) {
     idx T = m->s.batch.T, C = m->s.model.config.dim, token, count;
     View v = batch_view(&m->s.batch, b);
     idx rows = index ? v.N : 1;
@@ -44,8 +45,7 @@ static idx embed_molecule(OutFile *out, OutFile *index, const Trained *m, const 
     for (idx end = token + count; token < end; token += count / rows) {
         for (idx k = 0; k < n; k++) {
             readout_row(row, m->s.enc->x + layer[k] * T * C, C, token, count / rows, weight);
-            CHECK(all_finite(row, C), "%s: molecule %lu: the vector has what is no number",
-                  m->file.path, (unsigned long)place);
+            *bad += !all_finite(row, C);
             out_floats(out, row, C, 0);
         }
         if (index) out_write(index, number, 4);
@@ -72,7 +72,7 @@ static void command_embed(const char *path) {
     check_preparation(&data, &model.file);
     Config c = model.s.model.config;
     idx layer[MAX_LAYERS + 1], n_layers = embed_layers(layer, opt.layer, c.layers);
-    size_t rows = data.count, written = 0;
+    size_t rows = data.count, written = 0, bad = 0;
     for (size_t i = 0; i < data.count && atoms; i++) rows += (size_t)dataset_atoms(&data, i) - 1;
     char *names_path = path_with(opt.output, ".npy", ".csv");
     char *index_path = path_with(opt.output, ".npy", ".index.npy");
@@ -93,7 +93,7 @@ static void command_embed(const char *path) {
         for (idx b = 0; b < pass.count; b++) {
             size_t i = (size_t)(pass.first + b);
             idx n = embed_molecule(&out, atoms ? &index : NULL, &model, layer, n_layers, b,
-                                   (uint32_t)i);
+                                   (uint32_t)i, &bad);
             if (files) {
                 dataset_read(&data, i, &m);
                 fprintf(names.file, "%zu,%td,%lu,", written, n, (unsigned long)m.number);
@@ -108,6 +108,8 @@ static void command_embed(const char *path) {
         progress_show(&progress, done, (double)data.count, done, "molecules", "embedded",
                       done == (double)data.count);
     }
+    if (bad) fprintf(stderr, "note    %s: %zu vectors hold what is no number: the model's are too "
+                     "large\n", opt.model, bad);
     out_commit(&out);  // the largest first: if the disk is full, none is there
     if (files) out_commit(&names);
     if (atoms) out_commit(&index);

@@ -824,7 +824,7 @@ static void test_not_finite(void) {
                  "--lr 10 --beta1 0.999 --beta2 0 --eps 1e-30 --clip 0 --hold 1 --warmup 0 -o "
                  "build/test_n.safetensors", 1, "the first to be none: ");
     test_command("./moleblend embed build/test_train.bin --model build/test_n.safetensors -o "
-                 "build/test.npy", 0, "embedded");
+                 "build/test.npy", 0, "vectors hold what is no number");
     test_command("printf 'smiles,a\nC,0\nCC,1e20\nCCC,0\n' | ./data_prep --format csv "
                  "--labels a -o build/test_class.bin -", 0,
                  "no numbers up to 1e+15, taken as missing: 1");
