@@ -31,8 +31,8 @@ static idx embed_layers(idx layer[MAX_LAYERS + 1], const char *text, int L) {
 
 // Writes the row of molecule b of the batch, or those of its atoms: what readout_tokens() names of
 // the tokens (T, C) of each of n layers, summed or one by one. index: of --level atom, else NULL;
-// place: of the molecule in the dataset. Counts vectors that are no numbers in *bad. Returns how many
-// rows.
+// place: of the molecule in the dataset. Counts in *bad vectors that hold what is no number.
+// Returns how many rows.
 static idx embed_molecule(OutFile *out, OutFile *index, const Trained *m, const idx *layer, idx n,
                           idx b, uint32_t place, size_t *bad) {
     idx T = m->s.batch.T, C = m->s.model.config.dim, token, count;

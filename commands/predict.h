@@ -50,11 +50,13 @@ static void predict_open(Predictions *all, Trained *models, const char *path) {
     TensorFile *f = &m->file;
     tensor_file_open(f, path);
     check_preparation(&all->data, f);
-    const char *print = tensor_meta(f, DATA_KEYS[0]);
-    if (all->near.data && all->models == 0) check_preparation(&all->near, f);
-    if (all->near.data && print && strtoull(print, NULL, 10) != data_print(&all->near))
-        fprintf(stderr, "note    %s: is not, by its fingerprint, what %s was trained on\n",
-                all->near.path, path);
+    if (all->near.data && all->models == 0) {  // all were trained on the same
+        const char *print = tensor_meta(f, DATA_KEYS[0]);
+        check_preparation(&all->near, f);
+        if (print && strtoull(print, NULL, 10) != data_print(&all->near))
+            fprintf(stderr, "note    %s: is not, by its fingerprint, what %s was trained on\n",
+                    all->near.path, path);
+    }
     size_t Y = (size_t)tensor_file_config(f).tasks, n = mul_size(all->data.count, Y);
     m->statistics = xmalloc(2 * Y, sizeof *m->statistics);
     m->task.kind = tasks_load(m->statistics, &names, Y, f);
@@ -213,9 +215,9 @@ static void predict_row(FILE *out, const Predictions *all, const Skipped *record
             fputc(',', out);
             if (name) print_csv(out, name, strlen(name));
             else if (i && c == 3) fprintf(out, "%.3g", number[c]);
-            else if (i && (c == 0 || isfinite(number[c])))  // as many digits as a float32 has
-                print_digits(out, number[c], 3e-8 * (c == 0 && all->kind == TASK_CLASSIFICATION
-                             ? fmin(mean, all->rest[k] / n) : fabs(number[c])));
+            else if (i && (c == 0 || isfinite(number[c])))
+                print_digits(out, number[c], c == 0 && all->kind == TASK_CLASSIFICATION
+                             ? fmin(mean, all->rest[k] / n) : fabs(number[c]));
             free(name);
         }
     }

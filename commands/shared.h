@@ -67,6 +67,7 @@ static void run_open(struct Run *run, const char *train_path, const char *log_be
     run->seed = (uint64_t)opt.seed;
 }
 
+// What the metadata of a model say of how its training set was prepared, and the datasets' flags.
 static const char *const PREP_KEYS[] = {"largest_fragment", "keep_hydrogens"};
 static const unsigned PREP_BITS[] = {PREP_LARGEST_FRAGMENT, PREP_HYDROGENS};
 

@@ -18,8 +18,8 @@ A column is a model and a recipe: what stands side by side, with + between, and 
 Linear models see columns less their mean, over their deviation (of the training part), up to 10 of
 it. Their penalty is chosen on the validation part, label by label, and so is a forest's share of
 features a split (above 5,000 molecules: the root, and logistic regression's penalties by whole
-decades); nothing is trained on the validation part, and the test part decides nothing. NAME@2 is a model pretrained with another seed, untrained@2 another
-untrained one: a cell is the mean over the seeds, and in comparisons each counts.
+decades); nothing is trained on the validation part, and the test part decides nothing. NAME@2 is a
+model pretrained with another seed, untrained@2 another untrained one: a cell is the mean over the seeds, and in comparisons each counts.
 
 Split 0 is the study's (`data_prep --split-by scaffold`, see study.py); in the others scaffolds go
 in random order to test, validation and training part, those with more than a twentieth of the
@@ -312,7 +312,7 @@ def main():
     parser.add_argument("--model", action="append", metavar="NAME=FILE",
                         help="any number of times (default small=data/small.safetensors)")
     parser.add_argument("--tasks", default="esol,freesolv,lipo,bace,bbbp,clintox,tox21:3",
-                        help="NAME:N, the first N labels of a task (tox21's twelve take a day)")
+                        help="NAME:N, the first N labels of a task (tox21's twelve take hours)")
     parser.add_argument("--splits", type=int, default=6, help="the study's and others (default 6)")
     parser.add_argument("--recipes", default=RECIPES, help=f"of models (default {RECIPES})")
     parser.add_argument("--baselines", default=BASELINES, help="recipes without a model")

@@ -43,10 +43,12 @@ def panels(count):
 
 def moving_mean(values, width):
     """Means of the last `width` values, fewer at the beginning, without those that are missing."""
-    out = []
-    for k in range(len(values)):
-        there = [value for value in values[max(0, k + 1 - width):k + 1] if not math.isnan(value)]
-        out.append(sum(there) / len(there) if there else math.nan)
+    out, total, count = [], 0.0, 0
+    for k, value in enumerate(values):
+        for change, sign in ((value, 1), (values[k - width] if k >= width else math.nan, -1)):
+            if not math.isnan(change):
+                total, count = total + sign * change, count + sign
+        out.append(total / count if count else math.nan)
     return out
 
 

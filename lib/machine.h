@@ -133,7 +133,7 @@ static inline void memory_check(uint64_t bytes, const char *what, const char *hi
 //   is short, and steps that do not get the CPUs they ask for are done with fewer threads. That
 //   changes no result: threads share out results, never a sum.
 
-enum { MAX_THREADS = 1024 };
+enum { MAX_THREADS = 1024 };  // that lib/memory.h has scratch memory for
 static int mb_threads;   // most threads that we use; 0: threads_set() was not called
 static int mb_adapting;  // may that number be lowered?
 

@@ -63,6 +63,7 @@ static Scratch thread_scratch[MAX_THREADS];
 
 // This thread's, nothing taken.
 static Scratch *scratch_begin(void) {
+    CHECK(thread_id() < MAX_THREADS, "expected at most %d threads", MAX_THREADS);
     Scratch *scratch = &thread_scratch[thread_id()];
     scratch->taken = 0;
     return scratch;

@@ -49,12 +49,13 @@ static inline const char *number_text(double x, int decimals) {
     return out;
 }
 
-// x in the fewest digits, from six on, that are off by at most `slack`.
-static inline void print_digits(FILE *out, double x, double slack) {
+// x in the fewest digits, from six on, that are off by at most half of float32's last place of
+// `size`: of x itself, or of what it is short of 1.
+static inline void print_digits(FILE *out, double x, double size) {
     char text[40];
     int digits = 6;
     do snprintf(text, sizeof text, "%.*g", digits, x);
-    while (fabs(strtod(text, NULL) - x) > slack && digits++ < 17);
+    while (fabs(strtod(text, NULL) - x) > 3e-8 * size && digits++ < 17);
     fputs(text, out);
 }
 

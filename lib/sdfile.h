@@ -48,24 +48,20 @@ static inline int is_turned(const Molecule *m, int k) {
     return z == 5 || !usual_valence(z);
 }
 
-// One record of a V2000 SD file: molecule m, of at most 999 atoms and bonds, at positions (N, 3),
-// centred. Its first line is the name, in which signs that end a line or a record become spaces;
-// the third has the conformer's number. Bonds are those of a Kekule structure (aromatic ones, if
-// there is none); an atom that has not the hydrogens one would expect states its valence. A bond
-// of another kind is taken for a dative one, to the metal or boron, said in Marvin's way.
-static inline void sd_write(FILE *out, const Molecule *m, const float *pos, int number) {
+// How a molecule is written: order (bonds), 1 to 3 of a Kekule structure, 4 aromatic if there is
+// none, 5 of another kind, which is taken for a dative bond to the metal or boron; valence (N):
+// bonds and hydrogens, in units of single bonds.
+static inline void bond_orders(int *order, int *valence, const Molecule *m) {
     int N = m->n_atoms, whole = 1;
-    double mean[3] = {0};
-    int *order = xmalloc((size_t)m->n_bonds, sizeof *order);
-    int *valence = xmalloc((size_t)N, sizeof *valence);
     Alternation a = {m, xmalloc((size_t)N, sizeof *a.partner), xmalloc((size_t)N, 1),
                      xmalloc((size_t)N, 1), 10000000};
-    for (int k = 0; k < 3 * N; k++) mean[k % 3] += (double)pos[k] / N;
     for (int k = 0; k < m->n_bonds; k++) {
         order[k] = m->bond_code[k] / (2 * BOND_STEREOS) + 1;
-        for (int end = 0; end < 2; end++)  // of a dative bond the giver's does not count
-            valence[m->bonds[2 * k + end]] += order[k] < 4 ? order[k] : order[k] == 4 ? 1 :
-                                              end != is_turned(m, k);
+        for (int end = 0; end < 2; end++) {
+            int share = order[k] < 4 ? order[k] : 1;  // 4: what is sure of it
+            if (order[k] == 5 && end == is_turned(m, k)) share = 0;  // the giver's does not count
+            valence[m->bonds[2 * k + end]] += share;
+        }
     }
     for (int i = 0; i < N; i++) {
         const uint8_t *feat = m->atom_feat + i * ATOM_FEATURES;
@@ -81,7 +77,21 @@ static inline void sd_write(FILE *out, const Molecule *m, const float *pos, int 
     }
     for (int k = 0; k < m->n_bonds && whole; k++)
         if (order[k] == 4) order[k] = 1 + (a.partner[m->bonds[2 * k]] == m->bonds[2 * k + 1]);
+    for (int i = 0; i < N; i++) valence[i] += a.partner[i] >= 0;
+    FREE_ALL(a.partner, a.wants, a.passed);
+}
 
+// One record of a V2000 SD file: molecule m, of at most 999 atoms and bonds, at positions (N, 3) in
+// Angstrom, centred. Its first line is the name, in which signs that end a line or a record become
+// spaces; the third has the conformer's number. An atom that has not the hydrogens one would expect
+// states its valence; a dative bond is said in Marvin's way.
+static inline void sd_write(FILE *out, const Molecule *m, const float *pos, int number) {
+    int N = m->n_atoms;
+    double mean[3] = {0};
+    int *order = xmalloc((size_t)m->n_bonds, sizeof *order);
+    int *valence = xmalloc((size_t)N, sizeof *valence);
+    bond_orders(order, valence, m);
+    for (int k = 0; k < 3 * N; k++) mean[k % 3] += (double)pos[k] / N;
     for (int k = 0; k < m->name_length; k++) {
         char c = m->name[k];
         fputc(iscntrl((unsigned char)c) || (k == 0 && c == '$') ? ' ' : c, out);
@@ -90,9 +100,9 @@ static inline void sd_write(FILE *out, const Molecule *m, const float *pos, int 
             "\n", MB_PROGRAM, number, N, m->n_bonds);
     for (int i = 0; i < N; i++) {
         const uint8_t *feat = m->atom_feat + i * ATOM_FEATURES;
-        int bonds = valence[i] + (a.partner[i] >= 0), said = 0;
-        if (bonds != usual_valence(feat[0] + 1) || feat[3] != 5 || feat[5])
-            said = bonds ? bonds : 15;
+        int said = 0;
+        if (valence[i] != usual_valence(feat[0] + 1) || feat[3] != 5 || feat[5])
+            said = valence[i] ? valence[i] : 15;  // as the format has it
         for (int k = 0; k < 2 * m->n_bonds; k++)
             if (m->bonds[k] == i && order[k / 2] > 3) said = 0;  // it would count otherwise
         fprintf(out, "%10.4f%10.4f%10.4f %.3s 0  0  0  0  0%3d  0  0  0  0  0  0\n",
@@ -121,5 +131,5 @@ static inline void sd_write(FILE *out, const Molecule *m, const float *pos, int 
                 group, group, group, k + 1);
     }
     fprintf(out, "M  END\n$$$$\n");
-    FREE_ALL(order, valence, a.partner, a.wants, a.passed);
+    FREE_ALL(order, valence);
 }

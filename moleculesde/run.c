@@ -53,7 +53,7 @@ static const Option OPTIONS[] = {
     WHOLE("--width", width, 4, 1024, "of the 3D -> 2D network", PRETRAINING),
     WHOLE("--channels", channels, 1, MAX_CHANNELS, "of its edge layers", PRETRAINING),
     WHOLE("--last-channels", last_channels, 1, MAX_CHANNELS, "of the last of them", PRETRAINING),
-    TEXT("--edges", edges, "NAME", "of 2D -> 3D: gated (_02) or plain (_01)", PRETRAINING),
+    TEXT("--edges", edges, "NAME", "of 2D -> 3D: gated by length (02) or plain (01)", PRETRAINING),
     HEADING("Training", TRAIN | READ),
     WHOLE("--steps", steps, 1, 1e9, "updates", PRETRAINING | GROWS),
     WHOLE("--epochs", epochs, 1, 1e6, "passes over the training set", TUNING),
@@ -73,7 +73,7 @@ static const Option OPTIONS[] = {
     NUMBER("--sigma-2d-high", method.ve2d.high, 1e-4, 100, "most", NOISE),
     NUMBER("--beta-low", method.beta.low, 1e-4, 100, "VP: rate of noising at t = 0", NOISE),
     NUMBER("--beta-high", method.beta.high, 1e-4, 100, "at t = 1", NOISE),
-    NUMBER("--anneal", method.anneal, 0, 10, "losses weigh sigma to this power", PRETRAINING),
+    NUMBER("--anneal", method.anneal, 0, 10, "power of sigma in generation's losses", PRETRAINING),
     NUMBER("--weight-contrast", method.contrast, 0, 1e6, "of a loss", PRETRAINING),
     NUMBER("--weight-3d", method.to3d, 0, 1e6, "of a loss", PRETRAINING),
     NUMBER("--weight-2d", method.to2d, 0, 1e6, "of a loss", PRETRAINING),
@@ -102,7 +102,8 @@ static const Command COMMANDS[] = {
 enum { N_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
 
 static char option_given[N_OPTIONS];
-static const char *const SDE_NAMES[] = {"ve", "vp"}, *const EDGE_NAMES[] = {"plain", "gated"};
+static const char *const SDE_NAMES[] = {"ve", "vp"};
+static const char *const EDGE_NAMES[] = {"plain", "gated"};
 static const char *const ENCODER_NAMES[] = {"2d", "3d"};
 
 // Takes the options of a state or checkpoint where the command line is silent.
@@ -116,7 +117,8 @@ static Method option_method(int dropout) {
     Method m = opt.method;
     m.vp = choice("--sde", opt.sde, SDE_NAMES, 2);
     CHECK(m.ve3d.low <= m.ve3d.high && m.ve2d.low <= m.ve2d.high && m.beta.low <= m.beta.high,
-          "--sigma-3d-low, --sigma-2d-low, --beta-low: expected no more than --...-high");
+          "expected --sigma-3d %g to %g, --sigma-2d %g to %g, --beta %g to %g (low, high) to rise",
+          m.ve3d.low, m.ve3d.high, m.ve2d.low, m.ve2d.high, m.beta.low, m.beta.high);
     if (!dropout) m.dropout = 0;
     return m;
 }
@@ -175,7 +177,7 @@ static size_t load_next(Sde *s, const Dataset *data, size_t first, size_t end) {
     return B;
 }
 
-// Mean losses of a dataset's first `most` molecules, of the model or by chance.
+// Mean losses of a dataset's first `most` molecules, of the model or by chance; NaN if it has none.
 static void mean_losses(double mean[TERMS], Sde *s, const Dataset *data, size_t most, int chance) {
     double sum[TERMS] = {0};
     size_t n = 0;
@@ -314,17 +316,16 @@ static void pretrain_open(Job *t, const char *train_path) {
 
 // The result: each loss at the start and the end, on the validation set, and by chance.
 static void pretrain_report(Job *t) {
-    const Dataset *valid = t->run.valid.count ? &t->run.valid : NULL;
+    const Dataset *valid = &t->run.valid;
     double start[LOG_COLUMNS], end[LOG_COLUMNS], held[TERMS], chance[TERMS];
     log_ends(start, end, &t->run);
-    if (valid) mean_losses(held, &t->s, valid, SIZE_MAX, 0);
-    mean_losses(chance, &t->s, valid ? valid : &t->run.train, 4096, 1);
+    mean_losses(held, &t->s, valid, SIZE_MAX, 0);
+    mean_losses(chance, &t->s, valid->count ? valid : &t->run.train, 4096, 1);
     printf("\nloss        start     end   valid  by chance\n");
     for (int k = 1; k <= TERMS; k++) {
         int term = k % TERMS;  // the total last
         printf("%-8s %8s%8s%8s%11.4f\n", TERM_NAMES[term], number_text(start[term], 4),
-               number_text(end[term], 4), number_text(valid ? held[term] : (double)NAN, 4),
-               chance[term]);
+               number_text(end[term], 4), number_text(held[term], 4), chance[term]);
     }
     printf("wrote %s, %s\n", opt.output, t->run.log_path);
 }
@@ -332,7 +333,7 @@ static void pretrain_report(Job *t) {
 static void command_pretrain(Job *t, const char *train_path) {
     struct Run *run = &t->run;
     pretrain_open(t, train_path);
-    printf("   step    total contrast   2d->3d elements    bonds  accuracy gradient   mol/s\n");
+    printf("   step     total  contrast   2d->3d elements    bonds  accuracy gradient   mol/s\n");
     training_begin(t);
     while (run->done < run->steps && !run_stopped(run)) {
         double start = now_seconds(), loss[TERMS] = {0}, mean[LOG_COLUMNS];
@@ -344,8 +345,8 @@ static void command_pretrain(Job *t, const char *train_path) {
         log_update(run, loss, opt.adam.lr, norm, start);
         if (line_due(mean, run)) {
             progress_clear(&run->progress);
-            printf("%7lld ", (long long)run->done);
-            for (int k = 0; k < TERM_ACCURACY; k++) printf(" %8s", number_text(mean[k], 4));
+            printf("%7lld  %8s ", (long long)run->done, number_text(mean[TERM_TOTAL], 4));
+            for (int k = 1; k < TERM_ACCURACY; k++) printf(" %8s", number_text(mean[k], 4));
             printf("  %8.3f %8.3f %7.0f\n", mean[TERM_ACCURACY], mean[LOG_NORM], mean[LOG_RATE]);
             fflush(stdout);
         }
@@ -507,8 +508,7 @@ static void command_predict(Job *t, const char *path) {
         }
         int classes = t->task.kind == TASK_CLASSIFICATION;
         putchar(',');
-        print_digits(stdout, classes ? sigmoid_of(x) : x,
-                     3e-8 * (classes ? sigmoid_of(-fabs(x)) : fabs(x)));
+        print_digits(stdout, classes ? sigmoid_of(x) : x, classes ? sigmoid_of(-fabs(x)) : fabs(x));
     }
     printf("\n");
     note_skipped(&t->data);

@@ -1103,7 +1103,7 @@ static void test_program(void) {
     char *before = xprintf(graph, "a", "a"), *after = xprintf(graph, "b", "b");
     test_check(run_command("printf 'c1cc[nH]c1\nC[CH2]\nC#N->[Fe]\nN->B\nC[SnH3]\nC[N+](=O)[O-]\n"
                            "c1ccc2cccc2cc1\nO=c1cc[nH]cc1\n[cH-]1cccc1.[Na+]\nC[S+](C)[O-]\nO\n"
-                           "c1ccn(->[Pt])cc1\nCS(=O)(=O)C\nc1ccc2c(c1)ccc1ccc3ccc4ccc5ccccc5c4c3c12\n' "
+                           "c1ccn(->[Pt])cc1\nCS(=O)(=O)C\nc1ccc2c(c1)ccc1ccc3ccc4ccccc4c3c12\n' "
                            "> build/sdek.smi; ./data_prep -o build/sdek.a.bin build/sdek.smi %s && "
                            "%s", quiet, before) == 0, "graphs to make conformers of");
     for (int k = 0; k < 14; k++)
@@ -1149,7 +1149,8 @@ static void test_judging(void) {
          "fine-tuning; give the command"},
         {"! " SDE " predict build/sdek.train.bin --model build/sdej.safetensors.state",
          "build/sdej.safetensors.state: is the state of a run; expected its checkpoint"},
-        {"! " SDE " train.bin --sigma-3d-low 5 -o build/sdei.safetensors", "expected no more than"},
+        {"! " SDE " train.bin --sigma-3d-low 5 -o build/sdei.safetensors",
+         "expected --sigma-3d 5 to 1,"},
         {"! " SDE " generate valid.bin 0 --model build/sdevp.safetensors --sample-steps 1",
          "--sample-steps: expected more than 1, the model"},
         // a fifth of the labels, one molecule at a time: updates without a label do not count

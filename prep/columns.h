@@ -80,10 +80,11 @@ static void survey_row(Survey *v, const Record *row, char separator, const Span 
         if (names[k].n) survey_cell(v, names[k], cell, separator == ';', path, line);
 }
 
-// Says which columns have no name, for they are a table's own numbering (pandas reads and writes
-// these as "Unnamed: 0"), and which one that stands for another column.
-static void leave_out_unnamed(Conversion *c, Span *names, int n) {
-    Conversion seen = {0};  // its tasks
+// Takes the names off columns that --labels all leaves out, and says which these are: those without
+// a name, for they are a table's own numbering (pandas reads and writes these as "Unnamed: 0"), and
+// those of an earlier column's name.
+static void leave_out_columns(Conversion *c, Span *names, int n) {
+    Conversion seen = {0};  // its tasks are the names so far
     int left = 0;
     for (int k = 0; k < n; k++) {
         if (starts_with(names[k], "Unnamed: ")) names[k].n = 0;
@@ -248,7 +249,7 @@ static void read_side_header(Conversion *c) {
     arena_reset(&arena);
     Span *names = header_names(&arena, &row, t->separator, &t->n_columns);
     if (wants_all(c->opt)) {
-        leave_out_unnamed(c, names, t->n_columns);
+        leave_out_columns(c, names, t->n_columns);
         if (!c->opt->by_number) names[0].n = 0;  // the records' names
         for (size_t k = 1; k < t->n_rows; k++) {
             row = (Record){.text = t->row[k], .size = (size_t)(t->row[k + 1] - t->row[k])};
@@ -294,7 +295,7 @@ static void read_header(const Conversion *c, Source *s, const Record *header, co
     arena_reset(&s->arena);
     s->columns = header_names(&s->arena, header, s->separator, &s->n_columns);
     s->smiles_column = s->name_column = s->part_column = -1;
-    int exact = 0, names = 0;
+    int exact = 0, names = 0;  // columns that --smiles names to the letter; that --name does
     for (int k = 0; k < s->n_columns && c->opt->smiles; k++)
         exact += span_is(s->columns[k], smiles);
     for (int k = 0; k < s->n_columns; k++) {
@@ -325,7 +326,7 @@ static void survey_source(Conversion *c, Survey *v, Source *s, Record *records) 
             if (mb_signal) mb_exit(128 + mb_signal);
             if (is_table(s) && !s->columns) {
                 read_header(c, s, r, n > 1 ? r + 1 : NULL);
-                leave_out_unnamed(c, s->columns, s->n_columns);
+                leave_out_columns(c, s->columns, s->n_columns);
                 const int roles[] = {s->smiles_column, s->name_column, s->part_column};
                 for (int j = 0; j < 3; j++)
                     if (roles[j] >= 0) s->columns[roles[j]].n = 0;

@@ -121,9 +121,8 @@ static void read_label(Worker *w, Outcome *o, int64_t line, Span cell, int decim
 // row that is not the record itself.
 static int surplus_field(Outcome *o, const char *place, int columns, Span field) {
     return fault_at(&o->fault, 1, 0, "more fields than the header", "%.60sexpected %d fields as in "
-                    "the header, found another, \"%.*s\": is a comma not in quotes, or has the "
-                    "header no name for row numbers?", place, columns, min_int(field.n, 30),
-                    field.p);
+                    "the header, found another, \"%.*s\": an unquoted comma, or row numbers "
+                    "without a name?", place, columns, min_int(field.n, 20), field.p);
 }
 
 // Reads the labels of a record from --labels-from: of the row that begins with its title, or

@@ -21,12 +21,13 @@ static int is_one_of(Span s, const char *const *words) {
     return *words != NULL;
 }
 
-// Length of the digits at the start of text if they stand in groups of three, as in "12,345"; 0 if
-// they do not.
+// Length of what stands at the start of text as "12,345" does: one to three digits, the first no 0,
+// and groups of three, each behind a sign; 0 if there is no such group.
 static size_t digit_groups(const char *text, char sign) {
     size_t first = strspn(text, "0123456789"), n = first;
+    if (first < 1 || first > 3 || text[0] == '0') return 0;
     while (text[n] == sign && strspn(text + n + 1, "0123456789") == 3) n += 4;
-    return first > 0 && first < 4 && text[0] != '0' ? n - first ? n : 0 : 0;
+    return n > first ? n : 0;
 }
 
 // Takes the sign between groups out of the first n characters of a text.
@@ -44,7 +45,8 @@ static int undo_comma(char *text, int decimal, int *form) {
     if (!comma) return 1;
     char *number = text + strspn(text, "+-");
     size_t commas = digit_groups(number, ','), points = digit_groups(number, '.');
-    if (commas && (number[commas] == '.' || (!number[commas] && commas > 7))) {  // not 1,234
+    int several = commas > 7;  // groups: 123,456 has one
+    if (commas && (number[commas] == '.' || (!number[commas] && several))) {
         drop_sign(number, commas, ',');
         *form |= FORM_GROUPS;
         return 1;
@@ -60,7 +62,8 @@ static int undo_comma(char *text, int decimal, int *form) {
     return !either;
 }
 
-// A decimal number of at most LABEL_MAX, 0 if it is below FLT_MIN; 0 if the text is anything else.
+// The decimal number that a text is, *label, of a size up to LABEL_MAX; one below FLT_MIN becomes
+// 0. Returns 0 if the text is anything else.
 static int parse_number(const char *text, float *label, int *form) {
     char *end;
     float v = strtof(text, &end);

@@ -105,7 +105,9 @@ static size_t check_first_bytes(const char *path, const char *bytes, size_t n, c
           path, shell_path(path));
     for (int k = 0; k < 6; k++) {
         if (n < known[k].n || memcmp(bytes, known[k].bytes, known[k].n) != 0) continue;
-        CHECK(k != 3 || !strstr(path, ".xls"), "%s: is a workbook; save it as CSV", path);
+        const char *ending = strrchr(path, '.');
+        CHECK(k != 3 || !ending || !word_is((Span){ending, (int)strlen(ending)}, ".xlsx"),
+              "%s: is a workbook; save it as CSV", path);
         CHECK(k == 0, "%s: is %s; type: %s %s%s", path, known[k].what, known[k].command,
               strcmp(path, "-") == 0 ? "FILE" : shell_path(path), then);
         return known[k].n;
@@ -348,9 +350,9 @@ static const char *row_end(const Record *r) {
     return end;
 }
 
-// How many fields the row at *p has if they end at this sign, 0 if a quote would close lines further
-// on but end no field; *named: is one of them called `name`? Moves *p to the next row, NULL if there
-// is none.
+// How many fields the row at *p (NULL: none) has if they end at this sign, 0 if a quote would close
+// lines further on but end no field; *named: is one of them called `name`? Moves *p to the next
+// row, NULL if there is none.
 static int count_fields(Arena *arena, const char **p, const char *end, char sign, const char *name,
                         int *named) {
     const char *quote = NULL, *stop = *p ? csv_row_end(*p, end, sign, &quote) : NULL, *q = *p;
@@ -379,7 +381,7 @@ static char find_separator(const char *p, const char *end, char own, const char 
     const char signs[] = {own, ',', ';', '\t', '|', 0};
     char best = own;
     Arena arena = {0};
-    int64_t most = 0;
+    int64_t most = 0;  // the rank of the best: of both rows in the upper half, of this one below
     for (int k = 0, named = 0; signs[k] && !named; k++) {
         const char *at = p;
         int other = 0, n = count_fields(&arena, &at, end, signs[k], name, &named);

@@ -162,11 +162,27 @@ static void test_predict(void) {
         {"awk -F, 'NR == 1 { print \"smiles,n\" } NR > 1 && NR < 801 { print $1 \",\" ($1 ~ "
          "/[Nn]/) }' data/sample.csv > build/prn.csv; ./data_prep --labels n --split 0.6,0.2,0.2 "
          "--split-by random -o 'build/prn.{}.bin' build/prn.csv && ./moleblend finetune "
-         "build/prn.train.bin --layers 1 --dim 16 --ffn 16 --heads 2 --kernels 4 --lr 3e-2 --epochs "
-         "30 -o build/prn.safetensors | sed -n 's/.*; test *//p' > build/prn.a.txt && ./moleblend "
-         "predict build/prn.test.bin --model build/prn.safetensors 2>&1 > build/prn.out.csv | sed "
+         "build/prn.train.bin --layers 1 --dim 16 --ffn 16 --heads 2 --kernels 4 --lr 3e-2 "
+         "--epochs 30 -o build/prn.safetensors | sed -n 's/.*; test *//p' > build/prn.a.txt && "
+         "./moleblend predict build/prn.test.bin --model build/prn.safetensors 2>&1 > build/prn.out.csv | sed "
          "-n '1s/^n *//p' > build/prn.b.txt; grep -q AUC build/prn.a.txt && cmp build/prn.a.txt "
          "build/prn.b.txt && echo as one", 0, "as one"},
+        // --patience is said, and a greater one goes on
+        {"./moleblend finetune build/test_train.bin --valid build/test_train.bin --size tiny --lr "
+         "0 --epochs 9 --patience 2 -o build/prp.safetensors", 0,
+         "seed 1: no gain for 2 epochs (--patience), ended after "},
+        {"./moleblend finetune build/test_train.bin --resume --patience 4 -o build/prp.safetensors",
+         0, "seed 1: no gain for 4 epochs (--patience), ended after "},
+        // an update of molecules without positions has no denoising loss, and none counts as 0
+        {"(sed '/^\\$\\$\\$\\$/q' data/sample.sdf) > build/prm.sdf; printf "
+         "'smiles\\nCCO\\nCCN\\nCCC\\n' > build/prm.csv; ./data_prep -o build/prm.bin "
+         "build/prm.sdf build/prm.csv && ./moleblend build/prm.bin --size tiny --batch-size 1 "
+         "--steps 8 --lr 0 -o build/prm.safetensors && awk -F, 'NR > 1 { empty += $3 == \"\"; "
+         "low += $3 != \"\" && $3 < 0.5 } END { print empty, \"empty\", low + 0, \"low\" }' "
+         "build/prm.log.csv", 0, "6 empty 0 low"},
+        {"printf 'C\\nN\\n' | ./data_prep --format smi -o build/prm.bin - && ./moleblend "
+         "build/prm.bin --size tiny --steps 2 -o build/prm.safetensors", 0,
+         "note    no loss had anything to count"},
         // --near another set
         {"./moleblend predict build/pr.many.bin --model build/pr.seed1.safetensors --near "
          "build/pr.many.bin", 0, "note    build/pr.many.bin: is not, by its fingerprint, what "

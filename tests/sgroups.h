@@ -144,6 +144,14 @@ static const struct { Format format; const char *rule, *text, *expected; } PREP_
     {FORMAT_SDF, "data of two groups at once",
      V2_CNH "M  STY  2   1 DAT   2 DAT\nM  SCD   1 a\nM  SED   2 b\nM  END\n",
      "refused"},
+    {FORMAT_SDF, "data in four lines",
+     V2_CNH "M  STY  1   1 DAT\nM  SDT   1 n\nM  SCD   1 a\nM  SCD   1 a\nM  SCD   1 a\n"
+     "M  SED   1 b\nM  END\n",
+     "C04530200 N03520200 0-1:000"},
+    {FORMAT_SDF, "data in five lines",
+     V2_CNH "M  STY  1   1 DAT\nM  SDT   1 n\nM  SCD   1 a\nM  SCD   1 a\nM  SCD   1 a\n"
+     "M  SCD   1 a\nM  SED   1 b\nM  END\n",
+     "refused"},
     {FORMAT_SDF, "M  PXA of an atom",
      V2_CNH "M  PXA   1    0.0000    0.0000    0.0000 H\nM  END\n",
      "C04530200 N03520200 0-1:000"},
